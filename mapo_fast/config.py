@@ -1,0 +1,297 @@
+"""The configuration of `mapo-fast prepare` and `mapo-fast train`: one TOML file serves both commands.
+
+Each section is a frozen pydantic model; the text under a field is its documentation. Unknown keys, wrong
+types and values out of range become one `UserError` that names the key and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mapo_fast.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys, values validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """`[model]`: the diffusers SDXL pipeline folder to start from."""
+
+    path: Path
+    """Folder with `model_index.json`, `unet/`, `vae/`, `text_encoder/`, `text_encoder_2/`, tokenizers."""
+    vae: Path | None = None
+    """Another VAE folder, for instance one that does not overflow in fp16."""
+
+
+class DataConfig(Section):
+    """`[data]`: where the preference pairs are and how `prepare` turns them into a cache."""
+
+    source: Path | None = None
+    """Pick-a-Pic parquet file or folder, Hugging Face dataset folder, folder with `pairs.jsonl`, or
+    `chosen/` + `rejected/` folders. Needed by `prepare` only."""
+    cache: Path
+    """Folder of the cache that `prepare` writes and `train` reads."""
+    resolution: int = Field(1024, ge=16, le=4096, multiple_of=8)
+    """Side in pixels of the square whose area every aspect bucket keeps."""
+    bucket_step: int = Field(64, ge=8, multiple_of=8)
+    """Bucket sides are multiples of this many pixels."""
+    max_crop: float = Field(0.2, ge=0.0, lt=1.0)
+    """A pair that would lose more than this share of an image's area to cropping is skipped and listed."""
+    flip: bool = False
+    """Also encode mirrored images; training then draws the flip per pair."""
+    size_conditioning: Literal["shared", "own"] = "shared"
+    """`shared`: both images of a pair get the same time ids, so size cannot leak the label."""
+    max_tokens: Literal[77, 150, 225] = 77
+    """Longest prompt kept, in tokens; longer ones are truncated and listed."""
+    held_out: float = Field(0.05, ge=0.0, le=0.5)
+    """Share of pairs kept out of training, split by prompt and image content, never by row."""
+    max_skipped: float = Field(0.1, ge=0.0, le=1.0)
+    """`prepare` stops when more than this share of the pairs has to be skipped."""
+    vae_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of VAE encoding; a latent that comes out NaN is encoded again in fp32."""
+    batch_size: int = Field(4, ge=1)
+    """Images per VAE call."""
+
+
+class ObjectiveConfig(Section):
+    """`[objective]`: what is minimised."""
+
+    name: Literal["mapo", "sft"] = "mapo"
+    """`mapo`, or `sft` (the chosen image's denoising error alone) as a control."""
+    form: Literal["code", "paper"] = "code"
+    """MaPO as in the authors' released code, or as in the paper; they are not the same objective."""
+    reading: Literal["power", "scale"] = "power"
+    """How the `paper` form's φ_β is read: (x/(eˣ−1))^β, or β·x/(eˣ−1)."""
+    beta: float = Field(0.1, gt=0.0)
+    """Weight of the margin term (`code`), or the paper's β."""
+    snr: float = Field(0.5, gt=0.0)
+    """λ of the `code` form's score s(x) = λx / (e^{λx} − 1)."""
+
+
+class AdapterConfig(Section):
+    """`[adapter]`: full fine-tune or LoRA."""
+
+    kind: Literal["full", "lora"] = "lora"
+    """`full` trains every UNet weight; `lora` trains low-rank factors beside a frozen UNet."""
+    rank: int = Field(16, ge=1)
+    """LoRA rank r."""
+    alpha: float | None = Field(None, gt=0.0)
+    """LoRA scale is alpha / rank; None means alpha = rank."""
+    targets: tuple[str, ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
+    """Names (suffixes) of the UNet layers that get an adapter."""
+
+
+class OptimConfig(Section):
+    """`[optim]`: optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """torch's fused AdamW, or bitsandbytes' 8-bit AdamW (paged: states may move to system RAM)."""
+    lr: float = Field(1e-5, gt=0.0, lt=1.0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the two moments."""
+    eps: float = Field(1e-8, gt=0.0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(1e-2, ge=0.0)
+    """Decoupled weight decay."""
+    schedule: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = "constant_with_warmup"
+    """A schedule of diffusers' `get_scheduler`."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    max_grad_norm: float = Field(1.0, ge=0.0)
+    """Global gradient-norm clip; 0 switches clipping off (the norm is still logged)."""
+
+    @model_validator(mode="after")
+    def _betas_in_range(self) -> OptimConfig:
+        if not all(0.0 <= b < 1.0 for b in self.betas):
+            raise ValueError("betas must both be in [0, 1)")
+        return self
+
+
+class TrainConfig(Section):
+    """`[train]`: the training loop."""
+
+    output: Path
+    """Folder of the run: checkpoints, logs, previews, and the final model or adapter."""
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps."""
+    pairs_per_batch: int = Field(1, ge=1)
+    """Pairs in one micro-batch (two images each)."""
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches per optimizer step."""
+    precision: Literal["fp32", "bf16", "fp16", "pure_bf16"] = "bf16"
+    """`bf16`: bf16 arithmetic with fp32 trainable weights; `fp16`: the same with a gradient scaler, LoRA
+    only; `pure_bf16`: bf16 weights without fp32 masters, which loses small updates."""
+    layout: Literal["joint", "split"] = "split"
+    """`joint`: both halves of the pair in one batch; `split`: inside each checkpointed block one after the
+    other, so that transient memory is one image's."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in backward (non-reentrant). `split` needs it."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Attention back end."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to train; `auto` takes the GPU when there is one."""
+    threads: int = Field(0, ge=0)
+    """CPU threads; 0 leaves torch's choice. Bit-identical resume on CPU needs the same number."""
+    seed: int = Field(0, ge=0)
+    """Seed of noise, timesteps, flips, caption drops, data order and LoRA initialisation."""
+    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the UNet predicts; `auto` reads the pipeline's scheduler config."""
+    zero_terminal_snr: Literal["auto", "on", "off"] = "auto"
+    """Rescale betas to zero terminal SNR; `auto` reads the scheduler config."""
+    caption_dropout: float = Field(0.0, ge=0.0, le=1.0)
+    """Chance that a pair's prompt is dropped, for both halves together."""
+    log_every: int = Field(10, ge=1)
+    """Optimizer steps between log lines; the host waits for the GPU only there."""
+    checkpoint_every: int = Field(500, ge=0)
+    """Optimizer steps between checkpoints; 0 writes one at the end only."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints kept."""
+    evaluate_every: int = Field(100, ge=0)
+    """Optimizer steps between held-out evaluations; 0 evaluates at step 0 and at the end only."""
+    evaluate_pairs: int = Field(64, ge=1)
+    """Held-out pairs used, at most."""
+    evaluate_draws: int = Field(8, ge=8)
+    """Stratified timesteps per held-out pair, each with a fixed noise."""
+    max_skipped_steps: int = Field(10, ge=0)
+    """More non-finite steps than this stop the run; each one is skipped and counted."""
+
+
+class PreviewConfig(Section):
+    """`[preview]`: images sampled during training with fixed seeds."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts to sample; empty switches previews off."""
+    every: int = Field(500, ge=0)
+    """Optimizer steps between previews; 0 samples at the start and the end only."""
+    seed: int = Field(0, ge=0)
+    """Seed of the first prompt's start noise; prompt i uses seed + i."""
+    steps: int = Field(25, ge=1)
+    """Denoising steps."""
+    guidance: float = Field(5.0, ge=0.0)
+    """Classifier-free guidance scale."""
+
+
+class Config(Section):
+    """The whole file."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    optim: OptimConfig = OptimConfig()
+    preview: PreviewConfig = PreviewConfig()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        train = self.train
+        if train.layout == "split" and not train.gradient_checkpointing:
+            raise ValueError(
+                "train.layout = 'split' works inside checkpointed blocks and needs "
+                "train.gradient_checkpointing = true (or use train.layout = 'joint')"
+            )
+        if train.precision == "fp16" and self.adapter.kind == "full":
+            raise ValueError(
+                "train.precision = 'fp16' is for adapter.kind = 'lora' only: fp16 weights of a full "
+                "fine-tune under- and overflow (use train.precision = 'bf16' or 'fp32')"
+            )
+        return self
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a TOML file, apply `section.key=value` overrides, validate.
+
+    Relative paths in the file are relative to the file's folder; paths in overrides to the working folder.
+
+    Raises:
+        UserError: unreadable file, bad TOML, unknown key (with the nearest valid one), wrong type or range.
+    """
+    try:
+        with path.open("rb") as file:
+            table = tomllib.load(file)
+    except FileNotFoundError:
+        raise UserError(f"config file not found: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"config file {path} is not valid TOML: {error}") from None
+    _resolve_paths(table, path.parent)
+    for override in overrides or []:
+        _apply_override(table, override)
+    return parse_config(table, where=str(path))
+
+
+def parse_config(table: dict[str, Any], where: str = "config") -> Config:
+    """Validate a nested dict of settings. Raises `UserError` as `load_config` does."""
+    try:
+        return Config.model_validate(table)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors()[:3])) from None
+
+
+def _resolve_paths(table: dict[str, Any], base: Path) -> None:
+    for section, key in (
+        ("model", "path"),
+        ("model", "vae"),
+        ("data", "source"),
+        ("data", "cache"),
+        ("train", "output"),
+    ):
+        part = table.get(section)
+        if isinstance(part, dict) and isinstance(part.get(key), str):
+            part[key] = str(base / Path(part[key]).expanduser())
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or len(keys) != 2 or not all(keys):
+        raise UserError(f"--set {override}: write it as section.key=value, for instance --set optim.lr=1e-5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string: --set objective.name=sft
+    section = table.setdefault(keys[0], {})
+    if not isinstance(section, dict):
+        raise UserError(f"--set {override}: {keys[0]} is a value in the config file, not a section")
+    section[keys[1]] = value
+
+
+def _explain(error: Any) -> str:
+    loc = [str(part) for part in error["loc"]]
+    name = ".".join(loc)
+    if error["type"] == "extra_forbidden":
+        known = list(_fields(loc[:-1]))
+        near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
+        if near:
+            return f"unknown key {name} (did you mean {'.'.join([*loc[:-1], near[0]])}?)"
+        return f"unknown key {name} (valid: {', '.join(known)})"
+    if error["type"] == "missing":
+        return f"{name} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if not name:
+        return str(message)
+    return f"{name} = {error['input']!r}: {message}"
+
+
+def _fields(loc: list[str]) -> dict[str, Any]:
+    model: Any = Config
+    for part in loc:
+        model = model.model_fields[part].annotation
+    return dict(model.model_fields)

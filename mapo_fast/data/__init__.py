@@ -1,0 +1,1 @@
+"""Preference data: from image pairs on disk to a cache of latents and prompt embeddings."""

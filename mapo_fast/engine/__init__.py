@@ -1,0 +1,1 @@
+"""The training engine: pair layouts, precision, optimizers and one training step."""
