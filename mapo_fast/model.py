@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from mapo_fast.errors import UserError
+from mapo_fast.files import sha256_file
 
 Component = Literal["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
 
@@ -72,13 +73,7 @@ class SDXLFolder:
             else:
                 files = sorted(p for p in self.path(component).iterdir() if p.is_file())
             for file in files:
-                with file.open("rb") as handle:
-                    part = hashlib.file_digest(handle, "sha256") if hasattr(hashlib, "file_digest") else None
-                    if part is None:  # Python 3.10
-                        part = hashlib.sha256()
-                        while chunk := handle.read(1 << 20):
-                            part.update(chunk)
-                digest.update(f"{component}/{file.name}".encode() + part.digest())
+                digest.update(f"{component}/{file.name}:{sha256_file(file)}".encode())
         return digest.hexdigest()
 
     def load_unet(self, dtype: torch.dtype = torch.float32) -> Any:
