@@ -1,0 +1,88 @@
+"""Optimizers behind one guard: a step whose gradients are not finite changes nothing and is counted.
+
+The flag stays on the device. torch's fused AdamW takes it as `found_inf` and turns the update into a no-op
+without the host ever waiting; bitsandbytes has no such input, so there the host reads the flag once per
+step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mapo_fast.config import OptimConfig
+from mapo_fast.errors import UserError
+
+
+def build_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of a config over these parameters.
+
+    Raises:
+        UserError: bitsandbytes is chosen and not installed.
+    """
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError(
+            f"optim.name = {config.name!r} needs bitsandbytes ({error}): "
+            "pip install bitsandbytes, or use 'adamw'"
+        ) from None
+    kind = bitsandbytes.optim.AdamW8bit if config.name == "adamw8bit" else bitsandbytes.optim.PagedAdamW8bit
+    return kind(parameters, **settings)  # type: ignore[no-any-return]
+
+
+class GuardedOptimizer:
+    """Clips, checks and applies one step's gradients.
+
+    `skipped` and `skipped_in_a_row` are 0-d fp32 tensors on the device, read only when a line is logged.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Iterable[torch.nn.Parameter],
+        *,
+        max_grad_norm: float,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.parameters = list(parameters)
+        self.max_grad_norm = max_grad_norm if max_grad_norm > 0 else float("inf")
+        self.scaler = scaler
+        device = self.parameters[0].device
+        self.skipped = torch.zeros((), device=device)
+        self.skipped_in_a_row = torch.zeros((), device=device)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of a 0-d loss, scaled if the run has a gradient scaler."""
+        (self.scaler.scale(loss) if self.scaler is not None else loss).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> Tensor:
+        """Apply the accumulated gradients and clear them; returns the 0-d gradient norm before clipping."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        bad = (~torch.isfinite(norm)).to(torch.float32)
+        self.skipped += bad
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bad
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif isinstance(self.optimizer, torch.optim.AdamW):
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bad.item():
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm

@@ -1,0 +1,62 @@
+"""Numeric precision of a run: which tensors are stored how, and what autocast does.
+
+| precision   | full fine-tune                    | LoRA                                     |
+|-------------|-----------------------------------|------------------------------------------|
+| `fp32`      | fp32                              | fp32                                     |
+| `bf16`      | fp32 weights, bf16 arithmetic     | bf16 base, fp32 factors, bf16 arithmetic |
+| `fp16`      | refused                           | fp16 base, fp32 factors, gradient scaler |
+| `pure_bf16` | bf16 weights: loses small updates | bf16 base and factors                    |
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from mapo_fast.config import Config
+from mapo_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Storage and arithmetic types of one run."""
+
+    base: torch.dtype
+    """Storage of the UNet's weights."""
+    trainable: torch.dtype
+    """Storage of what is trained: the same weights, or the LoRA factors."""
+    autocast: torch.dtype | None
+    """Arithmetic under autocast; None computes in the stored type."""
+    scaled: bool
+    """Whether the loss needs a gradient scaler."""
+
+    def context(self, device: torch.device) -> AbstractContextManager[None]:
+        """The autocast context of forward passes."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast)
+
+
+def choose_precision(config: Config, device: torch.device) -> Precision:
+    """Storage and arithmetic types for a config on a device.
+
+    Raises:
+        UserError: a card without bf16 arithmetic, or fp16 without an NVIDIA GPU.
+    """
+    name = config.train.precision
+    lora = config.adapter.kind == "lora"
+    if name == "fp32":
+        return Precision(torch.float32, torch.float32, None, scaled=False)
+    if name == "fp16":
+        if device.type != "cuda":
+            raise UserError("train.precision = 'fp16' needs an NVIDIA GPU; use 'fp32' or 'bf16' on the CPU")
+        return Precision(torch.float16, torch.float32, torch.float16, scaled=True)
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        card = torch.cuda.get_device_name(device)
+        way_out = "'fp16'" if lora else "'fp32', or adapter.kind = 'lora' with train.precision = 'fp16'"
+        raise UserError(f"{card} cannot do bf16 (train.precision = {name!r}); use {way_out}")
+    if name == "pure_bf16":
+        return Precision(torch.bfloat16, torch.bfloat16, None, scaled=False)
+    return Precision(torch.bfloat16 if lora else torch.float32, torch.float32, torch.bfloat16, scaled=False)

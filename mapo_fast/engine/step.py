@@ -1,0 +1,84 @@
+"""One micro-batch through the UNet, the loss and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mapo_fast.data.cache import CachedPair, PairBatch, PairCache
+from mapo_fast.diffusion import Diffusion
+from mapo_fast.draws import pair_drop, pair_flip, pair_noise, pair_timestep
+
+
+class PairInputs(NamedTuple):
+    """What the UNet is given for B pairs: 2B samples, chosen half first."""
+
+    noisy: Tensor  # (2B, C, h, w) fp32
+    timesteps: Tensor  # (2B,) int64
+    prompt_embeds: Tensor  # (2B, S, D)
+    pooled_embeds: Tensor  # (2B, P)
+    time_ids: Tensor  # (2B, 6) fp32
+    target: Tensor  # (2B, C, h, w) fp32
+
+
+def training_inputs(
+    cache: PairCache,
+    pairs: Sequence[CachedPair],
+    diffusion: Diffusion,
+    *,
+    seed: int,
+    epoch: int,
+    caption_dropout: float,
+    device: torch.device,
+) -> PairInputs:
+    """Inputs of one micro-batch, every draw a function of (seed, epoch, pair id)."""
+    flip = [pair_flip(seed, epoch, p.id) for p in pairs] if cache.flips else None
+    drop = [pair_drop(seed, epoch, p.id, caption_dropout) for p in pairs] if caption_dropout else None
+    batch = cache.batch(pairs, flip=flip, drop=drop)
+    shape = tuple(batch.chosen_latents.shape[1:])
+    noise = torch.stack([pair_noise(seed, epoch, p.id, shape) for p in pairs])
+    steps = [pair_timestep(seed, epoch, p.id, diffusion.num_train_timesteps) for p in pairs]
+    return pair_inputs(batch, noise, torch.tensor(steps), diffusion, device)
+
+
+def pair_inputs(
+    batch: PairBatch,
+    noise: Tensor,  # (B, C, h, w) fp32, shared within the pair
+    timesteps: Tensor,  # (B,) int64, shared within the pair
+    diffusion: Diffusion,
+    device: torch.device,
+) -> PairInputs:
+    """Noise both halves of a batch with the pair's own noise and timestep, and move them to the device."""
+
+    def both(chosen: Tensor, rejected: Tensor) -> Tensor:
+        return torch.cat([chosen, rejected]).to(device, non_blocking=True)
+
+    latents = both(batch.chosen_latents, batch.rejected_latents).float()
+    noise, timesteps = both(noise, noise), both(timesteps, timesteps)
+    return PairInputs(
+        noisy=diffusion.add_noise(latents, noise, timesteps),
+        timesteps=timesteps,
+        prompt_embeds=both(batch.prompt_embeds, batch.prompt_embeds),
+        pooled_embeds=both(batch.pooled_embeds, batch.pooled_embeds),
+        time_ids=both(batch.time_ids_chosen, batch.time_ids_rejected),
+        target=diffusion.target(latents, noise, timesteps),
+    )
+
+
+def predict(unet: Any, inputs: PairInputs) -> Tensor:
+    """The UNet's prediction for both halves, (2B, C, h, w).
+
+    Time ids stay in fp32: bf16 would round sizes above 512 to multiples of 4. Everything else follows the
+    weights' type.
+    """
+    dtype = unet.conv_in.weight.dtype
+    return unet(  # type: ignore[no-any-return]
+        inputs.noisy.to(dtype),
+        inputs.timesteps,
+        encoder_hidden_states=inputs.prompt_embeds.to(dtype),
+        added_cond_kwargs={"text_embeds": inputs.pooled_embeds.to(dtype), "time_ids": inputs.time_ids},
+        return_dict=False,
+    )[0]

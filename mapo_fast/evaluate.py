@@ -1,0 +1,157 @@
+"""Held-out evaluation: how far the model has moved from its start on pairs it does not train on.
+
+Preference accuracy (chosen error < rejected error) has no 50 % baseline: an untrained denoiser prefers, for
+instance, blurred images almost always. So every figure is a change from the start model on the same pairs,
+the same stratified timesteps and the same noise, and the confidence interval is the paired one over pairs.
+The start model's errors and a sample of its predictions are written once, at step 0, and read on resume.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mapo_fast.data.cache import CachedPair, PairCache
+from mapo_fast.diffusion import Diffusion
+from mapo_fast.draws import pair_noise, stratified_timesteps
+from mapo_fast.engine.step import pair_inputs, predict
+from mapo_fast.files import atomic_path
+
+_DRAWS_PER_BATCH = 4
+
+
+class HeldOutErrors(NamedTuple):
+    """Denoising errors of one model on the held-out pairs."""
+
+    chosen: Tensor  # (pairs, draws) fp32, CPU
+    rejected: Tensor  # (pairs, draws) fp32, CPU
+    predictions: list[Tensor]  # one draw per pair: chosen and rejected prediction, (2, C, h, w) fp16, CPU
+
+
+class HeldOut:
+    """The fixed held-out pairs, timesteps and noise of one run."""
+
+    def __init__(
+        self,
+        cache: PairCache,
+        pairs: Sequence[CachedPair],
+        diffusion: Diffusion,
+        *,
+        draws: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.cache, self.pairs, self.diffusion = cache, list(pairs), diffusion
+        self.draws, self.seed, self.device = draws, seed, device
+
+    @torch.no_grad()
+    def errors(self, unet: Any, context: AbstractContextManager[None]) -> HeldOutErrors:
+        """Chosen and rejected errors of every pair at every draw."""
+        chosen, rejected, predictions = [], [], []
+        training = unet.training
+        unet.eval()
+        with context:
+            for index, pair in enumerate(self.pairs):
+                rows, kept = self._pair_errors(unet, pair, keep=index % self.draws)
+                chosen.append(rows[0])
+                rejected.append(rows[1])
+                predictions.append(kept)
+        unet.train(training)
+        stack = torch.stack([torch.stack(chosen), torch.stack(rejected)]).cpu()
+        return HeldOutErrors(stack[0], stack[1], [p.cpu() for p in predictions])
+
+    def _pair_errors(self, unet: Any, pair: CachedPair, keep: int) -> tuple[Tensor, Tensor]:
+        """(2, draws) errors of one pair, and its (2, C, h, w) prediction at draw `keep`."""
+        single = self.cache.batch([pair], flip=None, drop=None)
+        shape = tuple(single.chosen_latents.shape[1:])
+        timesteps = stratified_timesteps(
+            self.seed, "held-out", pair.id, self.diffusion.num_train_timesteps, self.draws
+        )
+        errors, kept = [], None
+        for first in range(0, self.draws, _DRAWS_PER_BATCH):
+            draws = range(first, min(first + _DRAWS_PER_BATCH, self.draws))
+            batch = type(single)(*(t.expand(len(draws), *t.shape[1:]) for t in vars(single).values()))
+            noise = torch.stack([pair_noise(self.seed, "held-out", pair.id, shape, draw=d) for d in draws])
+            steps = torch.tensor([timesteps[d] for d in draws])
+            inputs = pair_inputs(batch, noise, steps, self.diffusion, self.device)
+            prediction = predict(unet, inputs).float()
+            error = (prediction - inputs.target).square().mean(dim=(1, 2, 3))
+            errors.append(error.view(2, len(draws)))
+            if keep in draws:
+                kept = prediction.unflatten(0, (2, len(draws)))[:, keep - first].half()
+        assert kept is not None
+        return torch.cat(errors, dim=1), kept
+
+
+class PairedChange(NamedTuple):
+    """A mean over pairs of (now − start), with its 95 % interval; None for the interval of a single pair."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def paired_change(now: Tensor, start: Tensor) -> PairedChange:
+    """Mean change and normal 95 % interval; both inputs are (pairs,), one value a pair."""
+    change = (now - start).double()
+    mean = float(change.mean())
+    if len(change) < 2:
+        return PairedChange(mean, None, None)
+    half = 1.96 * float(change.std()) / math.sqrt(len(change))
+    return PairedChange(mean, mean - half, mean + half)
+
+
+def compare(now: HeldOutErrors, start: HeldOutErrors) -> dict[str, Any]:
+    """Figures of one evaluation, each against the start model.
+
+    `drift` is Σ‖prediction − start prediction‖² / Σ‖start prediction‖².
+    """
+
+    def accuracy(errors: HeldOutErrors) -> Tensor:
+        return (errors.chosen < errors.rejected).double().mean(dim=1)
+
+    def margin(errors: HeldOutErrors) -> Tensor:
+        return (errors.rejected - errors.chosen).double().mean(dim=1)
+
+    moved = sum(
+        float((a.float() - b.float()).square().sum())
+        for a, b in zip(now.predictions, start.predictions, strict=True)
+    )
+    size = sum(float(b.float().square().sum()) for b in start.predictions)
+    return {
+        "pairs": len(now.chosen),
+        "draws": now.chosen.shape[1],
+        "accuracy": float(accuracy(now).mean()),
+        "accuracy_start": float(accuracy(start).mean()),
+        "accuracy_change": paired_change(accuracy(now), accuracy(start))._asdict(),
+        "margin_change": paired_change(margin(now), margin(start))._asdict(),
+        "chosen_error": float(now.chosen.mean()),
+        "chosen_error_change": paired_change(now.chosen.mean(dim=1), start.chosen.mean(dim=1))._asdict(),
+        "drift": moved / size if size else 0.0,
+    }
+
+
+def save_errors(errors: HeldOutErrors, path: Path) -> None:
+    """Write the start model's errors and predictions, atomically."""
+    tensors = {f"prediction.{i}": p.contiguous() for i, p in enumerate(errors.predictions)}
+    with atomic_path(path) as temporary:
+        save_file(
+            {"chosen": errors.chosen.contiguous(), "rejected": errors.rejected.contiguous(), **tensors},
+            temporary,
+        )
+
+
+def load_errors(path: Path) -> HeldOutErrors:
+    """Read what `save_errors` wrote."""
+    tensors = load_file(path)
+    count = len(tensors) - 2
+    return HeldOutErrors(
+        tensors["chosen"], tensors["rejected"], [tensors[f"prediction.{i}"] for i in range(count)]
+    )
