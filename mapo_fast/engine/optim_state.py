@@ -1,0 +1,131 @@
+"""Optimizer states as named tensors plus JSON, and back, without pickle and bit for bit.
+
+Works for torch optimizers and for bitsandbytes' 8-bit and paged ones. Tensors are named `<parameter
+index>.<state name>`, the index counting through all parameter groups in order; a tensor that several
+parameters share (bitsandbytes' code books) is stored once. `load_state_dict` is not used: torch's casts states
+to the parameter's dtype, bitsandbytes' deep-copies them all and forgets that they were paged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mapo_fast.errors import UserError
+
+_IMPLEMENTATION_KEYS = ("params", "fused", "foreach", "capturable", "differentiable", "maximize")
+"""Group entries that say how a step is computed: those of the new optimizer count."""
+
+_PAGEABLE = ("state1", "state2")
+"""bitsandbytes' moments, which its paged optimizers keep in memory that CUDA may move to the host."""
+
+
+def flatten_optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimizer's state into tensors (not copied) and JSON.
+
+    Returns:
+        Tensors by name, and a dict for JSON with the class name, the scalars, aliases and group settings.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # paged states look like CPU tensors but kernels may still write them
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    aliases: dict[str, str] = {}
+    names: dict[int, str] = {}
+    for index, parameter in enumerate(_parameters(optimizer)):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            name = f"{index}.{key}"
+            if not isinstance(value, Tensor):
+                scalars[name] = value
+            elif id(value) in names:
+                aliases[name] = names[id(value)]
+            else:
+                names[id(value)] = name
+                tensors[name] = value
+    groups = [
+        {key: value for key, value in group.items() if key not in _IMPLEMENTATION_KEYS}
+        for group in optimizer.param_groups
+    ]
+    description = {
+        "class": type(optimizer).__name__,
+        "shapes": [list(parameter.shape) for parameter in _parameters(optimizer)],
+        "scalars": scalars,
+        "aliases": aliases,
+        "groups": groups,
+    }
+    return tensors, description
+
+
+def restore_optimizer_state(
+    optimizer: Optimizer, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+) -> None:
+    """Give a freshly built optimizer the state that `flatten_optimizer_state` took.
+
+    Every tensor is copied into a fresh allocation on its parameter's device (paged where the optimizer
+    pages); a `step` tensor goes where torch's implementation expects it.
+
+    Raises:
+        UserError: made by another optimizer class or for parameters of other shapes.
+    """
+    parameters = _parameters(optimizer)
+    if description["class"] != type(optimizer).__name__:
+        raise UserError(
+            f"the checkpoint was made with {description['class']}, optim.name gives "
+            f"{type(optimizer).__name__}: resume with the optimizer of the run"
+        )
+    shapes = [list(parameter.shape) for parameter in parameters]
+    if shapes != description["shapes"] or len(optimizer.param_groups) != len(description["groups"]):
+        raise UserError(
+            f"the checkpoint's optimizer state is for {len(description['shapes'])} tensors that are not the "
+            f"{len(shapes)} trained here: resume with the model and adapter settings of the run"
+        )
+    for group, saved in zip(optimizer.param_groups, description["groups"], strict=True):
+        for key, value in saved.items():
+            group[key] = tuple(value) if isinstance(value, list) else value
+
+    owners = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    optimizer.state.clear()
+    placed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        index, key = _split(name)
+        placed[name] = _place(optimizer, *owners[index], key, tensor)
+    entries: dict[str, Any] = {
+        **placed,
+        **description["scalars"],
+        **{name: placed[source] for name, source in description["aliases"].items()},
+    }
+    for name, value in entries.items():
+        index, key = _split(name)
+        optimizer.state[parameters[index]][key] = value
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _split(name: str) -> tuple[int, str]:
+    index, _, key = name.partition(".")
+    return int(index), key
+
+
+def _place(
+    optimizer: Optimizer, parameter: Tensor, group: Mapping[str, Any], key: str, saved: Tensor
+) -> Tensor:
+    like_parameter = saved.shape == parameter.shape
+    if key == "step":
+        on_device = group.get("fused") or group.get("capturable")
+        fresh = torch.empty(saved.shape, dtype=saved.dtype, device=parameter.device if on_device else "cpu")
+    elif key in _PAGEABLE and like_parameter and hasattr(optimizer, "get_state_buffer"):
+        fresh = optimizer.get_state_buffer(parameter, dtype=saved.dtype)
+        if getattr(fresh, "is_paged", False):
+            torch.cuda.synchronize()  # its zero fill runs on the GPU
+    elif like_parameter:
+        fresh = torch.empty_like(parameter, dtype=saved.dtype, requires_grad=False)
+    else:
+        fresh = torch.empty(saved.shape, dtype=saved.dtype, device=parameter.device)
+    with torch.no_grad():
+        return fresh.copy_(saved)

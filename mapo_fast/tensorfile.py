@@ -1,0 +1,87 @@
+"""Writing safetensors files one tensor at a time, hashed on the way.
+
+`safetensors.torch.save_file` brings every CUDA tensor to the host before it writes the first byte, and older
+versions turn all of them into Python bytes: a second full copy of the model in memory at the worst moment.
+The format is simple enough to stream:
+
+    8 bytes   little-endian length of the header
+    header    JSON: name -> dtype, shape, [begin, end) in the data; padded with spaces to 8 bytes
+    data      the tensors' contiguous bytes, widest dtype first so that each one is aligned
+
+Peak extra memory is one tensor, and only if it is not a contiguous CPU tensor already. The files are read
+with the safetensors library itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write `tensors` (any device, any strides, shared storage allowed) to `path` and fsync it.
+
+    Returns:
+        Hex SHA-256 of the file's bytes.
+
+    Raises:
+        TypeError: a dtype that safetensors files cannot hold here.
+        OSError: from the file system; nothing is cleaned up.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name}: {tensor.dtype} cannot be saved")
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for piece in (len(head).to_bytes(8, "little"), head):
+            _write(file, memoryview(piece))
+            digest.update(piece)
+        for name in order:
+            flat = tensors[name].detach().cpu().contiguous().view(-1)
+            if flat.numel():
+                data = memoryview(flat.view(torch.uint8).numpy().data)
+                _write(file, data)
+                digest.update(data)
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _write(file: object, data: memoryview) -> None:
+    """An unbuffered write may be partial (Linux stops at 2 GiB): go on until all is written."""
+    while data:
+        data = data[file.write(data) :]  # type: ignore[attr-defined]
