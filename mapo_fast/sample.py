@@ -1,0 +1,142 @@
+"""Sampling with diffusers' own SDXL pipeline, from prompt embeddings that are already there.
+
+No text encoder is needed and the VAE only to decode. The sampler is diffusers' Euler scheduler with the
+pipeline's own scheduler config (epsilon and v-prediction, zero terminal SNR); it is deterministic, and every
+sample's start noise comes from a generator of its own seed, so that image i depends on its prompt and its
+seed alone, never on how many samples were asked for or how they were split into batches (up to the last
+bits of a matrix product, which depend on the batch size).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mapo_fast.model import SDXLFolder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mapo_fast.data.text import PromptEmbeds
+
+
+@torch.no_grad()
+def sample_latents(
+    unet: Any,
+    folder: SDXLFolder,
+    prompts: PromptEmbeds,
+    empty: PromptEmbeds,
+    *,
+    seeds: Sequence[int],
+    height: int,
+    width: int,
+    steps: int = 25,
+    guidance: float = 5.0,
+    batch_size: int = 8,
+) -> Tensor:
+    """Sample one latent per prompt.
+
+    Args:
+        unet: `UNet2DConditionModel`, on any device; it is put into eval mode for the call and back after it.
+        folder: the pipeline folder, for its scheduler config and VAE scale.
+        prompts: embeddings of N prompts: (N, S, D) and (N, P).
+        empty: embeddings of the unconditional prompt: (1, S, D) and (1, P).
+        seeds: N seeds of start noise, drawn in fp32 on the CPU.
+        height: image height in pixels, a multiple of 8.
+        width: image width in pixels, a multiple of 8.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale; 1 or less switches guidance off.
+        batch_size: samples denoised together.
+
+    Returns:
+        Latents (N, C, h, w), multiplied by the VAE's scaling factor as in training; fp32, on the CPU.
+
+    Raises:
+        ValueError: numbers of prompts and seeds differ, or a side is not a multiple of 8.
+    """
+    count = prompts.prompt_embeds.shape[0]
+    if len(seeds) != count:
+        raise ValueError(f"{count} prompts need {count} seeds, got {len(seeds)}")
+    if height % 8 or width % 8:
+        raise ValueError(f"height and width must be multiples of 8, got {height}×{width}")
+    scale = 2 ** (len(folder.config("vae")["block_out_channels"]) - 1)
+    shape = (unet.config.in_channels, height // scale, width // scale)
+    pipeline = _pipeline(folder, unet)
+    training = unet.training
+    unet.eval()
+    device, dtype = unet.device, unet.dtype
+    done = []
+    try:
+        for start in range(0, count, batch_size):
+            part = slice(start, min(start + batch_size, count))
+            size = part.stop - part.start
+            noise = torch.stack(
+                [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds[part]]
+            )
+            latents = pipeline(
+                prompt_embeds=prompts.prompt_embeds[part].to(device, dtype),
+                pooled_prompt_embeds=prompts.pooled_embeds[part].to(device, dtype),
+                negative_prompt_embeds=empty.prompt_embeds.to(device, dtype).expand(size, -1, -1),
+                negative_pooled_prompt_embeds=empty.pooled_embeds.to(device, dtype).expand(size, -1),
+                latents=noise.to(device, dtype),
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                output_type="latent",
+            ).images
+            done.append(latents.float().cpu())
+    finally:
+        unet.train(training)
+    return torch.cat(done)
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, latents: Tensor, *, batch_size: int = 8) -> list[Image]:
+    """Decode latents (N, C, h, w), multiplied by the VAE's scaling factor, into N RGB images."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
+    images: list[Image] = []
+    for part in latents.split(batch_size):
+        decoded = vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+        images.extend(processor.postprocess(decoded.float(), output_type="pil"))
+    return images
+
+
+def _pipeline(folder: SDXLFolder, unet: Any) -> Any:
+    with _quiet_import():
+        from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    config = dict(folder.scheduler_config)
+    if config.get("rescale_betas_zero_snr"):
+        config["timestep_spacing"] = "trailing"  # only then the first step is at zero SNR (arXiv 2305.08891)
+    pipeline = StableDiffusionXLPipeline(
+        vae=None,
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler.from_config(config),
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Without torchvision, transformers remarks on image processors that SDXL does not use."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
