@@ -1,0 +1,84 @@
+"""The output folder of a run: claimed once, continued only by the same run.
+
+`run.json` holds the settings and the identity of the data and the start model. A folder that already holds a
+run is never written to without `--resume`, and a resume with settings that would change the arithmetic is
+refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from mapo_fast import __version__
+from mapo_fast.config import Config
+from mapo_fast.errors import UserError
+from mapo_fast.files import disk_errors, write_json
+
+_MAY_CHANGE = (
+    "data",  # the cache's identity is compared instead
+    "model",  # likewise
+    "preview",
+    "train.output",
+    "train.steps",
+    "train.device",
+    "train.threads",
+    "train.layout",
+    "train.gradient_checkpointing",
+    "train.attention",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.evaluate_every",
+    "train.max_skipped_steps",
+)
+"""Settings a resume may change: they leave the sequence of updates as it is, up to rounding."""
+
+
+def claim_output(config: Config, identity: dict[str, str], *, resume: bool) -> None:
+    """Create the output folder, or check that a resume continues the run that is there.
+
+    Args:
+        config: this run's settings.
+        identity: fingerprints of the cache and the start model.
+        resume: whether to continue; resuming a folder that holds nothing starts there.
+
+    Raises:
+        UserError: another run is there, or the resumed run had other settings, data or start model.
+    """
+    output = config.train.output
+    record = {"version": __version__, "config": config.model_dump(mode="json"), "identity": identity}
+    path = output / "run.json"
+    if path.exists():
+        if not resume:
+            raise UserError(f"{output} already holds a run: add --resume to continue it, or set another train.output")
+        _check_same_run(path, record)
+        return
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not an empty folder: set another train.output")
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+
+
+def _check_same_run(path: Any, record: dict[str, Any]) -> None:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        old, old_identity = _flat(before["config"]), before["identity"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): start again with another train.output") from None
+    new = _flat(record["config"])
+    for name in sorted(new.keys() | old.keys()):
+        if name.startswith(tuple(_MAY_CHANGE)) or new.get(name) == old.get(name):
+            continue
+        raise UserError(
+            f"cannot resume {path.parent}: {name} was {old.get(name)!r} and is now {new.get(name)!r} "
+            "(set it back, or start with another train.output)"
+        )
+    for name, value in record["identity"].items():
+        if old_identity.get(name) != value:
+            raise UserError(f"cannot resume {path.parent}: the {name} is not the one this run started with")
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, part in config.items() for key, value in part.items()}
