@@ -6,8 +6,8 @@
 
 A checkpoint is written into `.step-00000100.tmp`; every file and folder is fsynced; then one rename makes it
 visible and the oldest ones are pruned (renamed away before they are deleted). A process killed at any moment
-therefore leaves whole checkpoints and at most a temporary folder, which the next save removes. Only safetensors
-and JSON are read: nothing is unpickled.
+therefore leaves whole checkpoints and at most a temporary folder, which the next save removes. Only
+safetensors and JSON are read: nothing is unpickled.
 
 A whole checkpoint of the same step is left as it is (one run has one state per step); a damaged one is
 replaced. Pruning never removes a checkpoint of a later step than the one just saved.
@@ -174,8 +174,8 @@ class CheckpointStore:
 def save_unet(unet: Any, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
     """Write a UNet as a plain diffusers folder for `UNet2DConditionModel.from_pretrained(folder)`.
 
-    One `diffusion_pytorch_model.safetensors` in the weights' own dtypes, streamed tensor by tensor (diffusers'
-    `save_pretrained` copies a shard of up to 10 GB); the folder appears whole and replaces an older one.
+    One `diffusion_pytorch_model.safetensors` in the weights' own dtypes, streamed tensor by tensor
+    (diffusers' `save_pretrained` copies a shard of up to 10 GB); the folder appears whole and replaces an older one.
 
     Args:
         unet: a diffusers `UNet2DConditionModel`; its config is saved.

@@ -2,8 +2,8 @@
 
 Works for torch optimizers and for bitsandbytes' 8-bit and paged ones. Tensors are named `<parameter
 index>.<state name>`, the index counting through all parameter groups in order; a tensor that several
-parameters share (bitsandbytes' code books) is stored once. `load_state_dict` is not used: torch's casts states
-to the parameter's dtype, bitsandbytes' deep-copies them all and forgets that they were paged.
+parameters share (bitsandbytes' code books) is stored once. `load_state_dict` is not used: torch's casts
+states to the parameter's dtype, bitsandbytes' deep-copies them all and forgets that they were paged.
 """
 
 from __future__ import annotations
