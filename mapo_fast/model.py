@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,8 @@ class SDXLFolder:
 
     root: Path
     vae_root: Path
+    scheduler_overrides: dict[str, Any] = field(default_factory=dict)
+    """Settings that replace those of `scheduler_config.json`, for training and sampling alike."""
 
     def path(self, component: Component) -> Path:
         """The component's own folder."""
@@ -52,7 +54,7 @@ class SDXLFolder:
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
         """`scheduler/scheduler_config.json`: betas, prediction type, zero-terminal-SNR flag."""
-        return self.config("scheduler")
+        return {**self.config("scheduler"), **self.scheduler_overrides}
 
     @cached_property
     def zeros_for_empty_prompt(self) -> bool:
@@ -123,8 +125,15 @@ class SDXLFolder:
         return model.eval()
 
 
-def open_sdxl(path: Path, vae: Path | None = None) -> SDXLFolder:
+def open_sdxl(
+    path: Path, vae: Path | None = None, scheduler_overrides: dict[str, Any] | None = None
+) -> SDXLFolder:
     """Check that `path` is a diffusers SDXL pipeline folder; nothing is loaded.
+
+    Args:
+        path: the pipeline folder.
+        vae: another VAE folder.
+        scheduler_overrides: settings that replace those of the scheduler config.
 
     Raises:
         UserError: naming the missing or wrong part.
@@ -137,7 +146,7 @@ def open_sdxl(path: Path, vae: Path | None = None) -> SDXLFolder:
         hint = " (a single .safetensors file must be converted with diffusers first)"
         raise UserError(f"{path} is not a diffusers pipeline folder: model_index.json is missing{hint}")
     _read_json(path / "model_index.json")
-    folder = SDXLFolder(root=path, vae_root=vae if vae is not None else path / "vae")
+    folder = SDXLFolder(path, vae if vae is not None else path / "vae", scheduler_overrides or {})
     for component, config in _CONFIGS.items():
         part = folder.path(component)  # type: ignore[arg-type]
         if not (part / config).is_file():

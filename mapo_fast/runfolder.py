@@ -8,6 +8,7 @@ refused by name.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from mapo_fast import __version__
@@ -15,28 +16,30 @@ from mapo_fast.config import Config
 from mapo_fast.errors import UserError
 from mapo_fast.files import disk_errors, write_json
 
-_MAY_CHANGE = (
-    "data",  # the cache's identity is compared instead
-    "model",  # likewise
-    "preview",
-    "train.output",
-    "train.steps",
-    "train.device",
-    "train.threads",
-    "train.layout",
-    "train.gradient_checkpointing",
-    "train.attention",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.evaluate_every",
-    "train.max_skipped_steps",
+_MAY_CHANGE = frozenset(
+    {
+        "train.output",
+        "train.steps",
+        "train.device",
+        "train.threads",
+        "train.layout",
+        "train.gradient_checkpointing",
+        "train.attention",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.evaluate_every",
+        "train.max_skipped_steps",
+    }
 )
 """Settings a resume may change: they leave the sequence of updates as it is, up to rounding."""
 
+_SECTIONS_MAY_CHANGE = ("data", "model", "preview")
+"""Data and start model are compared by content instead, so that folders may move."""
 
-def claim_output(config: Config, identity: dict[str, str], *, resume: bool) -> None:
-    """Create the output folder, or check that a resume continues the run that is there.
+
+def check_output(config: Config, identity: dict[str, str], *, resume: bool) -> None:
+    """Refuse an output folder that is not this run's; nothing is written.
 
     Args:
         config: this run's settings.
@@ -47,38 +50,54 @@ def claim_output(config: Config, identity: dict[str, str], *, resume: bool) -> N
         UserError: another run is there, or the resumed run had other settings, data or start model.
     """
     output = config.train.output
-    record = {"version": __version__, "config": config.model_dump(mode="json"), "identity": identity}
     path = output / "run.json"
     if path.exists():
         if not resume:
-            raise UserError(f"{output} already holds a run: add --resume to continue it, or set another train.output")
-        _check_same_run(path, record)
-        return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(
+                f"{output} already holds a run: add --resume to continue it, or set another train.output"
+            )
+        _check_same_run(path, _record(config, identity))
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not an empty folder: set another train.output")
+
+
+def claim_output(config: Config, identity: dict[str, str]) -> None:
+    """Create the output folder with its `run.json`, unless it is there already."""
+    output = config.train.output
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+    if not (output / "run.json").exists():
+        write_json(output / "run.json", _record(config, identity))
 
 
-def _check_same_run(path: Any, record: dict[str, Any]) -> None:
+def _record(config: Config, identity: dict[str, str]) -> dict[str, Any]:
+    return {"version": __version__, "config": config.model_dump(mode="json"), "identity": identity}
+
+
+def _check_same_run(path: Path, record: dict[str, Any]) -> None:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        old, old_identity = _flat(before["config"]), before["identity"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        old, old_identity = _arithmetic(before["config"]), dict(before["identity"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}): start again with another train.output") from None
-    new = _flat(record["config"])
+    new = _arithmetic(record["config"])
     for name in sorted(new.keys() | old.keys()):
-        if name.startswith(tuple(_MAY_CHANGE)) or new.get(name) == old.get(name):
-            continue
-        raise UserError(
-            f"cannot resume {path.parent}: {name} was {old.get(name)!r} and is now {new.get(name)!r} "
-            "(set it back, or start with another train.output)"
-        )
+        if new.get(name) != old.get(name):
+            raise UserError(
+                f"cannot resume {path.parent}: {name} was {old.get(name)!r} and is now {new.get(name)!r} "
+                "(set it back, or start with another train.output)"
+            )
     for name, value in record["identity"].items():
         if old_identity.get(name) != value:
             raise UserError(f"cannot resume {path.parent}: the {name} is not the one this run started with")
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, part in config.items() for key, value in part.items()}
+def _arithmetic(config: dict[str, Any]) -> dict[str, Any]:
+    """`section.key` -> value of every setting that the updates depend on."""
+    return {
+        f"{section}.{key}": value
+        for section, part in config.items()
+        if section not in _SECTIONS_MAY_CHANGE
+        for key, value in part.items()
+        if f"{section}.{key}" not in _MAY_CHANGE
+    }

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mapo_fast.config import Config
+from mapo_fast.config import Config, TrainConfig
 from mapo_fast.errors import UserError
 
 
@@ -60,3 +60,16 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
     if name == "pure_bf16":
         return Precision(torch.bfloat16, torch.bfloat16, None, scaled=False)
     return Precision(torch.bfloat16 if lora else torch.float32, torch.float32, torch.bfloat16, scaled=False)
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    """The device of a run.
+
+    Raises:
+        UserError: `cuda` is asked for and there is no NVIDIA GPU that torch can use.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device = 'cuda', but torch sees no NVIDIA GPU (see mapo-fast doctor)")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda")

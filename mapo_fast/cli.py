@@ -1,0 +1,90 @@
+"""The `mapo-fast` command. A user's mistake is one line on stderr and exit code 2, never a stack trace."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from mapo_fast.errors import UserError
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError as missing:
+    raise SystemExit(
+        f"mapo-fast: {missing.name} is not installed; the command line needs pip install 'mapo_fast[train]'"
+    ) from None
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Preference fine-tuning of Stable Diffusion XL with MaPO on one GPU.",
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="TOML file; see recipes/ for commented ones.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Replace one setting: section.key=value. May be repeated.")
+]
+
+
+@app.command()
+def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Encode images and prompts once into a cache; continues where it stopped."""
+    from mapo_fast.config import load_config
+    from mapo_fast.data.prepare import prepare as run
+
+    run(load_config(config, overrides), console=Console())
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in train.output.")] = False,
+) -> None:
+    """Fine-tune on a prepared cache."""
+    from mapo_fast.config import load_config
+    from mapo_fast.train import train as run
+
+    result = run(load_config(config, overrides), resume=resume, console=Console())
+    if not result.finished:
+        typer.echo(
+            f"stopped at step {result.step}, saved; continue with the same command and --resume", err=True
+        )
+        raise typer.Exit(130)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for the report and everything it is made of.")
+    ] = Path("demo-out"),
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the whole demo.")] = 0,
+) -> None:
+    """Fine-tune a tiny SDXL on drawn preferences and show what changed. Needs no GPU and no download."""
+    from mapo_fast.demo.run import run_demo
+
+    run_demo(out, seed=seed, console=Console())
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, the GPU, and which kernels and attention back ends will be used and why."""
+    from mapo_fast.doctor import doctor as run
+
+    run(Console())
+
+
+def main() -> None:
+    """Entry point of the `mapo-fast` script and of `python -m mapo_fast`."""
+    try:
+        app()
+    except UserError as error:
+        print(f"mapo-fast: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

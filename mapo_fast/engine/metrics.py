@@ -1,0 +1,81 @@
+"""Training figures summed on the device and fetched together, once per logging interval."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mapo_fast.engine.optim import GuardedOptimizer
+
+_PER_PAIR = ("loss", "chosen_error", "rejected_error", "margin", "logits", "saturation", "accuracy")
+
+
+class Metrics:
+    """Sums over the pairs and steps since the last fetch.
+
+    `margin` is mean(e_l − e_w), `saturation` mean σ(−logit), `accuracy` the share of pairs with logit > 0.
+    A micro-batch with a figure that is not finite is left out of the sums: its step is skipped and counted.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._pairs = torch.zeros(len(_PER_PAIR) + 1, dtype=torch.float64, device=device)
+        self._steps = torch.zeros(2, dtype=torch.float64, device=device)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave what happened since the last step (evaluation, saving) out of pairs per second."""
+        self._started, self._timed = time.perf_counter(), 0
+
+    def add(self, out: Any) -> None:
+        """Add one micro-batch's loss output of B pairs."""
+        pairs = out.logits.shape[0]
+        rows = torch.stack(
+            [
+                out.loss.detach().expand(pairs),
+                out.chosen_error,
+                out.rejected_error,
+                out.rejected_error - out.chosen_error,
+                out.logits,
+                torch.sigmoid(-out.logits),
+                out.correct.to(out.logits.dtype),
+                torch.ones_like(out.logits),
+            ]
+        )
+        sums = rows.double().sum(dim=1)
+        self._pairs += torch.where(torch.isfinite(sums).all(), sums, torch.zeros_like(sums))
+        self._timed += pairs
+
+    def add_step(self, norm: Tensor) -> None:
+        """Add one optimizer step's gradient norm, 0-d; a step that is not finite is left out."""
+        finite = torch.isfinite(norm)
+        self._steps += torch.stack([torch.where(finite, norm, torch.zeros_like(norm)), finite.to(norm.dtype)])
+
+    def fetch(self, optimizer: GuardedOptimizer) -> tuple[dict[str, float], int]:
+        """Means since the last fetch, and how many steps in a row were skipped; the device is waited for."""
+        counters = torch.stack([optimizer.skipped, optimizer.skipped_in_a_row]).double()
+        values = torch.cat([self._pairs, self._steps, counters]).tolist()
+        seconds = time.perf_counter() - self._started
+        *sums, pairs, norms, steps, skipped, in_a_row = values
+        figures = {
+            name: total / pairs if pairs else float("nan")
+            for name, total in zip(_PER_PAIR, sums, strict=True)
+        }
+        figures["grad_norm"] = norms / steps if steps else float("nan")
+        figures["pairs_per_s"] = self._timed / seconds
+        figures["skipped_steps"] = skipped
+        self._pairs.zero_()
+        self._steps.zero_()
+        self.restart_clock()
+        return figures, int(in_a_row)
+
+
+def memory_mib(device: torch.device) -> float:
+    """Peak allocated memory on a GPU, resident memory of the process on the CPU, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import psutil
+
+    return float(psutil.Process().memory_info().rss) / 2**20

@@ -1,0 +1,23 @@
+"""The loss module that a config's `[objective]` names."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mapo_fast.config import ObjectiveConfig
+from mapo_fast.loss import MaPOLoss, SFTLoss
+
+
+def build_loss(config: ObjectiveConfig, num_train_timesteps: int) -> nn.Module:
+    """`MaPOLoss` or `SFTLoss`: both take (prediction, target), chosen half first, and return `loss`,
+    `chosen_error`, `rejected_error`, `logits` and `correct`.
+    """
+    if config.name == "sft":
+        return SFTLoss()
+    return MaPOLoss(
+        form=config.form,
+        reading=config.reading,
+        beta=config.beta,
+        snr=config.snr,
+        num_train_timesteps=num_train_timesteps,
+    )

@@ -1,0 +1,49 @@
+"""Previews: the same prompts and start noise sampled at several steps of a run.
+
+The text encoders are loaded once, before the UNet, and the VAE only while it decodes, so that training keeps
+nothing but the UNet in memory.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from mapo_fast.config import Config
+from mapo_fast.data.text import empty_prompt, encode_prompts
+from mapo_fast.model import SDXLFolder
+from mapo_fast.sample import decode_latents, sample_latents
+
+
+class Previews:
+    """Samples a run's preview prompts; make it before the UNet is loaded."""
+
+    def __init__(self, config: Config, folder: SDXLFolder, device: torch.device) -> None:
+        self.config, self.folder, self.device = config, folder, device
+        settings = {"max_tokens": config.data.max_tokens, "device": device, "dtype": torch.float32}
+        self.prompts = encode_prompts(folder, config.preview.prompts, **settings)
+        self.empty = empty_prompt(folder, **settings)
+
+    def write(self, unet: Any, step: int, context: AbstractContextManager[None]) -> None:
+        """Write `<output>/previews/step-XXXXXXXX/NN.png`, one image per prompt."""
+        preview, side = self.config.preview, self.config.data.resolution
+        with context:
+            latents = sample_latents(
+                unet,
+                self.folder,
+                self.prompts,
+                self.empty,
+                seeds=[preview.seed + i for i in range(len(preview.prompts))],
+                height=side,
+                width=side,
+                steps=preview.steps,
+                guidance=preview.guidance,
+                batch_size=1,
+            )
+        vae = self.folder.load_vae(torch.float32).to(self.device)
+        target = self.config.train.output / "previews" / f"step-{step:08d}"
+        target.mkdir(parents=True, exist_ok=True)
+        for index, image in enumerate(decode_latents(vae, latents, batch_size=1)):
+            image.save(target / f"{index:02d}.png")
