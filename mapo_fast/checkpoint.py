@@ -175,7 +175,8 @@ def save_unet(unet: Any, folder: Path, tensors: Mapping[str, Tensor] | None = No
     """Write a UNet as a plain diffusers folder for `UNet2DConditionModel.from_pretrained(folder)`.
 
     One `diffusion_pytorch_model.safetensors` in the weights' own dtypes, streamed tensor by tensor
-    (diffusers' `save_pretrained` copies a shard of up to 10 GB); the folder appears whole and replaces an older one.
+    (diffusers' `save_pretrained` copies a shard of up to 10 GB). The folder appears whole and replaces an
+    older one.
 
     Args:
         unet: a diffusers `UNet2DConditionModel`; its config is saved.

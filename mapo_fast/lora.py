@@ -8,8 +8,8 @@
 Names in the kohya file. kohya's scripts train SDXL on a UNet with the original block names and match keys
 exactly, so a key must read `lora_unet_input_blocks_4_1_…`, not `lora_unet_down_blocks_1_attentions_0_…`.
 ComfyUI builds its key map from the original names too (and from diffusers'), A1111 replaces `lora_unet` by
-`diffusion_model` and looks the rest up, diffusers maps original names back with the UNet's `layers_per_block`.
-The original names are therefore the ones that load everywhere.
+`diffusion_model` and looks the rest up, diffusers maps original names back by the UNet's
+`layers_per_block`. The original names are therefore the ones that load everywhere.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def save_lora(unet: Any, folder: Path) -> None:
 
 
 def kohya_state_dict(factors: dict[str, Tensor], alpha: float, layers_per_block: int) -> dict[str, Tensor]:
-    """Rename `lora_state_dict`'s factors to kohya's keys and add the scalar `<layer>.alpha` to every layer."""
+    """Rename `lora_state_dict`'s factors to kohya's keys and add a scalar `<layer>.alpha` to each layer."""
     state: dict[str, Tensor] = {}
     for name, factor in factors.items():
         layer, _, factor_name = name.partition(".lora_")
