@@ -1,0 +1,92 @@
+"""Which implementation an op runs on, and the few things every launcher needs.
+
+Triton is optional (PyPI has it for Linux only). Kernels are decorated with `jit` from here and name `tl` only
+inside their bodies, so a module of kernels imports with or without Triton. Whether kernels are compiled or
+interpreted is fixed by Triton when it is first imported (`TRITON_INTERPRET=1`), hence once per process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Windows, macOS: the eager path runs
+    triton = None
+    tl = None
+
+INTERPRETING: bool = triton is not None and triton.knobs.runtime.interpret
+"""Triton runs kernels in Python on CPU tensors (a test mode: correct, slow, bit-exact masks and indexing)."""
+
+OLDEST_CAPABILITY = (7, 5)
+"""Oldest NVIDIA compute capability every kernel is compiled for ahead of time in the tests."""
+
+
+class Backend(NamedTuple):
+    """What runs for tensors on a device, and why."""
+
+    name: Literal["triton", "interpreter", "eager"]
+    reason: str
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the untouched function where Triton is missing (it is never called there)."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def backend(device: torch.device | str) -> Backend:
+    """Return the implementation that ops of this package use for tensors on `device`."""
+    device = torch.device(device)
+    if triton is None:
+        return Backend("eager", "Triton is not installed")
+    if INTERPRETING:
+        return Backend("interpreter", "TRITON_INTERPRET=1 was set before Triton was imported")
+    if device.type != "cuda":
+        return Backend("eager", f"Triton kernels need a CUDA device, not {device.type!r}")
+    return _cuda_backend(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _cuda_backend(index: int) -> Backend:
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < OLDEST_CAPABILITY:
+        have = "{}.{}".format(*torch.cuda.get_device_capability(index))
+        return Backend("eager", f"compute capability {have} is below {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}")
+    return Backend("triton", f"Triton {triton.__version__} on {torch.cuda.get_device_name(index)}")
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the tensor's GPU the current one: Triton launches on the current device's current stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def completion_counter(device: torch.device) -> Tensor:
+    """Return an int32 (1,) counter that is 0 when the next kernel on the current stream starts.
+
+    A kernel counts its finished programs in it; the last one does the work that needs all the others, and
+    sets the counter back to 0. So it has to be cleared only once, not before every launch. Why this is safe:
+
+    - Kernels of one stream run one after another, so one counter per (device, stream) is never shared.
+    - A CUDA graph may be replayed on any stream, next to eager work or to other graphs. A launch that is being
+      captured therefore gets its own counter from the graph's memory pool; the clearing is captured with it.
+    - CUDA-graph trees of `torch.compile` would find a cached counter inside their private pool: ops that use
+      this counter carry the tag `cudagraph_unsafe`, which makes Inductor run them outside its graphs.
+    """
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(1, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    counter = _counters.get((device, stream))
+    if counter is None:
+        counter = _counters[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
+    return counter
