@@ -1,0 +1,285 @@
+"""One log for a run: a JSON-lines file, TensorBoard, and the console.
+
+`<folder>/log.jsonl` has one object per line, flushed at once: `event`, `step`, `time` (Unix seconds) and the
+event's own fields. Non-finite numbers are written as the strings "nan", "inf" and "-inf", so that every line
+is strict JSON.
+
+    start        the beginning of a session; `step` is where it starts from
+    step         loss, chosen_error, rejected_error, margin (mean e_l − e_w), logits (mean z), saturation
+                 (mean σ(−z)), saturated (share of pairs with σ(−z) < 0.05), accuracy (share of pairs with
+                 z > 0), grad_norm, lr, pairs_per_s, peak_memory_mib, skipped_steps
+    evaluation   held-out figures, each against the start model
+    warning      message
+    end          whether the run is finished, and the session's seconds
+
+A resumed run drops the lines of steps after its checkpoint (they will be made again) and a last line that a
+kill cut short, so no step is there twice. `<folder>/tensorboard` gets the same
+numbers, purged in the same way. On a terminal there is a progress bar; elsewhere plain lines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mapo_fast import __version__
+from mapo_fast.files import atomic_path, disk_errors
+from mapo_fast.monitor import Monitor
+
+LOG_FILE = "log.jsonl"
+
+_NON_FINITE = ("nan", "inf", "-inf")
+
+_LINE = (
+    ("loss", "loss {:.4f}"),
+    ("chosen_error", "chosen {:.4f}"),
+    ("rejected_error", "rejected {:.4f}"),
+    ("margin", "margin {:+.4f}"),
+    ("saturation", "saturation {:.2f}"),
+    ("accuracy", "accuracy {:.2f}"),
+    ("grad_norm", "grad {:.2f}"),
+    ("lr", "lr {:.1e}"),
+    ("pairs_per_s", "{:.2f} pairs/s"),
+    ("peak_memory_mib", "{:.0f} MiB"),
+    ("skipped_steps", "skipped {:.0f}"),
+)
+
+
+class RunLog:
+    """The log of one run, and its `Monitor`; a context manager."""
+
+    def __init__(
+        self, folder: Path, total_steps: int, console: Console | None, *, start_step: int = 0
+    ) -> None:
+        """Open the log.
+
+        Args:
+            folder: the run's output folder.
+            total_steps: optimizer steps of the whole run.
+            console: where to show progress; None shows nothing.
+            start_step: steps done by the checkpoint the run resumes from. At 0 the log starts empty.
+                Otherwise the lines up to that step stay, and the monitor sees them again, so that a resumed
+                run warns like an uninterrupted one.
+
+        Raises:
+            UserError: disk full or not writable.
+        """
+        self._console = console
+        self._total = total_steps
+        self._first_step = start_step
+        self._began = time.monotonic()
+        path = folder / LOG_FILE
+        with disk_errors(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = _cut(path, start_step)
+            self._file: TextIO = path.open("a", encoding="utf-8", newline="\n")
+        self._path = path
+        self._progress: Progress | None = None
+        self._monitor = Monitor(self._warn)
+        self._replaying = True
+        for entry in kept:
+            if entry["event"] == "step":
+                self._monitor.step(entry["step"], entry)
+            elif entry["event"] == "evaluation":
+                self._monitor.evaluation(entry["step"], entry)
+        self._replaying = False
+        self._write("start", start_step, {"total_steps": total_steps, "version": __version__})
+        self._writer = self._open_tensorboard(folder / "tensorboard")
+        if console is not None and console.is_terminal:
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[speed]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=console,
+                speed_estimate_period=120,
+                refresh_per_second=2,
+            )
+            self._task = self._progress.add_task("", total=total_steps, completed=self._first_step, speed="")
+            self._progress.start()
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar; cheap enough for every step, nothing is read from the device."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def step(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        """Log one interval's training figures; those that are None are left out."""
+        known = {name: float(value) for name, value in metrics.items() if value is not None}
+        self._write("step", step, known)
+        self._scalars("train", step, known)
+        self.advance(step)
+        if self._progress is not None and "pairs_per_s" in known:
+            self._progress.update(self._task, speed=f"{known['pairs_per_s']:.2f} pairs/s")
+        parts = [form.format(known[name]) for name, form in _LINE if name in known]
+        if not known.get("skipped_steps"):
+            parts = [part for part in parts if not part.startswith("skipped")]
+        self._print(f"step {step}/{self._total}  " + "  ".join(parts) + self._eta(step))
+        self._monitor.step(step, known)
+
+    def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Log a held-out evaluation: the (nested) dict of `evaluate.compare`."""
+        self._write("evaluation", step, figures)
+        self._scalars("held_out", step, figures)
+        if self._writer is not None:
+            self._writer.flush()
+        parts = []
+        if "accuracy" in figures:
+            parts.append(f"accuracy {figures['accuracy']:.3f}")
+        for name in ("accuracy", "margin", "chosen_error"):
+            if change := figures.get(f"{name}_change"):
+                parts.append(f"{name.replace('_', ' ')} change {_change(change)}")
+        if "drift" in figures:
+            parts.append(f"drift {figures['drift']:.2g}")
+        self._print(f"held-out at step {step}: " + "; ".join(parts))
+        self._monitor.evaluation(step, figures)
+
+    def warning(self, step: int, message: str) -> None:
+        """Log a warning and show it."""
+        self._write("warning", step, {"message": message})
+        self._print(f"warning at step {step}: {message}", style="yellow")
+
+    def end(self, step: int, *, finished: bool) -> None:
+        """Log the end of this session: the run is finished, or was stopped to be resumed."""
+        self._write("end", step, {"finished": finished, "seconds": round(time.monotonic() - self._began, 3)})
+
+    def close(self) -> None:
+        """Flush and close everything; safe to call twice."""
+        if self._progress is not None:
+            self._progress.stop()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._file.close()
+
+    def __enter__(self) -> RunLog:
+        """Return the log itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the log."""
+        self.close()
+
+    def _warn(self, step: int, message: str) -> None:
+        if not self._replaying:
+            self.warning(step, message)
+
+    def _write(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
+        line = {"event": event, "step": step, "time": round(time.time(), 3), **fields}
+        with disk_errors(self._path):
+            self._file.write(json.dumps(_quoted(line), allow_nan=False) + "\n")
+            self._file.flush()
+
+    def _scalars(self, group: str, step: int, figures: Mapping[str, Any]) -> None:
+        if self._writer is not None:
+            for name, value in _numbers(group, figures):
+                self._writer.add_scalar(name, value, step)
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        if self._console is not None:
+            # One line per event in a log file; on a terminal rich wraps.
+            wrap = self._console.is_terminal
+            self._console.print(escape(text), style=style, highlight=False, soft_wrap=not wrap)
+
+    def _eta(self, step: int) -> str:
+        done = step - self._first_step
+        if self._progress is not None or done <= 0:
+            return ""
+        left = (time.monotonic() - self._began) / done * (self._total - step)
+        return f"  ETA {timedelta(seconds=round(left))}"
+
+    def _open_tensorboard(self, folder: Path) -> Any:
+        """A SummaryWriter (its import takes seconds), or None with one warning where it is missing."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.warning(
+                self._first_step,
+                f"tensorboard is not installed, so figures go to {self._path.name} only "
+                "(pip install tensorboard)",
+            )
+            return None
+        purge = self._first_step + 1 if self._first_step else 0
+        return SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a `log.jsonl`, in order, with their non-finite numbers as floats again.
+
+    A last line that a kill cut short is left out.
+    """
+    return [entry for _, entry in _lines(path)]
+
+
+def _cut(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines after `step` (all of them for step 0), atomically; returns those kept."""
+    if not path.exists():
+        return []
+    kept = [(text, entry) for text, entry in _lines(path) if 0 < step >= entry["step"]]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(f"{text}\n" for text, _ in kept), encoding="utf-8", newline="\n")
+    return [entry for _, entry in kept]
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            yield text, _unquoted(entry)
+
+
+def _quoted(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _quoted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_quoted(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _unquoted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unquoted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unquoted(item) for item in value]
+    return float(value) if value in _NON_FINITE else value
+
+
+def _numbers(prefix: str, figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(f"{prefix}/{name}", value)
+        elif _is_number(value):
+            yield f"{prefix}/{name}", float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _change(change: Mapping[str, float | None]) -> str:
+    mean, low, high = change["mean"], change["low"], change["high"]
+    if low is None or high is None:
+        return f"{mean:+.4f}"
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
