@@ -9,14 +9,25 @@ import torch
 from torch import Tensor
 
 from mapo_fast.engine.optim import GuardedOptimizer
+from mapo_fast.monitor import SATURATED_BELOW
 
-_PER_PAIR = ("loss", "chosen_error", "rejected_error", "margin", "logits", "saturation", "accuracy")
+_PER_PAIR = (
+    "loss",
+    "chosen_error",
+    "rejected_error",
+    "margin",
+    "logits",
+    "saturation",
+    "saturated",
+    "accuracy",
+)
 
 
 class Metrics:
     """Sums over the pairs and steps since the last fetch.
 
-    `margin` is mean(e_l − e_w), `saturation` mean σ(−logit), `accuracy` the share of pairs with logit > 0.
+    `margin` is mean(e_l − e_w), `saturation` mean σ(−logit) (the share of the margin's gradient that is
+    left), `saturated` the share of pairs where that is below 0.05, `accuracy` the share with logit > 0.
     A micro-batch with a figure that is not finite is left out of the sums: its step is skipped and counted.
     """
 
@@ -32,6 +43,7 @@ class Metrics:
     def add(self, out: Any) -> None:
         """Add one micro-batch's loss output of B pairs."""
         pairs = out.logits.shape[0]
+        strength = torch.sigmoid(-out.logits)
         rows = torch.stack(
             [
                 out.loss.detach().expand(pairs),
@@ -39,7 +51,8 @@ class Metrics:
                 out.rejected_error,
                 out.rejected_error - out.chosen_error,
                 out.logits,
-                torch.sigmoid(-out.logits),
+                strength,
+                (strength < SATURATED_BELOW).to(strength.dtype),
                 out.correct.to(out.logits.dtype),
                 torch.ones_like(out.logits),
             ]
