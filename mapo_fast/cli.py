@@ -28,6 +28,8 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Replace one setting: section.key=value. May be repeated.")
 ]
 
+OutFolder = Annotated[Path, typer.Option("--out", help="Folder for the report and what it is made of.")]
+
 
 @app.command()
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:

@@ -85,7 +85,7 @@ class HeldOut:
             error = (prediction - inputs.target).square().mean(dim=(1, 2, 3))
             errors.append(error.view(2, len(draws)))
             if keep in draws:
-                kept = prediction.unflatten(0, (2, len(draws)))[:, keep - first].half()
+                kept = prediction.view(2, len(draws), *shape)[:, keep - first].half()
         assert kept is not None
         return torch.cat(errors, dim=1), kept
 

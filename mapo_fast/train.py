@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mapo_fast.checkpoint import CheckpointStore, save_unet
+from mapo_fast.checkpoint import Checkpoint, CheckpointStore, save_unet
 from mapo_fast.config import Config
 from mapo_fast.data.cache import PairCache
 from mapo_fast.diffusion import Diffusion
@@ -74,17 +74,35 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     unet = build_unet(config, folder, precision, device)
     claim_output(config, identity)
     store = CheckpointStore(config.train.output / "checkpoints", config.train.keep_checkpoints)
+    checkpoint = store.newest() if resume else None
     trainer = Trainer(config, unet, cache, diffusion, precision, device, store, previews)
-    notes = trainer.restore() if resume else []
-    with RunLog(config.train.output, config.train.steps, console, start_step=trainer.step) as log:
-        for note in [*notes, *_advice(config, cache)]:
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    position = trainer.step if checkpoint is not None else None
+    with (
+        RunLog(config.train.output, config.train.steps, console, position=position) as log,
+        StopRequest() as stop,
+    ):
+        log.start(
+            trainer.step, {"train_pairs": len(cache.train), "held_out_pairs": len(cache.held_out), **identity}
+        )
+        if checkpoint is not None:
+            log.monitor.restore(checkpoint.state["monitor"])
+        for note in _notes(config, cache, checkpoint, resume):
             log.warning(trainer.step, note)
-        with StopRequest() as stop:
-            return trainer.run(log, stop, folder)
+        return trainer.run(log, stop, folder)
 
 
-def _advice(config: Config, cache: PairCache) -> list[str]:
+def _notes(config: Config, cache: PairCache, checkpoint: Checkpoint | None, resume: bool) -> list[str]:
+    """What the user should know before the first step."""
     notes = []
+    if resume and checkpoint is None:
+        notes.append("nothing to resume yet: no checkpoint was written, starting at step 0")
+    if checkpoint is not None:
+        notes += [
+            f"checkpoint {path.name} is damaged ({reason}): falling back to {checkpoint.path.name}"
+            for path, reason in checkpoint.damaged
+        ]
     if config.train.precision == "pure_bf16":
         notes.append(
             f"train.precision = 'pure_bf16' rounds updates to bf16: at lr {config.optim.lr:g} many are lost; "
@@ -133,21 +151,22 @@ class Trainer:
         if self.step == 0:
             self._look(log, first=True)
         while self.step < config.steps and not stop.requested:
-            norm = self._step()
-            self.metrics.add_step(norm)
+            self.metrics.add_step(self._step())
+            log.advance(self.step)
             last = self.step == config.steps or stop.requested
             if self.step % config.log_every == 0 or last:
                 self._log(log)
-            if _due(self.step, config.checkpoint_every) and not last:
-                self.save()
-            if not last:
-                self._look(log)
-        self.save()
+            if last:
+                break
+            if _due(self.step, config.checkpoint_every):
+                self.save(log)
+            self._look(log)
+        self.save(log)
         finished = self.step >= config.steps
         if finished:
             self._look(log, last=True)
             self._export(folder)
-        log.end(self.step, finished=finished)
+        log.end(self.step, "finished" if finished else "stopped by a signal")
         return TrainResult(config.output, self.step, finished, int(self.optimizer.skipped))
 
     def _step(self) -> Tensor:
@@ -184,7 +203,7 @@ class Trainer:
         log.step(self.step, figures)
         limit = self.config.train.max_skipped_steps
         if in_a_row > limit:
-            self.save()
+            self.save(log)
             raise UserError(
                 f"{in_a_row} steps in a row were not finite (train.max_skipped_steps = {limit}); the last "
                 f"good weights are in {self.store.folder}. Lower optim.lr, or look for damaged data"
@@ -210,7 +229,7 @@ class Trainer:
             return lora_state_dict(self.unet)
         return dict(self.unet.state_dict())
 
-    def save(self) -> None:
+    def save(self, log: RunLog) -> None:
         """Write a checkpoint of this step."""
         tensors, description = flatten_optimizer_state(self.optimizer.optimizer)
         scaler = self.optimizer.scaler
@@ -218,28 +237,22 @@ class Trainer:
             "optimizer": description,
             "seed": self.config.train.seed,
             "skipped": float(self.optimizer.skipped),
+            "monitor": log.monitor.state(),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         self.store.save(self.step, {"model": self._model_tensors(), "optimizer": tensors}, state)
         self.metrics.restart_clock()
 
-    def restore(self) -> list[str]:
-        """Continue from the newest good checkpoint; returns what the user should know about it."""
-        checkpoint = self.store.newest()
-        if checkpoint is None:
-            return [f"no checkpoint in {self.store.folder}: starting at step 0"]
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint's weights, optimizer and position."""
         checkpoint.copy_into("model", self._model_tensors())
         restore_optimizer_state(
             self.optimizer.optimizer, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"]
         )
         self.optimizer.skipped.fill_(checkpoint.state["skipped"])
-        if self.optimizer.scaler is not None and checkpoint.state["scaler"]:
+        if self.optimizer.scaler is not None:
             self.optimizer.scaler.load_state_dict(checkpoint.state["scaler"])
         self.step = checkpoint.step
-        return [
-            f"checkpoint {path.name} is damaged ({reason}): falling back to step {checkpoint.step}"
-            for path, reason in checkpoint.damaged
-        ]
 
     def _export(self, folder: SDXLFolder) -> None:
         """Write the result for plain diffusers, with the scheduler config it was trained under."""
