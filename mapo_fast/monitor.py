@@ -22,7 +22,7 @@ from typing import Any
 
 SATURATED_BELOW = 0.05
 """A pair counts as saturated when its margin gradient has less than this share of its full strength:
-σ(−z) < 0.05, that is z > 2.94. With MaPO's default settings (`code` form) that is an error gap above 0.012."""
+σ(−z) < 0.05, that is z > 2.94. With MaPO's default settings that is an error gap above 0.012."""
 
 _SATURATED_SHARE = 0.8
 _WINDOW = 20
