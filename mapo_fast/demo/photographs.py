@@ -1,0 +1,224 @@
+"""Real photographs: `python -m mapo_fast.demo.photographs --out DIR`.
+
+Writes a parquet file in the format of Pick-a-Pic v2 from the photographs that scikit-image and scikit-learn
+ship in their wheels (`pip install 'mapo_fast[examples]'`; nothing is downloaded), and a config that trains on
+it with the same two commands as any other data:
+
+    mapo-fast prepare DIR/config.toml
+    mapo-fast train DIR/config.toml
+
+Chosen is a crop of a photograph, rejected the same crop degraded in one of several ways; which of the two is
+`jpg_0` is drawn per row. All crops of one photograph have one caption, so they form one connected component
+of the split by prompt and image content: the held-out pairs are of photographs that were not trained on. The
+two views of the motorcycle share a caption, because they show the same scene.
+
+The columns `kind` and `photograph` are not part of Pick-a-Pic; they are there to evaluate by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageEnhance, ImageFilter
+
+from mapo_fast.errors import UserError
+from mapo_fast.files import atomic_path, disk_errors
+
+SIDE = 64
+"""Side of a crop as it is written, pixels."""
+
+PHOTOGRAPHS: dict[str, str] = {
+    "skimage/data/astronaut.png": "a portrait of an astronaut",
+    "skimage/data/brick.png": "a brick wall",
+    "skimage/data/camera.png": "a man behind a camera",
+    "skimage/data/cell.png": "a cell under a microscope",
+    "skimage/data/chelsea.png": "the face of a cat",
+    "skimage/data/clock_motion.png": "a clock in motion",
+    "skimage/data/coffee.png": "a cup of coffee",
+    "skimage/data/coins.png": "ancient coins",
+    "skimage/data/grass.png": "grass from above",
+    "skimage/data/gravel.png": "gravel from above",
+    "skimage/data/hubble_deep_field.jpg": "distant galaxies",
+    "skimage/data/ihc.png": "stained tissue",
+    "skimage/data/moon.png": "the surface of the moon",
+    "skimage/data/motorcycle_left.png": "a motorcycle in a workshop",
+    "skimage/data/motorcycle_right.png": "a motorcycle in a workshop",
+    "skimage/data/page.png": "a page of an old book",
+    "skimage/data/retina.jpg": "the retina of an eye",
+    "skimage/data/rocket.jpg": "a rocket at night",
+    "sklearn/datasets/images/china.jpg": "a temple in China",
+    "sklearn/datasets/images/flower.jpg": "a flower",
+}
+"""File inside the installed packages -> caption. Drawings, masks and logos they also ship are left out."""
+
+
+def _noise(image: Image.Image, rng: random.Random) -> Image.Image:
+    pixels = np.asarray(image, dtype=np.float64)
+    generator = np.random.default_rng(rng.getrandbits(64))
+    noisy = pixels + generator.normal(0, 24, pixels.shape)
+    return Image.fromarray(np.clip(np.rint(noisy), 0, 255).astype(np.uint8))
+
+
+def _jpeg(image: Image.Image, rng: random.Random) -> Image.Image:
+    with Image.open(io.BytesIO(_encode(image, quality=rng.randint(5, 12)))) as blocky:
+        return blocky.convert("RGB")
+
+
+def _pixelate(image: Image.Image, rng: random.Random) -> Image.Image:
+    small = image.resize((SIDE // 4, SIDE // 4), Image.Resampling.BOX)
+    return small.resize(image.size, Image.Resampling.NEAREST)
+
+
+DEGRADATIONS: dict[str, Callable[[Image.Image, random.Random], Image.Image]] = {
+    "blur": lambda image, rng: image.filter(ImageFilter.GaussianBlur(rng.uniform(1.5, 2.5))),
+    "low_contrast": lambda image, rng: ImageEnhance.Contrast(image).enhance(rng.uniform(0.3, 0.5)),
+    "jpeg": _jpeg,
+    "pixelated": _pixelate,
+    "dark": lambda image, rng: ImageEnhance.Brightness(image).enhance(rng.uniform(0.3, 0.5)),
+    "noise": _noise,
+}
+"""Kind -> how it spoils a crop."""
+
+_CONFIG = """\
+# Written by `python -m mapo_fast.demo.photographs`; paths are relative to this file.
+#   mapo-fast prepare config.toml
+#   mapo-fast train config.toml
+
+[model]
+path = {model}
+
+[data]
+source = "photographs.parquet"
+cache = "cache"
+resolution = {side}
+bucket_step = {side}
+held_out = 0.3         # by photograph: all crops of one share a caption
+
+[objective]
+name = "mapo"
+form = "code"
+
+[adapter]
+kind = "full"
+
+[optim]
+lr = 5e-5
+warmup_steps = 20
+max_grad_norm = 1.0
+
+[train]
+output = "run"
+steps = 200
+pairs_per_batch = 4
+precision = "fp32"
+layout = "joint"
+gradient_checkpointing = false
+seed = {seed}
+log_every = 10
+checkpoint_every = 0   # only at the end
+evaluate_every = 50
+evaluate_pairs = 32
+"""
+
+
+def write_photographs(out: Path, seed: int = 0, crops: int = 6) -> Path:
+    """Write `photographs.parquet` and `config.toml` into the new folder `out`; returns the config's path.
+
+    Args:
+        out: a folder that does not exist or is empty.
+        seed: of crops, degradations and order; also the training's seed.
+        crops: crops per photograph; each gives one pair per kind of degradation.
+
+    Raises:
+        UserError: `out` is not empty, or scikit-image and scikit-learn are not installed.
+    """
+    from mapo_fast.demo.run import TINY_SDXL
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is not an empty folder: choose another (nothing was changed)")
+    photographs = {name: _load(name) for name in PHOTOGRAPHS}
+    rng = random.Random(f"photographs {seed}")
+    rows = [
+        _row(name, kind, crop, rng)
+        for name, photograph in photographs.items()
+        for crop in (_crop(photograph, rng) for _ in range(crops))
+        for kind in DEGRADATIONS
+    ]
+    rng.shuffle(rows)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic_path(out / "photographs.parquet") as temporary:
+            pq.write_table(pa.Table.from_pylist(rows), temporary)
+        text = _CONFIG.format(model=json.dumps(TINY_SDXL.resolve().as_posix()), side=SIDE, seed=seed)
+        (out / "config.toml").write_text(text, encoding="utf-8")
+    return out / "config.toml"
+
+
+def _load(name: str) -> Image.Image:
+    package = name.split("/")[0]
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(f"{package} is not installed: pip install 'mapo_fast[examples]'")
+    path = Path(spec.origin).parent.parent / name
+    if not path.is_file():
+        raise UserError(f"{path} is missing: this version of {package} does not ship it")
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _crop(photograph: Image.Image, rng: random.Random) -> Image.Image:
+    """A random square of a quarter to a half of the shorter side, scaled down to SIDE pixels."""
+    short = min(photograph.size)
+    side = max(SIDE, int(short * rng.uniform(0.25, 0.5)))
+    left = rng.randint(0, photograph.width - side)
+    top = rng.randint(0, photograph.height - side)
+    square = photograph.crop((left, top, left + side, top + side))
+    return square.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def _row(name: str, kind: str, crop: Image.Image, rng: random.Random) -> dict[str, Any]:
+    chosen, rejected = _encode(crop), _encode(DEGRADATIONS[kind](crop, rng))
+    first = rng.random() < 0.5
+    return {
+        "jpg_0": chosen if first else rejected,
+        "jpg_1": rejected if first else chosen,
+        "label_0": 1.0 if first else 0.0,
+        "label_1": 0.0 if first else 1.0,
+        "has_label": True,
+        "caption": PHOTOGRAPHS[name],
+        "kind": kind,
+        "photograph": name,
+    }
+
+
+def _encode(image: Image.Image, quality: int = 95) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, subsampling=0 if quality > 90 else 2)
+    return buffer.getvalue()
+
+
+def main() -> None:
+    """Parse the command line, write, say what to do next."""
+    parser = argparse.ArgumentParser(description="Preference pairs from photographs that pip installs.")
+    parser.add_argument("--out", type=Path, required=True, help="new folder")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        config = write_photographs(args.out, args.seed)
+    except UserError as error:
+        parser.error(str(error))
+    print(f"Next:\n  mapo-fast prepare {config}\n  mapo-fast train {config}")
+
+
+if __name__ == "__main__":
+    main()

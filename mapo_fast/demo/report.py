@@ -1,0 +1,348 @@
+"""The demo's report: one HTML file that needs nothing else, and one picture for the README.
+
+Every number comes from the dict that `report.json` holds; images are embedded as base64, there are no
+scripts and no links to other files or sites.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from mapo_fast.demo import world
+from mapo_fast.demo.score import Prompts, Samples
+from mapo_fast.runlog import read_log
+
+MODELS = ("before", "sft", "mapo")
+MODEL_NAMES = {"before": "before", "sft": "SFT control", "mapo": "MaPO"}
+FIGURE_NAMES = {
+    "preferred_share": "no colour named: the asked shape, in red",
+    "unchanged_score": "colour named: the asked shape in the asked colour",
+}
+NEXT_COMMANDS = (
+    "mapo-fast prepare recipes/lora_300_pairs.toml --set model.path=YOUR_SDXL_FOLDER "
+    "--set data.source=YOUR_PAIRS_FOLDER",
+    "mapo-fast train   recipes/lora_300_pairs.toml --set model.path=YOUR_SDXL_FOLDER",
+)
+"""What to run on one's own pairs."""
+
+Cells = dict[str, dict[str, Samples]]
+"""Set of prompts ("preference", "unchanged") -> model -> its samples."""
+
+_LINES = {"sft": "#8a6d1a", "mapo": "#b3261e"}
+_COLUMNS, _SHOWN = 8, 48
+
+
+def percent(result: Mapping[str, Any], figure: str, model: str) -> str:
+    """For instance «76 % (71–81)»: a share and its 95 % interval."""
+    low, high = result["intervals_95"][figure][model]
+    return f"{100 * result[figure][model]:.0f} % ({100 * low:.0f}–{100 * high:.0f})"
+
+
+def sheet(images: Sequence[Image.Image], columns: int = _COLUMNS, scale: int = 2) -> Image.Image:
+    """Images side by side with a thin white gap, every pixel enlarged `scale` times."""
+    cell = world.SIDE * scale + 4
+    rows = -(-len(images) // columns)
+    page = Image.new("RGB", (columns * cell - 4, rows * cell - 4), "white")
+    for index, image in enumerate(images):
+        large = image.resize((world.SIDE * scale, world.SIDE * scale), Image.Resampling.NEAREST)
+        page.paste(large, (index % columns * cell, index // columns * cell))
+    return page
+
+
+def write_picture(
+    path: Path, result: Mapping[str, Any], cells: Cells, prompts: Mapping[str, Prompts]
+) -> None:
+    """The same 40 prompts and seeds before, after SFT and after MaPO, with the shares of all samples."""
+    figure = Figure(figsize=(13.5, 9.2), dpi=110, facecolor="white")
+    axes = figure.subplots(2, 3)
+    rows = {"preference": "preferred_share", "unchanged": "unchanged_score"}
+    what = {"preference": "red", "unchanged": "as asked"}
+    for line, (name, key) in zip(axes, rows.items(), strict=True):
+        for axis, model in zip(line, MODELS, strict=True):
+            axis.imshow(sheet(cells[name][model].images[:40], scale=4), interpolation="none")
+            axis.set_axis_off()
+            share = f"{100 * result[key][model]:.0f} % {what[name]}"
+            axis.set_title(
+                f"{MODEL_NAMES[model]}: {share}", fontsize=16, color=_LINES.get(model, "#333333"), pad=7
+            )
+    texts = {
+        "preference": f"Captions that name no colour, such as «{prompts['preference'].captions[0]}». "
+        "Training preferred red over blue.",
+        "unchanged": f"Captions that name a colour, such as «{prompts['unchanged'].captions[0]}». "
+        "These must not change.",
+    }
+    figure.subplots_adjust(left=0.012, right=0.988, top=0.90, bottom=0.012, wspace=0.04, hspace=0.30)
+    for line, text in zip(axes, texts.values(), strict=True):
+        top = line[0].get_position().y1
+        figure.text(0.012, top + 0.056, text, fontsize=14, weight="bold", color="#222222")
+    figure.savefig(path)
+
+
+def write_html(
+    path: Path, result: Mapping[str, Any], cells: Cells, prompts: Mapping[str, Prompts], run: Path
+) -> None:
+    """Write the self-contained page.
+
+    Args:
+        path: the HTML file.
+        result: what `report.json` holds.
+        cells: all samples.
+        prompts: what was asked.
+        run: the demo's folder, with `pairs/` and the two runs' `log.jsonl`.
+    """
+    logs = {model: read_log(run / model / "log.jsonl") for model in ("sft", "mapo")}
+    pairs = _pair_examples(run / "pairs" / "images")
+    share = result["preferred_share"]
+    body = f"""
+<header>
+<h1>A tiny SDXL learns to prefer red</h1>
+<p>A small but complete Stable&nbsp;Diffusion&nbsp;XL pipeline was shown pairs of drawings that differ in
+colour only: red was chosen, blue rejected, and the caption names no colour. MaPO learns from both images of
+a pair and needs no reference model; the SFT control starts from the same weights and sees only the chosen
+images.</p>
+<p class="verdict">{_verdict(result)}</p>
+</header>
+<main>
+<section>
+<h2>Result</h2>
+{_result_table(result)}
+<p class="note">Shares of {result["samples_per_cell"]["preferred_share"]} images per cell, in brackets the
+95&nbsp;% (Wilson) interval. A rule reads colour and shape from the pixels; it is right on every drawn image.
+The same prompts and the same start noise were used for all three models.</p>
+</section>
+<section>
+<h2>Captions that name no colour</h2>
+<p>Such as «{html.escape(prompts["preference"].captions[0])}». The same place in each grid is the same caption
+and the same start noise.</p>
+{_grids(cells["preference"], result, "preferred_share", "in red")}
+<h3>Which colours come out</h3>
+{_colour_table(result)}
+</section>
+<section>
+<h2>Captions that name a colour must not change</h2>
+<p>Such as «{html.escape(prompts["unchanged"].captions[0])}». A preference that leaked into these would be a
+defect, so a share that falls here counts against the training.</p>
+{_grids(cells["unchanged"], result, "unchanged_score", "as asked")}
+</section>
+<section>
+<h2>What it was trained on</h2>
+<p>{result["settings"]["pairs"]} pairs like these, some of them held out (above: chosen, below: rejected).</p>
+<img class="pixels pairs" src="{pairs}"
+alt="Eight pairs of drawings: the same shape in red above, in blue below.">
+</section>
+<section>
+<h2>How the training went</h2>
+<img class="curves" src="{_svg(_curves(logs))}"
+alt="Six charts over the optimizer steps: {_curves_text(logs)}">
+<ul>
+<li><b>Loss</b> alone says little: the two objectives differ, and MaPO's falls mostly by its margin term.</li>
+<li><b>Error</b> is the mean squared denoising error. MaPO raises the rejected image's error; the chosen
+image's should not rise with it.</li>
+<li><b>Margin</b> is rejected minus chosen error: what MaPO widens and SFT leaves almost alone.</li>
+<li><b>Saturation</b>, σ(−z), is the share of the margin's gradient that is left: near 0 the pairs are
+learnt and more steps only do harm.</li>
+<li><b>Preference accuracy</b> is the share of training pairs whose chosen image has the lower error. It has
+no 50&nbsp;% baseline, so on <b>held-out</b> pairs only its change from the start counts (band: 95&nbsp;%
+interval, paired).</li>
+</ul>
+</section>
+<section>
+<h2>Next: your own pairs</h2>
+<pre><code>{html.escape(chr(10).join(NEXT_COMMANDS))}</code></pre>
+<p>Data formats and settings stand in the README. To run this page's trainings again, see
+<code>config_mapo.toml</code> and <code>config_sft.toml</code> beside it.</p>
+</section>
+<section>
+<h2>Settings</h2>
+{_settings_table(result)}
+</section>
+</main>"""
+    title = f"mapo_fast demo: red {share['before']:.0%} → {share['mapo']:.0%}"
+    page = _PAGE.replace("{title}", title).replace("{body}", body)
+    path.write_text(page, encoding="utf-8")
+
+
+def _verdict(result: Mapping[str, Any]) -> str:
+    share, same = result["preferred_share"], result["unchanged_score"]
+    return (
+        f"Red where no colour is named: <b>{share['before']:.0%}</b> before, <b>{share['sft']:.0%}</b> with "
+        f"SFT, <b>{share['mapo']:.0%}</b> with MaPO. Right shape and colour where one is named: "
+        f"{same['before']:.0%} before, {same['mapo']:.0%} after MaPO."
+    )
+
+
+def _result_table(result: Mapping[str, Any]) -> str:
+    head = "".join(f'<th scope="col">{MODEL_NAMES[model]}</th>' for model in MODELS)
+    rows = ""
+    for figure, name in FIGURE_NAMES.items():
+        cells = ""
+        for model in MODELS:
+            width = 100 * result[figure][model]
+            cells += (
+                f'<td>{percent(result, figure, model)}<span class="bar" aria-hidden="true">'
+                f'<span class="{model}" style="width:{width:.1f}%"></span></span></td>'
+            )
+        rows += f'<tr><th scope="row">{name}</th>{cells}</tr>'
+    return (
+        f'<div class="wide"><table><thead><tr><th scope="col">prompts</th>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _colour_table(result: Mapping[str, Any]) -> str:
+    names = [*world.COLOURS, "none"]
+    head = "".join(f'<th scope="col">{"none clear" if name == "none" else name}</th>' for name in names)
+    rows = "".join(
+        f'<tr><th scope="row">{MODEL_NAMES[model]}</th>'
+        + "".join(f"<td>{result['colours'][model][name]:.0%}</td>" for name in names)
+        + "</tr>"
+        for model in MODELS
+    )
+    return (
+        f'<div class="wide"><table><thead><tr><th scope="col">model</th>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _settings_table(result: Mapping[str, Any]) -> str:
+    values = {"seed": result["seed"], **result["settings"], **result["versions"]}
+    values["seconds, all together"] = f"{result['seconds']:.0f}"
+    rows = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>'
+        for name, value in values.items()
+    )
+    return f'<div class="wide"><table class="small"><tbody>{rows}</tbody></table></div>'
+
+
+def _grids(samples: Mapping[str, Samples], result: Mapping[str, Any], figure: str, what: str) -> str:
+    parts = []
+    for model in MODELS:
+        text = f"{MODEL_NAMES[model]}: {result[figure][model]:.0%} {what}"
+        images = samples[model].images[:_SHOWN]
+        parts.append(
+            f'<figure><figcaption>{text}</figcaption><img class="pixels" src="{_png(sheet(images))}" '
+            f'alt="Grid of {len(images)} samples, {text}"></figure>'
+        )
+    return f'<div class="grids">{"".join(parts)}</div>'
+
+
+def _pair_examples(folder: Path) -> str:
+    chosen = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*_chosen.png"))[:8]]
+    rejected = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*_rejected.png"))[:8]]
+    return _png(sheet([*chosen, *rejected], columns=len(chosen)))
+
+
+def _curves(logs: Mapping[str, list[dict[str, Any]]]) -> Figure:
+    figure = Figure(figsize=(11, 6.2), facecolor="white", layout="constrained")
+    axes = figure.subplots(2, 3)
+    loss, error, margin, saturation, accuracy, held_out = axes.flat
+    for model, entries in logs.items():
+        rows = [entry for entry in entries if entry["event"] == "step"]
+        steps = [row["step"] for row in rows]
+        style = {"color": _LINES[model], "label": MODEL_NAMES[model], "linewidth": 1.8}
+        loss.plot(steps, [row["loss"] for row in rows], **style)
+        for key, dash in (("chosen_error", "-"), ("rejected_error", "--")):
+            label = f"{MODEL_NAMES[model]}, {key.split('_')[0]}"
+            error.plot(steps, [row[key] for row in rows], **{**style, "label": label}, linestyle=dash)
+        margin.plot(steps, [row["margin"] for row in rows], **style)
+        if model == "mapo":  # SFT has no margin term that could saturate
+            saturation.plot(steps, [row["saturation"] for row in rows], **style)
+        accuracy.plot(steps, [row["accuracy"] for row in rows], **style)
+        _plot_held_out(held_out, [entry for entry in entries if entry["event"] == "evaluation"], style)
+    titles = ("Loss", "Error", "Margin", "Saturation", "Preference accuracy", "Held-out accuracy, change")
+    for axis, title in zip(axes.flat, titles, strict=True):
+        axis.set_title(title, loc="left", weight="bold")
+        axis.set_xlabel("optimizer step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    saturation.set_ylim(0, 1)
+    accuracy.set_ylim(0, 1.03)
+    return figure
+
+
+def _plot_held_out(axis: Axes, entries: list[dict[str, Any]], style: dict[str, Any]) -> None:
+    changes = [entry["accuracy_change"] for entry in entries]
+    steps = [entry["step"] for entry in entries]
+    axis.plot(steps, [change["mean"] for change in changes], **style, marker="o", markersize=4)
+    # The interval is missing where only one pair is held out.
+    low = [change["mean"] if change["low"] is None else change["low"] for change in changes]
+    high = [change["mean"] if change["high"] is None else change["high"] for change in changes]
+    axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _curves_text(logs: Mapping[str, list[dict[str, Any]]]) -> str:
+    """The charts in words, for those who cannot see them."""
+    parts = []
+    for model, entries in logs.items():
+        rows = [entry for entry in entries if entry["event"] == "step"]
+        parts.append(
+            f"{MODEL_NAMES[model]} goes from a margin of {rows[0]['margin']:.4f} to {rows[-1]['margin']:.4f} "
+            f"and from an accuracy of {rows[0]['accuracy']:.2f} to {rows[-1]['accuracy']:.2f}"
+        )
+    return html.escape("; ".join(parts) + ".")
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    # Flat colours: a palette of 256 is a third of the size and looks the same.
+    image.quantize(256).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "mapo_fast"}):  # the same file for the same curves
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root { color-scheme: light; }
+body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 4rem; color: #1c1c1c; background: #fff;
+  font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0.5rem 0 1rem; }
+h2 { margin: 3rem 0 0.5rem; font-size: 1.4rem; }
+h3 { margin: 1.5rem 0 0.5rem; font-size: 1.1rem; }
+p, li { max-width: 46rem; }
+.verdict { font-size: 1.2rem; padding: 0.8rem 1rem; background: #f6efe6; border-left: 5px solid #b3261e; }
+.note { color: #555; font-size: 0.92rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 0.45rem 1.1rem 0.45rem 0; border-bottom: 1px solid #ddd; }
+thead th { color: #555; font-weight: 600; }
+tbody th { font-weight: 500; }
+.small { font-size: 0.9rem; }
+.bar { display: block; min-width: 7rem; height: 0.5rem; background: #ececec; margin-top: 0.25rem; }
+.bar span { display: block; height: 100%; }
+.before { background: #777; } .sft { background: #8a6d1a; } .mapo { background: #b3261e; }
+.grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1.2rem; }
+figure { margin: 0; }
+figcaption { font-weight: 600; padding: 0.3rem 0; }
+img { max-width: 100%; height: auto; }
+.pixels { image-rendering: pixelated; width: 100%; }
+.pairs { max-width: 40rem; }
+.curves { width: 100%; }
+pre { background: #f4f4f4; padding: 0.9rem 1rem; overflow-x: auto; font-size: 0.9rem; }
+</style>
+</head>
+<body>{body}
+</body>
+</html>
+"""

@@ -1,0 +1,229 @@
+"""The demo: prepare, train MaPO and an SFT control from the same start, sample, score, report.
+
+Everything goes through the product's own `prepare` and `train`, with the two TOML files that are written
+into the output folder; the user can run them again, change them, or point them at other data. MaPO sees the
+chosen (red) and the rejected (blue) image of every pair, the SFT control only the chosen one: what MaPO
+gains beyond it comes from the preference.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import UNet2DConditionModel
+from rich.console import Console
+from rich.table import Table
+
+import mapo_fast
+from mapo_fast.config import load_config
+from mapo_fast.data.prepare import prepare
+from mapo_fast.demo import report, score, world
+from mapo_fast.errors import UserError
+from mapo_fast.files import disk_errors, write_json
+from mapo_fast.model import SDXLFolder, open_sdxl
+from mapo_fast.train import train
+
+TINY_SDXL = Path(__file__).parent / "assets" / "tiny-sdxl"
+"""The shipped pipeline folder, built by `mapo_fast.demo.build_tiny_sdxl`."""
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How much the demo does; the tests run a smaller one."""
+
+    pairs: int = 288
+    """Preference pairs, about a tenth of them held out."""
+    steps: int = 100
+    """Optimizer steps of each of the two trainings."""
+    samples: int = 288
+    """Images per model and set of prompts."""
+    sampling_steps: int = 20
+    """Denoising steps per image."""
+
+
+_CONFIG = """\
+# Written by `mapo-fast demo`; paths are relative to this file. To run this training again on its own:
+#   mapo-fast train {name} --set train.output=again-{objective}
+
+[model]
+path = {model}
+
+[data]
+source = "pairs"       # pairs.jsonl with prompt, chosen, rejected, and the images
+cache = "cache"        # what `mapo-fast prepare {name}` writes
+resolution = {side}
+bucket_step = {side}
+held_out = 0.1
+
+[objective]
+name = "{objective}"{comment}
+
+[adapter]
+kind = "full"          # every UNet weight is trained
+
+[optim]
+lr = 5e-5              # for this tiny model; SDXL needs far less
+warmup_steps = {warmup}
+max_grad_norm = 1.0
+
+[train]
+output = "{objective}"
+steps = {steps}
+pairs_per_batch = 4
+precision = "fp32"
+layout = "joint"
+gradient_checkpointing = false
+seed = {seed}
+log_every = {log_every}
+checkpoint_every = 0   # only at the end
+evaluate_every = {evaluate_every}
+evaluate_pairs = 32
+"""
+
+
+def run_demo(
+    out: Path, seed: int = 0, console: Console | None = None, *, size: DemoSize | None = None
+) -> dict[str, Any]:
+    """Run the whole demo into the new folder `out`; returns what `report.json` holds.
+
+    Raises:
+        UserError: `out` exists and is not an empty folder.
+    """
+    started = time.perf_counter()
+    console = console or Console()
+    size = size or DemoSize()
+    _new_folder(out)
+    folder = open_sdxl(TINY_SDXL)
+    seconds: dict[str, float] = {}
+
+    def stage(name: str, title: str) -> None:
+        seconds[name] = time.perf_counter()
+        console.rule(f"[bold]{title}", align="left")
+
+    stage("prepare", "1/4  Draw preference pairs, encode them once")
+    world.write_preference_set(out / "pairs", world.preference_pairs(size.pairs, seed))
+    configs = {name: _write_config(out, name, seed, size) for name in ("mapo", "sft")}
+    prepare(load_config(configs["mapo"]), console=console)
+
+    stage("train_sft", "2/4  Train the SFT control: the chosen images alone")
+    train(load_config(configs["sft"]), console=console)
+    stage("train_mapo", "3/4  Train with MaPO: chosen against rejected, no reference model")
+    train(load_config(configs["mapo"]), console=console)
+
+    stage("sample", "4/4  Sample before and after, with the same seeds, and score by rule")
+    cells, prompts = _sample_all(out, folder, seed, size)
+    now = time.perf_counter()
+    begins = [*seconds.values(), now]
+    stages = {name: round(begins[i + 1] - begins[i], 1) for i, name in enumerate(seconds)}
+    result = _figures(cells, prompts) | {
+        "seconds": 0.0,
+        "seconds_by_stage": stages,
+        "seed": seed,
+        "settings": asdict(size) | {"guidance": score.GUIDANCE, "threads": torch.get_num_threads()},
+        "versions": {
+            "mapo_fast": mapo_fast.__version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    with disk_errors(out):
+        report.write_picture(out / "report.png", result, cells, prompts)
+        result["seconds"] = round(time.perf_counter() - started, 1)
+        report.write_html(out / "report.html", result, cells, prompts, out)
+    write_json(out / "report.json", result)
+    _print_result(console, result, out)
+    return result
+
+
+def _new_folder(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        held = "another demo's report" if (out / "report.json").exists() else "something else"
+        raise UserError(f"--out {out} already holds {held}: choose another folder (nothing was changed)")
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+def _write_config(out: Path, objective: str, seed: int, size: DemoSize) -> Path:
+    path = out / f"config_{objective}.toml"
+    comment = '\nform = "code"          # as in the MaPO authors\' released code\nbeta = 0.1\nsnr = 0.5'
+    text = _CONFIG.format(
+        name=path.name,
+        model=json.dumps(TINY_SDXL.resolve().as_posix()),  # a JSON string is a TOML string
+        side=world.SIDE,
+        objective=objective,
+        comment=comment if objective == "mapo" else "           # the chosen image's denoising error alone",
+        warmup=min(20, size.steps // 5),
+        steps=size.steps,
+        seed=seed,
+        log_every=max(1, size.steps // 25),
+        evaluate_every=max(1, size.steps // 4),
+    )
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _sample_all(
+    out: Path, folder: SDXLFolder, seed: int, size: DemoSize
+) -> tuple[report.Cells, dict[str, score.Prompts]]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae = folder.load_vae().to(device)
+    prompts = {
+        name: score.make_prompts(
+            folder, with_colour=name == "unchanged", count=size.samples, seed=seed, device=device
+        )
+        for name in ("preference", "unchanged")
+    }
+    cells: report.Cells = {name: {} for name in prompts}
+    for model in report.MODELS:
+        if model == "before":
+            unet = folder.load_unet()
+        else:
+            unet = UNet2DConditionModel.from_pretrained(out / model / "unet", local_files_only=True)
+        unet = unet.to(device)
+        for name, asked in prompts.items():
+            cells[name][model] = score.sample(unet, vae, folder, asked, size.sampling_steps)
+    return cells, prompts
+
+
+def _figures(cells: report.Cells, prompts: dict[str, score.Prompts]) -> dict[str, Any]:
+    rules = {
+        "preferred_share": ("preference", score.preferred),
+        "unchanged_score": ("unchanged", score.correct),
+    }
+    figures: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
+    for figure, (name, rule) in rules.items():
+        shares = {model: score.share(cells[name][model], prompts[name], rule) for model in report.MODELS}
+        figures[figure] = {model: value for model, (value, _) in shares.items()}
+        intervals[figure] = {model: list(interval) for model, (_, interval) in shares.items()}
+    return {
+        **figures,
+        "intervals_95": intervals,
+        "samples_per_cell": {figure: len(prompts[name].seeds) for figure, (name, _) in rules.items()},
+        "colours": {
+            model: score.colour_shares(cells["preference"][model].readings) for model in report.MODELS
+        },
+    }
+
+
+def _print_result(console: Console, result: dict[str, Any], out: Path) -> None:
+    table = Table(title="share of images, 95 % interval", title_justify="left")
+    table.add_column("prompts")
+    for model in report.MODELS:
+        table.add_column(report.MODEL_NAMES[model], justify="right")
+    for figure, name in report.FIGURE_NAMES.items():
+        cells = [report.percent(result, figure, model) for model in report.MODELS]
+        table.add_row(name, *cells)
+    console.print(table)
+    console.print(f"Report: {out / 'report.html'}   ({result['seconds']:.0f} s in all)")
+    console.print("\n[bold]Next, your own pairs[/bold] (formats and settings: README.md):")
+    for line in report.NEXT_COMMANDS:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
