@@ -21,8 +21,10 @@ def build_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -
     """The optimizer of a config over these parameters.
 
     Raises:
-        UserError: bitsandbytes is chosen and not installed.
+        UserError: bitsandbytes is chosen and not installed, or a paged optimizer without an NVIDIA GPU.
     """
+    if config.name == "paged_adamw8bit" and parameters[0].device.type != "cuda":
+        raise UserError("optim.name = 'paged_adamw8bit' needs an NVIDIA GPU; use 'adamw8bit' on the CPU")
     settings: dict[str, Any] = {
         "lr": config.lr,
         "betas": config.betas,

@@ -1,0 +1,83 @@
+"""A step that is not finite changes nothing, is counted, and costs AdamW no host wait."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from mapo_fast.config import OptimConfig
+from mapo_fast.engine.build import learning_rate
+from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
+from mapo_fast.errors import UserError
+
+
+def _guarded(name: str, max_grad_norm: float = 1.0) -> tuple[GuardedOptimizer, list[torch.nn.Parameter]]:
+    parameters = [torch.nn.Parameter(torch.randn(n)) for n in (5000, 7)]
+    optimizer = build_optimizer(OptimConfig(name=name, lr=1e-2), parameters)  # type: ignore[arg-type]
+    return GuardedOptimizer(optimizer, parameters, max_grad_norm=max_grad_norm, scaler=None), parameters
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_a_bad_step_is_skipped_and_counted(name: str) -> None:
+    guarded, parameters = _guarded(name)
+
+    def snapshot() -> list[torch.Tensor]:
+        states = [t for p in parameters for t in guarded.optimizer.state[p].values() if torch.is_tensor(t)]
+        return [t.detach().clone() for t in (*parameters, *states)]
+
+    def step(bad: bool) -> None:
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        if bad:
+            assert parameters[0].grad is not None
+            parameters[0].grad[3] = float("nan")
+        guarded.step()
+
+    step(bad=False)
+    before = snapshot()
+    step(bad=True)
+    step(bad=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(), strict=True))
+    assert (float(guarded.skipped), float(guarded.skipped_in_a_row)) == (2, 2)
+    assert all(p.grad is None for p in parameters)
+    step(bad=False)
+    assert not torch.equal(before[0], parameters[0])
+    assert (float(guarded.skipped), float(guarded.skipped_in_a_row)) == (2, 0)
+
+
+def test_paged_states_need_a_gpu() -> None:
+    with pytest.raises(UserError, match="paged_adamw8bit' needs an NVIDIA GPU"):
+        build_optimizer(OptimConfig(name="paged_adamw8bit"), [torch.nn.Parameter(torch.zeros(3))])
+
+
+def test_a_missing_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="needs bitsandbytes.*or use 'adamw'"):
+        build_optimizer(OptimConfig(name="adamw8bit"), [torch.nn.Parameter(torch.zeros(3))])
+
+
+def test_the_norm_is_the_one_before_clipping_and_zero_means_no_clipping() -> None:
+    for limit, expected in ((1.0, 1.0), (0.0, 5.0)):
+        guarded, parameters = _guarded("adamw", max_grad_norm=limit)
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        gradient = parameters[1].grad
+        assert gradient is not None
+        gradient[0], gradient[1] = 3.0, 4.0
+        assert float(guarded.step()) == pytest.approx(5.0)
+        assert float(gradient.norm()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_learning_rate_follows_the_schedule() -> None:
+    rate = learning_rate(OptimConfig(lr=2e-4, schedule="cosine", warmup_steps=10), steps=110)
+    assert rate(0) == 0.0
+    assert rate(5) == pytest.approx(1e-4)
+    assert rate(10) == pytest.approx(2e-4)
+    assert rate(60) == pytest.approx(1e-4)
+    assert rate(110) == pytest.approx(0.0, abs=1e-12)
+    assert learning_rate(OptimConfig(lr=3e-5, schedule="constant"), steps=5)(4) == 3e-5
+    polynomial = learning_rate(OptimConfig(lr=1e-4, schedule="polynomial"), steps=100)
+    assert 0 < polynomial(50) < 1e-4
