@@ -1,0 +1,21 @@
+"""Shared fixtures: one tiny SDXL pipeline per session, fixed seeds, one CPU thread."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import make_tiny_sdxl
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL pipeline folder; tests must not write into it."""
+    return make_tiny_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
