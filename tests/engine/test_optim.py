@@ -55,7 +55,7 @@ def test_paged_states_need_a_gpu() -> None:
 
 def test_a_missing_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match="needs bitsandbytes.*or use 'adamw'"):
+    with pytest.raises(UserError, match=r"needs bitsandbytes.*or use 'adamw'"):
         build_optimizer(OptimConfig(name="adamw8bit"), [torch.nn.Parameter(torch.zeros(3))])
 
 

@@ -1,0 +1,93 @@
+"""The layout keeps its promises: light import, `kernels/` shadows nothing, dependencies point one way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def _python(code: str, *, path: str = "") -> str:
+    """Run code from the repository root with the root first on the path, as `python -m …` has it."""
+    program = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}]; sys.path += {path.split() if path else []!r}\n{code}"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_is_light() -> None:
+    heavy = ("torch", "triton", "diffusers", "transformers", "pydantic", "typer", "mapo_kernels")
+    loaded = _python(f"import mapo_fast\nprint([m for m in {heavy!r} if m in sys.modules])")
+    assert loaded == "[]"
+
+
+def test_the_loss_needs_torch_only() -> None:
+    heavy = ("diffusers", "transformers", "pydantic", "typer", "peft", "PIL")
+    found = _python(
+        f"from mapo_fast import MaPOLoss\nMaPOLoss()\nprint([m for m in {heavy!r} if m in sys.modules])"
+    )
+    assert found == "[]"
+
+
+def test_kernels_is_only_a_namespace_from_the_root() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    spec = "import importlib.util\nprint(importlib.util.find_spec('kernels').loader is None or 'installed')"
+    assert _python(spec) in ("True", "installed")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from diffusers import UNet2DConditionModel",
+        "import transformers.modeling_utils",
+        "import bitsandbytes",
+    ],
+)
+def test_libraries_import_from_the_root(statement: str) -> None:
+    _python(statement)
+
+
+def test_an_installed_kernels_package_wins_over_our_folder(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("name = 'the installed one'\n")
+    assert _python("import kernels\nprint(kernels.name)", path=str(tmp_path)) == "the installed one"
+
+
+def _imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_dependencies_point_one_way() -> None:
+    for file in (ROOT / "kernels").rglob("*.py"):
+        outside = _imports(file) - set(sys.stdlib_module_names) - {"mapo_kernels", "torch", "triton"}
+        assert not outside, f"{file} imports {outside}"
+    for file in (ROOT / "mapo_fast").rglob("*.py"):
+        assert not _imports(file) & {"bench", "tests"}, file
+    for file in (ROOT / "bench").rglob("*.py"):
+        assert "tests" not in _imports(file), file
+
+
+def test_the_training_script_stays_readable() -> None:
+    lines = (ROOT / "mapo_fast" / "train.py").read_text(encoding="utf-8").count("\n")
+    assert lines <= 300
+
+
+def test_nothing_is_unpickled() -> None:
+    for folder in ("mapo_fast", "kernels"):
+        for file in (ROOT / folder).rglob("*.py"):
+            text = file.read_text(encoding="utf-8")
+            assert "torch.load(" not in text, file
+            assert "import pickle" not in text, file

@@ -1,0 +1,81 @@
+"""An output folder belongs to one run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mapo_fast.config import Config, parse_config
+from mapo_fast.errors import UserError
+from mapo_fast.runfolder import check_output, claim_output
+
+IDENTITY = {"cache": "a", "start model": "b"}
+
+
+def _config(output: Path, **sections: dict[str, object]) -> Config:
+    train = {"output": str(output), **sections.pop("train", {})}
+    return parse_config({"model": {"path": "m"}, "data": {"cache": "c"}, "train": train, **sections})
+
+
+def test_a_new_or_empty_folder_is_claimed(tmp_path: Path) -> None:
+    for output in (tmp_path, tmp_path / "new" / "run"):
+        check_output(_config(output), IDENTITY, resume=False)
+        claim_output(_config(output), IDENTITY)
+        assert json.loads((output / "run.json").read_text())["identity"] == IDENTITY
+
+
+def test_another_run_is_never_written_to(tmp_path: Path) -> None:
+    claim_output(_config(tmp_path), IDENTITY)
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(UserError, match="already holds a run: add --resume"):
+        check_output(_config(tmp_path), IDENTITY, resume=False)
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "photo.png").touch()
+    for resume in (False, True):
+        with pytest.raises(UserError, match="not an empty folder"):
+            check_output(_config(tmp_path), IDENTITY, resume=resume)
+    with pytest.raises(UserError, match="not an empty folder"):
+        check_output(_config(tmp_path / "photo.png"), IDENTITY, resume=False)
+
+
+def test_a_resume_may_change_what_leaves_the_updates_alone(tmp_path: Path) -> None:
+    claim_output(_config(tmp_path), IDENTITY)
+    changed = _config(tmp_path, train={"steps": 7, "layout": "joint", "log_every": 3}, preview={"steps": 9})
+    check_output(changed, IDENTITY, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"optim": {"lr": 1e-3}}, r"optim\.lr was 1e-05 and is now 0\.001"),
+        ({"train": {"seed": 4}}, r"train\.seed was 0 and is now 4"),
+        ({"adapter": {"rank": 4}}, r"adapter\.rank was 16 and is now 4"),
+        ({"train": {"evaluate_pairs": 4}}, r"train\.evaluate_pairs was 64"),
+    ],
+)
+def test_a_resume_with_other_arithmetic_is_refused_by_name(
+    tmp_path: Path, sections: dict[str, dict[str, object]], message: str
+) -> None:
+    claim_output(_config(tmp_path), IDENTITY)
+    with pytest.raises(UserError, match=message):
+        check_output(_config(tmp_path, **sections), IDENTITY, resume=True)
+
+
+def test_a_resume_on_other_data_or_another_model_is_refused(tmp_path: Path) -> None:
+    claim_output(_config(tmp_path), IDENTITY)
+    with pytest.raises(UserError, match="the start model is not the one"):
+        check_output(_config(tmp_path), {**IDENTITY, "start model": "z"}, resume=True)
+    with pytest.raises(UserError, match="the cache is not the one"):
+        check_output(_config(tmp_path), {**IDENTITY, "cache": "z"}, resume=True)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"config": 3}', "\x00"])
+def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match=r"run\.json cannot be read"):
+        check_output(_config(tmp_path), IDENTITY, resume=True)
