@@ -1,16 +1,17 @@
 """The fused losses as modules: `MaPOLoss` and its control `SFTLoss`. Needs torch only.
 
-    loss_fn = MaPOLoss(form="code", beta=0.1)
-    out = loss_fn(prediction, target)      # (2B, C, H, W) each, the B chosen samples first
-    out.loss.backward()
+loss_fn = MaPOLoss(form="code", beta=0.1)
+out = loss_fn(prediction, target)      # (2B, C, H, W) each, the B chosen samples first
+out.loss.backward()
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from mapo_kernels import PairedLoss, paired_loss, paired_loss_from_errors
 from torch import Tensor, nn
+
+from mapo_kernels import PairedLoss, paired_loss, paired_loss_from_errors
 
 TensorOrPair = Tensor | tuple[Tensor, Tensor]
 
@@ -45,8 +46,8 @@ class _PairLoss(nn.Module):
         """Return loss, chosen_error, rejected_error, logits and correct of B pairs.
 
         Args:
-            prediction: (2B, C, H, W), the chosen half first, or a (chosen, rejected) tuple of (B, C, H, W); any
-                floating dtype, any strides, any number of sample dimensions.
+            prediction: (2B, C, H, W), the chosen half first, or a (chosen, rejected) tuple of (B, C, H, W);
+                fp16, bf16, fp32 or fp64, any strides, any number of sample dimensions.
             target: as `prediction`, in either form and its own dtype; what the denoiser should have predicted
                 (ε, v, or ε − x₀). It gets no gradient.
             weights: (B,); multiplies each pair's whole loss. The mean still divides by B.
@@ -70,7 +71,8 @@ class MaPOLoss(_PairLoss):
 
     With e_w, e_l the mean squared errors of the chosen and the rejected sample:
 
-    - `form="code"`, as the authors released it: mean(e_w − β·logσ(T·(s(e_w) − s(e_l)))), s(x) = λx/(exp(λx) − 1).
+    - `form="code"`, as the authors released it: mean(e_w − β·logσ(T·(s(e_w) − s(e_l)))) with
+      s(x) = λx/(exp(λx) − 1).
     - `form="paper"`, eq. 9–11: mean(e_w − logσ(φ(e_w) − φ(e_l))/β), where φ(x) is (x/(exp x − 1))^β with
       `reading="power"` and β·x/(exp x − 1) with `reading="scale"`.
 

@@ -22,6 +22,8 @@ except ImportError:  # Windows, macOS: the eager path runs
     triton = None
     tl = None
 
+__all__ = ["INTERPRETING", "Backend", "backend", "completion_counter", "jit", "on_device", "tl"]
+
 INTERPRETING: bool = triton is not None and triton.knobs.runtime.interpret
 """Triton runs kernels in Python on CPU tensors (a test mode: correct, slow, bit-exact masks and indexing)."""
 
@@ -57,7 +59,9 @@ def backend(device: torch.device | str) -> Backend:
 def _cuda_backend(index: int) -> Backend:
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < OLDEST_CAPABILITY:
         have = "{}.{}".format(*torch.cuda.get_device_capability(index))
-        return Backend("eager", f"compute capability {have} is below {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}")
+        return Backend(
+            "eager", f"compute capability {have} is below {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
+        )
     return Backend("triton", f"Triton {triton.__version__} on {torch.cuda.get_device_name(index)}")
 
 
@@ -76,8 +80,8 @@ def completion_counter(device: torch.device) -> Tensor:
     sets the counter back to 0. So it has to be cleared only once, not before every launch. Why this is safe:
 
     - Kernels of one stream run one after another, so one counter per (device, stream) is never shared.
-    - A CUDA graph may be replayed on any stream, next to eager work or to other graphs. A launch that is being
-      captured therefore gets its own counter from the graph's memory pool; the clearing is captured with it.
+    - A CUDA graph may be replayed on any stream, next to eager work or to other graphs. A launch that is
+      being captured therefore gets its own counter from the graph's pool; its clearing is captured with it.
     - CUDA-graph trees of `torch.compile` would find a cached counter inside their private pool: ops that use
       this counter carry the tag `cudagraph_unsafe`, which makes Inductor run them outside its graphs.
     """

@@ -112,7 +112,7 @@ def _mapo_paper_scale(e_w, e_l, beta):  # type: ignore[no-untyped-def]
 
 @jit
 def _sft(e_w, e_l):  # type: ignore[no-untyped-def]
-    # 0·e_l lets a NaN or Inf of the rejected sample through: it may not look healthy in the control run either
+    # 0·e lets NaN and Inf through: a broken sample may not look healthy in the gradient
     return e_w, e_l - e_w, 1.0 + 0.0 * e_w, 0.0 * e_l
 
 

@@ -2,27 +2,28 @@
 
     e_i     = mean over a sample of (prediction_i − target_i)²        or Σ m·d² / Σ m with a mask m
     loss    = 1/B · Σ_pairs weight · f(e_w, e_l)                      f: see objectives.py
-    grad_i  = grad_out · c_i · m · (prediction_i − target_i)          c_i = ∂loss/∂e_i · 2/N_i,  N_i = C·H·W or Σ m
+    grad_i  = grad_out · c_i · m · (prediction_i − target_i)          c_i = ∂loss/∂e_i · 2/N_i
+                                                                      N_i = C·H·W or Σ m
 
-Shapes. Predictions and targets are (2B, …), the B chosen samples first, or a pair of (B, …) halves, which are
-read where they lie: kernels get one pointer per half, so nothing is concatenated or sliced in autograd.
+Shapes. Predictions and targets are (2B, …), the B chosen samples first, or a pair of (B, …) halves, which
+are read where they lie: kernels get one pointer per half, nothing is concatenated or sliced in autograd.
 
-Forward. Program p sums one chunk of one sample into partials[p]; then it counts itself in an int32 counter. The
-program that counts last knows that all partials are there: it adds them in a fixed order and does the epilogue
-of every pair in fp64 (B scalars). No float atomics: results are bitwise reproducible. How a sample is cut into
-chunks depends on its size alone, so a sample's error has the same bits whatever else is in the batch.
+Forward. Program p sums one chunk of one sample into partials[p]; then it counts itself in an int32 counter.
+The program that counts last knows that all partials are there: it adds them in a fixed order and does the
+epilogue of every pair in fp64 (B scalars). No float atomics: results are bitwise reproducible. How a sample
+is cut into chunks depends on its size alone, so its error has the same bits whatever else is in the batch.
 
-Order in memory. A partial is stored, then the whole program passes a barrier, then one thread adds to the counter
+Order in memory. A partial is stored, the whole program passes a barrier, then one thread adds to the counter
 with acquire-release semantics at GPU scope. The additions form one release sequence, so whoever reads the
-final count has every partial before it; the count is handed to the other threads through a second barrier. The
+final count has every partial before it; the count reaches the other threads through a second barrier. The
 partials are read past the L1 cache (`.cg`), which is not coherent between multiprocessors.
 
-Dtypes. Inputs are converted to fp32 on load (all to fp64 if one is fp64) and accumulated in that dtype; errors,
-logits and loss are returned in it. The epilogue starts from the errors as returned, so `from_errors` on them
-gives the same logits. Gradients are rounded once, to the prediction's dtype.
+Dtypes. Inputs are converted to fp32 on load (all to fp64 if one is fp64) and accumulated in that dtype;
+errors, logits and loss are returned in it. The epilogue starts from the errors as returned, so `from_errors`
+on them gives the same logits. Gradients are rounded once, to the prediction's dtype.
 
 Saved for backward: the inputs and the (2B,) coefficients. Least traffic: forward reads prediction and target
-once; backward reads both again and writes the gradient. Both kernels move exactly that, plus ≤ 1 kB per sample.
+once; backward reads both again and writes the gradient. Both kernels move that, plus ≤ 1 kB per sample.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ BLOCK = 1024
 """Elements a program handles at a time: two 16-byte loads per thread of bf16, four of fp32, with 4 warps."""
 MOST_CHUNKS = 64
 """Most partial sums per sample: the epilogue adds a sample's partials as one row of a tile."""
-PAIRS_PER_TILE = 16
+ROWS_PER_TILE = 16
+WARPS = 4
+PAIRS_PER_TILE = 32 * WARPS
+"""One pair per thread of the last program."""
 INTERPRETER_BLOCK = 65536
 """The interpreter's cost is per program, so it gets few large ones."""
 
@@ -122,6 +126,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     PER_PAIR: tl.constexpr,
     BLOCK: tl.constexpr,
     MOST_CHUNKS: tl.constexpr,
+    ROWS_PER_TILE: tl.constexpr,
     PAIRS_PER_TILE: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -134,10 +139,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     target = tl.where(rejected, target_l, target_w) + pair * row_t
     if mask_w is not None:
         mask = tl.where(rejected, mask_l, mask_w) + pair * row_m
-    if WIDE:
-        start = part.to(tl.int64) * chunk
-    else:
-        start = part * chunk
+    start = part.to(tl.int64) * chunk if WIDE else part * chunk
 
     total = tl.zeros([BLOCK], dtype=ACC)
     mask_total = tl.zeros([BLOCK], dtype=ACC)
@@ -161,41 +163,46 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
     tl.debug_barrier()
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1:
+        # Errors first, one tile of partials at a time; 2/N waits in `coefficients` for the slopes.
+        for first in range(0, 2 * pairs, ROWS_PER_TILE):
+            i = first + tl.arange(0, ROWS_PER_TILE)
+            valid = i < 2 * pairs
+            square_sum = _row_sums(partials, i, valid, chunks, MOST_CHUNKS)
+            if mask_w is None:
+                n = tl.zeros([ROWS_PER_TILE], dtype=tl.float64) + numel
+            else:
+                n = _row_sums(partials + programs, i, valid, chunks, MOST_CHUNKS)
+            tl.store(errors + i, (square_sum / n).to(ACC), mask=valid)
+            tl.store(coefficients + i, (2.0 / n).to(ACC), mask=valid)
+        tl.debug_barrier()
+        # Then one pair per thread, so that the fp64 arithmetic needs few registers.
         batch_loss = tl.zeros([PAIRS_PER_TILE], dtype=tl.float64)
         for first in range(0, pairs, PAIRS_PER_TILE):
             i = first + tl.arange(0, PAIRS_PER_TILE)
             valid = i < pairs
-            e_w = _row_sums(partials, i, valid, chunks, MOST_CHUNKS)
-            e_l = _row_sums(partials, i + pairs, valid, chunks, MOST_CHUNKS)
-            if mask_w is None:
-                n_w = tl.zeros([PAIRS_PER_TILE], dtype=tl.float64) + numel
-                n_l = n_w
-            else:
-                n_w = _row_sums(partials + programs, i, valid, chunks, MOST_CHUNKS)
-                n_l = _row_sums(partials + programs, i + pairs, valid, chunks, MOST_CHUNKS)
-            e_w = (e_w / n_w).to(ACC)
-            e_l = (e_l / n_l).to(ACC)
-            tl.store(errors + i, e_w, mask=valid)
-            tl.store(errors + pairs + i, e_l, mask=valid)
-            pair_loss, logit, d_w, d_l = pair_terms(
-                e_w.to(tl.float64), e_l.to(tl.float64), beta, snr, timesteps, OBJECTIVE
-            )
+            e_w = tl.load(errors + i, mask=valid, other=0.0).to(tl.float64)
+            e_l = tl.load(errors + pairs + i, mask=valid, other=0.0).to(tl.float64)
+            c_w = tl.load(coefficients + i, mask=valid, other=0.0).to(tl.float64)
+            c_l = tl.load(coefficients + pairs + i, mask=valid, other=0.0).to(tl.float64)
+            pair_loss, logit, d_w, d_l = pair_terms(e_w, e_l, beta, snr, timesteps, OBJECTIVE)
             logit = logit.to(ACC)
             tl.store(logits + i, logit, mask=valid)
             tl.store(correct + i, (logit > 0).to(tl.int8), mask=valid)
+            c_w *= d_w
+            c_l *= d_l
             if weights is not None:
                 weight = tl.load(weights + i, mask=valid, other=0.0).to(tl.float64)
                 pair_loss *= weight
-                d_w *= weight
-                d_l *= weight
+                c_w *= weight
+                c_l *= weight
             if PER_PAIR:
                 tl.store(loss + i, pair_loss.to(ACC), mask=valid)
             else:
                 batch_loss += tl.where(valid, pair_loss, 0.0)
-                d_w /= pairs
-                d_l /= pairs
-            tl.store(coefficients + i, (2.0 * d_w / n_w).to(ACC), mask=valid)
-            tl.store(coefficients + pairs + i, (2.0 * d_l / n_l).to(ACC), mask=valid)
+                c_w /= pairs
+                c_l /= pairs
+            tl.store(coefficients + i, c_w.to(ACC), mask=valid)
+            tl.store(coefficients + pairs + i, c_l.to(ACC), mask=valid)
         if not PER_PAIR:
             tl.store(loss, (tl.sum(batch_loss, axis=0) / pairs).to(ACC))
         tl.store(counter, 0)
@@ -255,10 +262,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     grad = tl.where(rejected, grad_l, grad_w) + pair * row_g
     scale = tl.load(coefficients + row) * tl.load(grad_loss + pair * grad_loss_stride)
 
-    if WIDE:
-        start = part.to(tl.int64) * BLOCK
-    else:
-        start = part * BLOCK
+    start = part.to(tl.int64) * BLOCK if WIDE else part * BLOCK
     index = start + tl.arange(0, BLOCK)
     inside = index < numel
     p_offset = _offsets(index, n0, n1, n2, p0, p1, p2, p3, DIMS)
@@ -317,8 +321,9 @@ def _mask_halves(mask: Tensor | None, like: Tensor) -> _Halves | None:
 def _layout(*operands: _Halves | None) -> _Layout | None:
     """Merge a sample's dimensions as far as all operands allow; None if the kernels cannot walk the result.
 
-    Tensors that are dense in the same order (contiguous, channels_last, …) come out as one dimension of stride
-    1: a flat walk over memory. Up to four dimensions remain otherwise.
+    Tensors that are dense in the same order (contiguous, channels_last, …) come out as one dimension of
+    stride 1: a flat walk over memory. Up to four dimensions may remain otherwise. Halves that lie in memory
+    differently, or more dimensions, are rare and left to the eager path.
     """
     present = [half for half in operands if half is not None]
     for half in present:
@@ -346,7 +351,7 @@ def _layout(*operands: _Halves | None) -> _Layout | None:
     return _Layout(
         dims=used,
         sizes=(merged[0][0], merged[1][0], merged[2][0]),
-        strides=[(0, 0, 0, 0) if half is None else next(by_operand) for half in operands],  # type: ignore[misc]
+        strides=[(0, 0, 0, 0) if half is None else next(by_operand) for half in operands],
     )
 
 
@@ -437,8 +442,10 @@ def _launch_forward(
             PER_PAIR=per_pair,
             BLOCK=block,
             MOST_CHUNKS=MOST_CHUNKS,
+            ROWS_PER_TILE=ROWS_PER_TILE,
             PAIRS_PER_TILE=PAIRS_PER_TILE,
-            num_warps=4,
+            num_warps=WARPS,
+            enable_fp_fusion=True,  # its default differs between Triton versions
         )
     return out
 
@@ -481,7 +488,8 @@ def _launch_backward(
             DIMS=layout.dims,
             WIDE=numel + block >= 2**31,
             BLOCK=block,
-            num_warps=4,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
         )
 
 
@@ -665,8 +673,8 @@ _paired_loss_op.register_autograd(_backward, setup_context=_save_for_backward)
 @torch.library.custom_op(
     "mapo::paired_loss_from_errors",
     mutates_args=(),
-    schema="(Tensor chosen_error, Tensor rejected_error, Tensor? weights, str objective, float beta, float snr, "
-    "float timesteps, bool per_pair) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor chosen_error, Tensor rejected_error, Tensor? weights, str objective, float beta, "
+    "float snr, float timesteps, bool per_pair) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _from_errors_op(
     chosen_error: Tensor,
@@ -680,7 +688,9 @@ def _from_errors_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     acc = _accumulator(chosen_error, rejected_error)
     errors = torch.cat([chosen_error.to(acc), rejected_error.to(acc)])
-    loss, logits, correct, d_w, d_l = _pair_outputs(errors, weights, objective, (beta, snr, timesteps), per_pair)
+    loss, logits, correct, d_w, d_l = _pair_outputs(
+        errors, weights, objective, (beta, snr, timesteps), per_pair
+    )
     return loss, logits, correct, torch.cat([d_w, d_l]).to(acc)
 
 
@@ -750,7 +760,9 @@ def _as_halves(name: str, value: TensorOrPair) -> tuple[Tensor, Tensor | None]:
     for tensor in tensors:
         shape = tuple(tensor.shape)
         if tensor.dtype not in _FLOATING:
-            raise TypeError(f"{name}: dtype {tensor.dtype} is not supported; convert it to fp16, bf16, fp32 or fp64")
+            raise TypeError(
+                f"{name}: dtype {tensor.dtype} is not supported; convert it to fp16, bf16, fp32 or fp64"
+            )
         if tensor.ndim < 2:
             raise ValueError(f"{name}: shape {shape} has no sample dimensions; for errors use from_errors")
         if tensor.numel() == 0:
@@ -759,14 +771,14 @@ def _as_halves(name: str, value: TensorOrPair) -> tuple[Tensor, Tensor | None]:
         chosen, rejected = tensors
         if chosen.shape != rejected.shape or chosen.dtype != rejected.dtype:
             raise ValueError(
-                f"{name}: chosen is {tuple(chosen.shape)} {chosen.dtype} but rejected is {tuple(rejected.shape)} "
-                f"{rejected.dtype}; the halves of a pair must agree"
+                f"{name}: chosen is {tuple(chosen.shape)} {chosen.dtype} but rejected is "
+                f"{tuple(rejected.shape)} {rejected.dtype}; both halves need one shape and dtype"
             )
         return chosen, rejected
     if tensors[0].shape[0] % 2:
         raise ValueError(
-            f"{name}: shape {tuple(tensors[0].shape)} has an odd batch; stack the B chosen samples first, then the "
-            "B rejected ones in the same order"
+            f"{name}: shape {tuple(tensors[0].shape)} has an odd batch; stack the B chosen samples first, "
+            "then the B rejected ones in the same order"
         )
     return tensors[0], None
 
@@ -800,8 +812,8 @@ def _check_mask(mask: Tensor | None, pairs: int, sample: tuple[int, ...], device
         or any(m not in (1, s) for m, s in zip(mask.shape[1:], sample, strict=True))
     ):
         raise ValueError(
-            f"mask: shape {tuple(mask.shape)} cannot be broadcast to {pairs} pairs of samples {sample}; the first "
-            f"dimension must be 1, {pairs} or {2 * pairs}, every other 1 or the sample's"
+            f"mask: shape {tuple(mask.shape)} cannot be broadcast to {pairs} pairs of samples {sample}; the "
+            f"first dimension must be 1, {pairs} or {2 * pairs}, every other 1 or the sample's"
         )
     _check_constant("mask", mask, device)
 
@@ -825,14 +837,16 @@ def _check_inputs(
     target_pairs = target_w.shape[0] // (2 if target_l is None else 1)
     if (pairs, *chosen.shape[1:]) != (target_pairs, *target_w.shape[1:]):
         raise ValueError(
-            f"target: {target_pairs} pairs of {tuple(target_w.shape[1:])} do not match prediction's {pairs} pairs of "
-            f"{tuple(chosen.shape[1:])}; both need the same samples in the same order"
+            f"target: {target_pairs} pairs of {tuple(target_w.shape[1:])} do not match prediction's {pairs} "
+            f"pairs of {tuple(chosen.shape[1:])}; both need the same samples in the same order"
         )
     for part in (target_w, target_l):
         if part is not None:
             _check_constant("target", part, chosen.device)
     if rejected is not None and rejected.device != chosen.device:
-        raise ValueError(f"prediction: chosen is on {chosen.device} but rejected on {rejected.device}; move it there")
+        raise ValueError(
+            f"prediction: chosen is on {chosen.device} but rejected on {rejected.device}; move it there"
+        )
     _check_weights(weights, pairs, chosen.device)
     _check_mask(mask, pairs, tuple(chosen.shape[1:]), chosen.device)
     return chosen, rejected, target_w, target_l
@@ -867,8 +881,8 @@ def paired_loss(
         reduction: `"mean"` over the pairs, or `"none"`.
 
     Returns:
-        A `PairedLoss`. NaN or Inf in a sample makes its error, its pair's logit and gradients and the mean loss
-        non-finite; other pairs' outputs do not change. Nothing waits for the GPU.
+        A `PairedLoss`. NaN or Inf in a sample makes its error, its pair's logit and gradients and the mean
+        loss non-finite; other pairs' outputs do not change. Nothing waits for the GPU.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or setting does not fit; the message names it.
@@ -913,11 +927,13 @@ def paired_loss_from_errors(
         if not isinstance(error, Tensor) or error.dtype not in _FLOATING:
             raise TypeError(f"{name}: pass a floating-point tensor of shape (B,)")
         if error.ndim != 1 or error.numel() == 0:
-            raise ValueError(f"{name}: shape {tuple(error.shape)} is not (B,) with B >= 1; reduce each sample first")
+            raise ValueError(
+                f"{name}: shape {tuple(error.shape)} is not (B,) with B >= 1; reduce each sample first"
+            )
     if chosen_error.shape != rejected_error.shape or chosen_error.device != rejected_error.device:
         raise ValueError(
-            f"rejected_error: {tuple(rejected_error.shape)} on {rejected_error.device} does not match chosen_error: "
-            f"{tuple(chosen_error.shape)} on {chosen_error.device}"
+            f"rejected_error: {tuple(rejected_error.shape)} on {rejected_error.device} does not match "
+            f"chosen_error: {tuple(chosen_error.shape)} on {chosen_error.device}; both must be (B,)"
         )
     _check_weights(weights, chosen_error.shape[0], chosen_error.device)
     loss, logits, correct, _ = _from_errors_op(

@@ -1,0 +1,92 @@
+"""Make Triton's interpreter as strict as a GPU where it is known to be too kind; a pytest plugin.
+
+`pytest -p tests.interpreter` with TRITON_INTERPRET=1 set. What it changes:
+
+- Casts to bf16 round to nearest even; the stock interpreter truncates.
+- Arithmetic, comparisons and reductions on bf16 values raise: the stock interpreter computes on their raw bits.
+- NumPy's floating-point warnings are silent inside kernels: a GPU divides by zero without comment.
+- Triton 3.6 with NumPy ≥ 2.4: a tensor can again be a loop bound.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def _round_to_bf16(data: np.ndarray) -> np.ndarray:
+    rounded = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32)).to(torch.bfloat16)
+    return rounded.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
+
+
+def _widen_bf16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def install() -> None:
+    """Patch the interpreter of this process."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    handle = interpreter.TensorHandle
+
+    def rounding(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def cast(self: Any, source: Any, to: Any, *rest: Any) -> Any:
+            has, wants = source.dtype.scalar, to.scalar
+            if has == wants or tl.bfloat16 not in (has, wants):
+                return stock(self, source, to, *rest)
+            if has == tl.bfloat16:
+                return stock(self, handle(_widen_bf16(source.data), tl.float32), to, *rest)
+            return handle(_round_to_bf16(source.data), tl.bfloat16)
+
+        return cast
+
+    def refusing(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def compute(self: Any, *operands: Any) -> Any:
+            for operand in operands:
+                if getattr(operand, "dtype", None) is not None and operand.dtype.scalar == tl.bfloat16:
+                    raise TypeError("bf16 arithmetic in a kernel: convert to fp32 after the load")
+            return stock(self, *operands)
+
+        return compute
+
+    builder.cast_impl = rounding(builder.cast_impl)
+    builder.create_fp_to_fp = rounding(builder.create_fp_to_fp)
+    for name in ("binary_op", "unary_op", "create_fabs", "create_fma", "create_dot", "create_clampf"):
+        setattr(builder, name, refusing(getattr(builder, name)))
+
+    check = interpreter.ReduceScanOpInterface.check_tensor
+
+    def check_tensor(self: Any, operands: Any) -> None:
+        check(self, operands)
+        for operand in operands:
+            if operand.dtype.scalar == tl.bfloat16:
+                raise TypeError("bf16 reduction in a kernel: convert to fp32 first")
+
+    interpreter.ReduceScanOpInterface.check_tensor = check_tensor
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        if scope:
+            scope[0].set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+    run = interpreter.GridExecutor.__call__
+
+    def quiet_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with np.errstate(all="ignore"):
+            return run(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = quiet_run
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    install()

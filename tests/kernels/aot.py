@@ -1,0 +1,163 @@
+"""Compile every kernel launch ahead of time, without a GPU; prints one JSON line per compilation.
+
+A program of its own: Triton's interpreter and compiler cannot share a process, and the run must not inherit
+TRITON_INTERPRET. The launchers really run, on CPU tensors, with a recorder in the kernel's place, so that what is
+compiled is what production launches: the same specialisations (1, multiples of 16, None) and block sizes.
+
+    python tests/kernels/aot.py 75 80 90
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mapo_kernels import paired_loss as module_or_function
+
+op = sys.modules["mapo_kernels.paired_loss"]
+assert callable(module_or_function)
+
+TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+}
+
+
+class Recorder:
+    """Stands where a kernel stands and keeps what it was launched with."""
+
+    def __init__(self) -> None:
+        self.launch: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Recorder:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.launch = (args, kwargs)
+
+
+def compile_launch(
+    kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capability: int
+) -> dict[str, Any]:
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    options = {name: kwargs.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    for position, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if isinstance(value, Tensor):
+            signature[name] = TYPES[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[name] = "fp64"
+            aligned = False
+        elif name.isupper() or value is None or value == 1:
+            signature[name] = "constexpr"
+            constants[(position,)] = value
+            aligned = False
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        if aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    log = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        knobs.compilation.always_compile = True  # a cache hit would skip ptxas and its log
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    text = log.getvalue()
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", text)[1]),
+        "spills": sum(map(int, re.findall(r"(\d+) bytes spill", text))),
+        "shared": compiled.metadata.shared,
+        "wide_loads": len(re.findall(r"ld\.global\S*\.v[248]\.", ptx)),
+        "ptx": ptx,
+    }
+
+
+def launches() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
+    """Yield (case, kernel, args, kwargs) of the launches to compile."""
+
+    def case(
+        name: str,
+        prediction: Tensor,
+        target: Tensor,
+        objective: str,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        per_pair: bool = False,
+    ) -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
+        p, t = op._halves(prediction, None), op._halves(target, None)
+        m = op._mask_halves(mask, p.chosen)
+        forward, backward = Recorder(), Recorder()
+        with (
+            mock.patch.object(op, "_forward_kernel", forward),
+            mock.patch.object(op, "_backward_kernel", backward),
+        ):
+            layout = op._layout(p, t, m)
+            assert layout is not None, name
+            terms = op._launch_forward(p, t, m, weights, layout, objective, (0.1, 0.5, 1000.0), per_pair)
+            grad = p if prediction.numel() > 2**31 else op._halves(torch.empty_like(prediction), None)
+            layout = op._layout(p, t, m, grad)
+            assert layout is not None, name
+            op._launch_backward(terms.loss, terms.coefficients, p, t, m, grad, layout)
+        assert forward.launch is not None
+        assert backward.launch is not None
+        yield f"{name} forward", op._forward_kernel, *forward.launch
+        yield f"{name} backward", op._backward_kernel, *backward.launch
+
+    bf16 = torch.zeros(8, 4, 128, 128, dtype=torch.bfloat16)
+    yield from case("SDXL bf16, fp32 target", bf16, bf16.float(), "mapo_code")
+    yield from case(
+        "fp32 strided, bool mask, weights",
+        torch.zeros(6, 5, 9, 14)[..., ::2],
+        torch.zeros(6, 5, 9, 7).to(memory_format=torch.channels_last),
+        "mapo_paper_power",
+        mask=torch.ones(3, 1, 9, 7, dtype=torch.bool),
+        weights=torch.ones(3),
+        per_pair=True,
+    )
+    five = torch.zeros(4, 3, 6, 5, 8)
+    yield from case(
+        "fp16, four walked dimensions",
+        five.half(),
+        five.permute(0, 2, 1, 4, 3).contiguous().permute(0, 2, 1, 4, 3),
+        "mapo_paper_scale",
+    )
+    yield from case("one element", torch.zeros(2, 1), torch.zeros(2, 1), "sft")
+    yield from case("fp64", bf16.double(), bf16, "mapo_paper_power")
+    huge = torch.zeros(1, dtype=torch.bfloat16).expand(4, 2**31)
+    yield from case("2^31 elements a sample", huge, huge, "mapo_code")
+
+
+def main() -> None:
+    capabilities = [int(argument) for argument in sys.argv[1:]]
+    for name, kernel, args, kwargs in launches():
+        for capability in capabilities:
+            result = compile_launch(kernel, args, dict(kwargs), capability)
+            print(json.dumps({"case": name, "capability": capability, **result}))
+
+
+if __name__ == "__main__":
+    main()

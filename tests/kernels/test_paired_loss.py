@@ -1,0 +1,629 @@
+"""The fused loss against its fp64 definition.
+
+This file runs in every implementation: eagerly on the CPU; again under Triton's interpreter, where the real
+kernels run on CPU tensors (test_interpreted.py starts that process); and on CUDA where there is a GPU.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import mpmath
+import pytest
+import torch
+from torch import Tensor
+
+from mapo_kernels import (
+    OBJECTIVES,
+    backend,
+    paired_loss,
+    paired_loss_from_errors,
+    paired_loss_reference,
+)
+from mapo_kernels import _launch as launch
+
+op = sys.modules["mapo_kernels.paired_loss"]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+        ],
+    ),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    expected = "triton" if request.param == "cuda" else "interpreter" if INTERPRETED else "eager"
+    assert backend(request.param).name == expected
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_fresh_memory() -> Iterator[None]:
+    """`torch.empty` comes filled with NaN, so that an output nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(
+    shape: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32, gap: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    """A prediction whose errors are around gap², and its target."""
+    target = torch.randn(shape)
+    prediction = target + gap * torch.randn(shape)
+    return prediction.to(device, dtype).requires_grad_(), target.to(device, dtype)
+
+
+def gradient(out: Any, *inputs: Tensor, grad: Tensor | None = None) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out.loss, inputs, grad)
+
+
+def check(prediction: Any, target: Any, **settings: Any) -> None:
+    """Loss, diagnostics and gradients against fp64 by the three-way rule: no worse than eager plus rounding."""
+    leaves = prediction if isinstance(prediction, tuple) else (prediction,)
+    out = paired_loss(prediction, target, **settings)
+    truth = paired_loss_reference(prediction, target, **settings)
+    grad = torch.randn_like(truth.loss)
+    got = gradient(out, *leaves, grad=grad.to(out.loss.dtype))
+    want = [g.double() for g in gradient(truth, *leaves, grad=grad)]
+    eager = eager_loss(prediction, target, **settings)
+    eager_grads = gradient(eager, *leaves, grad=grad.to(eager.loss.dtype))
+
+    for field in ("chosen_error", "rejected_error", "loss"):
+        a, b, c = (getattr(x, field).detach().double() for x in (out, truth, eager))
+        tolerance = (c - b).abs().max() + 16 * torch.finfo(out.loss.dtype).eps * (1 + b.abs().max())
+        assert (a - b).abs().max() <= tolerance, field
+    assert (out.logits.double() - truth.logits).abs().max() <= 1e-3
+    assert torch.equal(out.correct, out.logits > 0)
+    assert out.correct.dtype == torch.bool
+    for a, b, c, leaf in zip(got, want, eager_grads, leaves, strict=True):
+        assert a.shape == leaf.shape
+        assert a.dtype == leaf.dtype
+        rounding = torch.finfo(leaf.dtype).eps * b.abs().max() + torch.finfo(leaf.dtype).smallest_normal
+        assert (a.double() - b).abs().max() <= (c.double() - b).abs().max() + 2 * rounding
+
+
+def eager_loss(prediction: Any, target: Any, **settings: Any) -> Any:
+    """What one would write by hand in the inputs' dtype: autograd through the formulas in fp32."""
+    p, t = (x if isinstance(x, Tensor) else torch.cat(list(x)) for x in (prediction, target))
+    mask = settings.get("mask")
+    square = (p.float() - t.float()) ** 2
+    if mask is None:
+        errors = square.flatten(1).mean(1)
+    else:
+        m = mask if mask.shape[0] in (1, len(p)) else torch.cat([mask, mask])
+        m = m.float().expand_as(square)
+        errors = (square * m).flatten(1).sum(1) / m.flatten(1).sum(1)
+    e = errors.double()[:, None]
+    return paired_loss_reference(
+        e.sqrt(), torch.zeros_like(e), **{k: v for k, v in settings.items() if k != "mask"}
+    )
+
+
+# --- Values and gradients ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_matches_fp64(device: str, objective: str, dtype: torch.dtype) -> None:
+    check(*make((6, 4, 16, 16), device, dtype), objective=objective)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 1), (2, 1, 1, 1), (4, 3, 7, 11), (10, 127), (6, 3, 1, 1023), (2, 4, 33, 65), (2, 2, 3, 4, 5, 6)],
+)
+def test_any_shape(device: str, shape: tuple[int, ...]) -> None:
+    check(*make(shape, device), objective="mapo_code", reduction="none")
+
+
+@pytest.mark.parametrize("pairs", [1, 3, 130])
+def test_any_number_of_pairs(device: str, pairs: int) -> None:
+    """130 pairs need more than one tile of the epilogue, in both of its loops."""
+    check(*make((2 * pairs, 1, 2, 3), device), weights=torch.rand(pairs, device=device))
+
+
+@pytest.mark.parametrize("block", [16, 64])
+def test_many_chunks_per_sample(device: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Production cuts a sample into up to 64 chunks of several blocks; small blocks give small tests the same."""
+    monkeypatch.setattr(op, "BLOCK", block)
+    monkeypatch.setattr(op, "INTERPRETER_BLOCK", block)
+    numel = 4 * 31 * 9
+    _, chunk, chunks = op._chunking(numel)
+    assert chunks > 16
+    assert (chunk > block) == (block == 16)
+    check(*make((4, 4, 31, 9), device), mask=torch.rand(2, 1, 31, 9, device=device))
+
+
+def test_sdxl_latents(device: str) -> None:
+    check(*make((4, 4, 128, 128), device, torch.bfloat16))
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-6, 1e-3, 0.03, 0.3, 1.0, 4.0, 17.0, 40.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_range_of_errors(device: str, dtype: torch.dtype, gap: float) -> None:
+    """Errors from 0 to 1600: the logit's bound holds end to end from the tensors' own values."""
+    check(*make((8, 4, 8, 8), device, dtype, gap), objective="mapo_code")
+
+
+def test_mixed_dtypes(device: str) -> None:
+    prediction, target = make((4, 4, 8, 8), device)
+    half = prediction.detach().to(torch.bfloat16).requires_grad_()
+    check(half, target)
+    assert paired_loss(half, target).loss.dtype == torch.float32
+    assert paired_loss(half, target.double()).loss.dtype == torch.float64
+
+
+def test_fp64_is_fp64(device: str) -> None:
+    prediction, target = make((4, 4, 8, 8), device, torch.float64)
+    out, truth = paired_loss(prediction, target), paired_loss_reference(prediction, target)
+    assert (out.logits - truth.logits).abs().max() <= 1e-10
+    for a, b in zip(gradient(out, prediction), gradient(truth, prediction), strict=True):
+        assert (a - b).norm() <= 1e-12 * b.norm()
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    spread = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype, device=x.device)
+    spread[..., ::2] = x
+    return {
+        "contiguous": x.clone(),
+        "channels_last": x.clone(memory_format=torch.channels_last),
+        "every second": spread[..., ::2],
+        "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
+        "batch inside": x.movedim(0, 3).contiguous().movedim(3, 0),
+        "flipped rows, offset": torch.cat([x[:1], x])[1:],
+    }
+
+
+@pytest.mark.parametrize("target_layout", ["contiguous", "channels_last", "every second"])
+@pytest.mark.parametrize(
+    "layout",
+    ["contiguous", "channels_last", "every second", "transposed", "batch inside", "flipped rows, offset"],
+)
+def test_any_strides(device: str, layout: str, target_layout: str) -> None:
+    p, t = make((6, 3, 5, 7), device)
+    prediction = layouts(p.detach())[layout].requires_grad_()
+    target = layouts(t)[target_layout]
+    check(prediction, target)
+    check(prediction, target, mask=torch.rand(3, 1, 5, 7, device=device))
+    (grad,) = gradient(paired_loss(prediction, target), prediction)
+    assert grad.stride() == torch.empty_like(prediction).stride()
+
+
+def test_expanded_target_and_prediction(device: str) -> None:
+    p, _ = make((1, 3, 5, 7), device)
+    check(
+        p.detach().expand(4, 3, 5, 7).requires_grad_(),
+        torch.zeros(4, 1, 1, 1, device=device).expand(4, 3, 5, 7),
+    )
+
+
+@pytest.mark.parametrize("same_layout", [True, False])
+def test_separate_halves(device: str, same_layout: bool) -> None:
+    """Halves that lie apart give what the stacked tensor gives, bit for bit, and a gradient each."""
+    p, t = make((6, 4, 8, 8), device)
+    chosen, rejected = (h.detach().clone().requires_grad_() for h in p.chunk(2))
+    if not same_layout:
+        rejected = rejected.detach().to(memory_format=torch.channels_last).requires_grad_()
+    stacked, apart = paired_loss(p, t), paired_loss((chosen, rejected), t)
+    if same_layout:
+        for a, b in zip(stacked, apart, strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(gradient(stacked, p)[0], torch.cat(gradient(apart, chosen, rejected)))
+    check((chosen, rejected), t)
+    check((chosen, rejected), tuple(t.chunk(2)))
+    check(p, tuple(t.chunk(2)), reduction="none")
+
+
+MASKS = [
+    (6, 4, 8, 8),
+    (3, 4, 8, 8),
+    (1, 4, 8, 8),
+    (6, 1, 8, 8),
+    (3, 1, 8, 8),
+    (1, 1, 8, 8),
+    (3, 1, 8, 1),
+    (1, 1, 1, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", MASKS)
+def test_mask(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    mask = torch.rand(shape, device=device)
+    mask = mask > 0.3 if dtype == torch.bool else (mask + 0.1).to(dtype)
+    mask.view(-1)[0] = 1
+    check(*make((6, 4, 8, 8), device), mask=mask)
+
+
+def test_mask_of_ones_changes_nothing(device: str) -> None:
+    p, t = make((4, 4, 8, 8), device)
+    plain, masked = (
+        paired_loss(p, t),
+        paired_loss(p, t, mask=torch.ones(1, 1, 8, 8, dtype=torch.bool, device=device)),
+    )
+    for a, b in zip((*plain, *gradient(plain, p)), (*masked, *gradient(masked, p)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_all_zero_mask_is_nan_in_its_pair_only(device: str) -> None:
+    p, t = make((4, 4, 8, 8), device)
+    mask = torch.ones(4, 1, 8, 8, device=device)
+    mask[1] = 0
+    out = paired_loss(p, t, mask=mask, reduction="none")
+    assert out.loss.isnan().tolist() == [False, True]
+    assert out.chosen_error.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_weights_multiply_the_whole_pair(device: str, objective: str, reduction: str) -> None:
+    p, t = make((6, 4, 8, 8), device)
+    weights = torch.tensor([0.0, 0.5, 3.0], device=device)
+    check(p, t, objective=objective, weights=weights, reduction=reduction)
+    each = paired_loss(p, t, objective=objective, reduction="none").loss
+    out = paired_loss(p, t, objective=objective, weights=weights, reduction=reduction)
+    want = each * weights if reduction == "none" else (each * weights).sum() / 3
+    torch.testing.assert_close(out.loss, want)
+    assert (gradient(out, p, grad=torch.ones_like(out.loss))[0][::3] == 0).all()
+
+
+def test_gradient_of_an_expanded_and_strided_loss_gradient(device: str) -> None:
+    p, t = make((6, 4, 8, 8), device)
+    out = paired_loss(p, t, reduction="none")
+    (summed,) = torch.autograd.grad(out.loss.sum(), p, retain_graph=True)
+    (ones,) = torch.autograd.grad(out.loss, p, torch.ones(3, device=device), retain_graph=True)
+    assert torch.equal(summed, ones)
+    strided = torch.arange(6.0, device=device)[::2]
+    (got,) = torch.autograd.grad(out.loss, p, strided)
+    scaled = ones * strided.repeat(2)[:, None, None, None]
+    torch.testing.assert_close(got, scaled, rtol=1e-6, atol=0)
+
+
+# --- Exactness of the logits ---
+
+
+def exact_score(z: mpmath.mpf) -> mpmath.mpf:
+    return mpmath.mpf(1) if z == 0 else z / mpmath.expm1(z)
+
+
+def exact_logit(objective: str, e_w: float, e_l: float, beta: float) -> float:
+    with mpmath.workdps(50):
+        w, r, b = mpmath.mpf(e_w), mpmath.mpf(e_l), mpmath.mpf(beta)
+        if objective == "mapo_code":
+            return float(1000 * (exact_score(w / 2) - exact_score(r / 2)))
+        if objective == "mapo_paper_power":
+            return float(exact_score(w) ** b - exact_score(r) ** b)
+        return float(b * (exact_score(w) - exact_score(r)))
+
+
+def tricky_errors() -> tuple[list[float], list[float]]:
+    """fp32 pairs over [0, 300], most of them equal to within an ulp."""
+    up = torch.tensor(math.inf)
+    values = torch.cat(
+        [torch.tensor([0.0, 1e-45, 1e-30, 0.5, 1.0, 300.0]), 10 ** torch.linspace(-9, 2.47, 150)]
+    )
+    near = torch.nextafter(values, up)
+    far = (values * 1.01).clamp(max=300)
+    chosen = torch.cat([values, near, values, values])
+    rejected = torch.cat([near, values, values, far])
+    return chosen.tolist(), rejected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("objective", "beta"),
+    [("mapo_code", 0.1), ("mapo_paper_power", 8.0), ("mapo_paper_power", 1024.0), ("mapo_paper_power", 0.01),
+     ("mapo_paper_scale", 8.0), ("mapo_paper_scale", 1024.0)],
+)  # fmt: skip
+def test_logits_from_the_same_errors(device: str, objective: str, beta: float) -> None:
+    chosen, rejected = tricky_errors()
+    e_w, e_l = torch.tensor(chosen, device=device), torch.tensor(rejected, device=device)
+    want = torch.tensor([exact_logit(objective, w, r, beta) for w, r in zip(chosen, rejected, strict=True)])
+    # Through the kernel: samples of one element whose square is exactly the error do not exist for every value,
+    # so take the errors that it returns as given.
+    out = paired_loss(torch.cat([e_w, e_l]).sqrt()[:, None], torch.zeros(2 * len(e_w), 1, device=device),
+                      objective=objective, beta=beta)  # fmt: skip
+    exact = torch.tensor(
+        [
+            exact_logit(objective, w, r, beta)
+            for w, r in zip(out.chosen_error.tolist(), out.rejected_error.tolist(), strict=True)
+        ]
+    )
+    assert (out.logits.cpu() - exact).abs().max() <= 1e-4
+    again = paired_loss_from_errors(out.chosen_error, out.rejected_error, objective=objective, beta=beta)
+    assert (again.logits.cpu() - exact).abs().max() <= 1e-4
+    given = paired_loss_from_errors(e_w, e_l, objective=objective, beta=beta)
+    assert (given.logits.cpu() - want).abs().max() <= 1e-4
+
+
+def test_the_released_formula_breaks_the_bound() -> None:
+    """The bound is worth testing: exp(z) − 1 in fp32, as released, misses it by far and is NaN at 0."""
+    chosen, rejected = map(torch.tensor, tricky_errors())
+    want = torch.tensor(
+        [exact_logit("mapo_code", w, r, 0.1) for w, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+    )
+    z_w, z_l = 0.5 * chosen, 0.5 * rejected
+    released = 1000 * (z_w / (torch.exp(z_w) - 1) - z_l / (torch.exp(z_l) - 1))
+    assert released.isnan().any()
+    assert (released - want)[released.isfinite()].abs().max() > 1
+
+
+def test_limit_at_zero_error(device: str) -> None:
+    target = torch.randn(4, 3, 5, 5, device=device)
+    prediction = target.clone()
+    prediction[2:] += 0.1
+    prediction.requires_grad_()
+    out = paired_loss(prediction, target)
+    assert torch.equal(out.chosen_error, torch.zeros(2, device=device))
+    check(prediction, target)
+    equal = paired_loss(target.clone().requires_grad_(), target)
+    assert equal.logits.tolist() == [0.0, 0.0]
+    assert equal.correct.tolist() == [False, False]
+    torch.testing.assert_close(equal.loss.item(), 0.1 * math.log(2))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("error", [2e3, 1e6, 1e30])
+def test_huge_finite_errors_are_finite(device: str, objective: str, error: float) -> None:
+    for halves in ([error, 0.1], [0.1, error], [error, error]):
+        e = torch.tensor(halves, device=device)
+        prediction = e.sqrt()[:, None].requires_grad_()
+        out = paired_loss(prediction, torch.zeros(2, 1, device=device), objective=objective)
+        assert all(torch.isfinite(x).all() for x in out)
+        assert torch.isfinite(gradient(out, prediction)[0]).all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("sample", [1, 4])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_inf_stay_in_their_pair_and_show(
+    device: str, objective: str, sample: int, value: float
+) -> None:
+    p, t = make((6, 4, 8, 8), device)
+    clean = paired_loss(p, t, objective=objective, reduction="none")
+    (clean_grad,) = gradient(clean, p, grad=torch.ones_like(clean.loss))
+    bad = p.detach().clone()
+    bad[sample, 1, 2, 3] = value
+    bad.requires_grad_()
+    out = paired_loss(bad, t, objective=objective, reduction="none")
+    (grad,) = gradient(out, bad, grad=torch.ones_like(out.loss))
+    pair = sample % 3
+    others = [i for i in range(3) if i != pair]
+    for a, b in zip(out, clean, strict=True):
+        assert torch.equal(a[others], b[others])
+    rows = [*others, *(i + 3 for i in others)]
+    assert torch.equal(grad[rows], clean_grad[rows])
+    error = out.chosen_error if sample < 3 else out.rejected_error
+    assert not torch.isfinite(error[pair])
+    assert not torch.isfinite(out.logits[pair])
+    assert not torch.isfinite(grad[sample]).any()
+    if objective != "sft" or sample < 3:
+        assert not torch.isfinite(out.loss[pair])
+        assert not torch.isfinite(paired_loss(bad, t, objective=objective).loss)
+
+
+# --- Reproducibility and launches ---
+
+
+def test_bitwise_reproducible(device: str) -> None:
+    p, t = make((6, 4, 33, 31), device)
+    first = paired_loss(p, t)
+    (first_grad,) = gradient(first, p)
+    for _ in range(5):
+        out = paired_loss(p, t)
+        assert all(torch.equal(a, b) for a, b in zip(out, first, strict=True))
+        assert torch.equal(gradient(out, p)[0], first_grad)
+
+
+def test_an_error_does_not_depend_on_the_rest_of_the_batch(device: str) -> None:
+    if backend(device).name == "eager":
+        pytest.skip("a promise of the kernels only: torch's own sums may group differently with the batch")
+    p, t = make((6, 4, 33, 31), device)
+    whole = paired_loss(p, t)
+    for i in range(3):
+        one = paired_loss(p[[i, i + 3]], t[[i, i + 3]])
+        assert one.chosen_error == whole.chosen_error[i]
+        assert one.rejected_error == whole.rejected_error[i]
+        assert one.logits == whole.logits[i]
+
+
+class Counting:
+    """Counts the launches of a kernel."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.launches += 1
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_one_launch_each_way(device: str, halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend(device).name == "eager":
+        pytest.skip("nothing is launched without Triton; test_interpreted.py runs this")
+    forward, backward = Counting(op._forward_kernel), Counting(op._backward_kernel)
+    monkeypatch.setattr(op, "_forward_kernel", forward)
+    monkeypatch.setattr(op, "_backward_kernel", backward)
+    p, t = make((6, 4, 8, 8), device)
+    prediction = tuple(h.detach().clone().requires_grad_() for h in p.chunk(2)) if halves else p
+    out = paired_loss(prediction, t)
+    gradient(out, *(prediction if halves else [p]))
+    assert (forward.launches, backward.launches) == (1, 1)
+
+
+def test_the_completion_counter_is_zero_again(device: str) -> None:
+    if backend(device).name == "eager":
+        pytest.skip("the eager path has no counter; test_interpreted.py runs this")
+    launch._counters.clear()
+    paired_loss(*make((6, 4, 8, 8), device))
+    (counter,) = launch._counters.values()
+    assert counter.item() == 0
+    paired_loss(*make((2, 4, 8, 8), device))
+    assert len(launch._counters) == 1
+    assert counter.item() == 0
+
+
+# --- The operator ---
+
+
+def op_arguments(prediction: Tensor, target: Tensor, **changes: Any) -> tuple[Any, ...]:
+    values = {
+        "prediction_rejected": None, "target_rejected": None, "weights": None, "mask": None,
+        "objective": "mapo_code", "per_pair": False, **changes,
+    }  # fmt: skip
+    return (
+        prediction, values["prediction_rejected"], target, values["target_rejected"], values["weights"],
+        values["mask"], values["objective"], 0.1, 0.5, 1000.0, values["per_pair"],
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*inference_mode.*:UserWarning")
+def test_opcheck(device: str) -> None:
+    torch.use_deterministic_algorithms(False)  # opcheck compares with its own fresh tensors
+    p, t = make((4, 3, 4, 4), device)
+    halves = [h.detach().clone().requires_grad_() for h in p.chunk(2)]
+    last = p.detach().to(memory_format=torch.channels_last).requires_grad_()
+    for arguments in (
+        op_arguments(p, t),
+        op_arguments(last, t, weights=torch.rand(2, device=device), per_pair=True),
+        op_arguments(halves[0], t[:2], prediction_rejected=halves[1], target_rejected=t[2:],
+                     mask=torch.rand(2, 1, 4, 4, device=device), objective="mapo_paper_power"),
+    ):  # fmt: skip
+        torch.library.opcheck(torch.ops.mapo.paired_loss.default, arguments)
+    errors = [torch.rand(3, device=device, requires_grad=True) for _ in range(2)]
+    torch.library.opcheck(
+        torch.ops.mapo.paired_loss_from_errors.default, (*errors, None, "mapo_code", 0.1, 0.5, 1000.0, False)
+    )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradcheck(device: str, objective: str) -> None:
+    def loss(prediction: Tensor) -> Tensor:
+        return paired_loss(prediction, target, objective=objective, beta=2.0, snr=0.7, num_train_timesteps=3,
+                           weights=weights, mask=mask, reduction="none").loss  # fmt: skip
+
+    prediction, target = make((4, 2, 2, 2), device, torch.float64, gap=1.5)
+    weights = torch.rand(2, device=device).double()
+    mask = torch.rand(2, 1, 2, 2, device=device).double()
+    assert torch.autograd.gradcheck(loss, (prediction,))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradcheck_from_errors(device: str, objective: str) -> None:
+    def loss(e_w: Tensor, e_l: Tensor) -> Tensor:
+        return paired_loss_from_errors(e_w, e_l, objective=objective, beta=2.0, num_train_timesteps=3).loss
+
+    e_w = torch.tensor([0.2, 1.0, 30.0, 0.99], device=device).double().requires_grad_()
+    e_l = torch.tensor([0.3, 0.1, 25.0, 1.01], device=device).double().requires_grad_()
+    assert torch.autograd.gradcheck(loss, (e_w, e_l))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_into_one_graph(device: str, compiler: str) -> None:
+    torch.use_deterministic_algorithms(False)
+
+    def step(prediction: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        out = paired_loss(prediction * 1.5, target, weights=weights)
+        errors = paired_loss_from_errors(out.chosen_error, out.rejected_error)
+        return out.loss + 0 * errors.loss, out.logits
+
+    p, t = make((4, 3, 4, 4), device)
+    weights = torch.rand(2, device=device)
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    got, want = compiled(p, t, weights), step(p, t, weights)
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(torch.autograd.grad(got[0], p), torch.autograd.grad(want[0], p))
+
+
+def test_autocast_leaves_the_loss_in_fp32(device: str) -> None:
+    p, t = make((4, 3, 4, 4), device)
+    plain = paired_loss(p, t)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = paired_loss(p, t)
+    assert out.loss.dtype == torch.float32
+    assert torch.equal(out.loss, plain.loss)
+
+
+def test_only_the_loss_carries_a_gradient(device: str) -> None:
+    out = paired_loss(*make((4, 3, 4, 4), device))
+    assert [x.requires_grad for x in out] == [True, False, False, False, False]
+    assert [tuple(x.shape) for x in out] == [(), (2,), (2,), (2,), (2,)]
+    assert all(x.device.type == device for x in out)
+
+
+# --- Bad input ---
+
+X = torch.zeros(4, 3, 2, 2)
+H = torch.zeros(2, 3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "settings", "error", "message"),
+    [
+        (X[:3], X[:3], {}, ValueError, r"prediction: shape \(3, 3, 2, 2\) has an odd batch"),
+        (X, X[:3], {}, ValueError, r"target: shape \(3, 3, 2, 2\) has an odd batch"),
+        (X, torch.zeros(2, 3, 2, 2), {}, ValueError, r"target: 1 pairs .* prediction's 2 pairs"),
+        (X, torch.zeros(4, 3, 2, 1), {}, ValueError, r"target: 2 pairs of \(3, 2, 1\)"),
+        (X[:0], X[:0], {}, ValueError, r"prediction: shape \(0, 3, 2, 2\) is empty"),
+        (X[:, :0], X[:, :0], {}, ValueError, r"prediction: shape .* is empty"),
+        (X[:, 0, 0, 0], X[:, 0, 0, 0], {}, ValueError, "no sample dimensions; .* from_errors"),
+        (X.long(), X, {}, TypeError, "prediction: dtype torch.int64 is not supported"),
+        (X, X.bool(), {}, TypeError, "target: dtype torch.bool is not supported"),
+        (X, X.to(torch.complex64), {}, TypeError, "target: dtype torch.complex64"),
+        (X.to(torch.float8_e4m3fn), X, {}, TypeError, "prediction: dtype torch.float8_e4m3fn"),
+        ([1, 2], X, {}, TypeError, "prediction: pass a"),
+        ((H, H, H), X, {}, TypeError, "prediction: pass a"),
+        ((H, H[:1]), X, {}, ValueError, "prediction: chosen is .* but rejected is"),
+        ((H, H.half()), X, {}, ValueError, "prediction: chosen is .* torch.float16; both halves"),
+        (X, X.to("meta"), {}, ValueError, "target: is on meta but prediction is on cpu"),
+        ((H, H.to("meta")), X, {}, ValueError, "prediction: chosen is on cpu, rejected on meta"),
+        (X, X.clone().requires_grad_(), {}, ValueError, r"target: requires a gradient.*target\.detach"),
+        (X, X, {"weights": torch.ones(4)}, ValueError, r"weights: shape \(4,\) does not fit 2 pairs"),
+        (X, X, {"weights": torch.ones(2, 1)}, ValueError, "weights: shape"),
+        (X, X, {"weights": [1.0, 2.0]}, TypeError, "weights: pass a floating-point tensor"),
+        (X, X, {"weights": torch.ones(2, dtype=torch.long)}, TypeError, "weights: pass a floating-point"),
+        (X, X, {"weights": torch.ones(2, device="meta")}, ValueError, "weights: is on meta"),
+        (X, X, {"mask": torch.ones(3, 1, 2, 2)}, ValueError, r"mask: shape \(3, 1, 2, 2\) cannot be broadcast"),
+        (X, X, {"mask": torch.ones(4, 2, 2, 2)}, ValueError, "mask: shape"),
+        (X, X, {"mask": torch.ones(2, 2)}, ValueError, "mask: shape"),
+        (X, X, {"mask": torch.ones(())}, ValueError, "mask: shape"),
+        (X, X, {"mask": torch.ones(1, 1, 2, 2, dtype=torch.int32)}, TypeError, "mask: pass a bool or floating"),
+        (X, X, {"objective": "dpo"}, ValueError, "objective: 'dpo' is unknown; choose one of mapo_code"),
+        (X, X, {"reduction": "sum"}, ValueError, "reduction: 'sum' is unknown"),
+        (X, X, {"beta": 0.0}, ValueError, "beta: 0.0 must be positive"),
+        (X, X, {"snr": math.nan}, ValueError, "snr: nan must be positive"),
+        (X, X, {"num_train_timesteps": math.inf}, ValueError, "num_train_timesteps: inf must be positive"),
+    ],
+)  # fmt: skip
+def test_bad_input(prediction: Any, target: Any, settings: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        paired_loss(prediction, target, **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("e_w", "e_l", "error", "message"),
+    [
+        (torch.ones(2, 1), torch.ones(2, 1), ValueError, "chosen_error: shape"),
+        (torch.ones(0), torch.ones(0), ValueError, "chosen_error: shape"),
+        (torch.ones(2), torch.ones(3), ValueError, r"rejected_error: \(3,\)"),
+        (torch.ones(2), torch.ones(2, device="meta"), ValueError, "rejected_error: .* on meta"),
+        (torch.ones(2).long(), torch.ones(2), TypeError, "chosen_error: pass a floating-point"),
+        (torch.ones(2), 3.0, TypeError, "rejected_error: pass a floating-point"),
+    ],
+)
+def test_bad_errors(e_w: Any, e_l: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        paired_loss_from_errors(e_w, e_l)
