@@ -10,6 +10,7 @@ bits of a matrix product, which depend on the batch size).
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -78,18 +79,21 @@ def sample_latents(
             noise = torch.stack(
                 [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds[part]]
             )
-            latents = pipeline(
-                prompt_embeds=prompts.prompt_embeds[part].to(device, dtype),
-                pooled_prompt_embeds=prompts.pooled_embeds[part].to(device, dtype),
-                negative_prompt_embeds=empty.prompt_embeds.to(device, dtype).expand(size, -1, -1),
-                negative_pooled_prompt_embeds=empty.pooled_embeds.to(device, dtype).expand(size, -1),
-                latents=noise.to(device, dtype),
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                output_type="latent",
-            ).images
+            with warnings.catch_warnings():
+                # diffusers' Euler scheduler turns a tensor into an array in a way numpy 2 remarks on.
+                warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+                latents = pipeline(
+                    prompt_embeds=prompts.prompt_embeds[part].to(device, dtype),
+                    pooled_prompt_embeds=prompts.pooled_embeds[part].to(device, dtype),
+                    negative_prompt_embeds=empty.prompt_embeds.to(device, dtype).expand(size, -1, -1),
+                    negative_pooled_prompt_embeds=empty.pooled_embeds.to(device, dtype).expand(size, -1),
+                    latents=noise.to(device, dtype),
+                    height=height,
+                    width=width,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    output_type="latent",
+                ).images
             done.append(latents.float().cpu())
     finally:
         unet.train(training)
