@@ -95,3 +95,10 @@ def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"b\.toml"):
         load_config(tmp_path / "b.toml")
+
+
+@pytest.mark.parametrize("name", ["lora_300_pairs", "full_24gb"])
+def test_recipes_are_valid_and_labelled(name: str) -> None:
+    path = Path(__file__).parent.parent / "recipes" / f"{name}.toml"
+    load_config(path)
+    assert "NOT YET RUN ON SDXL" in path.read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ states to the parameter's dtype, bitsandbytes' deep-copies them all and forgets 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,13 +28,14 @@ def flatten_optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], di
     """Split an optimizer's state into tensors (not copied) and JSON.
 
     Returns:
-        Tensors by name, and a dict for JSON with the class name, the scalars, aliases and group settings.
+        Tensors by name, and a dict for JSON: class name, shapes, scalars, aliases, strides, group settings.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # paged states look like CPU tensors but kernels may still write them
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     aliases: dict[str, str] = {}
+    strides: dict[str, list[int]] = {}
     names: dict[int, str] = {}
     for index, parameter in enumerate(_parameters(optimizer)):
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -46,6 +47,8 @@ def flatten_optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], di
             else:
                 names[id(value)] = name
                 tensors[name] = value
+                if _by_memory_order(optimizer) and not value.is_contiguous():
+                    strides[name] = list(value.stride())
     groups = [
         {key: value for key, value in group.items() if key not in _IMPLEMENTATION_KEYS}
         for group in optimizer.param_groups
@@ -55,18 +58,24 @@ def flatten_optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], di
         "shapes": [list(parameter.shape) for parameter in _parameters(optimizer)],
         "scalars": scalars,
         "aliases": aliases,
+        "strides": strides,
         "groups": groups,
     }
     return tensors, description
 
 
 def restore_optimizer_state(
-    optimizer: Optimizer, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+    optimizer: Optimizer, tensors: Iterable[tuple[str, Tensor]], description: Mapping[str, Any]
 ) -> None:
     """Give a freshly built optimizer the state that `flatten_optimizer_state` took.
 
     Every tensor is copied into a fresh allocation on its parameter's device (paged where the optimizer
     pages); a `step` tensor goes where torch's implementation expects it.
+
+    Args:
+        optimizer: just built, over the same parameters in the same groups.
+        tensors: (name, tensor) pairs, used one by one: `checkpoint.views("optimizer")`.
+        description: the dict that went with them.
 
     Raises:
         UserError: made by another optimizer class or for parameters of other shapes.
@@ -90,9 +99,11 @@ def restore_optimizer_state(
     owners = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     optimizer.state.clear()
     placed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         index, key = _split(name)
-        placed[name] = _place(optimizer, *owners[index], key, tensor)
+        fresh = _allocate(optimizer, *owners[index], key, tensor, description["strides"].get(name))
+        with torch.no_grad():
+            placed[name] = fresh.copy_(tensor)
     entries: dict[str, Any] = {
         **placed,
         **description["scalars"],
@@ -112,20 +123,34 @@ def _split(name: str) -> tuple[int, str]:
     return int(index), key
 
 
-def _place(
-    optimizer: Optimizer, parameter: Tensor, group: Mapping[str, Any], key: str, saved: Tensor
+def _by_memory_order(optimizer: Optimizer) -> bool:
+    """Whether states belong to the parameter's elements by their order in memory (bitsandbytes).
+
+    bitsandbytes makes parameters contiguous at each step but lets states keep the strides of the parameter's
+    first day, so these strides are part of the state. torch's states follow the parameter's own layout.
+    """
+    return hasattr(optimizer, "get_state_buffer")
+
+
+def _allocate(
+    optimizer: Optimizer,
+    parameter: Tensor,
+    group: Mapping[str, Any],
+    key: str,
+    saved: Tensor,
+    strides: list[int] | None,
 ) -> Tensor:
-    like_parameter = saved.shape == parameter.shape
-    if key == "step":
-        on_device = group.get("fused") or group.get("capturable")
-        fresh = torch.empty(saved.shape, dtype=saved.dtype, device=parameter.device if on_device else "cpu")
-    elif key in _PAGEABLE and like_parameter and hasattr(optimizer, "get_state_buffer"):
-        fresh = optimizer.get_state_buffer(parameter, dtype=saved.dtype)
-        if getattr(fresh, "is_paged", False):
-            torch.cuda.synchronize()  # its zero fill runs on the GPU
-    elif like_parameter:
-        fresh = torch.empty_like(parameter, dtype=saved.dtype, requires_grad=False)
-    else:
-        fresh = torch.empty(saved.shape, dtype=saved.dtype, device=parameter.device)
-    with torch.no_grad():
-        return fresh.copy_(saved)
+    """An uninitialised tensor for one state, where the optimizer would have made it."""
+    device = parameter.device
+    if key == "step" and not (group.get("fused") or group.get("capturable")):
+        device = torch.device("cpu")
+    if key in _PAGEABLE and getattr(optimizer, "is_paged", False) and device.type == "cuda":
+        buffer: Tensor = optimizer.get_state_buffer(parameter, dtype=saved.dtype)  # type: ignore[attr-defined]
+        if getattr(buffer, "is_paged", False):  # small ones are not
+            torch.cuda.synchronize()  # it is filled with zeros on the GPU
+            return buffer
+    if strides is not None:
+        return torch.empty_strided(saved.shape, strides, dtype=saved.dtype, device=device)
+    if saved.shape == parameter.shape and not _by_memory_order(optimizer):
+        return torch.empty_like(parameter, dtype=saved.dtype, device=device, requires_grad=False)
+    return torch.empty(saved.shape, dtype=saved.dtype, device=device)
