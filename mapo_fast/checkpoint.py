@@ -56,7 +56,7 @@ class Checkpoint:
         """
         return {
             key: torch.empty(view.shape, dtype=view.dtype, device=device).copy_(view)
-            for key, view in self._views(name)
+            for key, view in self.views(name)
         }
 
     def copy_into(self, name: str, targets: Mapping[str, Tensor]) -> None:
@@ -80,16 +80,17 @@ class Checkpoint:
                 "model and adapter settings of the run"
             )
         with torch.no_grad():
-            for key, view in self._views(name):
+            for key, view in self.views(name):
                 targets[key].copy_(view)
 
-    def _file(self, name: str) -> Path:
-        return self.path / f"{name}.safetensors"
-
-    def _views(self, name: str) -> Iterator[tuple[str, Tensor]]:
+    def views(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Names and memory-mapped tensors saved under `name`, one by one: copy them, do not keep them."""
         with safe_open(self._file(name), framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a mapping
                 yield key, handle.get_tensor(key)
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"
 
 
 class CheckpointStore:

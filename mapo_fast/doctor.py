@@ -1,7 +1,7 @@
 """`mapo-fast doctor`: what this machine will use for training, why, and what to install to change it.
 
 Needs the base install only: every other package is looked up and may be missing or broken, and then its line
-says so. Where the command line itself (`mapo_fast[train]`) is not installed, `python -m mapo_fast.doctor` works.
+says so. Where the command line (`mapo_fast[train]`) is not installed, `python -m mapo_fast.doctor` works.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ class Trainer:
         """Take over a checkpoint's weights, optimizer and position."""
         checkpoint.copy_into("model", self._model_tensors())
         restore_optimizer_state(
-            self.optimizer.optimizer, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"]
+            self.optimizer.optimizer, checkpoint.views("optimizer"), checkpoint.state["optimizer"]
         )
         self.optimizer.skipped.fill_(checkpoint.state["skipped"])
         if self.optimizer.scaler is not None:

@@ -1,0 +1,368 @@
+"""Checkpoints: whole or absent, verified, pruned; the final UNet folder."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mapo_fast import checkpoint as checkpoint_module
+from mapo_fast import tensorfile
+from mapo_fast.checkpoint import CheckpointStore, save_unet
+from mapo_fast.errors import UserError
+from mapo_fast.tensorfile import write_tensors
+
+
+def tensors(scale: float = 1.0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    base = scale * torch.randn(6, 4, generator=generator)
+    image = torch.randn(2, 3, 4, 5, generator=generator)
+    return {
+        "plain": base,
+        "transposed": base.t(),  # shares storage, not contiguous
+        "channels_last": image.to(memory_format=torch.channels_last),
+        "bf16": torch.randn(7, generator=generator).bfloat16(),
+        "half": torch.randn(3, generator=generator).half(),
+        "double": torch.randn(3, generator=generator).double(),
+        "bytes": torch.arange(9, dtype=torch.uint8),
+        "long": torch.tensor([1, -(2**40)]),
+        "flags": torch.tensor([True, False, True]),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 3),
+    }
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def steps_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_write_tensors_is_a_plain_safetensors_file_with_its_hash(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    digest = write_tensors(path, tensors(), {"format": "pt"})
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert_same(load_file(path), tensors())
+
+
+def test_write_tensors_refuses_a_dtype_it_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="spectrum"):
+        write_tensors(tmp_path / "x", {"spectrum": torch.zeros(2, dtype=torch.complex64)})
+
+
+def test_writing_goes_on_after_a_partial_write() -> None:
+    class Dripping:
+        def __init__(self) -> None:
+            self.data = b""
+
+        def write(self, piece: memoryview) -> int:
+            self.data += bytes(piece[:3])
+            return min(3, len(piece))
+
+    file = Dripping()
+    tensorfile._write(file, memoryview(b"0123456789"))
+    assert file.data == b"0123456789"
+
+
+def test_saving_makes_no_copy_of_the_tensors(tmp_path: Path) -> None:
+    big = {f"w{i}": torch.full((1 << 20,), float(i)) for i in range(8)}  # 32 MiB
+    before = _resident_peak_mib()
+    tracemalloc.start()
+    CheckpointStore(tmp_path, keep=1).save(1, {"model": big}, {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+    if before is not None:
+        assert _resident_peak_mib() - before < 16  # type: ignore[operator]
+
+
+def _resident_peak_mib() -> float | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+
+
+def test_save_and_read_back(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "new" / "checkpoints", keep=2)
+    state = {"seed": 2**40, "lr": 0.1 + 0.2, "scaler": None, "nested": {"list": [1, 2]}}
+    path = store.save(100, {"model": tensors(), "optimizer": {"0.m": torch.ones(3)}}, state)
+    assert path.name == "step-00000100"
+    assert steps_in(path) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    found = store.newest()
+    assert found is not None
+    assert (found.step, found.state, found.damaged) == (100, state, ())
+    assert_same(found.tensors("model"), tensors())
+    assert_same(found.tensors("optimizer"), {"0.m": torch.ones(3)})
+
+
+def test_loaded_tensors_are_fresh_aligned_allocations(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    odd = {f"t{i}": torch.ones(i, dtype=torch.bfloat16) for i in range(1, 20)}
+    path = store.save(1, {"model": odd}, {})
+    loaded = store.newest().tensors("model")  # type: ignore[union-attr]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.values())
+    (path / "model.safetensors").write_bytes(b"")  # a memory map would change or crash
+    assert_same(loaded, odd)
+
+
+def test_copy_into_existing_tensors(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, {"model": tensors()}, {})
+    found = store.newest()
+    assert found is not None
+    targets = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
+    kept = targets["channels_last"]
+    found.copy_into("model", targets)
+    assert_same(targets, tensors())
+    assert kept is targets["channels_last"]
+    assert kept.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("change", ["shape", "missing", "extra"])
+def test_copy_into_another_model_is_refused_and_copies_nothing(tmp_path: Path, change: str) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, {"model": {"a": torch.ones(2), "b": torch.ones(3)}}, {})
+    targets = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    if change == "shape":
+        targets["b"] = torch.zeros(4)
+    elif change == "missing":
+        del targets["b"]
+    else:
+        targets["c"] = torch.zeros(1)
+    with pytest.raises(UserError, match=r"does not fit the model being trained: [bc] is"):
+        store.newest().copy_into("model", targets)  # type: ignore[union-attr]
+    assert not any(tensor.any() for tensor in targets.values())
+
+
+def test_keeps_the_last_k(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (10, 20, 30, 123456789):
+        store.save(step, {"model": {"a": torch.ones(1)}}, {})
+    assert steps_in(tmp_path) == ["step-00000030", "step-123456789"]
+    assert store.newest().step == 123456789  # type: ignore[union-attr]
+
+
+def test_an_empty_store_has_no_newest(tmp_path: Path) -> None:
+    assert CheckpointStore(tmp_path / "absent", keep=1).newest() is None
+    (tmp_path / "notes").mkdir()
+    assert CheckpointStore(tmp_path, keep=1).newest() is None
+
+
+def _flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "bit flip": (
+        lambda p: _flip_a_byte(p / "model.safetensors"),
+        r"model\.safetensors does not match its checksum",
+    ),
+    "truncated": (lambda p: os.truncate(p / "model.safetensors", 20), r"does not match its checksum"),
+    "file missing": (lambda p: (p / "model.safetensors").unlink(), r"model\.safetensors is missing"),
+    "state missing": (lambda p: (p / "state.json").unlink(), r"state\.json is missing"),
+    "state empty": (lambda p: (p / "state.json").write_text(""), r"state\.json is not readable"),
+    "state not an object": (lambda p: (p / "state.json").write_text("[1]"), r"state\.json is not readable"),
+    "state not text": (lambda p: (p / "state.json").write_bytes(b"\xff\xfe"), r"state\.json is not readable"),
+    "state changed": (
+        lambda p: (p / "state.json").write_text((p / "state.json").read_text().replace("200", "201")),
+        r"state\.json does not match its checksum",
+    ),
+    "another format": (
+        lambda p: (p / "state.json").write_text(
+            json.dumps({**json.loads((p / "state.json").read_text()), "format": 99})
+        ),
+        r"format 99",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_falls_back_past_a_damaged_checkpoint_and_says_so(tmp_path: Path, kind: str) -> None:
+    damage, message = DAMAGE[kind]
+    store = CheckpointStore(tmp_path, keep=3)
+    for step in (100, 200):
+        store.save(step, {"model": {"a": torch.full((4,), float(step))}}, {"at": step})
+    damage(tmp_path / "step-00000200")
+    found = store.newest()
+    assert found is not None
+    assert found.step == 100
+    assert found.state == {"at": 100}
+    [(path, reason)] = found.damaged
+    assert path == tmp_path / "step-00000200"
+    assert re.search(message, reason), reason
+
+
+def test_only_damaged_checkpoints_is_an_error(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    for step in (1, 2):
+        store.save(step, {"model": {"a": torch.ones(2)}}, {})
+        _flip_a_byte(tmp_path / f"step-0000000{step}" / "model.safetensors")
+    with pytest.raises(UserError, match=r"every checkpoint .* is damaged \(step-00000002: .*step-00000001: "):
+        store.newest()
+
+
+def test_a_whole_checkpoint_of_the_step_stays_and_a_damaged_one_is_replaced(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(5, {"model": {"a": torch.ones(2)}}, {})
+    store.save(5, {"model": {"a": torch.zeros(2)}}, {})
+    assert store.newest().tensors("model")["a"].tolist() == [1, 1]  # type: ignore[union-attr]
+    _flip_a_byte(tmp_path / "step-00000005" / "model.safetensors")
+    store.save(5, {"model": {"a": torch.zeros(2)}}, {})
+    assert store.newest().tensors("model")["a"].tolist() == [0, 0]  # type: ignore[union-attr]
+
+
+def test_pruning_after_a_fallback_keeps_what_was_just_saved(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(200, {"model": {"a": torch.ones(2)}}, {})
+    _flip_a_byte(tmp_path / "step-00000200" / "model.safetensors")
+    store.save(150, {"model": {"a": torch.ones(2)}}, {})
+    assert steps_in(tmp_path) == ["step-00000150", "step-00000200"]
+    assert store.newest().step == 150  # type: ignore[union-attr]
+
+
+def test_leftover_temporary_folders_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    for name in (".step-00000007.tmp", "previews", ".step-notes.tmp"):
+        (tmp_path / name).mkdir()
+    store.save(8, {"model": {"a": torch.ones(2)}}, {})
+    assert steps_in(tmp_path) == [".step-notes.tmp", "previews", "step-00000008"]
+
+
+@pytest.mark.parametrize("failing", ["write", "fsync", "rename"])
+def test_a_full_disk_is_one_line_and_leaves_the_older_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, {"model": {"a": torch.ones(2)}}, {})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if failing == "write":
+        monkeypatch.setattr(tensorfile, "_write", full)
+    elif failing == "fsync":
+        monkeypatch.setattr(checkpoint_module, "fsync", full)
+    else:
+        monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(UserError, match=r"disk full while writing .*step-00000002"):
+        store.save(2, {"model": {"a": torch.ones(2)}}, {})
+    monkeypatch.undo()
+    assert steps_in(tmp_path) == ["step-00000001"]
+    assert store.newest().step == 1  # type: ignore[union-attr]
+
+
+def test_keep_must_be_positive(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep = 0"):
+        CheckpointStore(tmp_path, keep=0)
+
+
+SAVER = """
+import sys, torch
+from pathlib import Path
+from mapo_fast.checkpoint import CheckpointStore
+store = CheckpointStore(Path(sys.argv[1]), keep=2)
+start = store.newest()
+step = start.step if start else 0
+print("ready", flush=True)
+while True:
+    step += 1
+    weights = {f"w{i}": torch.full((50_000,), float(step)) for i in range(20)}
+    store.save(step, {"model": weights}, {"at": step})
+"""
+
+
+def test_killed_at_any_moment_it_stays_loadable(tmp_path: Path) -> None:
+    """At random moments, several times: the newest checkpoint is whole and none is damaged."""
+    store = CheckpointStore(tmp_path, keep=2)
+    moments = random.Random(0)
+    last = 0
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(moments.uniform(0.05, 0.3))
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        if sys.platform != "win32":
+            assert process.returncode == -signal.SIGKILL
+        found = store.newest()
+        assert found is not None
+        assert found.damaged == ()
+        assert found.step > last
+        assert found.state == {"at": found.step}
+        assert all(bool((t == found.step).all()) for t in found.tensors("model").values())
+        last = found.step
+
+
+@pytest.fixture(scope="module")
+def unet(tiny_sdxl: Path) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_pretrained(tiny_sdxl / "unet")
+
+
+def test_a_saved_unet_loads_with_plain_diffusers(tmp_path: Path, unet: Any) -> None:
+    from diffusers import UNet2DConditionModel
+
+    save_unet(unet, tmp_path / "out" / "unet")
+    assert steps_in(tmp_path / "out") == ["unet"]
+    assert steps_in(tmp_path / "out" / "unet") == ["config.json", "diffusion_pytorch_model.safetensors"]
+    loaded, info = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_same(loaded.state_dict(), unet.state_dict())
+
+
+def test_a_saved_unet_may_come_from_other_tensors_and_replaces_the_folder(tmp_path: Path, unet: Any) -> None:
+    save_unet(unet, tmp_path / "unet")
+    other = {name: tensor.bfloat16() for name, tensor in unet.state_dict().items()}
+    save_unet(unet, tmp_path / "unet", other)
+    assert steps_in(tmp_path) == ["unet"]
+    assert_same(load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors"), other)
+
+
+def test_a_failed_save_keeps_the_unet_that_stands_there(
+    tmp_path: Path, unet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_unet(unet, tmp_path / "unet")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(UserError, match="disk full"):
+        save_unet(unet, tmp_path / "unet")
+    monkeypatch.undo()
+    assert steps_in(tmp_path) == ["unet"]
+    assert_same(load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors"), unet.state_dict())
