@@ -78,16 +78,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     trainer = Trainer(config, unet, cache, diffusion, precision, device, store, previews)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    position = trainer.step if checkpoint is not None else None
-    with (
-        RunLog(config.train.output, config.train.steps, console, position=position) as log,
-        StopRequest() as stop,
-    ):
-        log.start(
-            trainer.step, {"train_pairs": len(cache.train), "held_out_pairs": len(cache.held_out), **identity}
-        )
-        if checkpoint is not None:
-            log.monitor.restore(checkpoint.state["monitor"])
+    log = RunLog(config.train.output, config.train.steps, console, start_step=trainer.step)
+    with log, StopRequest() as stop:
         for note in _notes(config, cache, checkpoint, resume):
             log.warning(trainer.step, note)
         return trainer.run(log, stop, folder)
@@ -159,14 +151,14 @@ class Trainer:
             if last:
                 break
             if _due(self.step, config.checkpoint_every):
-                self.save(log)
+                self.save()
             self._look(log)
-        self.save(log)
+        self.save()
         finished = self.step >= config.steps
         if finished:
             self._look(log, last=True)
             self._export(folder)
-        log.end(self.step, "finished" if finished else "stopped by a signal")
+        log.end(self.step, finished=finished)
         return TrainResult(config.output, self.step, finished, int(self.optimizer.skipped))
 
     def _step(self) -> Tensor:
@@ -203,7 +195,7 @@ class Trainer:
         log.step(self.step, figures)
         limit = self.config.train.max_skipped_steps
         if in_a_row > limit:
-            self.save(log)
+            self.save()
             raise UserError(
                 f"{in_a_row} steps in a row were not finite (train.max_skipped_steps = {limit}); the last "
                 f"good weights are in {self.store.folder}. Lower optim.lr, or look for damaged data"
@@ -229,7 +221,7 @@ class Trainer:
             return lora_state_dict(self.unet)
         return dict(self.unet.state_dict())
 
-    def save(self, log: RunLog) -> None:
+    def save(self) -> None:
         """Write a checkpoint of this step."""
         tensors, description = flatten_optimizer_state(self.optimizer.optimizer)
         scaler = self.optimizer.scaler
@@ -237,7 +229,6 @@ class Trainer:
             "optimizer": description,
             "seed": self.config.train.seed,
             "skipped": float(self.optimizer.skipped),
-            "monitor": log.monitor.state(),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         self.store.save(self.step, {"model": self._model_tensors(), "optimizer": tensors}, state)
