@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,13 @@ except ImportError as missing:
     raise SystemExit(
         f"mapo-fast: {missing.name} is not installed; the command line needs pip install 'mapo_fast[train]'"
     ) from None
+
+_LIBRARIES = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+}
 
 app = typer.Typer(
     add_completion=False,
@@ -81,6 +89,9 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point of the `mapo-fast` script and of `python -m mapo_fast`."""
+    # Nothing here is ever fetched from a hub, and the libraries' loading bars would bury our own output.
+    for name, value in _LIBRARIES.items():
+        os.environ.setdefault(name, value)
     try:
         app()
     except UserError as error:
