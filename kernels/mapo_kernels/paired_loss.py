@@ -845,7 +845,7 @@ def _check_inputs(
             _check_constant("target", part, chosen.device)
     if rejected is not None and rejected.device != chosen.device:
         raise ValueError(
-            f"prediction: chosen is on {chosen.device} but rejected on {rejected.device}; move it there"
+            f"prediction: chosen is on {chosen.device}, rejected on {rejected.device}; move them together"
         )
     _check_weights(weights, pairs, chosen.device)
     _check_mask(mask, pairs, tuple(chosen.shape[1:]), chosen.device)
@@ -952,11 +952,29 @@ def paired_loss_from_errors(
     )
 
 
-def _reference_score(z: Tensor) -> Tensor:
-    small = z.abs() < 1e-3  # where expm1's own derivative formula would cancel
+def _reference_log_score(z: Tensor) -> Tensor:
+    """log(z/(exp z − 1)) for z ≥ 0, in a form that autograd can differentiate without cancellation."""
+    small = z < 1e-3
     x = torch.where(small, 1.0, z)
-    series = 1 - z / 2 + z**2 / 12 - z**4 / 720
-    return torch.where(small, series, x / torch.expm1(x))
+    series = torch.log1p(-z / 2 + z**2 / 12 - z**4 / 720)
+    return torch.where(small, series, torch.log(x) - x - torch.log(-torch.expm1(-x)))
+
+
+def _reference_terms(
+    e_w: Tensor, e_l: Tensor, objective: str, beta: float, snr: float, timesteps: float
+) -> tuple[Tensor, Tensor]:
+    """Return each pair's loss and logit."""
+    if objective == "sft":
+        return e_w, e_l - e_w
+    if objective == "mapo_code":
+        s_w, s_l = (_reference_log_score(snr * e).exp() for e in (e_w, e_l))
+        logits = timesteps * (s_w - s_l)
+        return e_w - beta * torch.nn.functional.logsigmoid(logits), logits
+    if objective == "mapo_paper_power":
+        phi_w, phi_l = ((beta * _reference_log_score(e)).exp() for e in (e_w, e_l))
+    else:
+        phi_w, phi_l = (beta * _reference_log_score(e).exp() for e in (e_w, e_l))
+    return e_w - torch.nn.functional.logsigmoid(phi_w - phi_l) / beta, phi_w - phi_l
 
 
 def paired_loss_reference(
@@ -980,19 +998,7 @@ def paired_loss_reference(
         both = mask if mask.shape[0] in (1, len(p)) else torch.cat([mask, mask])
         m = both.double().expand_as(square)
     e_w, e_l = ((m * square).flatten(1).sum(1) / m.flatten(1).sum(1)).chunk(2)
-    if objective == "mapo_code":
-        logits = num_train_timesteps * (_reference_score(snr * e_w) - _reference_score(snr * e_l))
-        loss = e_w - beta * torch.nn.functional.logsigmoid(logits)
-    elif objective == "sft":
-        logits = e_l - e_w
-        loss = e_w
-    else:
-        power = objective == "mapo_paper_power"
-        phi_w, phi_l = (
-            _reference_score(e) ** beta if power else beta * _reference_score(e) for e in (e_w, e_l)
-        )
-        logits = phi_w - phi_l
-        loss = e_w - torch.nn.functional.logsigmoid(logits) / beta
+    loss, logits = _reference_terms(e_w, e_l, objective, beta, snr, num_train_timesteps)
     if weights is not None:
         loss = loss * weights.double()
     if reduction == "mean":

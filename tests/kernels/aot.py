@@ -1,8 +1,8 @@
 """Compile every kernel launch ahead of time, without a GPU; prints one JSON line per compilation.
 
 A program of its own: Triton's interpreter and compiler cannot share a process, and the run must not inherit
-TRITON_INTERPRET. The launchers really run, on CPU tensors, with a recorder in the kernel's place, so that what is
-compiled is what production launches: the same specialisations (1, multiples of 16, None) and block sizes.
+TRITON_INTERPRET. The launchers really run, on CPU tensors, with a recorder in the kernel's place, so that what
+is compiled is what production launches: the same specialisations (1, multiples of 16, None) and block sizes.
 
     python tests/kernels/aot.py 75 80 90
 """
@@ -25,10 +25,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mapo_kernels import paired_loss as module_or_function
+import mapo_kernels
 
-op = sys.modules["mapo_kernels.paired_loss"]
-assert callable(module_or_function)
+op = sys.modules[mapo_kernels.paired_loss.__module__]
 
 TYPES = {
     torch.float16: "*fp16",

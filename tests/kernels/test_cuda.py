@@ -1,0 +1,110 @@
+"""What only a GPU can show: streams, graph replay, no waiting. test_paired_loss.py runs there as well."""
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import mapo_kernels
+from mapo_kernels import PairedLoss, backend, paired_loss, paired_loss_reference
+from mapo_kernels import _launch as launch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+op = sys.modules[mapo_kernels.paired_loss.__module__]
+
+
+@pytest.fixture(autouse=True)
+def _counters_end_at_zero() -> Iterator[None]:
+    assert backend("cuda").name == "triton"
+    yield
+    torch.cuda.synchronize()
+    assert all(counter.item() == 0 for counter in launch._counters.values())
+
+
+def batch(pairs: int = 4) -> tuple[Tensor, Tensor]:
+    target = torch.randn(2 * pairs, 4, 128, 128, device="cuda")
+    return (target + 0.1 * torch.randn_like(target)).to(torch.bfloat16).requires_grad_(), target
+
+
+def run(prediction: Tensor, target: Tensor) -> tuple[PairedLoss, Tensor]:
+    out = paired_loss(prediction, target)
+    (grad,) = torch.autograd.grad(out.loss, prediction)
+    return out, grad
+
+
+def equal(a: tuple[PairedLoss, Tensor], b: tuple[PairedLoss, Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip((*a[0], a[1]), (*b[0], b[1]), strict=True))
+
+
+@pytest.mark.parametrize("pairs", [1, 4, 64, 200])
+def test_ten_thousand_programs_race_to_the_same_bits(pairs: int) -> None:
+    prediction, target = batch(pairs)
+    first = run(prediction, target)
+    truth = paired_loss_reference(prediction, target)
+    assert (first[0].logits - truth.logits).abs().max() <= 1e-3
+    for _ in range(200):
+        assert equal(run(prediction, target), first)
+
+
+def test_nothing_waits_for_the_gpu() -> None:
+    prediction, target = batch()
+    run(prediction, target)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(prediction, target)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_streams_do_not_share_a_counter() -> None:
+    batches = [batch(16) for _ in range(4)]
+    want = [run(*b) for b in batches]
+    streams = [torch.cuda.Stream() for _ in batches]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        got = []
+        for stream, b in zip(streams, batches, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(run(*b))
+        torch.cuda.synchronize()
+        assert all(equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_graph_replay_beside_eager_work() -> None:
+    prediction, target = batch()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(prediction, target)
+    torch.cuda.current_stream().wait_stream(side)
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    captured = []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            captured.append(run(prediction, target))
+    for _ in range(20):
+        with torch.no_grad():
+            prediction.copy_(target + 0.1 * torch.randn_like(target))
+        torch.cuda.synchronize()
+        for graph in graphs:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                graph.replay()
+        want = run(prediction, target)
+        torch.cuda.synchronize()
+        assert all(equal(got, want) for got in captured)
+
+
+@pytest.mark.filterwarnings("ignore")  # Inductor's own
+def test_compile_with_cuda_graphs() -> None:
+    prediction, target = batch()
+    compiled = torch.compile(
+        lambda p, t: paired_loss(p * 1.0, t).loss, mode="reduce-overhead", fullgraph=True
+    )
+    for _ in range(4):
+        (got,) = torch.autograd.grad(compiled(prediction, target), prediction)
+        assert torch.equal(got, run(prediction, target)[1])
