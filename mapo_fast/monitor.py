@@ -25,13 +25,18 @@ SATURATED_BELOW = 0.05
 σ(−z) < 0.05, that is z > 2.94. With MaPO's default settings that is an error gap above 0.012."""
 
 _SATURATED_SHARE = 0.8
+
 _WINDOW = 20
+"""Lines compared: the first ones with the last ones; half as many for saturation."""
+
 _TRAINING_RISE = 1.2
-_TRAINING_T = (
-    4.0  # looked at on every line: 3 would raise a false alarm in 5 to 9 % of runs, 4 in at most 1 %
-)
+_TRAINING_T = 4.0
+"""Looked at on every line: t > 3 raises a false alarm in 5 to 9 % of runs of 500 lines, t > 4 in 1 %."""
+
 _HELD_OUT_RISE = 0.05
+
 _DRIFT = 0.05
+"""Σ‖prediction − start prediction‖² / Σ‖start prediction‖²: 22 % root mean square."""
 
 
 class Monitor:

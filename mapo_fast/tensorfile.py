@@ -68,17 +68,23 @@ def write_tensors(
 
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
-        for piece in (len(head).to_bytes(8, "little"), head):
-            _write(file, memoryview(piece))
-            digest.update(piece)
+
+        def put(data: memoryview) -> None:
+            digest.update(data)
+            _write(file, data)
+
+        put(memoryview(len(head).to_bytes(8, "little")))
+        put(memoryview(head))
         for name in order:
-            flat = tensors[name].detach().cpu().contiguous().view(-1)
-            if flat.numel():
-                data = memoryview(flat.view(torch.uint8).numpy().data)
-                _write(file, data)
-                digest.update(data)
+            put(_bytes(tensors[name]))  # no local variable: it would keep one tensor while the next is made
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A tensor's elements in logical order; the memory is its own if it is a contiguous CPU tensor."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
 def _write(file: object, data: memoryview) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mapo_fast import checkpoint as checkpoint_module
 from mapo_fast import tensorfile
@@ -84,24 +86,44 @@ def test_writing_goes_on_after_a_partial_write() -> None:
     assert file.data == b"0123456789"
 
 
-def test_saving_makes_no_copy_of_the_tensors(tmp_path: Path) -> None:
-    big = {f"w{i}": torch.full((1 << 20,), float(i)) for i in range(8)}  # 32 MiB
-    before = _resident_peak_mib()
+class NewMemory(TorchDispatchMode):
+    """Bytes of tensor storages made inside, and the most that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in given:
+            size = out.untyped_storage().nbytes()
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(out.untyped_storage(), self._freed, size)
+        return out
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
+
+
+@pytest.mark.parametrize(("transposed", "copies"), [(False, 0), (True, 1)])
+def test_saving_copies_at_most_one_tensor_at_a_time(tmp_path: Path, transposed: bool, copies: int) -> None:
+    """Contiguous CPU tensors are written from where they are; others are gathered one by one."""
+    weights = {f"w{i}": torch.full((512, 512), float(i)) for i in range(8)}
+    if transposed:
+        weights = {name: weight.t() for name, weight in weights.items()}
+    with NewMemory():  # imports what torch imports on first use, so that it is not counted
+        CheckpointStore(tmp_path, keep=1).save(0, {"model": {"w": torch.ones(2, 3).t()}}, {})
     tracemalloc.start()
-    CheckpointStore(tmp_path, keep=1).save(1, {"model": big}, {})
-    peak = tracemalloc.get_traced_memory()[1]
+    with NewMemory() as memory:
+        CheckpointStore(tmp_path, keep=1).save(1, {"model": weights}, {})
+    python_peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4 << 20
-    if before is not None:
-        assert _resident_peak_mib() - before < 16  # type: ignore[operator]
-
-
-def _resident_peak_mib() -> float | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20)
+    one = 512 * 512 * 4
+    assert memory.peak == copies * one
+    assert memory.live == 0
+    assert python_peak < one  # no bytes objects of whole tensors either
 
 
 def test_save_and_read_back(tmp_path: Path) -> None:
