@@ -1,0 +1,143 @@
+"""The command line: its surface, and one line with exit code 2 for every mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from mapo_fast import cli
+from tests.training import make_cache, make_pairs, settings
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cache(tiny_sdxl, tmp_path_factory.mktemp("data"))
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["mapo-fast", *args])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def _write(path: Path, table: dict[str, Any]) -> str:
+    path.write_text(tomli_w.dumps(table), encoding="utf-8")
+    return str(path)
+
+
+def test_the_surface() -> None:
+    names = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
+    assert names == {"prepare", "train", "demo", "doctor"}
+
+
+def test_prepare_then_train_then_resume(
+    tmp_path: Path, tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_pairs(tmp_path / "pairs")
+    table = settings(tiny_sdxl, tmp_path / "cache", tmp_path / "run", data={"source": str(source)})
+    config = _write(tmp_path / "config.toml", table)
+    assert _run(monkeypatch, "prepare", config) == 0
+    assert _run(monkeypatch, "train", config, "--set", "train.steps=2") == 0
+    assert "step 2/2" in capsys.readouterr().out
+    assert _run(monkeypatch, "train", config, "--resume", "--set", "train.steps=4") == 0
+    assert "step 4/4" in capsys.readouterr().out
+    assert (tmp_path / "run" / "unet" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "train.lr=1"), "unknown key train.lr"),
+        (("--set", "model.path=/nowhere"), "model folder not found: /nowhere"),
+        (("--set", "data.cache=/nowhere"), "/nowhere"),
+        (("--set", "data.resolution=64"), "resolution"),
+        (("--set", "model.vae=/nowhere"), "/nowhere"),
+        (("--set", "train.device=cuda"), "no NVIDIA GPU"),
+        (("--set", "optim.name=paged_adamw8bit"), "needs an NVIDIA GPU"),
+        (("--set", "adapter.kind=lora", "--set", "adapter.targets=['to_w']"), "to_w"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    tmp_path: Path,
+    tiny_sdxl: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = _write(tmp_path / "config.toml", settings(tiny_sdxl, cache, tmp_path / "run"))
+    assert _run(monkeypatch, "train", config, *arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1
+    assert lines[0].startswith("mapo-fast: ")
+    assert message in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("unet/config.json", "unet/config.json is missing"),
+        ("unet/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors is missing"),
+        ("text_encoder_2/config.json", "text_encoder_2/config.json is missing"),
+        ("tokenizer_2/tokenizer_config.json", "tokenizer_2/tokenizer_config.json is missing"),
+        ("scheduler/scheduler_config.json", "scheduler_config.json is missing"),
+        ("model_index.json", "model_index.json is missing"),
+    ],
+)
+def test_a_folder_that_is_not_sdxl_names_the_missing_part(
+    tmp_path: Path,
+    tiny_sdxl: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    part: str,
+    message: str,
+) -> None:
+    model = tmp_path / "model"
+    for file in tiny_sdxl.rglob("*"):
+        target = model / file.relative_to(tiny_sdxl)
+        if file.is_file() and str(file.relative_to(tiny_sdxl)) != part:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(file)
+    config = _write(tmp_path / "config.toml", settings(model, cache, tmp_path / "run"))
+    assert _run(monkeypatch, "train", config) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_pickled_weights_and_other_models_are_refused(tmp_path: Path, tiny_sdxl: Path) -> None:
+    import shutil
+
+    from mapo_fast.errors import UserError
+    from mapo_fast.model import open_sdxl
+
+    model = shutil.copytree(tiny_sdxl, tmp_path / "model")
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(UserError, match="only pickled .bin weights"):
+        open_sdxl(model)
+    weights.with_suffix(".bin").rename(weights)
+    config = model / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"text_time"', "null"))
+    with pytest.raises(UserError, match=r"addition_embed_type = None, SDXL has 'text_time'"):
+        open_sdxl(model)
+    weights.write_bytes(b"not weights")
+    config.write_text(config.read_text().replace("null", '"text_time"', 1))
+    with pytest.raises(UserError, match=r"model_index|cannot load|unet"):
+        open_sdxl(model).load_unet()
+
+
+def test_python_dash_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "mapo_fast", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for command in ("prepare", "train", "demo", "doctor"):
+        assert command in done.stdout

@@ -1,0 +1,374 @@
+"""The trainer: results load in plain diffusers, resume is exact, nothing bad passes silently."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mapo_fast.config import Config
+from mapo_fast.data.cache import PairCache
+from mapo_fast.diffusion import Diffusion
+from mapo_fast.engine.step import training_inputs
+from mapo_fast.errors import UserError
+from mapo_fast.model import open_sdxl
+from mapo_fast.runlog import read_log
+from mapo_fast.train import Trainer, train
+from tests.tiny import make_tiny_sdxl
+from tests.training import make_cache, make_config
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cache(tiny_sdxl, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def make(tiny_sdxl: Path, cache: Path) -> Callable[..., Config]:
+    def build(output: Path, **sections: dict[str, Any]) -> Config:
+        return make_config(tiny_sdxl, cache, output, **sections)
+
+    return build
+
+
+LORA8 = {"adapter": {"kind": "lora", "rank": 4}, "optim": {"name": "adamw8bit", "lr": 1e-3}}
+MODES: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA8}
+RESULT = {"full": "unet/diffusion_pytorch_model.safetensors", "lora": "lora/pytorch_lora_weights.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def finished(make: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One uninterrupted run per mode."""
+    outputs = {}
+    for mode, sections in MODES.items():
+        outputs[mode] = tmp_path_factory.mktemp("finished") / mode
+        result = train(make(outputs[mode], **sections))
+        assert result.finished
+        assert result.step == 6
+    return outputs
+
+
+def test_a_full_fine_tune_loads_with_plain_diffusers(finished: dict[str, Path], tiny_sdxl: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(finished["full"] / "unet", local_files_only=True)
+    start = open_sdxl(tiny_sdxl).load_unet().state_dict()
+    moved = [not torch.equal(value, start[name]) for name, value in unet.state_dict().items()]
+    assert sum(moved) > 0.9 * len(moved)
+    saved = load_file(finished["full"] / "checkpoints" / "step-00000006" / "model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in unet.state_dict().items())
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, unet=unet, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("red square", height=32, width=32, num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (32, 32, 3)
+
+
+def test_a_lora_loads_with_plain_diffusers(finished: dict[str, Path], tiny_sdxl: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, local_files_only=True)
+    before = sum(float(p.double().abs().sum()) for p in pipe.unet.parameters())
+    pipe.load_lora_weights(finished["lora"] / "lora")
+    factors = load_file(finished["lora"] / RESULT["lora"])
+    assert sum(float(p.double().abs().sum()) for p in pipe.unet.parameters()) > before
+    assert any(bool(value.any()) for name, value in factors.items() if "lora_B" in name)
+    assert (finished["lora"] / "lora" / "lora_kohya.safetensors").is_file()
+
+
+def test_the_log_has_every_figure_and_step_zero(finished: dict[str, Path]) -> None:
+    entries = read_log(finished["full"] / "log.jsonl")
+    steps = [e for e in entries if e["event"] == "step"]
+    assert [e["step"] for e in steps] == [2, 4, 6]
+    names = "loss chosen_error rejected_error margin logits saturation accuracy grad_norm lr pairs_per_s"
+    assert all(torch.isfinite(torch.tensor(e[n])) for e in steps for n in names.split())
+    assert all(e["peak_memory_mib"] > 0 and e["skipped_steps"] == 0 for e in steps)
+    looks = [e for e in entries if e["event"] == "evaluation"]
+    assert [e["step"] for e in looks] == [0, 6]
+    assert looks[0]["accuracy_change"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert looks[0]["drift"] == 0.0
+    assert looks[1]["drift"] > 0.0
+    assert looks[1]["draws"] >= 8
+    assert list((finished["full"] / "tensorboard").iterdir())
+
+
+def _same(one: Path, other: Path, mode: str) -> bool:
+    return (one / RESULT[mode]).read_bytes() == (other / RESULT[mode]).read_bytes()
+
+
+def _in_child(config: Config, resume: bool) -> Any:
+    """Train in a forked process: as killable as a command, without its seconds of imports."""
+
+    def run() -> None:
+        train(config, resume=resume)
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("mode", list(MODES))
+def test_killed_at_any_moment_and_resumed_is_bit_identical(
+    make: Callable[..., Config], finished: dict[str, Path], tmp_path: Path, mode: str
+) -> None:
+    config = make(tmp_path / "run", **MODES[mode])
+    chance = random.Random(mode)
+    kills = 0
+    for attempt in range(12):
+        process = _in_child(config, resume=attempt > 0)
+        process.join(chance.uniform(0.3, 2.5) if kills < 3 else 60)
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+            continue
+        assert process.exitcode == 0
+        break
+    assert _same(tmp_path / "run", finished[mode], mode)
+    steps = [e["step"] for e in read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "step"]
+    assert steps == [2, 4, 6]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_first_and_the_resume_is_bit_identical(
+    make: Callable[..., Config], finished: dict[str, Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    config = make(tmp_path / "run", train={"checkpoint_every": 0})
+    process = _in_child(config, resume=False)
+    log = tmp_path / "run" / "log.jsonl"
+    while not (log.exists() and '"event": "step"' in log.read_text()):
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 0
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    assert train(config, resume=True).finished
+    assert (tmp_path / "run" / RESULT["full"]).read_bytes() == (
+        finished["full"] / RESULT["full"]
+    ).read_bytes()
+
+
+def test_a_damaged_checkpoint_falls_back_and_says_so(
+    make: Callable[..., Config], finished: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(finished["full"], tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006" / "model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    result = train(make(tmp_path / "run"), resume=True)
+    assert result.finished
+    warnings = [e["message"] for e in read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "warning"]
+    assert any("step-00000006 is damaged" in w and "falling back to step-00000004" in w for w in warnings)
+    assert (tmp_path / "run" / RESULT["full"]).read_bytes() == (
+        finished["full"] / RESULT["full"]
+    ).read_bytes()
+
+
+def test_a_finished_run_resumes_to_nothing(make: Callable[..., Config], finished: dict[str, Path]) -> None:
+    before = (finished["full"] / RESULT["full"]).read_bytes()
+    result = train(make(finished["full"]), resume=True)
+    assert (result.step, result.finished) == (6, True)
+    assert (finished["full"] / RESULT["full"]).read_bytes() == before
+
+
+def test_a_used_output_folder_is_refused_untouched(
+    make: Callable[..., Config], finished: dict[str, Path]
+) -> None:
+    def listing() -> list[tuple[str, int]]:
+        return sorted((str(p), p.stat().st_mtime_ns) for p in finished["full"].rglob("*"))
+
+    before = listing()
+    with pytest.raises(UserError, match="already holds a run"):
+        train(make(finished["full"]))
+    with pytest.raises(UserError, match=r"optim\.lr was 0\.001 and is now 0\.1"):
+        train(make(finished["full"], optim={"lr": 0.1}), resume=True)
+    assert listing() == before
+
+
+class _Poisoned(torch.nn.Module):
+    """The real loss, not finite on chosen calls."""
+
+    def __init__(self, loss: torch.nn.Module, bad: set[int]) -> None:
+        super().__init__()
+        self.loss, self.bad, self.calls = loss, bad, 0
+
+    def forward(self, prediction: torch.Tensor, target: torch.Tensor) -> Any:
+        self.calls += 1
+        poison = float("nan") if self.calls in self.bad else 1.0
+        return self.loss(prediction * poison, target)
+
+
+@pytest.mark.parametrize("sections", [{}, LORA8], ids=["full", "lora"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]
+) -> None:
+    from mapo_fast import train as module
+
+    build = module.build_loss
+    monkeypatch.setattr(module, "build_loss", lambda *a: _Poisoned(build(*a), {2, 3}))
+    result = train(make(tmp_path / "run", **sections))
+    assert result.finished
+    assert result.skipped_steps == 2
+    last = [e for e in read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "step"][-1]
+    assert last["skipped_steps"] == 2
+    assert last["chosen_error"] > 0
+    weights = load_file(tmp_path / "run" / "checkpoints" / "step-00000006" / "model.safetensors")
+    assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+
+
+def test_too_many_bad_steps_stop_the_run_with_the_last_good_state(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mapo_fast import train as module
+
+    build = module.build_loss
+    monkeypatch.setattr(module, "build_loss", lambda *a: _Poisoned(build(*a), set(range(3, 99))))
+    good = train(make(tmp_path / "good", train={"steps": 2, "checkpoint_every": 0}))
+    with pytest.raises(UserError, match=r"2 steps in a row were not finite \(train\.max_skipped_steps = 1\)"):
+        train(make(tmp_path / "run", train={"max_skipped_steps": 1, "checkpoint_every": 0}))
+    kept = load_file(tmp_path / "run" / "checkpoints" / "step-00000004" / "model.safetensors")
+    expected = load_file(good.output / "checkpoints" / "step-00000002" / "model.safetensors")
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
+
+
+class _NoSync(TorchDispatchMode):
+    """Fails on the operations by which a host reads a device tensor."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.name() not in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"), (
+            func.name()
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_from_the_device(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer._step
+    steps = 0
+
+    def watched(self: Trainer) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        with _NoSync():
+            norm = step(self)
+            self.metrics.add_step(norm)
+        return norm
+
+    monkeypatch.setattr(Trainer, "_step", watched)
+    train(make(tmp_path / "run", train={"steps": 3}))
+    assert steps == 3
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoSync():
+        float(torch.ones(1))
+
+
+def test_noise_timestep_and_dropped_caption_are_the_pairs_own(cache: Path, tiny_sdxl: Path) -> None:
+    pairs = PairCache.open(cache)
+    diffusion = Diffusion(open_sdxl(tiny_sdxl).scheduler_config)
+    settings: dict[str, Any] = {"seed": 5, "epoch": 2, "caption_dropout": 0.5, "device": torch.device("cpu")}
+    members = [pairs.train[i] for i in range(6)]
+    together = training_inputs(pairs, members, diffusion, **settings)
+    for index, pair in enumerate(members):
+        alone = training_inputs(pairs, [pair], diffusion, **settings)
+        for part, whole in zip(alone, together, strict=True):
+            assert torch.equal(part[0], whole[index])
+            assert torch.equal(part[1], whole[len(members) + index])
+        assert torch.equal(alone.target[0], alone.target[1])  # ε-prediction: the target is the shared noise
+        assert alone.timesteps[0] == alone.timesteps[1]
+        assert torch.equal(alone.prompt_embeds[0], alone.prompt_embeds[1])
+    dropped = [bool((e == 0).all()) for e in together.prompt_embeds]
+    assert dropped[:6] == dropped[6:]
+    assert 0 < sum(dropped[:6]) < 6
+    assert together.time_ids.dtype == torch.float32
+
+
+def test_objectives_share_their_draws(make: Callable[..., Config], tmp_path: Path) -> None:
+    """Before the first update the errors of MaPO and SFT are the same numbers."""
+    errors = []
+    for name in ("mapo", "sft"):
+        output = tmp_path / name
+        train(make(output, objective={"name": name}, train={"steps": 1, "log_every": 1}))
+        first = next(e for e in read_log(output / "log.jsonl") if e["event"] == "step")
+        errors.append((first["chosen_error"], first["rejected_error"]))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize(
+    "train_settings",
+    [
+        {"layout": "joint"},
+        {"layout": "joint", "gradient_checkpointing": False},
+        {"precision": "bf16"},
+        {"precision": "pure_bf16"},
+        {"pairs_per_batch": 1, "accumulation": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_every_layout_and_precision_trains(
+    make: Callable[..., Config], tmp_path: Path, kind: str, train_settings: dict[str, Any]
+) -> None:
+    config = make(tmp_path / "run", adapter={"kind": kind, "rank": 4}, train={"steps": 2, **train_settings})
+    assert train(config).finished
+    entries = read_log(tmp_path / "run" / "log.jsonl")
+    assert entries[-1]["finished"]
+    warned = any("rounds updates" in e.get("message", "") for e in entries)
+    assert warned == (train_settings.get("precision") == "pure_bf16")
+
+
+def test_v_prediction_with_zero_terminal_snr_and_an_fp16_only_folder(cache: Path, tmp_path: Path) -> None:
+    """The scheduler config is read; the same VAE and encoders keep the cache valid."""
+    model = make_tiny_sdxl(tmp_path / "v", prediction_type="v_prediction", zero_terminal_snr=True)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        (plain,) = (model / name).glob("*.safetensors")
+        plain.rename(plain.with_suffix(".fp16.safetensors"))
+    data = make_cache(model, tmp_path / "data")
+    output = tmp_path / "run"
+    train(make_config(model, data, output, train={"steps": 2}, preview={"prompts": ["red"], "steps": 2}))
+    written = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
+    assert (written["prediction_type"], written["rescale_betas_zero_snr"]) == ("v_prediction", True)
+    assert len(list((output / "previews").rglob("*.png"))) == 2
+    with pytest.raises(UserError, match="zero terminal SNR with epsilon-prediction"):
+        train(make_config(model, data, tmp_path / "other", train={"prediction": "epsilon"}))
+
+
+def test_a_cache_of_another_model_is_refused(cache: Path, tmp_path: Path) -> None:
+    other = make_tiny_sdxl(tmp_path / "other", seed=9)
+    with pytest.raises(UserError, match="cache"):
+        train(make_config(other, cache, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_previews_are_the_same_prompts_and_noise(make: Callable[..., Config], tmp_path: Path) -> None:
+    preview = {"prompts": ["red", "blue"], "steps": 2, "every": 1}
+    train(make(tmp_path / "run", train={"steps": 2}, optim={"lr": 1e-12}, preview=preview))
+    folders = sorted((tmp_path / "run" / "previews").iterdir())
+    assert [f.name for f in folders] == ["step-00000000", "step-00000001", "step-00000002"]
+    assert (folders[0] / "00.png").read_bytes() == (folders[2] / "00.png").read_bytes()
+    assert (folders[0] / "00.png").read_bytes() != (folders[0] / "01.png").read_bytes()
+
+
+def test_missing_xformers_is_named(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"train\.attention = 'xformers' cannot be used .*use 'sdpa'"):
+        train(make(tmp_path / "run", train={"attention": "xformers"}))
+    assert not (tmp_path / "run").exists()
