@@ -64,6 +64,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise UserError(
                 f"disk full while writing {path}: free some space and run the same command again"
             ) from error
+        if error.errno == errno.EFBIG:
+            raise UserError(f"{path} is too large for this file system (FAT32 holds 4 GiB a file)") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         raise

@@ -141,23 +141,23 @@ class Trainer:
         """Train to the last step or the first signal, then save."""
         config = self.config.train
         if self.step == 0:
-            self._look(log, first=True)
+            self._look(log, always=True)
         while self.step < config.steps and not stop.requested:
             self.metrics.add_step(self._step())
             log.advance(self.step)
-            last = self.step == config.steps or stop.requested
-            if self.step % config.log_every == 0 or last:
+            finished = self.step == config.steps
+            if finished or stop.requested or self.step % config.log_every == 0:
                 self._log(log)
-            if last:
-                break
-            if _due(self.step, config.checkpoint_every):
+            if stop.requested and not finished:
+                break  # save first: an evaluation may take minutes
+            self._look(log, always=finished)
+            if finished or _due(self.step, config.checkpoint_every):
                 self.save()
-            self._look(log)
-        self.save()
         finished = self.step >= config.steps
         if finished:
-            self._look(log, last=True)
             self._export(folder)
+        else:
+            self.save()
         log.end(self.step, finished=finished)
         return TrainResult(config.output, self.step, finished, int(self.optimizer.skipped))
 
@@ -201,15 +201,14 @@ class Trainer:
                 f"good weights are in {self.store.folder}. Lower optim.lr, or look for damaged data"
             )
 
-    def _look(self, log: RunLog, *, first: bool = False, last: bool = False) -> None:
+    def _look(self, log: RunLog, *, always: bool) -> None:
         """Evaluate and preview where this step is due for it."""
         config = self.config
-        always = first or last
         context = self.precision.context(self.device)
         if self.held_out.pairs and (always or _due(self.step, config.train.evaluate_every)):
             errors = self.held_out.errors(self.unet, context)
             path = config.train.output / "held_out_start.safetensors"
-            if first:
+            if self.step == 0:
                 save_errors(errors, path)
             log.evaluation(self.step, compare(errors, load_errors(path)))
         if self.previews is not None and (always or _due(self.step, config.preview.every)):
