@@ -3,7 +3,7 @@
 `pytest -p tests.interpreter` with TRITON_INTERPRET=1 set. What it changes:
 
 - Casts to bf16 round to nearest even; the stock interpreter truncates.
-- Arithmetic, comparisons and reductions on bf16 values raise: the stock interpreter computes on their raw bits.
+- Arithmetic, comparisons and reductions on bf16 raise; the stock interpreter computes on the raw bits.
 - NumPy's floating-point warnings are silent inside kernels: a GPU divides by zero without comment.
 - Triton 3.6 with NumPy ≥ 2.4: a tensor can again be a loop bound.
 """

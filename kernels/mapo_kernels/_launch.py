@@ -80,6 +80,7 @@ def completion_counter(device: torch.device) -> Tensor:
     sets the counter back to 0. So it has to be cleared only once, not before every launch. Why this is safe:
 
     - Kernels of one stream run one after another, so one counter per (device, stream) is never shared.
+      PyTorch's streams live as long as the process, so a stream's handle is not given to another one.
     - A CUDA graph may be replayed on any stream, next to eager work or to other graphs. A launch that is
       being captured therefore gets its own counter from the graph's pool; its clearing is captured with it.
     - CUDA-graph trees of `torch.compile` would find a cached counter inside their private pool: ops that use

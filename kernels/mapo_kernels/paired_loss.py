@@ -45,7 +45,7 @@ WARPS = 4
 PAIRS_PER_TILE = 32 * WARPS
 """One pair per thread of the last program."""
 INTERPRETER_BLOCK = 65536
-"""The interpreter's cost is per program, so it gets few large ones."""
+"""Largest block under the interpreter, whose cost is per program: it gets few large ones."""
 
 
 # --- Kernels ---
@@ -359,9 +359,15 @@ def _accumulator(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def _block(numel: int) -> int:
+    if not INTERPRETING:
+        return BLOCK
+    return min(INTERPRETER_BLOCK, max(16, 1 << (numel - 1).bit_length()))
+
+
 def _chunking(numel: int) -> tuple[int, int, int]:
     """Return (block, elements per program, programs per sample); a function of the sample's size alone."""
-    block = INTERPRETER_BLOCK if INTERPRETING else BLOCK
+    block = _block(numel)
     chunk = block * -(-numel // (block * MOST_CHUNKS))
     return block, chunk, -(-numel // chunk)
 
@@ -461,7 +467,7 @@ def _launch_backward(
 ) -> None:
     like = prediction.chosen
     pairs, numel = like.shape[0], like[0].numel()
-    block = INTERPRETER_BLOCK if INTERPRETING else BLOCK
+    block = _block(numel)
     chunks = -(-numel // block)
     with on_device(like):
         _backward_kernel[(2 * pairs * chunks,)](

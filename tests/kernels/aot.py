@@ -1,8 +1,8 @@
 """Compile every kernel launch ahead of time, without a GPU; prints one JSON line per compilation.
 
 A program of its own: Triton's interpreter and compiler cannot share a process, and the run must not inherit
-TRITON_INTERPRET. The launchers really run, on CPU tensors, with a recorder in the kernel's place, so that what
-is compiled is what production launches: the same specialisations (1, multiples of 16, None) and block sizes.
+TRITON_INTERPRET. The launchers really run, on CPU tensors, with a recorder in the kernel's place, so that
+what is compiled is what production launches: the same specialisations (1, multiples of 16, None) and blocks.
 
     python tests/kernels/aot.py 75 80 90
 """
@@ -152,8 +152,9 @@ def launches() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
 
 def main() -> None:
     capabilities = [int(argument) for argument in sys.argv[1:]]
-    for name, kernel, args, kwargs in launches():
-        for capability in capabilities:
+    for i, (name, kernel, args, kwargs) in enumerate(launches()):
+        # The first two cases take every path; for the others the oldest and the newest card will do.
+        for capability in capabilities if i < 4 else (capabilities[0], capabilities[-1]):
             result = compile_launch(kernel, args, dict(kwargs), capability)
             print(json.dumps({"case": name, "capability": capability, **result}))
 

@@ -72,7 +72,7 @@ def gradient(out: Any, *inputs: Tensor, grad: Tensor | None = None) -> tuple[Ten
 
 
 def check(prediction: Any, target: Any, **settings: Any) -> None:
-    """Loss, diagnostics and gradients against fp64 by the three-way rule: no worse than eager, plus rounding."""
+    """Loss, diagnostics and gradients against fp64, by the three-way rule: no worse than eager + rounding."""
     leaves = prediction if isinstance(prediction, tuple) else (prediction,)
     out = paired_loss(prediction, target, **settings)
     truth = paired_loss_reference(prediction, target, **settings)
@@ -133,22 +133,24 @@ def test_any_shape(device: str, shape: tuple[int, ...]) -> None:
     check(*make(shape, device), objective="mapo_code", reduction="none")
 
 
-@pytest.mark.parametrize("pairs", [1, 3, 130])
-def test_any_number_of_pairs(device: str, pairs: int) -> None:
-    """130 pairs need more than one tile of the epilogue, in both of its loops."""
+@pytest.mark.parametrize("pairs", [1, 3, 11])
+def test_any_number_of_pairs(device: str, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """11 pairs need several tiles of both of the epilogue's loops, the last ones partly filled."""
+    monkeypatch.setattr(op, "ROWS_PER_TILE", 4)
+    monkeypatch.setattr(op, "PAIRS_PER_TILE", 8)
     check(*make((2 * pairs, 1, 2, 3), device), weights=torch.rand(pairs, device=device))
 
 
-@pytest.mark.parametrize("block", [16, 64])
-def test_many_chunks_per_sample(device: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Production cuts a sample into up to 64 chunks of several blocks; small blocks give small tests the same."""
+@pytest.mark.parametrize(("block", "pairs"), [(16, 1), (64, 2)])
+def test_many_chunks_per_sample(device: str, block: int, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Production cuts a sample into up to 64 chunks of several blocks; so do small blocks and samples."""
     monkeypatch.setattr(op, "BLOCK", block)
     monkeypatch.setattr(op, "INTERPRETER_BLOCK", block)
     numel = 4 * 31 * 9
     _, chunk, chunks = op._chunking(numel)
     assert chunks > 16
     assert (chunk > block) == (block == 16)
-    check(*make((4, 4, 31, 9), device), mask=torch.rand(2, 1, 31, 9, device=device))
+    check(*make((2 * pairs, 4, 31, 9), device), mask=torch.rand(pairs, 1, 31, 9, device=device))
 
 
 def test_sdxl_latents(device: str) -> None:
@@ -204,6 +206,19 @@ def test_any_strides(device: str, layout: str, target_layout: str) -> None:
     check(prediction, target, mask=torch.rand(3, 1, 5, 7, device=device))
     (grad,) = gradient(paired_loss(prediction, target), prediction)
     assert grad.stride() == torch.empty_like(prediction).stride()
+
+
+def test_dense_layouts_are_walked_flat() -> None:
+    x = torch.zeros(4, 3, 5, 7)
+    for name, dims in (("contiguous", 1), ("channels_last", 1), ("transposed", 1), ("every second", 2)):
+        half = op._halves(layouts(x)[name], None)
+        assert op._layout(half, half).dims == dims - (name == "every second")
+    contiguous, last = op._halves(x, None), op._halves(layouts(x)["channels_last"], None)
+    per_pixel = op._mask_halves(torch.zeros(2, 1, 5, 7), contiguous.chosen)
+    assert op._layout(contiguous, contiguous, per_pixel).dims == 2
+    assert op._layout(last, last, per_pixel).dims == 2
+    assert op._layout(contiguous, last).dims == 2
+    assert op._layout(op._Halves(contiguous.chosen, last.chosen), contiguous) is None
 
 
 def test_expanded_target_and_prediction(device: str) -> None:
@@ -558,6 +573,22 @@ def test_compiles_into_one_graph(device: str, compiler: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(got[0], p), torch.autograd.grad(want[0], p))
 
 
+def test_one_dynamic_graph_serves_every_batch(device: str) -> None:
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(paired_loss, fullgraph=True, dynamic=True, backend=count)
+    for pairs, size in ((2, 4), (3, 8), (5, 6)):
+        p, t = make((2 * pairs, 3, size, size), device)
+        assert torch.equal(compiled(p, t).logits, paired_loss(p, t).logits)
+    assert len(graphs) == 1
+
+
 def test_autocast_leaves_the_loss_in_fp32(device: str) -> None:
     p, t = make((4, 3, 4, 4), device)
     plain = paired_loss(p, t)
@@ -606,11 +637,11 @@ H = torch.zeros(2, 3, 2, 2)
         (X, X, {"weights": [1.0, 2.0]}, TypeError, "weights: pass a floating-point tensor"),
         (X, X, {"weights": torch.ones(2, dtype=torch.long)}, TypeError, "weights: pass a floating-point"),
         (X, X, {"weights": torch.ones(2, device="meta")}, ValueError, "weights: is on meta"),
-        (X, X, {"mask": torch.ones(3, 1, 2, 2)}, ValueError, r"mask: shape \(3, 1, 2, 2\) cannot be broadcast"),
+        (X, X, {"mask": torch.ones(3, 1, 2, 2)}, ValueError, "mask: shape .* cannot be broadcast"),
         (X, X, {"mask": torch.ones(4, 2, 2, 2)}, ValueError, "mask: shape"),
         (X, X, {"mask": torch.ones(2, 2)}, ValueError, "mask: shape"),
         (X, X, {"mask": torch.ones(())}, ValueError, "mask: shape"),
-        (X, X, {"mask": torch.ones(1, 1, 2, 2, dtype=torch.int32)}, TypeError, "mask: pass a bool or floating"),
+        (X, X, {"mask": torch.ones(1, 1, 2, 2, dtype=torch.int32)}, TypeError, "mask: pass a bool"),
         (X, X, {"objective": "dpo"}, ValueError, "objective: 'dpo' is unknown; choose one of mapo_code"),
         (X, X, {"reduction": "sum"}, ValueError, "reduction: 'sum' is unknown"),
         (X, X, {"beta": 0.0}, ValueError, "beta: 0.0 must be positive"),
