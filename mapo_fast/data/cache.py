@@ -1,34 +1,299 @@
-# TEMPORARY STUB by the lead so that the trainer can be exercised; H2 overwrites this file.
+"""The cache that `mapo-fast prepare` writes and training reads: nothing but the UNet is needed beside it.
+
+    settings.json     what the cache is made for; written first
+    shards/           latents, text-encoder states (see `shards`)
+    pairs.npy         one fixed-size record per pair (`PAIR`), train first, then held out, each sorted by id
+    rows.parquet      name in the source, prompt and split of every pair, in the order of pairs.npy
+    skipped.jsonl     rows that are not in the cache, and why
+    truncated.jsonl   prompts that lost text
+    scan/             results of the scan, for a later run
+    index.json        written last: counts, summary, SHA-256 and size of every file above; without it the
+                      cache is unfinished
+
+pairs.npy is memory-mapped and pairs are made on access, so that opening is quick and memory flat however
+many there are. Shards are memory-mapped too.
+"""
+
 from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
-from mapo_fast.draws import pair_noise
+
+from mapo_fast.config import DataConfig
+from mapo_fast.data.shards import shard_path
+from mapo_fast.errors import UserError
+from mapo_fast.files import sha256_file
+from mapo_fast.model import Component, SDXLFolder
+
+FORMAT = 1
+ENCODERS: tuple[Component, ...] = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+PAIR = np.dtype(
+    [
+        ("id", "u1", 16),
+        ("bucket", "<i4", 2),  # height, width in pixels
+        ("chosen", "<i4", 2),  # shard, row of the latents
+        ("rejected", "<i4", 2),
+        ("text1", "<i4", 2),
+        ("text2", "<i4", 2),
+        ("time_ids_chosen", "<f4", 6),
+        ("time_ids_rejected", "<f4", 6),
+    ]
+)
+OPEN_SHARDS = 128
+_SETTINGS = ("resolution", "bucket_step", "max_crop", "flip", "size_conditioning", "max_tokens", "vae_dtype")
+
+
+def cache_settings(folder: SDXLFolder, data: DataConfig) -> dict[str, Any]:
+    """All that decides what a cache holds, given the same source; `held_out` only moves pairs about."""
+    return {
+        "format": FORMAT,
+        "model": folder.fingerprint(ENCODERS),
+        "zeros_for_empty_prompt": folder.zeros_for_empty_prompt,
+        **{name: getattr(data, name) for name in _SETTINGS},
+    }
+
+
+def difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
+    """The first difference between two settings in words, or None."""
+    if have.get("format") != want["format"]:
+        return f"has cache format {have.get('format')}, this version writes {want['format']}"
+    for name in _SETTINGS:
+        if have.get(name) != want[name]:
+            return f"was made for data.{name} = {have.get(name)}, the config says {want[name]}"
+    if have != want:
+        return "was made with another VAE, text encoder or tokenizer than model.path has"
+    return None
+
 
 @dataclass(frozen=True)
 class CachedPair:
+    """One pair of the cache."""
+
     id: str
+    """32 hex digits: hash of prompt, chosen and rejected image."""
     bucket: tuple[int, int]
+    """(height, width) in pixels of both images."""
+    index: int
+    """Its row in the cache's table."""
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """Where a pair comes from."""
+
+    name: str
+    prompt: str
+
 
 @dataclass(frozen=True)
 class PairBatch:
-    chosen_latents: Tensor
-    rejected_latents: Tensor
-    prompt_embeds: Tensor
-    pooled_embeds: Tensor
-    time_ids_chosen: Tensor
-    time_ids_rejected: Tensor
+    """B pairs, CPU tensors; latents are already scaled for the UNet."""
+
+    chosen_latents: Tensor  # (B, C, h, w) fp32 or bf16, as data.vae_dtype
+    rejected_latents: Tensor  # (B, C, h, w)
+    prompt_embeds: Tensor  # (B, S, D) fp32
+    pooled_embeds: Tensor  # (B, P) fp32
+    time_ids_chosen: Tensor  # (B, 6) fp32
+    time_ids_rejected: Tensor  # (B, 6) fp32
+
+
+class PairRows(Sequence[CachedPair]):
+    """A range of the pair table; `CachedPair`s are made on access."""
+
+    def __init__(self, table: np.ndarray, start: int, stop: int) -> None:
+        self._table, self._range = table, range(start, stop)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return len(self._range)
+
+    @overload
+    def __getitem__(self, index: int) -> CachedPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[CachedPair]: ...
+    def __getitem__(self, index: int | slice) -> CachedPair | list[CachedPair]:
+        """A pair, or a list of them for a slice."""
+        if isinstance(index, slice):
+            return [self._pair(row) for row in self._range[index]]
+        return self._pair(self._range[index])
+
+    def _pair(self, row: int) -> CachedPair:
+        record = self._table[row]
+        height, width = record["bucket"].tolist()
+        return CachedPair(record["id"].tobytes().hex(), (height, width), row)
+
 
 class PairCache:
-    fingerprint = "stub"
-    flips = False
+    """A finished cache; make one with `PairCache.open`."""
+
+    def __init__(self, folder: Path, index: dict[str, Any], table: np.ndarray, unverified: set[str]) -> None:
+        self.folder, self.index, self._table = folder, index, table
+        self.settings: dict[str, Any] = index["settings"]
+        self.train = PairRows(table, 0, index["train"])
+        self.held_out = PairRows(table, index["train"], len(table))
+        self.flips: bool = self.settings["flip"]
+        self._unverified = unverified
+        self._shards: OrderedDict[str, Any] = OrderedDict()
+
     @classmethod
-    def open(cls, folder, *, verify=True):
-        c = cls()
-        c.train = [CachedPair(f"{i:032x}", (32, 32)) for i in range(20)]
-        c.held_out = [CachedPair(f"{i:032x}", (32, 32)) for i in range(20, 26)]
-        return c
-    def check(self, *a): pass
-    def batch(self, pairs, *, flip, drop):
-        g = lambda n, s: torch.stack([pair_noise(0, n, p.id, s) for p in pairs])
-        return PairBatch(g("c", (4, 8, 8)), g("r", (4, 8, 8)), g("p", (77, 40)), g("q", (24,)), torch.full((len(pairs), 6), 32.), torch.full((len(pairs), 6), 32.))
+    def open(cls, folder: Path, *, verify: bool = True) -> PairCache:
+        """Open a finished cache.
+
+        Args:
+            folder: what `data.cache` names.
+            verify: check the SHA-256 of every file now. False checks a shard when it is first read.
+
+        Raises:
+            UserError: missing, unfinished, damaged, or made by another version.
+        """
+        index = read_index(folder)
+        if index is None:
+            state = "is unfinished" if (folder / "settings.json").is_file() else "is not a mapo_fast cache"
+            raise UserError(f"data.cache {folder} {state}: run mapo-fast prepare")
+        if index["settings"]["format"] != FORMAT:
+            raise UserError(
+                f"data.cache {folder} has cache format {index['settings']['format']}, this version reads "
+                f"{FORMAT}: prepare another data.cache"
+            )
+        for name, entry in index["files"].items():
+            path = folder / name
+            if not path.is_file():
+                raise UserError(f"{path} is missing from the cache: run mapo-fast prepare again")
+            if path.stat().st_size != entry["bytes"]:
+                raise _damaged(path)
+        unverified = set(index["files"])
+        for name in sorted(unverified):
+            if verify or not name.startswith("shards/"):
+                _verify(folder, name, index, unverified)
+        table = np.load(folder / "pairs.npy", mmap_mode="r", allow_pickle=False)
+        return cls(folder, index, table, unverified)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the cache's content: settings, pairs and split, shards."""
+        identity = {"settings": self.settings, "train": self.index["train"], "files": self.index["files"]}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def check(self, folder: SDXLFolder, data: DataConfig) -> None:
+        """Check that the cache was made with this model's encoders and these settings.
+
+        The UNet is not looked at: several UNets may share a cache.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        if reason := difference(self.settings, cache_settings(folder, data)):
+            raise UserError(
+                f"data.cache {self.folder} {reason}: run mapo-fast prepare again with another data.cache"
+            )
+        if self.index["held_out"] != data.held_out:
+            raise UserError(
+                f"data.cache {self.folder} was made for data.held_out = {self.index['held_out']}, the config "
+                f"says {data.held_out}: run mapo-fast prepare again (nothing is encoded twice)"
+            )
+
+    def rows(self, pairs: Sequence[CachedPair]) -> list[PairRow]:
+        """Source name and prompt of pairs."""
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(self.folder / "rows.parquet", columns=["name", "prompt"])
+        return [PairRow(**row) for row in table.take([pair.index for pair in pairs]).to_pylist()]
+
+    def batch(
+        self,
+        pairs: Sequence[CachedPair],
+        *,
+        flip: Sequence[bool] | None,
+        drop: Sequence[bool] | None,
+    ) -> PairBatch:
+        """Load pairs of one bucket.
+
+        Args:
+            pairs: at least one; all of one bucket.
+            flip: per pair, whether both halves are mirrored. Needs `flips`.
+            drop: per pair, whether the prompt is replaced by the empty prompt.
+
+        Raises:
+            ValueError: no pairs, several buckets, or flip without mirrored latents.
+            UserError: a shard turns out to be damaged.
+        """
+        if not pairs or len({pair.bucket for pair in pairs}) > 1:
+            raise ValueError(f"a batch needs pairs of exactly one bucket, got {[p.bucket for p in pairs]}")
+        if flip is not None and any(flip) and not self.flips:
+            raise ValueError("this cache holds no mirrored latents (data.flip = false)")
+        records = [self._table[pair.index] for pair in pairs]
+        name = "latents_{}x{}".format(*pairs[0].bucket)
+        mirrored = list(flip) if flip is not None else [False] * len(records)
+
+        def latents(side: str) -> Tensor:
+            found = [self._item("latents", name, record[side]) for record in records]
+            if self.flips:
+                found = [latent[int(m)] for latent, m in zip(found, mirrored, strict=True)]
+            return torch.stack(found)
+
+        def text(family: str, name: str) -> Tensor:
+            empty = self.index["empty"][family]
+            dropped = drop if drop is not None else [False] * len(records)
+            places = [empty if d else record[family] for record, d in zip(records, dropped, strict=True)]
+            return torch.stack([self._item(family, name, place).float() for place in places])
+
+        def ids(field: str) -> Tensor:
+            return torch.from_numpy(np.stack([record[field] for record in records]))
+
+        return PairBatch(
+            chosen_latents=latents("chosen"),
+            rejected_latents=latents("rejected"),
+            prompt_embeds=torch.cat([text("text1", "hidden"), text("text2", "hidden")], dim=-1),
+            pooled_embeds=text("text2", "pooled"),
+            time_ids_chosen=ids("time_ids_chosen"),
+            time_ids_rejected=ids("time_ids_rejected"),
+        )
+
+    def _item(self, family: str, name: str, place: Sequence[int]) -> Tensor:
+        shard, row = int(place[0]), int(place[1])
+        path = shard_path(self.folder / "shards", family, shard)
+        if path.name not in self._shards:
+            _verify(self.folder, f"shards/{path.name}", self.index, self._unverified)
+            self._shards[path.name] = safe_open(path, framework="pt")
+            if len(self._shards) > OPEN_SHARDS:
+                self._shards.popitem(last=False)  # the file closes with its last reference
+        self._shards.move_to_end(path.name)
+        item: Tensor = self._shards[path.name].get_slice(name)[row]
+        return item
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """`index.json` of a finished cache, None where there is none. Raises `UserError` if it is damaged."""
+    path = folder / "index.json"
+    try:
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        index["settings"]["format"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run mapo-fast prepare again") from None
+    return index
+
+
+def _verify(folder: Path, name: str, index: dict[str, Any], unverified: set[str]) -> None:
+    if name in unverified:
+        if sha256_file(folder / name) != index["files"][name]["sha256"]:
+            raise _damaged(folder / name)
+        unverified.discard(name)
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(
+        f"{path} is damaged (its checksum is not the one it was written with): delete it and run "
+        "mapo-fast prepare again, which makes only this file anew"
+    )

@@ -24,6 +24,7 @@ from mapo_fast.model import SDXLFolder
 
 CHUNK_TOKENS = 75
 BATCH = 16
+ENCODERS: tuple[Literal[1, 2], ...] = (1, 2)
 
 
 class PromptEmbeds(NamedTuple):
@@ -68,8 +69,8 @@ def encode_prompts(
         raise ValueError("encode_prompts needs at least one prompt")
     hidden: list[Tensor] = []
     pooled: list[Tensor] = []
-    for which in (1, 2):
-        encoder = TextEncoder(folder, which, chunk_count(max_tokens), device, dtype)  # type: ignore[arg-type]
+    for which in ENCODERS:
+        encoder = TextEncoder(folder, which, chunk_count(max_tokens), device, dtype)
         batches = [encoder(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
         encoder.free()
         hidden.append(torch.cat([batch[0] for batch in batches]))
@@ -117,8 +118,8 @@ class TextEncoder:
         rows = self.model.get_input_embeddings().weight.shape[0]
         if len(self.tokenizer) > rows:
             raise UserError(
-                f"{folder.path('tokenizer' if which == 1 else 'tokenizer_2')} has {len(self.tokenizer)} tokens, "
-                f"its text encoder only {rows}: the folder mixes parts of different models"
+                f"{folder.root}: tokenizer {which} has {len(self.tokenizer)} tokens, its text encoder only "
+                f"{rows}: the folder mixes parts of different models"
             )
 
     @torch.no_grad()

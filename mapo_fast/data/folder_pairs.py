@@ -1,0 +1,154 @@
+"""Preference pairs from plain folders: `pairs.jsonl`, and `chosen/` + `rejected/` twins."""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, SkippedRow, clean_prompt
+from mapo_fast.errors import UserError
+
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+)
+
+
+def read_image_file(path: Path) -> bytes:
+    """The file's bytes. Raises `MissingImageError` where there are none to read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise MissingImageError(f"{path}: {error.strerror or error}") from None
+
+
+class JsonlPairs(PreferencePairs):
+    """A folder with `pairs.jsonl`. Empty lines are no rows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.table = folder, folder / "pairs.jsonl"
+        self._root = folder.resolve()
+        self._offsets, self._lines = array("q"), array("q")
+        offset = 0
+        with self.table.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self._offsets.append(offset)
+                    self._lines.append(number)
+                offset += len(line)
+
+    def __len__(self) -> int:
+        """Lines that are not empty."""
+        return len(self._offsets)
+
+    def read(self, rows: Sequence[int]) -> Iterator[PairRecord | SkippedRow]:
+        """See `PreferencePairs.read`."""
+        with self.table.open("rb") as file:
+            for index in rows:
+                file.seek(self._offsets[index])
+                yield self._row(index, file.readline())
+
+    def files(self) -> Iterable[Path]:
+        """The table and every image that it names."""
+        yield self.table
+        for row in self.read(range(len(self))):
+            if isinstance(row, PairRecord):
+                yield from (row.chosen.args[0], row.rejected.args[0])  # type: ignore[attr-defined]
+
+    def _row(self, index: int, line: bytes) -> PairRecord | SkippedRow:
+        name = f"pairs.jsonl:{self._lines[index]}"
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            return SkippedRow(index, name, "bad line", f"not JSON: {error}")
+        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("chosen", "rejected")):
+            return SkippedRow(
+                index, name, "bad line", "needs the keys prompt, chosen, rejected with text values"
+            )
+        prompt = clean_prompt(index, name, row.get("prompt"))
+        if isinstance(prompt, SkippedRow):
+            return prompt
+        paths = []
+        for key in ("chosen", "rejected"):
+            path = (self._root / row[key]).resolve()
+            if Path(row[key]).is_absolute() or not path.is_relative_to(self._root):
+                detail = f"{key} = {row[key]!r} must be a relative path inside the folder"
+                return SkippedRow(index, name, "path outside the folder", detail)
+            if not path.is_file():
+                return SkippedRow(index, name, "missing image", f"{key} = {row[key]!r} is not a file")
+            paths.append(path)
+        return PairRecord(index, name, prompt, *(partial(read_image_file, path) for path in paths))
+
+
+def twin_folders(folder: Path) -> tuple[str, str] | None:
+    """The names of the two twin folders in `folder`, or None where there are none."""
+    for names in (("chosen", "rejected"), ("w", "l")):
+        if all((folder / name).is_dir() for name in names):
+            return names
+    return None
+
+
+class TwinFolderPairs(PreferencePairs):
+    """`chosen/` and `rejected/` (or `w/` and `l/`) with equal names, and `.txt` captions in either."""
+
+    def __init__(self, folder: Path, chosen: str, rejected: str) -> None:
+        self.folder, self.names = folder, (chosen, rejected)
+        self._images = [_images_by_stem(folder / name) for name in self.names]
+        self._stems = sorted(set(self._images[0]) | set(self._images[1]))
+        if not self._stems:
+            raise UserError(f"data.source {folder}: {chosen}/ and {rejected}/ hold no images")
+
+    def __len__(self) -> int:
+        """Distinct file names, suffixes aside."""
+        return len(self._stems)
+
+    def read(self, rows: Sequence[int]) -> Iterator[PairRecord | SkippedRow]:
+        """See `PreferencePairs.read`."""
+        for index in rows:
+            yield self._row(index)
+
+    def files(self) -> Iterable[Path]:
+        """Images and captions."""
+        for stem in self._stems:
+            for name, images in zip(self.names, self._images, strict=True):
+                yield from images.get(stem, ())
+                caption = self.folder / name / f"{stem}.txt"
+                if caption.is_file():
+                    yield caption
+
+    def _row(self, index: int) -> PairRecord | SkippedRow:
+        stem = self._stems[index]
+        name = f"{self.names[0]}/{stem}"
+        found = [images.get(stem, []) for images in self._images]
+        for side, files in zip(self.names, found, strict=True):
+            if not files:
+                return SkippedRow(index, name, "missing counterpart", f"no image {stem}.* in {side}/")
+            if len(files) > 1:
+                detail = f"{side}/ has " + ", ".join(file.name for file in files)
+                return SkippedRow(index, name, "ambiguous name", detail)
+        text: str | None = None
+        for side in self.names:
+            caption = self.folder / side / f"{stem}.txt"
+            if caption.is_file():
+                try:
+                    text = caption.read_text(encoding="utf-8-sig")
+                except (OSError, UnicodeDecodeError) as error:
+                    return SkippedRow(index, name, "unreadable caption", f"{caption}: {error}")
+                break
+        prompt = clean_prompt(index, name, text)
+        if isinstance(prompt, SkippedRow):
+            return prompt
+        return PairRecord(index, name, prompt, *(partial(read_image_file, files[0]) for files in found))
+
+
+def _images_by_stem(folder: Path) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for directory, _, names in os.walk(folder):
+        for name in sorted(names):
+            path = Path(directory, name)
+            if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
+    return found

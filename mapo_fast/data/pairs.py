@@ -1,0 +1,120 @@
+"""One source of preference pairs for every layout people have them in.
+
+`PreferencePairs.open(path)` recognises
+
+- `pairs.jsonl` in a folder: one object per line with `prompt`, `chosen`, `rejected`; the two are paths
+  relative to the folder that stay inside it (anything else is skipped and listed);
+- folders `chosen/` and `rejected/` (or `w/` and `l/`) with equal file names up to the suffix, subfolders
+  included, and a caption `<name>.txt` beside the chosen or the rejected image;
+- a Hugging Face dataset saved to disk, or a folder of arrow files;
+- parquet: one file or a folder of them.
+
+The last two hold either Pick-a-Pic's columns (`jpg_0`, `jpg_1`, `label_0`, `label_1`, `caption`, `has_label`;
+`label_0` = 1: `jpg_0` is chosen, 0: `jpg_1` is, 0.5: a tie) or `prompt`, `chosen`, `rejected`. A source with
+several splits is read as its `train` split, and says so in `note`.
+
+Rows are numbered 0 … len−1 in a fixed order and read in ascending order. Nothing but the rows asked for is
+read, and of rows without a usable label not even the images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mapo_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class PairRecord:
+    """A pair as the source has it."""
+
+    index: int
+    name: str
+    """Where it stands in the source, for people: `train-0.parquet:17`, `pairs.jsonl:3`, `chosen/a.png`."""
+    prompt: str
+    chosen: Callable[[], bytes]
+    """Reads the chosen image's file."""
+    rejected: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class SkippedRow:
+    """A row that is no usable pair, and why; reasons are few fixed words, details are not."""
+
+    index: int
+    name: str
+    reason: str
+    detail: str = ""
+
+
+class MissingImageError(Exception):
+    """An image file that a getter cannot read; `str()` is the detail."""
+
+
+class PreferencePairs(ABC):
+    """A source of preference pairs; see the module's text. Make one with `PreferencePairs.open`."""
+
+    note: str = ""
+
+    @staticmethod
+    def open(source: Path) -> PreferencePairs:
+        """Recognise the layout of `source`; no image is read.
+
+        Raises:
+            UserError: missing, unknown, ambiguous or unreadable layout.
+        """
+        from mapo_fast.data import folder_pairs, table_pairs
+
+        if not source.exists():
+            raise UserError(f"data.source not found: {source}")
+        if source.is_file():
+            if source.suffix == ".parquet":
+                return table_pairs.ParquetPairs([source])
+            if source.name == "pairs.jsonl":
+                return folder_pairs.JsonlPairs(source.parent)
+        elif (source / "pairs.jsonl").is_file():
+            return folder_pairs.JsonlPairs(source)
+        elif names := folder_pairs.twin_folders(source):
+            return folder_pairs.TwinFolderPairs(source, *names)
+        elif (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
+            return table_pairs.open_saved_dataset(source)
+        elif files := sorted(source.rglob("*.parquet")):
+            return table_pairs.open_split(files, source, table_pairs.ParquetPairs)
+        elif files := sorted(source.rglob("*.arrow")):
+            return table_pairs.open_split(files, source, table_pairs.open_arrow_files)
+        raise UserError(
+            f"data.source {source} has no layout that is known here; looked for pairs.jsonl, chosen/ + "
+            "rejected/ folders, w/ + l/ folders, a Hugging Face dataset (state.json or *.arrow), *.parquet"
+        )
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of rows, usable or not."""
+
+    @abstractmethod
+    def read(self, rows: Sequence[int]) -> Iterator[PairRecord | SkippedRow]:
+        """The rows with these ascending numbers; an image getter is valid until the next row is read."""
+
+    @abstractmethod
+    def files(self) -> Iterable[Path]:
+        """All files that the rows come from, in a fixed order."""
+
+    def identity(self) -> str:
+        """Hash of the files' names, sizes and times: changes when the source may have changed."""
+        digest = hashlib.sha256(f"{type(self).__name__} {len(self)}".encode())
+        for file in self.files():
+            stat = file.stat()
+            digest.update(f"\n{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+
+def clean_prompt(index: int, name: str, prompt: object) -> str | SkippedRow:
+    """The prompt without surrounding white space, or why the row cannot be used."""
+    if prompt is None or not isinstance(prompt, str):
+        return SkippedRow(index, name, "missing caption")
+    stripped = prompt.strip()
+    return stripped if stripped else SkippedRow(index, name, "empty caption")

@@ -1,0 +1,514 @@
+"""`mapo-fast prepare`: from preference pairs on disk to a cache of latents and prompt embeddings.
+
+1. scan      read, decode and hash every image once (`scan`); all defects are known before encoding starts
+2. choose    drop duplicates, contradictions and pairs that would be cropped too much; one bucket per pair
+3. images    encode each distinct (image, bucket) once with the VAE (`latents`)
+4. prompts   encode each distinct prompt once, first all with encoder 1, then all with encoder 2 (`text`)
+5. finish    split, time ids, pair table; index.json last
+
+Killed at any moment, the next run reuses the scanned parts and the finished shards and ends with the same
+bytes as a run without interruption. More rows in the source later: the next run encodes only what is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from mapo_fast.config import Config
+from mapo_fast.data import shards
+from mapo_fast.data.buckets import Size, choose_bucket, fit, make_buckets, time_ids
+from mapo_fast.data.cache import PAIR, cache_settings, difference, read_index
+from mapo_fast.data.latents import DTYPES, ImageJob, LatentEncoder, encode_shard, latent_shape, plan
+from mapo_fast.data.leak import size_leaks
+from mapo_fast.data.pairs import PreferencePairs, SkippedRow
+from mapo_fast.data.scan import ScannedRow, content_hash, scan
+from mapo_fast.data.shards import ShardFamily, pack_keys
+from mapo_fast.data.split import held_out_pairs
+from mapo_fast.data.text import (
+    BATCH,
+    ENCODERS,
+    TextEncoder,
+    chunk_count,
+    empty_prompt,
+    text_widths,
+    truncations,
+)
+from mapo_fast.errors import UserError
+from mapo_fast.files import atomic_path, sha256_file, write_json
+from mapo_fast.model import SDXLFolder, open_sdxl
+
+
+@dataclass(frozen=True)
+class PrepareSummary:
+    """What a cache holds and what it took."""
+
+    pairs: int
+    train: int
+    held_out: int
+    images: int
+    """Distinct images; one that is used in two buckets counts twice."""
+    prompts: int
+    """Distinct prompts, the empty prompt not counted."""
+    duplicates: int
+    """Rows that repeat a pair."""
+    skipped: dict[str, int]
+    """Rows left out, per reason."""
+    truncated: int
+    """Prompts that lost text."""
+    upscaled: int
+    """Distinct images that were smaller than their bucket."""
+    nan_retries: int
+    """Latents encoded again in fp32 because they came out non-finite."""
+    warnings: tuple[str, ...]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A usable pair with its bucket."""
+
+    row: ScannedRow
+    id: bytes
+    bucket: Size
+    prompt: bytes
+    chosen: bytes
+    rejected: bytes
+
+
+@dataclass
+class Choice:
+    """What the scan left: pairs, skipped rows, counts."""
+
+    pairs: list[Candidate] = field(default_factory=list)
+    skipped: list[SkippedRow] = field(default_factory=list)
+    duplicates: int = 0
+
+
+def prepare(config: Config, *, console: Console | None = None) -> PrepareSummary:
+    """Make or complete the cache at `config.data.cache`.
+
+    Raises:
+        UserError: wrong source or model folder, a cache made for something else, too many skipped rows, too
+            little disk space. What has been encoded stays and is reused.
+    """
+    started = time.perf_counter()
+    console = console or Console(quiet=True)
+    data = config.data
+    if data.source is None:
+        raise UserError("data.source is missing: prepare needs to know where the preference pairs are")
+    folder = open_sdxl(config.model.path, config.model.vae)
+    buckets = make_buckets(data.resolution, data.bucket_step)
+    for bucket in buckets:
+        latent_shape(folder, bucket)
+    settings = cache_settings(folder, data)
+    source = PreferencePairs.open(data.source)
+    _claim(data.cache, settings)
+    if source.note:
+        _say(console, source.note)
+    identity = source.identity()
+
+    done = read_index(data.cache)
+    if done and done["source"] == identity and done["held_out"] == data.held_out and _whole(data.cache, done):
+        _say(console, f"{data.cache} is complete already: {done['pairs']} pairs, nothing to do")
+        return _summary(done, time.perf_counter() - started)
+
+    work = Preparation(config, folder, source, identity, settings, buckets, console)
+    index = work.run(known=done["files"] if done else {})
+    summary = _summary(index, time.perf_counter() - started)
+    _report(summary, data.cache, console)
+    return summary
+
+
+class Preparation:
+    """One run of `prepare` over an unfinished cache."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: SDXLFolder,
+        source: PreferencePairs,
+        identity: str,
+        settings: dict[str, Any],
+        buckets: list[Size],
+        console: Console,
+    ) -> None:
+        self.data, self.folder, self.source, self.identity = config.data, folder, source, identity
+        self.settings, self.buckets, self.console = settings, buckets, console
+        self.cache = config.data.cache
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        (self.cache / "shards").mkdir(exist_ok=True)
+        (self.cache / "scan").mkdir(exist_ok=True)
+        for leftover in self.cache.rglob(".*.tmp"):
+            leftover.unlink()
+        self.families = {name: ShardFamily(self.cache / "shards", name) for name in shards.FAMILIES}
+
+    def run(self, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """All steps; returns the index. `known` are files with checksums of an earlier index."""
+        with self._progress() as progress:
+            task = progress.add_task("scan", total=len(self.source))
+            rows = scan(self.source, self.identity, self.cache / "scan", lambda n: progress.advance(task, n))
+        choice = choose(rows, self.buckets, self.data.max_crop)
+        self._check_skipped(choice, len(rows))
+        jobs = image_jobs(choice.pairs)
+        todo = [job for job in jobs if job.key not in self.families["latents"]]
+        prompts = self._prompts(choice.pairs)
+        self._check_disk(todo, prompts)
+
+        # From here on the files of an older index no longer belong together.
+        (self.cache / "index.json").unlink(missing_ok=True)
+        self._encode_images(todo)
+        failed = self.families["latents"].failed
+        good = [p.chosen not in failed and p.rejected not in failed for p in choice.pairs]
+        for pair in compress(choice.pairs, map(operator.not_, good)):
+            detail = "the VAE gives non-finite latents even in fp32"
+            choice.skipped.append(SkippedRow(pair.row.index, pair.row.name, "non-finite latent", detail))
+        choice.pairs = list(compress(choice.pairs, good))
+        self._check_skipped(choice, len(rows))
+        prompts = self._prompts(choice.pairs)
+        truncated = self._write_truncated(prompts)
+        self._encode_prompts(prompts)
+        return self._finish(choice, prompts, truncated, known)
+
+    def _prompts(self, pairs: list[Candidate]) -> dict[bytes, str]:
+        """Distinct prompts by key, in source order."""
+        return {pair.prompt: pair.row.prompt for pair in pairs}
+
+    def _check_skipped(self, choice: Choice, rows: int) -> None:
+        path = self.cache / "skipped.jsonl"
+        order = sorted(choice.skipped, key=lambda row: row.index)
+        _write_lines(path, ({"row": r.name, "reason": r.reason, "detail": r.detail} for r in order))
+        counts = ", ".join(f"{n} × {reason}" for reason, n in _reasons(choice.skipped).items())
+        if len(choice.skipped) > self.data.max_skipped * rows:
+            share = len(choice.skipped) / rows
+            raise UserError(
+                f"{share:.0%} of {rows} rows would be skipped ({counts}), data.max_skipped allows "
+                f"{self.data.max_skipped:.0%}: see {path}, mend the data or raise data.max_skipped"
+            )
+        if not choice.pairs:
+            raise UserError(f"data.source {self.data.source} has no usable pair ({counts or 'it is empty'})")
+
+    def _latent_bytes(self, bucket: Size) -> int:
+        channels, height, width = latent_shape(self.folder, bucket)
+        size = channels * height * width * DTYPES[self.data.vae_dtype].itemsize
+        return size * 2 if self.data.flip else size
+
+    def _prompt_bytes(self) -> int:
+        (first, second), pooled = text_widths(self.folder)
+        return 2 * (77 * chunk_count(self.data.max_tokens) * (first + second) + pooled)
+
+    def _check_disk(self, jobs: list[ImageJob], prompts: dict[bytes, str]) -> None:
+        latents = sum(self._latent_bytes(job.bucket) for job in jobs)
+        new = sum(key not in self.families["text2"] for key in prompts)
+        need = int(1.01 * (latents + new * self._prompt_bytes())) + 2**20
+        free = shutil.disk_usage(self.cache).free
+        _say(
+            self.console,
+            f"disk need: {_size(need)} = {len(jobs)} images ({_size(latents)}) + {new} prompts × "
+            f"{_size(self._prompt_bytes())}; free: {_size(free)}",
+        )
+        if need > free:
+            raise UserError(
+                f"the cache needs {_size(need)} more in {self.cache}, only {_size(free)} are free: free some "
+                "space or choose another data.cache"
+            )
+
+    def _encode_images(self, jobs: list[ImageJob]) -> None:
+        if not jobs:
+            return
+        encoder = LatentEncoder(self.folder, self.data.vae_dtype, self.device)
+        with self._progress() as progress:
+            task = progress.add_task("images", total=len(jobs))
+            for part in plan(jobs, self._latent_bytes):
+                before = encoder.retries
+                tensors = encode_shard(
+                    part,
+                    self.source,
+                    encoder,
+                    batch_size=self.data.batch_size,
+                    flip=self.data.flip,
+                    progress=lambda n: progress.advance(task, n),
+                )
+                self.families["latents"].write(tensors, encoder.retries - before)
+        del encoder
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _encode_prompts(self, prompts: dict[bytes, str]) -> None:
+        chunks = chunk_count(self.data.max_tokens)
+        rows = max(1, shards.SHARD_BYTES // self._prompt_bytes())
+        for which in ENCODERS:
+            family = self.families[f"text{which}"]
+            self._store_empty_prompt(family, which)
+            todo = [key for key in prompts if key not in family]
+            if not todo:
+                continue
+            encoder = TextEncoder(self.folder, which, chunks, self.device, torch.float32)
+            with self._progress() as progress:
+                task = progress.add_task(f"prompts, encoder {which}", total=len(todo))
+                for start in range(0, len(todo), rows):
+                    keys = todo[start : start + rows]
+                    hidden, pooled = [], []
+                    for i in range(0, len(keys), BATCH):
+                        out = encoder([prompts[key] for key in keys[i : i + BATCH]])
+                        hidden.append(out[0])
+                        pooled.append(out[1])
+                        progress.advance(task, len(out[0]))
+                    family.write(_text_tensors(keys, torch.cat(hidden), torch.cat(pooled), which))
+            encoder.free()
+
+    def _store_empty_prompt(self, family: ShardFamily, which: int) -> None:
+        if EMPTY not in family:
+            tokens = self.data.max_tokens
+            empty = empty_prompt(self.folder, max_tokens=tokens, device=self.device, dtype=torch.float32)
+            split = text_widths(self.folder)[0][0]
+            hidden = empty.prompt_embeds[..., :split] if which == 1 else empty.prompt_embeds[..., split:]
+            family.write(_text_tensors([EMPTY], hidden, empty.pooled_embeds, which))
+
+    def _write_truncated(self, prompts: dict[bytes, str]) -> int:
+        cut = list(truncations(self.folder, list(prompts.values()), self.data.max_tokens))
+        _write_lines(self.cache / "truncated.jsonl", map(asdict, cut))
+        return len(cut)
+
+    def _finish(
+        self, choice: Choice, prompts: dict[bytes, str], truncated: int, known: dict[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        pairs, data = choice.pairs, self.data
+        held = held_out_pairs(
+            [(p.prompt, p.row.chosen_hash, p.row.rejected_hash) for p in pairs], data.held_out
+        )
+        order = sorted(range(len(pairs)), key=lambda i: (held[i], pairs[i].id))
+        train = held.count(False)
+        warnings = size_leaks(
+            [p.row.chosen_size for p in pairs], [p.row.rejected_size for p in pairs], data.size_conditioning
+        )
+        if data.held_out > 0 and train == len(pairs):
+            warnings.append(
+                "no pair is held out: too few groups of pairs that share neither a prompt nor an image"
+            )
+        self._write_tables([pairs[i] for i in order], [held[i] for i in order])
+        sizes = {p.chosen: (p.row.chosen_size, p.bucket) for p in pairs}
+        sizes |= {p.rejected: (p.row.rejected_size, p.bucket) for p in pairs}
+        index = {
+            "settings": self.settings,
+            "source": self.identity,
+            "held_out": data.held_out,
+            "pairs": len(pairs),
+            "train": train,
+            "empty": {name: self.families[name].places[EMPTY] for name in ("text1", "text2")},
+            "summary": {
+                "images": len(sizes),
+                "prompts": len(prompts),
+                "duplicates": choice.duplicates,
+                "skipped": _reasons(choice.skipped),
+                "truncated": truncated,
+                "upscaled": sum(fit(size, bucket).upscaled for size, bucket in sizes.values()),
+                "nan_retries": self.families["latents"].retries,
+                "warnings": warnings,
+            },
+            "files": self._checksums(known),
+        }
+        write_json(self.cache / "index.json", index)
+        return index
+
+    def _write_tables(self, pairs: list[Candidate], held: list[bool]) -> None:
+        table = np.zeros(len(pairs), PAIR)
+        latents, text1, text2 = (self.families[name].places for name in shards.FAMILIES)
+        for record, pair in zip(table, pairs, strict=True):
+            record["id"] = np.frombuffer(pair.id, np.uint8)
+            record["bucket"] = pair.bucket
+            record["chosen"], record["rejected"] = latents[pair.chosen], latents[pair.rejected]
+            record["text1"], record["text2"] = text1[pair.prompt], text2[pair.prompt]
+            for side, size in (("chosen", pair.row.chosen_size), ("rejected", pair.row.rejected_size)):
+                record[f"time_ids_{side}"] = time_ids(size, pair.bucket, self.data.size_conditioning)
+        with atomic_path(self.cache / "pairs.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, table, allow_pickle=False)
+        columns = {
+            "id": [pair.id.hex() for pair in pairs],
+            "name": [pair.row.name for pair in pairs],
+            "prompt": [pair.row.prompt for pair in pairs],
+            "split": ["held_out" if h else "train" for h in held],
+        }
+        with atomic_path(self.cache / "rows.parquet") as temporary:
+            pq.write_table(pa.table(columns), temporary)
+
+    def _checksums(self, known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Size and SHA-256 of every file; finished shards that an older index lists are not read again."""
+        names = ["pairs.npy", "rows.parquet", "skipped.jsonl", "truncated.jsonl"]
+        written = {
+            name: digest for family in self.families.values() for name, digest in family.digests.items()
+        }
+        for family in self.families.values():
+            names += [f"shards/{path.name}" for path in family.paths()]
+        files = {}
+        for name in names:
+            path = self.cache / name
+            size = path.stat().st_size
+            old = known.get(name, {}) if name.startswith("shards/") else {}
+            digest = written.get(path.name) or (old.get("sha256") if old.get("bytes") == size else None)
+            files[name] = {"bytes": size, "sha256": digest or sha256_file(path)}
+        return files
+
+    def _progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        return Progress(*columns, console=self.console)
+
+
+EMPTY = content_hash(b"prompt\0")
+"""Key of the empty prompt; a pair's prompt is never empty."""
+
+
+def prompt_key(prompt: str) -> bytes:
+    """Key of a prompt's embeddings."""
+    return content_hash(b"prompt\0" + prompt.encode())
+
+
+def image_key(file_hash: bytes, bucket: Size) -> bytes:
+    """Key of an image's latents: its content and the shape it is given."""
+    return content_hash(file_hash + "{}x{}".format(*bucket).encode())
+
+
+def choose(rows: Iterable[ScannedRow], buckets: list[Size], max_crop: float) -> Choice:
+    """Keep each usable pair once and give it its bucket.
+
+    A row that repeats a pair is counted as a duplicate. Rows that contradict each other (same prompt, same
+    images, the other one chosen) are all skipped: together they say nothing.
+    """
+    choice = Choice()
+    by_id: dict[bytes, ScannedRow] = {}
+    for row in rows:
+        if row.reason:
+            choice.skipped.append(SkippedRow(row.index, row.name, row.reason, row.detail))
+            continue
+        pair_id = _pair_id(row.prompt, row.chosen_hash, row.rejected_hash)
+        if by_id.setdefault(pair_id, row) is not row:
+            choice.duplicates += 1
+    cropped: dict[tuple[Size, Size], Any] = {}
+    for pair_id, row in by_id.items():
+        other = by_id.get(_pair_id(row.prompt, row.rejected_hash, row.chosen_hash))
+        if other is not None:
+            detail = f"{other.name} chooses the other image for the same prompt"
+            choice.skipped.append(SkippedRow(row.index, row.name, "contradiction", detail))
+            continue
+        sizes = (row.chosen_size, row.rejected_size)
+        if sizes not in cropped:
+            cropped[sizes] = choose_bucket(*sizes, buckets)
+        best = cropped[sizes]
+        if best.crop > max_crop:
+            detail = f"the best bucket cuts off {best.crop:.2f} of an image, data.max_crop = {max_crop}"
+            choice.skipped.append(SkippedRow(row.index, row.name, "too much crop", detail))
+            continue
+        keys = (image_key(h, best.bucket) for h in (row.chosen_hash, row.rejected_hash))
+        choice.pairs.append(Candidate(row, pair_id, best.bucket, prompt_key(row.prompt), *keys))
+    return choice
+
+
+def image_jobs(pairs: Iterable[Candidate]) -> list[ImageJob]:
+    """Every distinct image once, in source order."""
+    jobs: dict[bytes, ImageJob] = {}
+    for pair in pairs:
+        row = pair.row
+        for chosen, key, file_hash in (
+            (True, pair.chosen, row.chosen_hash),
+            (False, pair.rejected, row.rejected_hash),
+        ):
+            jobs.setdefault(key, ImageJob(row.index, chosen, file_hash, key, pair.bucket))
+    return list(jobs.values())
+
+
+def _pair_id(prompt: str, chosen: bytes, rejected: bytes) -> bytes:
+    return hashlib.sha256(prompt_key(prompt) + chosen + rejected).digest()[:16]
+
+
+def _text_tensors(keys: list[bytes], hidden: Tensor, pooled: Tensor, which: int) -> dict[str, Tensor]:
+    tensors = {"hidden": _half(hidden), "keys": pack_keys(keys)}
+    return tensors | {"pooled": _half(pooled)} if which == 2 else tensors
+
+
+def _half(values: Tensor) -> Tensor:
+    """fp16, or as it is where a value does not fit into fp16."""
+    half = values.half()
+    return half if half.isfinite().all() else values
+
+
+def _claim(cache: Path, settings: dict[str, Any]) -> None:
+    """Make the cache folder this run's, or refuse without writing anything."""
+    path = cache / "settings.json"
+    if path.is_file():
+        try:
+            have = json.loads(path.read_text(encoding="utf-8"))
+            reason = difference(have, settings)
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read ({error}): choose another data.cache") from None
+        if reason:
+            raise UserError(f"data.cache {cache} {reason}: choose another data.cache (nothing was changed)")
+        return
+    if cache.exists() and (not cache.is_dir() or any(cache.iterdir())):
+        raise UserError(f"data.cache {cache} already holds something else: choose another data.cache")
+    cache.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
+def _whole(cache: Path, index: dict[str, Any]) -> bool:
+    return all(
+        (cache / name).is_file() and (cache / name).stat().st_size == entry["bytes"]
+        for name, entry in index["files"].items()
+    )
+
+
+def _summary(index: dict[str, Any], seconds: float) -> PrepareSummary:
+    counts = index["summary"] | {"warnings": tuple(index["summary"]["warnings"])}
+    held_out = index["pairs"] - index["train"]
+    return PrepareSummary(index["pairs"], index["train"], held_out, **counts, seconds=seconds)
+
+
+def _report(summary: PrepareSummary, cache: Path, console: Console) -> None:
+    _say(
+        console,
+        f"{cache}: {summary.train} pairs for training, {summary.held_out} held out; {summary.images} images "
+        f"({summary.upscaled} upscaled), {summary.prompts} prompts ({summary.truncated} truncated); "
+        f"{summary.duplicates} duplicates, {sum(summary.skipped.values())} skipped, "
+        f"{summary.nan_retries} latents encoded again in fp32; {summary.seconds:.0f} s",
+    )
+    for reason, count in summary.skipped.items():
+        _say(console, f"  skipped: {count} × {reason}")
+    for warning in summary.warnings:
+        _say(console, f"warning: {warning}", style="yellow")
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    """Print text as it is: a path in brackets is no markup."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _reasons(skipped: Iterable[SkippedRow]) -> dict[str, int]:
+    return dict(sorted(Counter(row.reason for row in skipped).items()))
+
+
+def _write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _size(count: int) -> str:
+    if count < 10_000_000:
+        return f"{count / 1e3:.0f} kB"
+    return f"{count / 1e6:.0f} MB" if count < 10_000_000_000 else f"{count / 1e9:.1f} GB"

@@ -1,0 +1,131 @@
+"""The first pass over a source: every image is read, decoded and hashed once; nothing is encoded yet.
+
+So all defects, the disk need and the share of skipped rows are known before hours of encoding begin. The
+result is kept in the cache folder in parts of `PART_ROWS` rows, named by the source's identity; a killed scan
+continues after its last part, and a source that changed is scanned anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mapo_fast.data.buckets import Size
+from mapo_fast.data.images import ImageProblemError, decode_image
+from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, SkippedRow
+from mapo_fast.files import atomic_path
+
+PART_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class ScannedRow:
+    """What is known about a row; `reason` is empty for a usable one."""
+
+    index: int
+    name: str
+    prompt: str
+    chosen_hash: bytes  # first 16 bytes of the SHA-256 of the file
+    rejected_hash: bytes
+    chosen_size: Size
+    rejected_size: Size
+    reason: str = ""
+    detail: str = ""
+
+
+_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("name", pa.string()),
+        ("prompt", pa.string()),
+        ("chosen_hash", pa.binary()),
+        ("rejected_hash", pa.binary()),
+        ("chosen_size", pa.list_(pa.int32(), 2)),
+        ("rejected_size", pa.list_(pa.int32(), 2)),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+
+
+def content_hash(data: bytes) -> bytes:
+    """16 bytes that identify a file's content."""
+    return hashlib.sha256(data).digest()[:16]
+
+
+def scan(
+    source: PreferencePairs, identity: str, folder: Path, progress: Callable[[int], None]
+) -> list[ScannedRow]:
+    """Scan all rows of `source`, reusing finished parts in `folder`; `progress` is told rows done.
+
+    Raises:
+        UserError: the source cannot be read, or the disk is full.
+    """
+    prefix = f"{identity[:16]}-{PART_ROWS}-"
+    for part in folder.glob("*.parquet"):
+        if not part.name.startswith(prefix):
+            part.unlink()
+    rows: list[ScannedRow] = []
+    known: dict[bytes, Size | ImageProblemError] = {}
+    for start in range(0, len(source), PART_ROWS):
+        part = folder / f"{prefix}{start // PART_ROWS:06d}.parquet"
+        if part.is_file():
+            done = [_from_table(row) for row in pq.read_table(part).to_pylist()]
+            progress(len(done))
+        else:
+            done = []
+            for row in source.read(range(start, min(start + PART_ROWS, len(source)))):
+                done.append(_scan_row(row, known))
+                progress(1)
+            with atomic_path(part) as temporary:
+                pq.write_table(pa.Table.from_pylist([asdict(row) for row in done], _SCHEMA), temporary)
+        rows += done
+    return rows
+
+
+def _from_table(row: dict[str, Any]) -> ScannedRow:
+    return ScannedRow(**{**row, **{key: tuple(row[key]) for key in ("chosen_size", "rejected_size")}})
+
+
+def _scan_row(row: PairRecord | SkippedRow, known: dict[bytes, Size | ImageProblemError]) -> ScannedRow:
+    if isinstance(row, SkippedRow):
+        return _skipped(row.index, row.name, "", row.reason, row.detail)
+    found: list[tuple[bytes, Size]] = []
+    for side, read in (("chosen", row.chosen), ("rejected", row.rejected)):
+        try:
+            data = read()
+            key = content_hash(data)
+            if key not in known:
+                known[key] = _look(data)
+            size = known[key]
+            if isinstance(size, ImageProblemError):
+                raise ImageProblemError(size.reason, size.detail)
+            found.append((key, size))
+        except MissingImageError as error:
+            return _skipped(row.index, row.name, row.prompt, "missing image", f"{side}: {error}")
+        except ImageProblemError as error:
+            return _skipped(
+                row.index, row.name, row.prompt, error.reason, f"{side}: {error.detail}".rstrip(": ")
+            )
+    (chosen, chosen_size), (rejected, rejected_size) = found
+    if chosen == rejected:
+        return _skipped(row.index, row.name, row.prompt, "identical images", "chosen and rejected are equal")
+    return ScannedRow(row.index, row.name, row.prompt, chosen, rejected, chosen_size, rejected_size)
+
+
+def _look(data: bytes) -> Size | ImageProblemError:
+    try:
+        image = decode_image(data)
+    except ImageProblemError as problem:
+        return problem
+    return (image.height, image.width)
+
+
+def _skipped(index: int, name: str, prompt: str, reason: str, detail: str) -> ScannedRow:
+    return ScannedRow(index, name, prompt, b"", b"", (0, 0), (0, 0), reason, detail)

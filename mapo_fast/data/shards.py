@@ -1,0 +1,101 @@
+"""Shards: safetensors files of bounded size that hold what was encoded, addressed by content.
+
+A family of shards is `latents-00000.safetensors`, `latents-00001.safetensors`, …; there are three families:
+
+    latents   per bucket: `latents_HxW` (n, C, h, w), or (n, 2, C, h, w) with the mirror image second, and
+              `keys_HxW` (n, 16) uint8; `failed` (m, 16): keys of images whose latents stay non-finite
+    text1     `hidden` (n, S, D₁) of the first text encoder, `keys` (n, 16)
+    text2     `hidden` (n, S, D₂), `pooled` (n, P) of the second, `keys` (n, 16)
+
+A shard says itself what it holds and is renamed into place only when it is complete: whatever stands in the
+folder after a kill is reused, and only what no shard holds is encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mapo_fast.errors import UserError
+from mapo_fast.files import atomic_path
+from mapo_fast.tensorfile import write_tensors
+
+SHARD_BYTES = 256 * 2**20
+FAMILIES = ("latents", "text1", "text2")
+
+
+class Place(NamedTuple):
+    """Where a stored item is: shard number, row in the shard's tensor."""
+
+    shard: int
+    row: int
+
+
+class ShardFamily:
+    """The finished shards of one family in a folder."""
+
+    def __init__(self, folder: Path, family: str) -> None:
+        self.folder, self.family = folder, family
+        self.places: dict[bytes, Place] = {}
+        self.failed: set[bytes] = set()
+        self.retries = 0
+        self.digests: dict[str, str] = {}
+        """SHA-256 of the shards written by this object."""
+        for path in sorted(folder.glob(f"{family}-*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    keys = {n: file.get_tensor(n) for n in file.keys() if n.startswith(("keys", "failed"))}  # noqa: SIM118
+                    self._register(path, keys, file.metadata())
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"shard {path} is damaged ({error}): delete it and run prepare again"
+                ) from None
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether the item has been dealt with: stored, or failed."""
+        return key in self.places or key in self.failed
+
+    def paths(self) -> list[Path]:
+        """The shard files in order."""
+        return sorted(self.folder.glob(f"{self.family}-*.safetensors"))
+
+    def write(self, tensors: Mapping[str, Tensor], retries: int = 0) -> None:
+        """Write one shard under the lowest free number, atomically."""
+        number = 0
+        while (path := shard_path(self.folder, self.family, number)).exists():
+            number += 1
+        metadata = {"format": "mapo_fast cache shard", "nan_retries": str(retries)}
+        with atomic_path(path) as temporary:
+            self.digests[path.name] = write_tensors(temporary, tensors, metadata)
+        self._register(path, tensors, metadata)
+
+    def _register(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        number = int(path.stem.rpartition("-")[2])
+        for name, values in tensors.items():
+            if name == "failed":
+                self.failed |= set(_unpack(values))
+            elif name.startswith("keys"):
+                self.places.update((key, Place(number, row)) for row, key in enumerate(_unpack(values)))
+        self.retries += int(metadata["nan_retries"])
+
+
+def shard_path(folder: Path, family: str, number: int) -> Path:
+    """File of a shard."""
+    return folder / f"{family}-{number:05d}.safetensors"
+
+
+def pack_keys(keys: list[bytes]) -> Tensor:  # (n, 16) uint8
+    """16-byte keys as a tensor."""
+    flat: Any = np.frombuffer(b"".join(keys), dtype=np.uint8).copy()
+    return torch.from_numpy(flat).view(-1, 16)
+
+
+def _unpack(keys: Tensor) -> list[bytes]:
+    data = keys.contiguous().numpy().tobytes()
+    return [data[i : i + 16] for i in range(0, len(data), 16)]
