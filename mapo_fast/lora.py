@@ -121,8 +121,10 @@ def save_lora(unet: Any, folder: Path) -> None:
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(folder) as temporary:
+            # peft keeps the targets in a set, whose order differs from process to process
+            metadata = {**config.to_dict(), "target_modules": sorted(config.target_modules)}
             StableDiffusionXLPipeline.save_lora_weights(
-                temporary, unet_lora_layers=factors, unet_lora_adapter_metadata=config.to_dict()
+                temporary, unet_lora_layers=factors, unet_lora_adapter_metadata=metadata
             )
             save_file(
                 kohya_state_dict(factors, config.lora_alpha, unet.config.layers_per_block),
