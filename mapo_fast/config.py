@@ -170,7 +170,9 @@ class TrainConfig(Section):
     evaluate_draws: int = Field(8, ge=8)
     """Stratified timesteps per held-out pair, each with a fixed noise."""
     max_skipped_steps: int = Field(10, ge=0)
-    """More non-finite steps than this stop the run; each one is skipped and counted."""
+    """More non-finite steps in a row than this stop the run; each one is skipped and counted."""
+    wandb: str | None = None
+    """Weights & Biases project that mirrors the TensorBoard figures; needs the `wandb` extra."""
 
 
 class PreviewConfig(Section):

@@ -30,6 +30,7 @@ _MAY_CHANGE = frozenset(
         "train.keep_checkpoints",
         "train.evaluate_every",
         "train.max_skipped_steps",
+        "train.wandb",
     }
 )
 """Settings a resume may change: they leave the sequence of updates as it is, up to rounding."""

@@ -34,6 +34,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mapo_fast import __version__
+from mapo_fast.errors import UserError
 from mapo_fast.files import atomic_path, disk_errors
 from mapo_fast.monitor import Monitor
 
@@ -60,7 +61,13 @@ class RunLog:
     """The log of one run, and its `Monitor`; a context manager."""
 
     def __init__(
-        self, folder: Path, total_steps: int, console: Console | None, *, start_step: int = 0
+        self,
+        folder: Path,
+        total_steps: int,
+        console: Console | None,
+        *,
+        start_step: int = 0,
+        wandb: str | None = None,
     ) -> None:
         """Open the log.
 
@@ -71,10 +78,12 @@ class RunLog:
             start_step: steps done by the checkpoint the run resumes from. At 0 the log starts empty.
                 Otherwise the lines up to that step stay, and the monitor sees them again, so that a resumed
                 run warns like an uninterrupted one.
+            wandb: Weights & Biases project that mirrors TensorBoard; None for none.
 
         Raises:
-            UserError: disk full or not writable.
+            UserError: disk full or not writable, or wandb is asked for and not installed.
         """
+        self._wandb = _open_wandb(wandb, folder) if wandb is not None else None
         self._console = console
         self._total = total_steps
         self._first_step = start_step
@@ -163,6 +172,9 @@ class RunLog:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
         self._file.close()
 
     def __enter__(self) -> RunLog:
@@ -218,6 +230,24 @@ class RunLog:
             return None
         purge = self._first_step + 1 if self._first_step else 0
         return SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+
+
+def find_wandb() -> Any:
+    """The wandb module.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("train.wandb is set, but wandb is not installed (pip install wandb)") from None
+    return wandb
+
+
+def _open_wandb(project: str, folder: Path) -> Any:
+    """Start a wandb run that copies whatever TensorBoard is given; it has to start before TensorBoard."""
+    return find_wandb().init(project=project, name=folder.name, dir=str(folder), sync_tensorboard=True)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

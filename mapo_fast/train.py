@@ -33,7 +33,7 @@ from mapo_fast.model import SDXLFolder, open_sdxl
 from mapo_fast.objectives import build_loss
 from mapo_fast.preview import Previews
 from mapo_fast.runfolder import check_output, claim_output
-from mapo_fast.runlog import RunLog
+from mapo_fast.runlog import RunLog, find_wandb
 from mapo_fast.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    if config.train.wandb is not None:
+        find_wandb()
     device = choose_device(config.train)
     precision = choose_precision(config, device)
     folder = open_sdxl(config.model.path, config.model.vae, scheduler_overrides(config.train))
@@ -72,13 +74,15 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     check_output(config, identity, resume=resume)
     previews = Previews(config, folder, device) if config.preview.prompts else None
     unet = build_unet(config, folder, precision, device)
-    claim_output(config, identity)
     store = CheckpointStore(config.train.output / "checkpoints", config.train.keep_checkpoints)
     checkpoint = store.newest() if resume else None
     trainer = Trainer(config, unet, cache, diffusion, precision, device, store, previews)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    log = RunLog(config.train.output, config.train.steps, console, start_step=trainer.step)
+    claim_output(config, identity)
+    log = RunLog(
+        config.train.output, config.train.steps, console, start_step=trainer.step, wandb=config.train.wandb
+    )
     with log, StopRequest() as stop:
         for note in _notes(config, cache, checkpoint, resume):
             log.warning(trainer.step, note)

@@ -267,3 +267,31 @@ def test_without_tensorboard_it_says_so_once_and_goes_on(
 def test_importing_the_log_imports_no_tensorboard() -> None:
     code = "import mapo_fast.runlog, sys; sys.exit('tensorboard' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_wandb_mirrors_tensorboard_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    class Fake:
+        @staticmethod
+        def init(**kwargs: object) -> type[Fake]:
+            calls.append(kwargs)
+            return Fake
+
+        @staticmethod
+        def finish() -> None:
+            calls.append("finished")
+
+    monkeypatch.setitem(sys.modules, "wandb", Fake)
+    with RunLog(tmp_path / "run", 3, None, wandb="sdxl"):
+        pass
+    assert calls == [
+        {"project": "sdxl", "name": "run", "dir": str(tmp_path / "run"), "sync_tensorboard": True},
+        "finished",
+    ]
+
+
+def test_missing_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="wandb is not installed"):
+        RunLog(tmp_path / "run", 3, None, wandb="sdxl")
