@@ -22,7 +22,11 @@ class Previews:
 
     def __init__(self, config: Config, folder: SDXLFolder, device: torch.device) -> None:
         self.config, self.folder, self.device = config, folder, device
-        settings: dict[str, Any] = {"max_tokens": config.data.max_tokens, "device": device, "dtype": torch.float32}
+        settings: dict[str, Any] = {
+            "max_tokens": config.data.max_tokens,
+            "device": device,
+            "dtype": torch.float32,
+        }
         self.prompts = encode_prompts(folder, config.preview.prompts, **settings)
         self.empty = empty_prompt(folder, **settings)
 
