@@ -366,6 +366,30 @@ def test_logits_from_the_same_errors(device: str, objective: str, beta: float) -
     assert (given.logits.cpu() - want).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize(
+    ("objective", "beta", "scale"),
+    [("mapo_code", 0.1, 1000), ("mapo_paper_power", 8.0, 1), ("mapo_paper_scale", 8.0, 8)],
+)
+def test_fp64_scores_and_slopes_to_twelve_digits(
+    device: str, objective: str, beta: float, scale: float
+) -> None:
+    """Sharp enough to see one wrong digit in the series, which the bounds in fp32 are not."""
+    e_w = torch.cat([torch.zeros(1), torch.logspace(-9, 2, 40)]).double().to(device)
+    prediction = torch.cat([e_w, e_w.flip(0)]).sqrt()[:, None].requires_grad_()
+    target = torch.zeros_like(prediction)
+    settings = {"objective": objective, "beta": beta, "reduction": "none"}
+    out, truth = (
+        paired_loss(prediction, target, **settings),
+        paired_loss_reference(prediction, target, **settings),
+    )
+    errors = zip(out.chosen_error.tolist(), out.rejected_error.tolist(), strict=True)
+    exact = torch.tensor([exact_logit(objective, w, r, beta) for w, r in errors], dtype=torch.float64)
+    assert (out.logits.cpu() - exact).abs().max() <= 2e-15 * scale
+    grad = torch.ones_like(out.loss)
+    got, want = gradient(out, prediction, grad=grad)[0], gradient(truth, prediction, grad=grad)[0]
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-15)
+
+
 def test_the_released_formula_breaks_the_bound() -> None:
     """The bound is worth testing: exp(z) − 1 in fp32, as released, misses it by far and is NaN at 0."""
     chosen, rejected = map(torch.tensor, tricky_errors())
