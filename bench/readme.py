@@ -1,0 +1,71 @@
+"""The README's tables, made from the results files: `python -m bench.readme` rewrites them in place.
+
+Between `<!-- results: NAME -->` and `<!-- end -->` nothing is typed by hand; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def demo() -> str:
+    """The newest row of each seed."""
+    newest = {row["seed"]: row for row in _rows("demo")}
+    lines = [
+        "| seed | preferred share: before | SFT | **MaPO** | must not change: before | SFT | **MaPO** | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for seed, row in sorted(newest.items()):
+        share, same = row["preferred_share"], row["unchanged_score"]
+        lines.append(
+            f"| {seed} | {share['before']:.2f} | {share['sft']:.2f} | **{share['mapo']:.2f}** "
+            f"| {same['before']:.2f} | {same['sft']:.2f} | **{same['mapo']:.2f}** | {row['seconds']:.0f} |"
+        )
+    machine = next(iter(newest.values()))["environment"]
+    lines += ["", f"({machine['cpu']}, {machine['threads']} threads.)"]
+    return "\n".join(lines)
+
+
+def memory() -> str:
+    """Predicted peak memory of one pair."""
+    lines = [
+        "| train | precision | layout | weights | forward + backward peak | 8-bit states | peak, GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in _rows("predicted_memory"):
+        kind = "LoRA r16" if row["kind"] == "lora" else "full"
+        lines.append(
+            f"| {kind} | `{row['precision']}` | `{row['layout']}` | {row['parameters_gib']:.2f} "
+            f"| {row['forward_backward_peak_gib']:.2f} | {row['optimizer_states_gib']:.2f} "
+            f"| {row['peak_gib']:.2f} predicted |"
+        )
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "memory": memory}
+
+
+def render(text: str) -> str:
+    """The README's text with every results section made anew."""
+    for name, make in SECTIONS.items():
+        pattern = re.compile(rf"(<!-- results: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, count = pattern.subn(lambda m, made=make(): f"{m[1]}{made}\n{m[2]}", text)
+        if count != 1:
+            raise ValueError(f"README.md has {count} sections <!-- results: {name} -->, expected 1")
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")

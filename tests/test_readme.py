@@ -1,0 +1,29 @@
+"""The README says what the results files say, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from bench.readme import README, render
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_tables_are_made_from_the_results() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert render(text) == text
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    used = set(re.findall(r"^make ([a-z-]+)", README.read_text(encoding="utf-8"), re.MULTILINE))
+    assert used
+    assert used <= targets
+
+
+def test_linked_files_exist() -> None:
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README.read_text(encoding="utf-8"))
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
