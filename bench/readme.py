@@ -6,7 +6,6 @@ Between `<!-- results: NAME -->` and `<!-- end -->` nothing is typed by hand; a 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ def demo() -> str:
     """The newest row of each seed."""
     newest = {row["seed"]: row for row in _rows("demo")}
     lines = [
-        "| seed | preferred share: before | SFT | **MaPO** | must not change: before | SFT | **MaPO** | seconds |",
+        "| seed | preferred share: before | SFT | **MaPO** "
+        "| must not change: before | SFT | **MaPO** | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for seed, row in sorted(newest.items()):
@@ -60,10 +60,11 @@ SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "memory": memory}
 def render(text: str) -> str:
     """The README's text with every results section made anew."""
     for name, make in SECTIONS.items():
-        pattern = re.compile(rf"(<!-- results: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, count = pattern.subn(lambda m, made=make(): f"{m[1]}{made}\n{m[2]}", text)
-        if count != 1:
-            raise ValueError(f"README.md has {count} sections <!-- results: {name} -->, expected 1")
+        begin = f"<!-- results: {name} -->\n"
+        if text.count(begin) != 1:
+            raise ValueError(f"README.md has {text.count(begin)} sections {begin.strip()}, expected 1")
+        before, rest = text.split(begin)
+        text = before + begin + make() + "\n" + rest[rest.index("<!-- end -->") :]
     return text
 
 
