@@ -17,6 +17,7 @@ import copy
 import json
 import math
 import platform
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,9 @@ def save_pipeline(out: Path, tokenizer: Any, encoders: list[Any], vae: Any, unet
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     ).save_pretrained(out, safe_serialization=True)
+    for name in ("tokenizer", "tokenizer_2"):  # as SDXL has them; newer transformers save another format
+        shutil.rmtree(out / name)
+        write_tokenizer(out / name)
 
 
 def score(out: Path) -> dict[str, float]:
@@ -305,9 +309,7 @@ def score(out: Path) -> dict[str, float]:
             ).images
         readings = [world.read(image) for image in images]
         name = "with_colour" if kind else "without_colour"
-        result[f"{name}_shape"] = _share(
-            r.shape == d.shape for r, d in zip(readings, drawings, strict=True)
-        )
+        result[f"{name}_shape"] = _share(r.shape == d.shape for r, d in zip(readings, drawings, strict=True))
         if kind:
             result["with_colour_colour"] = _share(
                 r.colour == d.colour for r, d in zip(readings, drawings, strict=True)

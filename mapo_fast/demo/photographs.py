@@ -177,13 +177,18 @@ def _load(name: str) -> Image.Image:
 
 
 def _crop(photograph: Image.Image, rng: random.Random) -> Image.Image:
-    """A random square of a quarter to a half of the shorter side, scaled down to SIDE pixels."""
+    """A random square of a quarter to a half of the shorter side that shows something, SIDE pixels wide."""
     short = min(photograph.size)
-    side = max(SIDE, int(short * rng.uniform(0.25, 0.5)))
-    left = rng.randint(0, photograph.width - side)
-    top = rng.randint(0, photograph.height - side)
-    square = photograph.crop((left, top, left + side, top + side))
-    return square.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    crops = []
+    for _ in range(8):
+        side = max(SIDE, int(short * rng.uniform(0.25, 0.5)))
+        left = rng.randint(0, photograph.width - side)
+        top = rng.randint(0, photograph.height - side)
+        square = photograph.crop((left, top, left + side, top + side))
+        crops.append(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+        if np.asarray(crops[-1]).std() > 20:  # of 255: more than an even surface
+            return crops[-1]
+    return max(crops, key=lambda crop: float(np.asarray(crop).std()))
 
 
 def _row(name: str, kind: str, crop: Image.Image, rng: random.Random) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class DemoSize:
     """Optimizer steps of each of the two trainings."""
     samples: int = 288
     """Images per model and set of prompts."""
-    sampling_steps: int = 20
+    sampling_steps: int = 12
     """Denoising steps per image."""
 
 
@@ -69,7 +69,7 @@ name = "{objective}"{comment}
 kind = "full"          # every UNet weight is trained
 
 [optim]
-lr = 5e-5              # for this tiny model; SDXL needs far less
+lr = 5e-6              # small: the drawn preference is plain, and other prompts must not suffer
 warmup_steps = {warmup}
 max_grad_norm = 1.0
 
@@ -80,6 +80,7 @@ pairs_per_batch = 4
 precision = "fp32"
 layout = "joint"
 gradient_checkpointing = false
+threads = 1            # more gain little on a model this small, and lose much where the cores are busy
 seed = {seed}
 log_every = {log_every}
 checkpoint_every = 0   # only at the end
@@ -106,6 +107,8 @@ def run_demo(
     def stage(name: str, title: str) -> None:
         seconds[name] = time.perf_counter()
         console.rule(f"[bold]{title}", align="left")
+
+    torch.set_num_threads(1)  # as the configs say; `train` sets it too
 
     stage("prepare", "1/4  Draw preference pairs, encode them once")
     world.write_preference_set(out / "pairs", world.preference_pairs(size.pairs, seed))
@@ -163,7 +166,7 @@ def _write_config(out: Path, objective: str, seed: int, size: DemoSize) -> Path:
         warmup=min(20, size.steps // 5),
         steps=size.steps,
         seed=seed,
-        log_every=max(1, size.steps // 25),
+        log_every=max(1, size.steps // 20),
         evaluate_every=max(1, size.steps // 4),
     )
     path.write_text(text, encoding="utf-8")
@@ -187,7 +190,7 @@ def _sample_all(
             unet = folder.load_unet()
         else:
             unet = UNet2DConditionModel.from_pretrained(out / model / "unet", local_files_only=True)
-        unet = unet.to(device)
+        unet = unet.to(device, memory_format=torch.channels_last)  # a fifth faster here
         for name, asked in prompts.items():
             cells[name][model] = score.sample(unet, vae, folder, asked, size.sampling_steps)
     return cells, prompts
