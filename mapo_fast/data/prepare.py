@@ -460,7 +460,10 @@ def _claim(cache: Path, settings: dict[str, Any]) -> None:
         if reason:
             raise UserError(f"data.cache {cache} {reason}: choose another data.cache (nothing was changed)")
         return
-    if cache.exists() and (not cache.is_dir() or any(cache.iterdir())):
+    # A kill during the very first write leaves its temporary file and nothing else.
+    if cache.exists() and (
+        not cache.is_dir() or set(cache.iterdir()) - set(cache.glob(".settings.json.*.tmp"))
+    ):
         raise UserError(f"data.cache {cache} already holds something else: choose another data.cache")
     cache.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)

@@ -1,0 +1,165 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mapo_fast.data import cache as cache_module
+from mapo_fast.data.cache import PAIR, PairCache, PairRows
+from mapo_fast.data.prepare import prepare
+from mapo_fast.errors import UserError
+from mapo_fast.model import open_sdxl
+from tests.data.sources import config, contents
+
+
+@pytest.fixture
+def copy(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "c"))
+
+
+def test_pairs(prepared: Path) -> None:
+    cache = PairCache.open(prepared)
+    assert (len(cache.train), len(cache.held_out)) == (11, 1)
+    ids = [pair.id for pair in [*cache.train, *cache.held_out]]
+    assert len(set(ids)) == 12
+    assert all(len(i) == 32 and int(i, 16) >= 0 for i in ids)
+    assert cache.train[-1] == cache.train[10]
+    assert cache.train[2:4] == [cache.train[2], cache.train[3]]
+    assert all(pair.bucket == (32, 32) for pair in cache.train)
+    with pytest.raises(IndexError):
+        cache.train[11]
+    assert not cache.flips
+
+
+def test_batch_is_the_stack_of_its_pairs(prepared: Path) -> None:
+    cache = PairCache.open(prepared)
+    pairs = [cache.train[i] for i in (5, 0, 5)]
+    batch = cache.batch(pairs, flip=None, drop=[False, True, False])
+    for i, pair in enumerate(pairs):
+        single = cache.batch([pair], flip=[False], drop=[i == 1])
+        for name in vars(batch):
+            assert torch.equal(getattr(batch, name)[i], getattr(single, name)[0]), name
+    assert not batch.prompt_embeds[1].any()
+    assert batch.prompt_embeds[0].any()
+    rows = cache.rows(pairs)
+    assert rows[0] == rows[2] != rows[1]
+
+
+def test_batch_refuses_mixed_buckets_and_missing_mirrors(prepared: Path) -> None:
+    cache = PairCache.open(prepared)
+    pair = cache.train[0]
+    other = cache_module.CachedPair(pair.id, (40, 24), pair.index)
+    with pytest.raises(ValueError, match="exactly one bucket"):
+        cache.batch([pair, other], flip=None, drop=None)
+    with pytest.raises(ValueError, match="exactly one bucket"):
+        cache.batch([], flip=None, drop=None)
+    with pytest.raises(ValueError, match="no mirrored latents"):
+        cache.batch([pair], flip=[True], drop=None)
+
+
+def test_check_accepts_its_own_model_and_settings(tiny_sdxl: Path, prepared: Path) -> None:
+    run = config(tiny_sdxl, prepared.parent / "s", prepared)
+    PairCache.open(prepared).check(open_sdxl(tiny_sdxl), run.data)
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+
+
+SHARDS = [
+    "shards/latents-00000.safetensors",
+    "shards/text1-00001.safetensors",
+    "shards/text2-00000.safetensors",
+]
+
+
+@pytest.mark.parametrize("name", [*SHARDS, "pairs.npy", "rows.parquet"])
+def test_damaged_file_is_named_and_can_be_made_anew(
+    tiny_sdxl: Path, prepared: Path, copy: Path, name: str
+) -> None:
+    whole = contents(copy)
+    flip_byte(copy / name)
+    with pytest.raises(UserError, match=rf"{Path(name).name} is damaged \(its checksum") as error:
+        PairCache.open(copy)
+    assert "\n" not in str(error.value)
+    (copy / name).unlink()
+    with pytest.raises(UserError, match=f"{Path(name).name} is missing"):
+        PairCache.open(copy)
+    prepare(config(tiny_sdxl, prepared.parent / "s", copy))
+    assert contents(copy) == whole
+
+
+def test_unverified_cache_checks_a_shard_when_it_is_first_read(copy: Path) -> None:
+    flip_byte(copy / SHARDS[0])
+    cache = PairCache.open(copy, verify=False)
+    with pytest.raises(UserError, match=r"latents-00000\.safetensors is damaged"):
+        cache.batch(cache.train[:1], flip=None, drop=None)
+
+
+def test_cut_off_shard(copy: Path) -> None:
+    path = copy / SHARDS[0]
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match="damaged"):
+        PairCache.open(copy, verify=False)
+
+
+def test_unreadable_shard_stops_prepare(tiny_sdxl: Path, prepared: Path, copy: Path) -> None:
+    (copy / SHARDS[0]).write_bytes(b"not a shard")
+    with pytest.raises(UserError, match=r"latents-00000\.safetensors is damaged .* delete it"):
+        prepare(config(tiny_sdxl, prepared.parent / "s", copy))
+
+
+@pytest.mark.parametrize(
+    ("remove", "text"),
+    [(("index.json",), "is unfinished"), (("index.json", "settings.json"), "is not a mapo")],
+)
+def test_unfinished_cache(copy: Path, remove: tuple[str, ...], text: str) -> None:
+    for name in remove:
+        (copy / name).unlink()
+    with pytest.raises(UserError, match=text):
+        PairCache.open(copy)
+
+
+def test_missing_cache(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere is not a mapo_fast cache: run mapo-fast prepare"):
+        PairCache.open(tmp_path / "nowhere")
+
+
+def test_damaged_index_and_other_format(copy: Path) -> None:
+    index = json.loads((copy / "index.json").read_text())
+    index["settings"]["format"] = 99
+    (copy / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="cache format 99"):
+        PairCache.open(copy)
+    (copy / "index.json").write_text("{")
+    with pytest.raises(UserError, match=r"index\.json is damaged"):
+        PairCache.open(copy)
+
+
+def test_fingerprint_is_of_the_content(tiny_sdxl: Path, prepared: Path, copy: Path) -> None:
+    first = PairCache.open(prepared).fingerprint
+    assert PairCache.open(copy).fingerprint == first, "not of the place"
+    prepare(config(tiny_sdxl, prepared.parent / "s", copy, held_out=0.5))
+    assert PairCache.open(copy).fingerprint != first
+
+
+def test_few_shards_are_open_at_a_time(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "OPEN_SHARDS", 1)
+    cache = PairCache.open(prepared)
+    plenty = PairCache.open(prepared)
+    monkeypatch.setattr(cache_module, "OPEN_SHARDS", 100)
+    expected = plenty.batch(plenty.train, flip=None, drop=None)
+    monkeypatch.setattr(cache_module, "OPEN_SHARDS", 1)
+    batch = cache.batch(cache.train, flip=None, drop=None)
+    assert len(cache._shards) == 1
+    assert torch.equal(batch.prompt_embeds, expected.prompt_embeds)
+
+
+def test_pairs_are_made_on_access() -> None:
+    rows = PairRows(np.zeros(10**7, PAIR), 5, 10**7)
+    assert len(rows) == 10**7 - 5
+    assert rows[-1].index == 10**7 - 1

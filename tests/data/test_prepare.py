@@ -1,0 +1,574 @@
+import errno
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from mapo_fast.data import latents, shards
+from mapo_fast.data import prepare as prepare_module
+from mapo_fast.data.buckets import fit_image
+from mapo_fast.data.cache import PairCache
+from mapo_fast.data.images import decode_image
+from mapo_fast.data.prepare import prepare
+from mapo_fast.data.text import encode_prompts
+from mapo_fast.errors import UserError
+from mapo_fast.model import SDXLFolder, open_sdxl
+from tests.data.sources import (
+    config,
+    contents,
+    encoded,
+    jsonl_folder,
+    pickapic_rows,
+    picture,
+    png,
+    skipped,
+    write_jsonl,
+    write_parquet,
+)
+
+
+def said(run: Any) -> tuple[Any, str]:
+    """Result of prepare and what it printed."""
+    out = io.StringIO()
+    result = prepare(run, console=Console(file=out, width=200))
+    return result, out.getvalue()
+
+
+def one_pair(folder: Path, chosen: bytes, rejected: bytes, prompt: str = "a red cat") -> Path:
+    write_jsonl(folder, [{"prompt": prompt, "chosen": "w", "rejected": "l"}])
+    (folder / "w").write_bytes(chosen)
+    (folder / "l").write_bytes(rejected)
+    return folder
+
+
+def reference_latents(model: Path, data: bytes, bucket: tuple[int, int]) -> torch.Tensor:
+    """What diffusers' own image processor and VAE make of an image."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    vae = open_sdxl(model).load_vae(torch.float32)
+    pixels = VaeImageProcessor(vae_scale_factor=4).preprocess(fit_image(decode_image(data), bucket))
+    with torch.no_grad():
+        return vae.encode(pixels).latent_dist.mode()[0] * vae.config.scaling_factor
+
+
+def test_batch_equals_diffusers(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = one_pair(tmp_path / "s", png(1), png(2))
+    run = config(tiny_sdxl, source, tmp_path / "c", held_out=0.0)
+    prepare(run)
+    cache = PairCache.open(tmp_path / "c")
+    batch = cache.batch(cache.train, flip=None, drop=None)
+    for got, seed in ((batch.chosen_latents, 1), (batch.rejected_latents, 2)):
+        expected = reference_latents(tiny_sdxl, png(seed), (32, 32))
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got[0], expected, rtol=1e-5, atol=1e-6)
+    text = encode_prompts(
+        open_sdxl(tiny_sdxl), ["a red cat"], max_tokens=77, device="cpu", dtype=torch.float32
+    )
+    assert torch.equal(batch.prompt_embeds, text.prompt_embeds.half().float())
+    assert torch.equal(batch.pooled_embeds, text.pooled_embeds.half().float())
+    assert batch.time_ids_chosen.dtype == torch.float32
+    assert batch.time_ids_chosen.tolist() == [[32, 32, 0, 0, 32, 32]]
+    dropped = cache.batch(cache.train, flip=None, drop=[True])
+    assert not dropped.prompt_embeds.any()
+    assert not dropped.pooled_embeds.any()
+
+
+def test_flip_stores_mirrored_latents(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = one_pair(tmp_path / "s", png(1), png(2))
+    prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0, flip=True))
+    cache = PairCache.open(tmp_path / "c")
+    assert cache.flips
+    plain, mirrored = (cache.batch(cache.train, flip=[f], drop=None) for f in (False, True))
+    mirror = encoded(decode_image(png(1)).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    for got, data in ((plain, png(1)), (mirrored, mirror)):
+        expected = reference_latents(tiny_sdxl, data, (32, 32))
+        torch.testing.assert_close(got.chosen_latents[0], expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(plain.rejected_latents, mirrored.rejected_latents)
+
+
+def test_every_layout_gives_the_same_pairs(tiny_sdxl: Path, tmp_path: Path) -> None:
+    rows = pickapic_rows(3)
+    write_parquet(tmp_path / "parquet" / "a.parquet", rows)
+    twin, table = tmp_path / "twin", []
+    for i, row in enumerate(rows):
+        best, worst = ("jpg_0", "jpg_1") if row["label_0"] else ("jpg_1", "jpg_0")
+        for name, column in (("chosen", best), ("rejected", worst)):
+            (twin / name).mkdir(parents=True, exist_ok=True)
+            (twin / name / f"{i}.png").write_bytes(row[column])
+        (twin / "chosen" / f"{i}.txt").write_text(row["caption"])
+        table.append({"prompt": row["caption"], "chosen": f"chosen/{i}.png", "rejected": f"rejected/{i}.png"})
+    ids = []
+    for number, source in enumerate(("parquet", "twin", "twin")):
+        if number == 2:
+            write_jsonl(twin, table)
+        cache = tmp_path / f"c{number}"
+        prepare(config(tiny_sdxl, tmp_path / source, cache, held_out=0.0))
+        ids.append([pair.id for pair in PairCache.open(cache).train])
+    assert len(set(ids[0])) == 3
+    assert ids[0] == ids[1] == ids[2]
+
+
+def test_each_distinct_prompt_and_image_is_stored_once(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "s"
+    for name in "abc":
+        source.mkdir(exist_ok=True)
+        (source / f"{name}.png").write_bytes(png(ord(name)))
+    (source / "copy.png").write_bytes(png(ord("a")))
+    row = {"prompt": "red", "chosen": "a.png", "rejected": "b.png"}
+    write_jsonl(
+        source,
+        [row, row, row | {"chosen": "copy.png"}, row | {"rejected": "c.png"}, row | {"prompt": "blue"}],
+    )
+    count = 0
+    call = latents.LatentEncoder.__call__
+
+    def counted(self: Any, images: Any) -> Any:
+        nonlocal count
+        count += len(images)
+        return call(self, images)
+
+    monkeypatch.setattr(latents.LatentEncoder, "__call__", counted)
+    summary = prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0))
+    assert (summary.pairs, summary.images, summary.prompts, summary.duplicates) == (3, 3, 2, 2)
+    assert count == 3
+
+
+def test_contradicting_rows_are_both_skipped(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = jsonl_folder(tmp_path / "s", 4)
+    rows = [json.loads(line) for line in (source / "pairs.jsonl").read_text().splitlines()]
+    rows.append(rows[0] | {"chosen": rows[0]["rejected"], "rejected": rows[0]["chosen"]})
+    write_jsonl(source, rows)
+    summary = prepare(config(tiny_sdxl, source, tmp_path / "c", max_skipped=1.0))
+    assert summary.pairs == 3
+    assert skipped(tmp_path / "c") == {"pairs.jsonl:1": "contradiction", "pairs.jsonl:5": "contradiction"}
+
+
+def test_every_bad_row_is_listed_with_its_reason(tiny_sdxl: Path, tmp_path: Path) -> None:
+    bad = {
+        "zero-byte image": b"",
+        "unreadable image": b"no image",
+        "truncated image": png(1, 64, 64)[:5000],
+        "unsupported pixel format": encoded(Image.new("F", (32, 32)), "TIFF"),
+        "too much crop": png(3, 16, 400),
+        "identical images": png(0),
+    }
+    ok = pickapic_rows(1)[0]
+    rows = [ok, *(ok | {"jpg_0": png(0), "jpg_1": data} for data in bad.values())]
+    rows += [ok | {"label_0": 0.5, "label_1": 0.5}, ok | {"has_label": False}, ok | {"caption": ""}]
+    rows += [ok | {"jpg_1": None}]
+    source = write_parquet(tmp_path / "a.parquet", rows)
+    summary, text = said(config(tiny_sdxl, source, tmp_path / "c", max_skipped=0.95))
+    expected = [*bad, "tie", "no label", "empty caption", "missing image"]
+    assert skipped(tmp_path / "c") == {f"a.parquet:{i}": reason for i, reason in enumerate(expected, start=1)}
+    assert summary.pairs == 1
+    assert summary.skipped == dict.fromkeys(sorted(expected), 1)
+    for reason in expected:
+        assert f"1 × {reason}" in text
+
+
+def test_too_many_skipped_stops_before_encoding(tiny_sdxl: Path, tmp_path: Path) -> None:
+    rows = [*pickapic_rows(7), *pickapic_rows(2, label_0=0.5, label_1=0.5), *pickapic_rows(1, caption="")]
+    source = write_parquet(tmp_path / "a.parquet", rows)
+    cache = tmp_path / "c"
+    with pytest.raises(UserError) as error:
+        prepare(config(tiny_sdxl, source, cache, max_skipped=0.29))
+    text = str(error.value)
+    assert "30% of 10 rows" in text
+    assert "2 × tie" in text
+    assert "1 × empty caption" in text
+    assert str(cache / "skipped.jsonl") in text
+    assert len(skipped(cache)) == 3
+    assert not list((cache / "shards").iterdir())
+    assert prepare(config(tiny_sdxl, source, cache, max_skipped=0.3)).pairs == 7, "the limit may be raised"
+
+
+def test_nothing_usable(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "a.parquet", pickapic_rows(2, label_0=0.5, label_1=0.5))
+    with pytest.raises(UserError, match=r"no usable pair \(2 × tie\)"):
+        prepare(config(tiny_sdxl, source, tmp_path / "c", max_skipped=1.0))
+
+
+def test_one_bucket_per_pair_and_upscaled_counted(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = one_pair(tmp_path / "s", png(1, 64, 32), png(2, 24, 14))
+    summary = prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0, size_conditioning="own"))
+    cache = PairCache.open(tmp_path / "c")
+    height, width = cache.train[0].bucket
+    assert height > width
+    batch = cache.batch(cache.train, flip=None, drop=None)
+    assert batch.chosen_latents.shape == batch.rejected_latents.shape == (1, 4, height // 4, width // 4)
+    assert summary.upscaled == 1
+    assert batch.time_ids_chosen[0, :2].tolist() == [64, 32]
+    assert batch.time_ids_rejected[0, :2].tolist() == [24, 14]
+    assert batch.time_ids_rejected[0, 4:].tolist() == [height, width]
+
+
+def test_shared_conditioning_gives_both_images_the_same_ids(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = one_pair(tmp_path / "s", png(1, 64, 32), png(2, 24, 14))
+    prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0))
+    cache = PairCache.open(tmp_path / "c")
+    batch = cache.batch(cache.train, flip=None, drop=None)
+    assert torch.equal(batch.time_ids_chosen, batch.time_ids_rejected)
+
+
+def test_size_that_predicts_the_label_is_warned_about(tiny_sdxl: Path, tmp_path: Path) -> None:
+    rows = [row | {"jpg_0": png(i, 32), "jpg_1": png(i, 64, 64)} for i, row in enumerate(pickapic_rows(6))]
+    rows = [row | {"label_0": 1.0, "label_1": 0.0} for row in rows]
+    source = write_parquet(tmp_path / "a.parquet", rows)
+    summary, text = said(config(tiny_sdxl, source, tmp_path / "c"))
+    assert [w for w in summary.warnings if "image size alone predicts the label (AUC 0.00" in w]
+    assert "warning: image size alone predicts the label" in text
+    again, _ = said(config(tiny_sdxl, source, tmp_path / "c"))
+    assert again.warnings == summary.warnings
+
+
+def test_truncated_prompts_are_listed(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = one_pair(tmp_path / "s", png(1), png(2), prompt="x" * 80)
+    summary = prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0))
+    assert summary.truncated == 1
+    row = json.loads((tmp_path / "c" / "truncated.jsonl").read_text())
+    assert row == {"prompt": "x" * 80, "tokens": 80, "kept": 75, "cut": "x" * 5}
+
+
+@pytest.mark.parametrize(("max_tokens", "sequence"), [(150, 154), (225, 231)])
+def test_long_prompts(tiny_sdxl: Path, tmp_path: Path, max_tokens: int, sequence: int) -> None:
+    source = jsonl_folder(tmp_path / "s", 2)
+    rows = [json.loads(line) for line in (source / "pairs.jsonl").read_text().splitlines()]
+    write_jsonl(source, [rows[0], rows[1] | {"prompt": "x" * 140}])
+    summary = prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0, max_tokens=max_tokens))
+    cache = PairCache.open(tmp_path / "c")
+    batch = cache.batch(cache.train, flip=None, drop=[True, False])
+    assert batch.prompt_embeds.shape == (2, sequence, 40)
+    assert summary.truncated == 0
+
+
+class Overflowing:
+    """A VAE that gives NaN for images whose first pixel is white, in bf16 or in any precision."""
+
+    def __init__(self, vae: Any, always: bool) -> None:
+        self.vae, self.always, self.dtype = vae, always, vae.dtype
+
+    def to(self, device: torch.device) -> "Overflowing":
+        return self
+
+    def encode(self, pixels: torch.Tensor) -> Any:
+        out = self.vae.encode(pixels)
+        if self.always or self.dtype is torch.bfloat16:
+            white = (pixels[:, :, 0, 0] == 1.0).all(1)
+            out.latent_dist.mean[white] = torch.nan
+        return out
+
+
+def overflow(monkeypatch: pytest.MonkeyPatch, *, always: bool) -> None:
+    load = SDXLFolder.load_vae
+    monkeypatch.setattr(
+        SDXLFolder, "load_vae", lambda self, dtype=torch.float32: Overflowing(load(self, dtype), always)
+    )
+
+
+def white_corner(seed: int) -> bytes:
+    image = picture(seed)
+    image.putpixel((0, 0), (255, 255, 255))
+    return encoded(image)
+
+
+def test_nan_latents_are_retried_in_fp32(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overflow(monkeypatch, always=False)
+    source = one_pair(tmp_path / "s", white_corner(1), png(2))
+    summary = prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0, vae_dtype="bf16"))
+    assert summary.nan_retries == 1
+    cache = PairCache.open(tmp_path / "c")
+    batch = cache.batch(cache.train, flip=None, drop=None)
+    monkeypatch.undo()
+    assert batch.chosen_latents.dtype == torch.bfloat16
+    expected = reference_latents(tiny_sdxl, white_corner(1), (32, 32))
+    assert torch.equal(batch.chosen_latents[0], expected.bfloat16()), "the retry ran in fp32"
+
+
+def test_latents_that_stay_nan_are_skipped_and_listed(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overflow(monkeypatch, always=True)
+    source = jsonl_folder(tmp_path / "s", 6)
+    (source / "3l.png").write_bytes(white_corner(1))
+    summary = prepare(config(tiny_sdxl, source, tmp_path / "c", vae_dtype="bf16"))
+    assert (summary.pairs, summary.nan_retries) == (5, 1)
+    assert skipped(tmp_path / "c") == {"pairs.jsonl:4": "non-finite latent"}
+    with pytest.raises(UserError, match="1 × non-finite latent"):
+        prepare(config(tiny_sdxl, source, tmp_path / "d", vae_dtype="bf16", max_skipped=0.1))
+    assert list((tmp_path / "d" / "shards").glob("latents-*")), "what is encoded is kept"
+
+
+def test_embeddings_too_large_for_fp16_are_kept_in_fp32(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = prepare_module.TextEncoder.__call__
+
+    def large(self: Any, prompts: Any) -> Any:
+        hidden, pooled = call(self, prompts)
+        return hidden * 1e6, pooled
+
+    monkeypatch.setattr(prepare_module.TextEncoder, "__call__", large)
+    source = one_pair(tmp_path / "s", png(1), png(2))
+    prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0))
+    cache = PairCache.open(tmp_path / "c")
+    embeds = cache.batch(cache.train, flip=None, drop=None).prompt_embeds
+    assert embeds.isfinite().all()
+    assert embeds.abs().max() > 1e6
+
+
+@pytest.mark.parametrize("kind", ["latents_mean", "shift_factor"])
+def test_vae_with_other_latent_statistics(tiny_sdxl: Path, tmp_path: Path, kind: str) -> None:
+    import shutil
+
+    vae = tmp_path / "vae"
+    shutil.copytree(tiny_sdxl / "vae", vae)
+    settings = json.loads((vae / "config.json").read_text())
+    new = {"shift_factor": 0.1} if kind == "shift_factor" else {}
+    mean, std = [0.1, 0.2, 0.3, 0.4], [2.0, 3.0, 4.0, 5.0]
+    (vae / "config.json").write_text(json.dumps(settings | new | {"latents_mean": mean, "latents_std": std}))
+    source = one_pair(tmp_path / "s", png(1), png(2))
+    run = config(tiny_sdxl, source, tmp_path / "c", held_out=0.0)
+    run = run.model_copy(update={"model": run.model.model_copy(update={"vae": vae})})
+    if kind == "shift_factor":
+        with pytest.raises(UserError, match=r"shift_factor = 0\.1"):
+            prepare(run)
+        return
+    prepare(run)
+    cache = PairCache.open(tmp_path / "c")
+    got = cache.batch(cache.train, flip=None, drop=None).chosen_latents[0]
+    scale = settings["scaling_factor"]
+    plain = reference_latents(tiny_sdxl, png(1), (32, 32)) / scale
+    shift, spread = (torch.tensor(v).view(4, 1, 1) for v in (mean, std))
+    torch.testing.assert_close(got, (plain - shift) / spread * scale, rtol=1e-4, atol=1e-5)
+
+
+def test_bucket_step_must_fit_the_vae(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        SDXLFolder, "config", lambda self, part: {"block_out_channels": [1] * 5, "latent_channels": 4}
+    )
+    with pytest.raises(UserError, match=r"set data\.bucket_step to a multiple of 16"):
+        latents.latent_shape(open_folder(tiny_sdxl), (40, 24))
+
+
+def open_folder(path: Path) -> SDXLFolder:
+    return SDXLFolder(path, path / "vae")
+
+
+# Disk
+
+
+def test_disk_need_is_printed_first(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = jsonl_folder(tmp_path / "s", 10)
+    _, text = said(config(tiny_sdxl, source, tmp_path / "c"))
+    need = text.index("disk need: ")
+    assert "20 images" in text[need:]
+    assert "10 prompts" in text[need:]
+    assert need < text.index("images ━")
+
+
+def test_too_little_disk_space_stops_before_encoding(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(prepare_module.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    source = jsonl_folder(tmp_path / "s", 4)
+    with pytest.raises(UserError, match=r"needs \d+ kB more in .*, only 1 kB are free"):
+        prepare(config(tiny_sdxl, source, tmp_path / "c"))
+    assert not list((tmp_path / "c" / "shards").iterdir())
+
+
+def test_disk_full_while_writing(tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, tensors: Any, metadata: Any) -> str:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source = jsonl_folder(tmp_path / "s", 4)
+    run = config(tiny_sdxl, source, tmp_path / "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_tensors", full)
+        with pytest.raises(UserError, match=r"disk full while writing .*latents-00000"):
+            prepare(run)
+    assert not list((tmp_path / "c" / "shards").iterdir())
+    assert prepare(run).pairs == 4
+
+
+# Running again
+
+
+def test_finished_cache_is_left_alone(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = jsonl_folder(tmp_path / "s", 6)
+    run = config(tiny_sdxl, source, tmp_path / "c")
+    first = prepare(run)
+    before = contents(tmp_path / "c")
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("*")}
+    again, text = said(run)
+    assert "complete already: 6 pairs, nothing to do" in text
+    assert contents(tmp_path / "c") == before
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("*")} == times
+    assert again.seconds < first.seconds
+    assert again.__dict__ | {"seconds": 0} == first.__dict__ | {"seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"resolution": 64}, "was made for data.resolution = 32, the config says 64"),
+        ({"bucket_step": 16}, "was made for data.bucket_step = 8, the config says 16"),
+        ({"max_tokens": 150}, "was made for data.max_tokens = 77, the config says 150"),
+        ({"flip": True}, "was made for data.flip = False, the config says True"),
+        ({"size_conditioning": "own"}, "data.size_conditioning = shared, the config says own"),
+        ({"vae_dtype": "bf16"}, "data.vae_dtype = fp32, the config says bf16"),
+        ({"max_crop": 0.1}, "data.max_crop = 0.2, the config says 0.1"),
+    ],
+)
+def test_cache_of_other_settings_is_refused(
+    tiny_sdxl: Path, prepared: Path, change: dict[str, Any], text: str
+) -> None:
+    before = contents(prepared)
+    run = config(tiny_sdxl, prepared.parent / "s", prepared, **change)
+    with pytest.raises(UserError) as error:
+        prepare(run)
+    assert text in str(error.value)
+    assert "nothing was changed" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert contents(prepared) == before
+    with pytest.raises(UserError, match=r"run mapo-fast prepare again with another data\.cache") as error:
+        PairCache.open(prepared).check(open_sdxl(tiny_sdxl), run.data)
+    assert text in str(error.value)
+
+
+def test_cache_of_another_model_is_refused(prepared: Path, other_model: Callable[[str], Path]) -> None:
+    for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer_2"):
+        model = other_model(part)
+        run = config(model, prepared.parent / "s", prepared)
+        with pytest.raises(UserError, match="another VAE, text encoder or tokenizer"):
+            prepare(run)
+        with pytest.raises(UserError, match="another VAE, text encoder or tokenizer"):
+            PairCache.open(prepared).check(open_sdxl(model), run.data)
+
+
+def test_another_unet_may_use_the_cache(prepared: Path, other_model: Callable[[str], Path]) -> None:
+    model = other_model("unet")
+    PairCache.open(prepared).check(open_sdxl(model), config(model, prepared.parent / "s", prepared).data)
+
+
+def test_folder_with_other_files_is_refused(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = jsonl_folder(tmp_path / "s", 3)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="already holds something else"):
+        prepare(config(tiny_sdxl, source, tmp_path / "c"))
+    assert contents(tmp_path / "c") == {"thesis.txt": b"precious"}
+    with pytest.raises(UserError, match="already holds something else"):
+        prepare(config(tiny_sdxl, source, tmp_path / "c" / "thesis.txt"))
+
+
+def test_source_is_needed(tiny_sdxl: Path, tmp_path: Path) -> None:
+    run = config(tiny_sdxl, tmp_path / "s", tmp_path / "c")
+    with pytest.raises(UserError, match=r"data\.source not found"):
+        prepare(run)
+    with pytest.raises(UserError, match=r"data\.source is missing"):
+        prepare(run.model_copy(update={"data": run.data.model_copy(update={"source": None})}))
+    assert not (tmp_path / "c").exists()
+
+
+def test_new_pairs_reuse_what_is_encoded(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = jsonl_folder(tmp_path / "s", 6)
+    run = config(tiny_sdxl, source, tmp_path / "c")
+    prepare(run)
+    before = contents(tmp_path / "c" / "shards")
+    rows = (source / "pairs.jsonl").read_text().splitlines()
+    for name in "xy":
+        (source / f"{name}.png").write_bytes(png(ord(name)))
+    write_jsonl(source, [{"prompt": "new", "chosen": "x.png", "rejected": "y.png"}, *rows[::-1]])
+    encoded_images = 0
+    call = latents.LatentEncoder.__call__
+
+    def counted(self: Any, images: Any) -> Any:
+        nonlocal encoded_images
+        encoded_images += len(images)
+        return call(self, images)
+
+    monkeypatch.setattr(latents.LatentEncoder, "__call__", counted)
+    assert prepare(run).pairs == 7
+    assert encoded_images == 2
+    after = contents(tmp_path / "c" / "shards")
+    assert {name: after[name] for name in before} == before
+    cache = PairCache.open(tmp_path / "c")
+    assert len(cache.batch(cache.train, flip=None, drop=None).chosen_latents) == len(cache.train)
+
+
+def test_another_held_out_share_encodes_nothing(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = jsonl_folder(tmp_path / "s", 10)
+    assert prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.1)).held_out == 1
+    run = config(tiny_sdxl, source, tmp_path / "c", held_out=0.3)
+    with pytest.raises(UserError, match=r"held_out = 0\.1, the config says 0\.3"):
+        PairCache.open(tmp_path / "c").check(open_sdxl(tiny_sdxl), run.data)
+    monkeypatch.setattr(SDXLFolder, "load_vae", None)
+    monkeypatch.setattr(SDXLFolder, "load_text_encoder", None)
+    assert prepare(run).held_out == 3
+
+
+def test_source_that_changes_under_way(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = jsonl_folder(tmp_path / "s", 4)
+    choose = prepare_module.choose
+
+    def meddle(*args: Any) -> Any:
+        (source / "2l.png").write_bytes(png(99))
+        return choose(*args)
+
+    monkeypatch.setattr(prepare_module, "choose", meddle)
+    with pytest.raises(UserError, match=r"pairs\.jsonl:3 in data\.source changed"):
+        prepare(config(tiny_sdxl, source, tmp_path / "c"))
+
+
+def test_split_is_stored_and_does_not_share_prompts(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = jsonl_folder(tmp_path / "s", 20, prompts=10)
+    summary = prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.2))
+    cache = PairCache.open(tmp_path / "c")
+    assert (len(cache.train), len(cache.held_out)) == (summary.train, summary.held_out) == (16, 4)
+    prompts = [{row.prompt for row in cache.rows(part)} for part in (cache.train, cache.held_out)]
+    assert len(prompts[1]) == 2
+    assert not prompts[0] & prompts[1]
+
+
+def test_one_component_warns_that_nothing_is_held_out(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = jsonl_folder(tmp_path / "s", 6, prompts=1)
+    summary = prepare(config(tiny_sdxl, source, tmp_path / "c"))
+    assert summary.held_out == 0
+    assert [w for w in summary.warnings if w.startswith("no pair is held out")]
+
+
+def test_result_does_not_depend_on_row_order(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = jsonl_folder(tmp_path / "s", 10)
+    prepare(config(tiny_sdxl, source, tmp_path / "a", held_out=0.3))
+    rows = (source / "pairs.jsonl").read_text().splitlines()
+    write_jsonl(source, rows[::-1])
+    prepare(config(tiny_sdxl, source, tmp_path / "b", held_out=0.3))
+    one, two = (PairCache.open(tmp_path / name) for name in "ab")
+    for part in ("train", "held_out"):
+        assert [p.id for p in getattr(one, part)] == [p.id for p in getattr(two, part)]
+    batches = [cache.batch(cache.held_out, flip=None, drop=None) for cache in (one, two)]
+    np.testing.assert_allclose(*(b.chosen_latents for b in batches), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(*(b.prompt_embeds for b in batches), rtol=2e-3, atol=1e-3)
