@@ -107,7 +107,7 @@ def decode_latents(vae: Any, latents: Tensor, *, batch_size: int = 8) -> list[Im
 
     processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
     images: list[Image] = []
-    for part in latents.split(batch_size):
+    for part in torch.split(latents, batch_size):
         decoded = vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
         images.extend(processor.postprocess(decoded.float(), output_type="pil"))
     return images

@@ -181,7 +181,7 @@ def train_vae(steps: int, seed: int) -> Any:
         rebuilt = vae.decode(posterior.sample(generator=generator)).sample
         loss = F.mse_loss(rebuilt, batch) + 0.1 * F.l1_loss(rebuilt, batch) + 1e-5 * posterior.kl().mean()
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -244,7 +244,7 @@ def train_unet(steps: int, seed: int, vae: Any, tokenizer: Any, encoders: list[A
         ).sample
         loss = F.mse_loss(prediction, noise)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
@@ -349,7 +349,7 @@ def dead_leaves(count: int, seed: int) -> Tensor:
 @torch.no_grad()
 def encode(vae: Any, images: Tensor) -> Tensor:
     """Posterior means (N, 4, 8, 8), not yet scaled."""
-    return torch.cat([vae.encode(part).latent_dist.mean for part in images.split(256)])
+    return torch.cat([vae.encode(part).latent_dist.mean for part in torch.split(images, 256)])
 
 
 @torch.no_grad()
