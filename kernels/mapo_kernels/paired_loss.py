@@ -34,7 +34,9 @@ import torch
 from torch import Tensor
 
 from mapo_kernels._launch import INTERPRETING, backend, completion_counter, jit, on_device, tl
-from mapo_kernels.objectives import OBJECTIVES, pair_terms, pair_terms_torch
+from mapo_kernels._pair_checks import FLOATING, TensorOrPair, check_inputs, check_scalars, check_weights
+from mapo_kernels._pair_layout import Halves, Layout, mask_halves, merge_layout, split_halves
+from mapo_kernels.objectives import pair_terms, pair_terms_torch
 
 BLOCK = 1024
 """Elements a program handles at a time: two 16-byte loads per thread of bf16, four of fp32, with 4 warps."""
@@ -280,81 +282,6 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 # --- Launchers ---
 
 
-class _Halves(NamedTuple):
-    """The chosen and the rejected samples of one operand, (B, …) each, with equal strides."""
-
-    chosen: Tensor
-    rejected: Tensor
-
-    @property
-    def row(self) -> int:
-        return self.chosen.stride(0)
-
-
-class _Layout(NamedTuple):
-    """A sample's index space, innermost dimension first, and each operand's strides in it."""
-
-    dims: int
-    sizes: tuple[int, int, int]  # of the inner three; the outermost is not needed
-    strides: list[tuple[int, int, int, int]]
-
-
-def _halves(first: Tensor, second: Tensor | None) -> _Halves:
-    if second is not None:
-        return _Halves(first, second)
-    pairs = first.shape[0] // 2
-    return _Halves(first[:pairs], first[pairs:])
-
-
-def _mask_halves(mask: Tensor | None, like: Tensor) -> _Halves | None:
-    """Broadcast a mask to two (B, …) halves without copying it."""
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        mask = mask.view(torch.uint8)
-    if mask.shape[0] == 2 * like.shape[0]:
-        chosen, rejected = _halves(mask, None)
-        return _Halves(chosen.expand_as(like), rejected.expand_as(like))
-    return _Halves(mask.expand_as(like), mask.expand_as(like))
-
-
-def _layout(*operands: _Halves | None) -> _Layout | None:
-    """Merge a sample's dimensions as far as all operands allow; None if the kernels cannot walk the result.
-
-    Tensors that are dense in the same order (contiguous, channels_last, …) come out as one dimension of
-    stride 1: a flat walk over memory. Up to four dimensions may remain otherwise. Halves that lie in memory
-    differently, or more dimensions, are rare and left to the eager path.
-    """
-    present = [half for half in operands if half is not None]
-    for half in present:
-        differ = half.chosen.stride() != half.rejected.stride()
-        if differ and (half.chosen.shape[0] > 1 or half.chosen.stride()[1:] != half.rejected.stride()[1:]):
-            return None
-    samples = [half.chosen for half in present]
-    dims = [
-        (size, tuple(sample.stride(dim) for sample in samples))
-        for dim, size in enumerate(samples[0].shape)
-        if dim > 0 and size > 1
-    ]
-    dims.sort(key=lambda dim: dim[1])
-    merged: list[tuple[int, tuple[int, ...]]] = []
-    for size, strides in dims:
-        if merged and all(s == t * merged[-1][0] for s, t in zip(strides, merged[-1][1], strict=True)):
-            merged[-1] = (merged[-1][0] * size, merged[-1][1])
-        else:
-            merged.append((size, strides))
-    if len(merged) > 4:
-        return None
-    used = max(1, len(merged))
-    merged += [(1, (1,) * len(samples))] * (4 - len(merged))
-    by_operand = iter(zip(*(strides for _, strides in merged), strict=True))
-    return _Layout(
-        dims=used,
-        sizes=(merged[0][0], merged[1][0], merged[2][0]),
-        strides=[(0, 0, 0, 0) if half is None else next(by_operand) for half in operands],
-    )
-
-
 def _accumulator(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -400,11 +327,11 @@ def _empty_terms(like: Tensor, pairs: int, acc: torch.dtype, per_pair: bool) -> 
 
 
 def _launch_forward(
-    prediction: _Halves,
-    target: _Halves,
-    mask: _Halves | None,
+    prediction: Halves,
+    target: Halves,
+    mask: Halves | None,
     weights: Tensor | None,
-    layout: _Layout,
+    layout: Layout,
     objective: str,
     scalars: tuple[float, float, float],
     per_pair: bool,
@@ -459,11 +386,11 @@ def _launch_forward(
 def _launch_backward(
     grad_loss: Tensor,
     coefficients: Tensor,
-    prediction: _Halves,
-    target: _Halves,
-    mask: _Halves | None,
-    grad: _Halves,
-    layout: _Layout,
+    prediction: Halves,
+    target: Halves,
+    mask: Halves | None,
+    grad: Halves,
+    layout: Layout,
 ) -> None:
     like = prediction.chosen
     pairs, numel = like.shape[0], like[0].numel()
@@ -522,9 +449,9 @@ def _pair_outputs(
 
 
 def _eager_forward(
-    prediction: _Halves,
-    target: _Halves,
-    mask: _Halves | None,
+    prediction: Halves,
+    target: Halves,
+    mask: Halves | None,
     weights: Tensor | None,
     objective: str,
     scalars: tuple[float, float, float],
@@ -551,10 +478,10 @@ def _eager_forward(
 def _eager_backward(
     grad_loss: Tensor,
     coefficients: Tensor,
-    prediction: _Halves,
-    target: _Halves,
-    mask: _Halves | None,
-    grad: _Halves,
+    prediction: Halves,
+    target: Halves,
+    mask: Halves | None,
+    grad: Halves,
 ) -> None:
     acc = coefficients.dtype
     for p, t, m, g, c in zip(
@@ -590,13 +517,13 @@ def _paired_loss_op(
     timesteps: float,
     per_pair: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    predictions = _halves(prediction, prediction_rejected)
-    targets = _halves(target, target_rejected)
-    masks = _mask_halves(mask, predictions.chosen)
+    predictions = split_halves(prediction, prediction_rejected)
+    targets = split_halves(target, target_rejected)
+    masks = mask_halves(mask, predictions.chosen)
     scalars = (beta, snr, timesteps)
     layout = None
     if backend(prediction.device).name != "eager":
-        layout = _layout(predictions, targets, masks)
+        layout = merge_layout(predictions, targets, masks)
     if layout is None:
         return _eager_forward(predictions, targets, masks, weights, objective, scalars, per_pair)
     return _launch_forward(predictions, targets, masks, weights, layout, objective, scalars, per_pair)
@@ -635,14 +562,14 @@ def _paired_loss_backward_op(
     target_rejected: Tensor | None,
     mask: Tensor | None,
 ) -> list[Tensor]:
-    predictions = _halves(prediction, prediction_rejected)
-    targets = _halves(target, target_rejected)
-    masks = _mask_halves(mask, predictions.chosen)
+    predictions = split_halves(prediction, prediction_rejected)
+    targets = split_halves(target, target_rejected)
+    masks = mask_halves(mask, predictions.chosen)
     results = [torch.empty_like(p) for p in (prediction, prediction_rejected) if p is not None]
-    grads = _halves(results[0], results[1] if len(results) > 1 else None)
+    grads = split_halves(results[0], results[1] if len(results) > 1 else None)
     layout = None
     if backend(prediction.device).name != "eager":
-        layout = _layout(predictions, targets, masks, grads)
+        layout = merge_layout(predictions, targets, masks, grads)
     if layout is None:
         _eager_backward(grad_loss, coefficients, predictions, targets, masks, grads)
     else:
@@ -751,113 +678,6 @@ class PairedLoss(NamedTuple):
     """(B,) bool, logits > 0: the model denoises the chosen sample better."""
 
 
-TensorOrPair = Tensor | tuple[Tensor, Tensor]
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def _as_halves(name: str, value: TensorOrPair) -> tuple[Tensor, Tensor | None]:
-    """Check one (2B, …) tensor or a (chosen, rejected) tuple of (B, …) tensors by itself."""
-    if isinstance(value, Tensor):
-        tensors = [value]
-    elif isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(t, Tensor) for t in value):
-        tensors = list(value)
-    else:
-        raise TypeError(f"{name}: pass a (2B, ...) tensor or a (chosen, rejected) tuple of two tensors")
-    for tensor in tensors:
-        shape = tuple(tensor.shape)
-        if tensor.dtype not in _FLOATING:
-            raise TypeError(
-                f"{name}: dtype {tensor.dtype} is not supported; convert it to fp16, bf16, fp32 or fp64"
-            )
-        if tensor.ndim < 2:
-            raise ValueError(f"{name}: shape {shape} has no sample dimensions; for errors use from_errors")
-        if tensor.numel() == 0:
-            raise ValueError(f"{name}: shape {shape} is empty; skip the step when a batch has no pairs")
-    if len(tensors) == 2:
-        chosen, rejected = tensors
-        if chosen.shape != rejected.shape or chosen.dtype != rejected.dtype:
-            raise ValueError(
-                f"{name}: chosen is {tuple(chosen.shape)} {chosen.dtype} but rejected is "
-                f"{tuple(rejected.shape)} {rejected.dtype}; both halves need one shape and dtype"
-            )
-        return chosen, rejected
-    if tensors[0].shape[0] % 2:
-        raise ValueError(
-            f"{name}: shape {tuple(tensors[0].shape)} has an odd batch; stack the B chosen samples first, "
-            "then the B rejected ones in the same order"
-        )
-    return tensors[0], None
-
-
-def _check_constant(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name}: is on {tensor.device} but prediction is on {device}; move it there")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: requires a gradient, and the loss has none for it; pass {name}.detach()")
-
-
-def _check_weights(weights: Tensor | None, pairs: int, device: torch.device) -> None:
-    if weights is None:
-        return
-    if not isinstance(weights, Tensor) or weights.dtype not in _FLOATING:
-        raise TypeError("weights: pass a floating-point tensor of shape (B,), one weight per pair")
-    if tuple(weights.shape) != (pairs,):
-        raise ValueError(f"weights: shape {tuple(weights.shape)} does not fit {pairs} pairs; pass ({pairs},)")
-    _check_constant("weights", weights, device)
-
-
-def _check_mask(mask: Tensor | None, pairs: int, sample: tuple[int, ...], device: torch.device) -> None:
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype not in (*_FLOATING, torch.bool):
-        raise TypeError("mask: pass a bool or floating-point tensor")
-    rows = mask.shape[0] in (1, pairs, 2 * pairs) if mask.ndim else False
-    if (
-        mask.ndim != len(sample) + 1
-        or not rows
-        or any(m not in (1, s) for m, s in zip(mask.shape[1:], sample, strict=True))
-    ):
-        raise ValueError(
-            f"mask: shape {tuple(mask.shape)} cannot be broadcast to {pairs} pairs of samples {sample}; the "
-            f"first dimension must be 1, {pairs} or {2 * pairs}, every other 1 or the sample's"
-        )
-    _check_constant("mask", mask, device)
-
-
-def _check_scalars(objective: str, beta: float, snr: float, timesteps: float, reduction: str) -> None:
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective: {objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
-    if reduction not in ("mean", "none"):
-        raise ValueError(f'reduction: {reduction!r} is unknown; choose "mean" or "none"')
-    for name, value in (("beta", beta), ("snr", snr), ("num_train_timesteps", timesteps)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name}: {value} must be positive and finite")
-
-
-def _check_inputs(
-    prediction: TensorOrPair, target: TensorOrPair, weights: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    chosen, rejected = _as_halves("prediction", prediction)
-    target_w, target_l = _as_halves("target", target)
-    pairs = chosen.shape[0] // (2 if rejected is None else 1)
-    target_pairs = target_w.shape[0] // (2 if target_l is None else 1)
-    if (pairs, *chosen.shape[1:]) != (target_pairs, *target_w.shape[1:]):
-        raise ValueError(
-            f"target: {target_pairs} pairs of {tuple(target_w.shape[1:])} do not match prediction's {pairs} "
-            f"pairs of {tuple(chosen.shape[1:])}; both need the same samples in the same order"
-        )
-    for part in (target_w, target_l):
-        if part is not None:
-            _check_constant("target", part, chosen.device)
-    if rejected is not None and rejected.device != chosen.device:
-        raise ValueError(
-            f"prediction: chosen is on {chosen.device}, rejected on {rejected.device}; move them together"
-        )
-    _check_weights(weights, pairs, chosen.device)
-    _check_mask(mask, pairs, tuple(chosen.shape[1:]), chosen.device)
-    return chosen, rejected, target_w, target_l
-
-
 def paired_loss(
     prediction: TensorOrPair,
     target: TensorOrPair,
@@ -893,8 +713,8 @@ def paired_loss(
     Raises:
         ValueError, TypeError: a shape, dtype, device or setting does not fit; the message names it.
     """
-    _check_scalars(objective, beta, snr, num_train_timesteps, reduction)
-    chosen, rejected, target_w, target_l = _check_inputs(prediction, target, weights, mask)
+    check_scalars(objective, beta, snr, num_train_timesteps, reduction)
+    chosen, rejected, target_w, target_l = check_inputs(prediction, target, weights, mask)
     loss, errors, logits, correct, _ = _paired_loss_op(
         chosen,
         rejected,
@@ -928,9 +748,9 @@ def paired_loss_from_errors(
     Errors keep more of a margin in fp32 than in half precision: a bf16 error has 3 digits, and T = 1000
     multiplies what is missing. Raises as `paired_loss` does.
     """
-    _check_scalars(objective, beta, snr, num_train_timesteps, reduction)
+    check_scalars(objective, beta, snr, num_train_timesteps, reduction)
     for name, error in (("chosen_error", chosen_error), ("rejected_error", rejected_error)):
-        if not isinstance(error, Tensor) or error.dtype not in _FLOATING:
+        if not isinstance(error, Tensor) or error.dtype not in FLOATING:
             raise TypeError(f"{name}: pass a floating-point tensor of shape (B,)")
         if error.ndim != 1 or error.numel() == 0:
             raise ValueError(
@@ -941,7 +761,7 @@ def paired_loss_from_errors(
             f"rejected_error: {tuple(rejected_error.shape)} on {rejected_error.device} does not match "
             f"chosen_error: {tuple(chosen_error.shape)} on {chosen_error.device}; both must be (B,)"
         )
-    _check_weights(weights, chosen_error.shape[0], chosen_error.device)
+    check_weights(weights, chosen_error.shape[0], chosen_error.device)
     loss, logits, correct, _ = _from_errors_op(
         chosen_error,
         rejected_error,

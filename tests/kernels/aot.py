@@ -107,18 +107,18 @@ def launches() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
         weights: Tensor | None = None,
         per_pair: bool = False,
     ) -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
-        p, t = op._halves(prediction, None), op._halves(target, None)
-        m = op._mask_halves(mask, p.chosen)
+        p, t = op.split_halves(prediction, None), op.split_halves(target, None)
+        m = op.mask_halves(mask, p.chosen)
         forward, backward = Recorder(), Recorder()
         with (
             mock.patch.object(op, "_forward_kernel", forward),
             mock.patch.object(op, "_backward_kernel", backward),
         ):
-            layout = op._layout(p, t, m)
+            layout = op.merge_layout(p, t, m)
             assert layout is not None, name
             terms = op._launch_forward(p, t, m, weights, layout, objective, (0.1, 0.5, 1000.0), per_pair)
-            grad = p if prediction.numel() > 2**31 else op._halves(torch.empty_like(prediction), None)
-            layout = op._layout(p, t, m, grad)
+            grad = p if prediction.numel() > 2**31 else op.split_halves(torch.empty_like(prediction), None)
+            layout = op.merge_layout(p, t, m, grad)
             assert layout is not None, name
             op._launch_backward(terms.loss, terms.coefficients, p, t, m, grad, layout)
         assert forward.launch is not None

@@ -211,14 +211,14 @@ def test_any_strides(device: str, layout: str, target_layout: str) -> None:
 def test_dense_layouts_are_walked_flat() -> None:
     x = torch.zeros(4, 3, 5, 7)
     for name, dims in (("contiguous", 1), ("channels_last", 1), ("transposed", 1), ("every second", 2)):
-        half = op._halves(layouts(x)[name], None)
-        assert op._layout(half, half).dims == dims - (name == "every second")
-    contiguous, last = op._halves(x, None), op._halves(layouts(x)["channels_last"], None)
-    per_pixel = op._mask_halves(torch.zeros(2, 1, 5, 7), contiguous.chosen)
-    assert op._layout(contiguous, contiguous, per_pixel).dims == 2
-    assert op._layout(last, last, per_pixel).dims == 2
-    assert op._layout(contiguous, last).dims == 2
-    assert op._layout(op._Halves(contiguous.chosen, last.chosen), contiguous) is None
+        half = op.split_halves(layouts(x)[name], None)
+        assert op.merge_layout(half, half).dims == dims - (name == "every second")
+    contiguous, last = op.split_halves(x, None), op.split_halves(layouts(x)["channels_last"], None)
+    per_pixel = op.mask_halves(torch.zeros(2, 1, 5, 7), contiguous.chosen)
+    assert op.merge_layout(contiguous, contiguous, per_pixel).dims == 2
+    assert op.merge_layout(last, last, per_pixel).dims == 2
+    assert op.merge_layout(contiguous, last).dims == 2
+    assert op.merge_layout(op.Halves(contiguous.chosen, last.chosen), contiguous) is None
 
 
 def test_expanded_target_and_prediction(device: str) -> None:

@@ -1,0 +1,86 @@
+"""How the chosen and rejected samples lie in memory, reduced to what a kernel has to walk.
+
+The B chosen and B rejected samples of an operand are two (B, …) views; of a (2B, …) tensor, its halves.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Halves(NamedTuple):
+    """The chosen and the rejected samples of one operand, (B, …) each, with equal strides."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+    @property
+    def row(self) -> int:
+        return self.chosen.stride(0)
+
+
+class Layout(NamedTuple):
+    """A sample's index space, innermost dimension first, and each operand's strides in it."""
+
+    dims: int
+    sizes: tuple[int, int, int]  # of the inner three; the outermost is not needed
+    strides: list[tuple[int, int, int, int]]
+
+
+def split_halves(first: Tensor, second: Tensor | None) -> Halves:
+    if second is not None:
+        return Halves(first, second)
+    pairs = first.shape[0] // 2
+    return Halves(first[:pairs], first[pairs:])
+
+
+def mask_halves(mask: Tensor | None, like: Tensor) -> Halves | None:
+    """Broadcast a mask to two (B, …) halves without copying it."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    if mask.shape[0] == 2 * like.shape[0]:
+        chosen, rejected = split_halves(mask, None)
+        return Halves(chosen.expand_as(like), rejected.expand_as(like))
+    return Halves(mask.expand_as(like), mask.expand_as(like))
+
+
+def merge_layout(*operands: Halves | None) -> Layout | None:
+    """Merge a sample's dimensions as far as all operands allow; None if the kernels cannot walk the result.
+
+    Tensors that are dense in the same order (contiguous, channels_last, …) come out as one dimension of
+    stride 1: a flat walk over memory. Up to four dimensions may remain otherwise. Halves that lie in memory
+    differently, or more dimensions, are rare and left to the eager path.
+    """
+    present = [half for half in operands if half is not None]
+    for half in present:
+        differ = half.chosen.stride() != half.rejected.stride()
+        if differ and (half.chosen.shape[0] > 1 or half.chosen.stride()[1:] != half.rejected.stride()[1:]):
+            return None
+    samples = [half.chosen for half in present]
+    dims = [
+        (size, tuple(sample.stride(dim) for sample in samples))
+        for dim, size in enumerate(samples[0].shape)
+        if dim > 0 and size > 1
+    ]
+    dims.sort(key=lambda dim: dim[1])
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    for size, strides in dims:
+        if merged and all(s == t * merged[-1][0] for s, t in zip(strides, merged[-1][1], strict=True)):
+            merged[-1] = (merged[-1][0] * size, merged[-1][1])
+        else:
+            merged.append((size, strides))
+    if len(merged) > 4:
+        return None
+    used = max(1, len(merged))
+    merged += [(1, (1,) * len(samples))] * (4 - len(merged))
+    by_operand = iter(zip(*(strides for _, strides in merged), strict=True))
+    return Layout(
+        dims=used,
+        sizes=(merged[0][0], merged[1][0], merged[2][0]),
+        strides=[(0, 0, 0, 0) if half is None else next(by_operand) for half in operands],
+    )
