@@ -19,7 +19,7 @@ _ALLOCATION = 512
 """CUDA's caching allocator rounds every block up to this many bytes."""
 
 
-class LiveMemory(TorchDispatchMode):
+class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Context manager; `live` and `peak` are bytes, starting with those of `held`.
 
     Args:
@@ -27,7 +27,7 @@ class LiveMemory(TorchDispatchMode):
     """
 
     def __init__(self, held: Iterable[torch.Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._seen: set[int] = set()
         for tensor in held:
