@@ -63,8 +63,9 @@ def write_picture(
     path: Path, result: Mapping[str, Any], cells: Cells, prompts: Mapping[str, Prompts]
 ) -> None:
     """The same 40 prompts and seeds before, after SFT and after MaPO, with the shares of all samples."""
-    figure = Figure(figsize=(13.5, 9.2), dpi=110, facecolor="white")
+    figure = Figure(figsize=(13.5, 7.5), dpi=110, facecolor="white")
     axes = figure.subplots(2, 3)
+    figure.subplots_adjust(left=0.012, right=0.988, top=0.885, bottom=0.015, wspace=0.04, hspace=0.36)
     rows = {"preference": "preferred_share", "unchanged": "unchanged_score"}
     what = {"preference": "red", "unchanged": "as asked"}
     for line, (name, key) in zip(axes, rows.items(), strict=True):
@@ -81,10 +82,9 @@ def write_picture(
         "unchanged": f"Captions that name a colour, such as «{prompts['unchanged'].captions[0]}». "
         "These must not change.",
     }
-    figure.subplots_adjust(left=0.012, right=0.988, top=0.90, bottom=0.012, wspace=0.04, hspace=0.30)
     for line, text in zip(axes, texts.values(), strict=True):
         top = line[0].get_position().y1
-        figure.text(0.012, top + 0.056, text, fontsize=14, weight="bold", color="#222222")
+        figure.text(0.012, top + 0.074, text, fontsize=14, weight="bold", color="#222222")
     figure.savefig(path)
 
 
@@ -136,7 +136,8 @@ defect, so a share that falls here counts against the training.</p>
 </section>
 <section>
 <h2>What it was trained on</h2>
-<p>{result["settings"]["pairs"]} pairs like these, some of them held out (above: chosen, below: rejected).</p>
+<p>{result["settings"]["pairs"]} pairs like these, about a tenth of them held out (above: chosen, below:
+rejected).</p>
 <img class="pixels pairs" src="{pairs}"
 alt="Eight pairs of drawings: the same shape in red above, in blue below.">
 </section>
@@ -146,8 +147,9 @@ alt="Eight pairs of drawings: the same shape in red above, in blue below.">
 alt="Six charts over the optimizer steps: {_curves_text(logs)}">
 <ul>
 <li><b>Loss</b> alone says little: the two objectives differ, and MaPO's falls mostly by its margin term.</li>
-<li><b>Error</b> is the mean squared denoising error. MaPO raises the rejected image's error; the chosen
-image's should not rise with it.</li>
+<li><b>Error</b> is the mean squared denoising error; it jumps because every step meets other noise levels.
+MaPO raises the rejected image's error much more than the chosen one's. Where the chosen one's rises too, the
+trainer warns: that is the price of the margin, and a reason not to train longer.</li>
 <li><b>Margin</b> is rejected minus chosen error: what MaPO widens and SFT leaves almost alone.</li>
 <li><b>Saturation</b>, σ(−z), is the share of the margin's gradient that is left: near 0 the pairs are
 learnt and more steps only do harm.</li>

@@ -121,7 +121,7 @@ def run_demo(
     train(load_config(configs["mapo"]), console=console)
 
     stage("sample", "4/4  Sample before and after, with the same seeds, and score by rule")
-    cells, prompts = _sample_all(out, folder, seed, size)
+    cells, prompts = _sample_all(out, folder, seed, size, console)
     now = time.perf_counter()
     begins = [*seconds.values(), now]
     stages = {name: round(begins[i + 1] - begins[i], 1) for i, name in enumerate(seconds)}
@@ -174,7 +174,7 @@ def _write_config(out: Path, objective: str, seed: int, size: DemoSize) -> Path:
 
 
 def _sample_all(
-    out: Path, folder: SDXLFolder, seed: int, size: DemoSize
+    out: Path, folder: SDXLFolder, seed: int, size: DemoSize, console: Console
 ) -> tuple[report.Cells, dict[str, score.Prompts]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = folder.load_vae().to(device)
@@ -191,6 +191,7 @@ def _sample_all(
         else:
             unet = UNet2DConditionModel.from_pretrained(out / model / "unet", local_files_only=True)
         unet = unet.to(device, memory_format=torch.channels_last)  # a fifth faster here
+        console.print(f"{report.MODEL_NAMES[model]}: {len(prompts)} × {size.samples} images")
         for name, asked in prompts.items():
             cells[name][model] = score.sample(unet, vae, folder, asked, size.sampling_steps)
     return cells, prompts

@@ -1,0 +1,109 @@
+"""A very small demo from end to end, and its report."""
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from rich.console import Console
+
+from mapo_fast.config import load_config
+from mapo_fast.demo import report, score, world
+from mapo_fast.demo.run import DemoSize, run_demo
+from mapo_fast.errors import UserError
+
+SMALL = DemoSize(pairs=24, steps=2, samples=12, sampling_steps=2)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    text = io.StringIO()
+    run_demo(out, seed=3, console=Console(file=text, width=120), size=SMALL)
+    return out, text.getvalue()
+
+
+def test_report_json_has_the_figures(demo: tuple[Path, str]) -> None:
+    result = json.loads((demo[0] / "report.json").read_text(encoding="utf-8"))
+    for figure in ("preferred_share", "unchanged_score"):
+        assert set(result[figure]) == {"before", "sft", "mapo"}
+        for model, value in result[figure].items():
+            low, high = result["intervals_95"][figure][model]
+            assert 0 <= low <= value <= high <= 1
+        assert result["samples_per_cell"][figure] == SMALL.samples
+    assert result["seconds"] > 0
+    assert result["seed"] == 3
+    for shares in result["colours"].values():
+        assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_report_html_is_self_contained_and_says_the_same(demo: tuple[Path, str]) -> None:
+    page = (demo[0] / "report.html").read_text(encoding="utf-8")
+    result = json.loads((demo[0] / "report.json").read_text(encoding="utf-8"))
+    sources = re.findall(r'(?:src|href|srcset|data|action)\s*=\s*"([^"]{0,60})', page)
+    assert len(sources) == 8  # two sets of three grids, the pairs, the curves
+    assert all(source.startswith("data:image/") for source in sources)
+    without_images = re.sub(r'"data:[^"]*"', '""', page)
+    assert not re.search(r"https?:|<script|<link|<iframe|@import|url\(", without_images)
+    for figure in ("preferred_share", "unchanged_score"):
+        for model in report.MODELS:
+            assert f"<td>{report.percent(result, figure, model)}" in page
+    images = re.findall(r"<img[^>]*>", page, flags=re.S)
+    assert len(images) == 8
+    assert all(re.search(r'alt="[^"]{10,}"', image) for image in images)
+    for data in re.findall(r"data:image/png;base64,([^\"]+)", page):
+        Image.open(io.BytesIO(base64.b64decode(data))).verify()
+
+
+def test_picture_and_configs_are_there(demo: tuple[Path, str]) -> None:
+    out = demo[0]
+    with Image.open(out / "report.png") as picture:
+        assert picture.width > 1000
+    mapo, sft = (load_config(out / f"config_{name}.toml") for name in ("mapo", "sft"))
+    assert (mapo.objective.name, sft.objective.name) == ("mapo", "sft")
+    # The same start, data, seed and budget: only the objective and the output differ.
+    for section in ("model", "data", "adapter", "optim"):
+        assert getattr(mapo, section) == getattr(sft, section)
+    assert mapo.train.model_copy(update={"output": sft.train.output}) == sft.train
+    for name in ("mapo", "sft"):
+        UNet2DConditionModel.from_pretrained(out / name / "unet", local_files_only=True)
+
+
+def test_it_ends_with_the_table_and_the_next_command(demo: tuple[Path, str]) -> None:
+    lines = demo[1].rstrip().splitlines()
+    assert "MaPO" in demo[1].split("share of images")[1]
+    assert lines[-1].strip().startswith("mapo-fast train")
+    assert lines[-2].strip().startswith("mapo-fast prepare")
+
+
+def test_nothing_is_overwritten(demo: tuple[Path, str], tmp_path: Path) -> None:
+    before = (demo[0] / "report.json").read_bytes()
+    with pytest.raises(UserError, match="already holds another demo's report"):
+        run_demo(demo[0], console=Console(quiet=True), size=SMALL)
+    assert (demo[0] / "report.json").read_bytes() == before
+    (tmp_path / "letter.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="something else"):
+        run_demo(tmp_path, console=Console(quiet=True), size=SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_wilson_interval() -> None:
+    # Wilson 1927 at 10 of 20, and the ends, where the normal interval has no width.
+    assert score.wilson(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-4)
+    assert score.wilson(0, 256)[0] == 0.0
+    assert score.wilson(0, 256)[1] == pytest.approx(0.0148, abs=1e-4)
+    assert score.wilson(256, 256)[1] == 1.0
+
+
+def test_scores_need_the_right_shape_too() -> None:
+    circle = world.Drawing("circle", "blue", 16, 16, 7, 230, "large", "in the middle")
+    assert score.preferred(world.Reading("red", "circle"), circle)
+    assert not score.preferred(world.Reading("red", "square"), circle)
+    assert not score.preferred(world.Reading("blue", "circle"), circle)
+    assert score.correct(world.Reading("blue", "circle"), circle)
+    assert not score.correct(world.Reading("red", "circle"), circle)
+    assert not score.correct(world.Reading("blue", None), circle)
