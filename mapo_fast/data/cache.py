@@ -7,8 +7,8 @@
     skipped.jsonl     rows that are not in the cache, and why
     truncated.jsonl   prompts that lost text
     scan/             results of the scan, for a later run
-    index.json        written last: counts, summary, SHA-256 and size of every file above; without it the
-                      cache is unfinished
+    index.json        written last: counts, summary, SHA-256 and size of pairs.npy, rows.parquet and every
+                      shard; without it the cache is unfinished
 
 pairs.npy is memory-mapped and pairs are made on access, so that opening is quick and memory flat however
 many there are. Shards are memory-mapped too.

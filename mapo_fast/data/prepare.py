@@ -120,6 +120,11 @@ def prepare(config: Config, *, console: Console | None = None) -> PrepareSummary
         latent_shape(folder, bucket)
     settings = cache_settings(folder, data)
     source = PreferencePairs.open(data.source)
+    if data.cache.resolve().is_relative_to(data.source.resolve()):
+        raise UserError(
+            f"data.cache {data.cache} lies inside data.source {data.source}, where its own files would be "
+            "taken for data: choose a data.cache elsewhere"
+        )
     _claim(data.cache, settings)
     if source.note:
         _say(console, source.note)
@@ -252,11 +257,13 @@ class Preparation:
             torch.cuda.empty_cache()
 
     def _encode_prompts(self, prompts: dict[bytes, str]) -> None:
+        prompts = {EMPTY: "", **prompts}
         chunks = chunk_count(self.data.max_tokens)
         rows = max(1, shards.SHARD_BYTES // self._prompt_bytes())
         for which in ENCODERS:
             family = self.families[f"text{which}"]
-            self._store_empty_prompt(family, which)
+            if self.folder.zeros_for_empty_prompt and EMPTY not in family:
+                self._store_zeros(family, which)
             todo = [key for key in prompts if key not in family]
             if not todo:
                 continue
@@ -274,13 +281,11 @@ class Preparation:
                     family.write(_text_tensors(keys, torch.cat(hidden), torch.cat(pooled), which))
             encoder.free()
 
-    def _store_empty_prompt(self, family: ShardFamily, which: int) -> None:
-        if EMPTY not in family:
-            tokens = self.data.max_tokens
-            empty = empty_prompt(self.folder, max_tokens=tokens, device=self.device, dtype=torch.float32)
-            split = text_widths(self.folder)[0][0]
-            hidden = empty.prompt_embeds[..., :split] if which == 1 else empty.prompt_embeds[..., split:]
-            family.write(_text_tensors([EMPTY], hidden, empty.pooled_embeds, which))
+    def _store_zeros(self, family: ShardFamily, which: int) -> None:
+        tokens = self.data.max_tokens
+        zeros = empty_prompt(self.folder, max_tokens=tokens, device="cpu", dtype=torch.float32)
+        hidden = zeros.prompt_embeds[..., : text_widths(self.folder)[0][which - 1]]
+        family.write(_text_tensors([EMPTY], hidden, zeros.pooled_embeds, which))
 
     def _write_truncated(self, prompts: dict[bytes, str]) -> int:
         cut = list(truncations(self.folder, list(prompts.values()), self.data.max_tokens))
@@ -350,8 +355,8 @@ class Preparation:
             pq.write_table(pa.table(columns), temporary)
 
     def _checksums(self, known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Size and SHA-256 of every file; finished shards that an older index lists are not read again."""
-        names = ["pairs.npy", "rows.parquet", "skipped.jsonl", "truncated.jsonl"]
+        """Size and SHA-256 of every data file; shards that an older index lists are not read again."""
+        names = ["pairs.npy", "rows.parquet"]
         written = {
             name: digest for family in self.families.values() for name, digest in family.digests.items()
         }

@@ -112,7 +112,7 @@ class TextEncoder:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
-        self.which, self.chunks, self.device, self.dtype = which, chunks, torch.device(device), dtype
+        self.which, self.chunks, self.device = which, chunks, torch.device(device)
         self.tokenizer = folder.load_tokenizer(which)
         self.model: Any = folder.load_text_encoder(which, dtype).to(self.device)
         rows = self.model.get_input_embeddings().weight.shape[0]

@@ -17,7 +17,7 @@ from mapo_fast.data.buckets import fit_image
 from mapo_fast.data.cache import PairCache
 from mapo_fast.data.images import decode_image
 from mapo_fast.data.prepare import prepare
-from mapo_fast.data.text import encode_prompts
+from mapo_fast.data.text import empty_prompt, encode_prompts
 from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder, open_sdxl
 from tests.data.sources import (
@@ -32,6 +32,7 @@ from tests.data.sources import (
     write_jsonl,
     write_parquet,
 )
+from tests.tiny import make_tiny_sdxl
 
 
 def said(run: Any) -> tuple[Any, str]:
@@ -572,3 +573,33 @@ def test_result_does_not_depend_on_row_order(tiny_sdxl: Path, tmp_path: Path) ->
     batches = [cache.batch(cache.held_out, flip=None, drop=None) for cache in (one, two)]
     np.testing.assert_allclose(*(b.chosen_latents for b in batches), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(*(b.prompt_embeds for b in batches), rtol=2e-3, atol=1e-3)
+
+
+def test_empty_prompt_of_a_pipeline_that_encodes_it(tmp_path: Path) -> None:
+    model = make_tiny_sdxl(tmp_path / "m", force_zeros=False)
+    prepare(config(model, one_pair(tmp_path / "s", png(1), png(2)), tmp_path / "c", held_out=0.0))
+    cache = PairCache.open(tmp_path / "c")
+    batch = cache.batch(cache.train, flip=None, drop=[True])
+    empty = empty_prompt(open_sdxl(model), max_tokens=77, device="cpu", dtype=torch.float32)
+    torch.testing.assert_close(batch.prompt_embeds, empty.prompt_embeds, rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(batch.pooled_embeds, empty.pooled_embeds, rtol=2e-3, atol=1e-3)
+    assert batch.prompt_embeds.any()
+
+
+def test_a_run_that_stops_early_leaves_a_finished_cache_usable(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = jsonl_folder(tmp_path / "s", 6)
+    run = config(tiny_sdxl, source, tmp_path / "c")
+    prepare(run)
+    for i in range(3):
+        (source / f"{i}w.png").write_bytes(b"")
+    with pytest.raises(UserError, match="3 × zero-byte image"):
+        prepare(run)
+    assert len(PairCache.open(tmp_path / "c").train) == 5
+
+
+def test_cache_inside_the_source_is_refused(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = jsonl_folder(tmp_path / "s", 3)
+    before = contents(source)
+    with pytest.raises(UserError, match=r"data\.cache .* lies inside data\.source"):
+        prepare(config(tiny_sdxl, source, source / "cache"))
+    assert contents(source) == before
