@@ -52,7 +52,7 @@ def main() -> int:
         with args.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         without_gain += [f"{score.kind} (seed {seed})" for score in scores if score.pairs_low <= 0]
-    print(f"no significant gain: {', '.join(without_gain) or 'none, every kind gained'}")
+    print(f"NO significant gain: {', '.join(without_gain)}" if without_gain else "every kind gained")
     return 1 if without_gain else 0
 
 
