@@ -85,7 +85,9 @@ def write_picture(
     for line, text in zip(axes, texts.values(), strict=True):
         top = line[0].get_position().y1
         figure.text(0.012, top + 0.074, text, fontsize=14, weight="bold", color="#222222")
-    figure.savefig(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def write_html(
@@ -184,19 +186,19 @@ def _verdict(result: Mapping[str, Any]) -> str:
 
 
 def _result_table(result: Mapping[str, Any]) -> str:
-    head = "".join(f'<th scope="col">{MODEL_NAMES[model]}</th>' for model in MODELS)
+    head = "".join(f'<th scope="col">{name}</th>' for name in FIGURE_NAMES.values())
     rows = ""
-    for figure, name in FIGURE_NAMES.items():
+    for model in MODELS:
         cells = ""
-        for model in MODELS:
+        for figure in FIGURE_NAMES:
             width = 100 * result[figure][model]
             cells += (
                 f'<td>{percent(result, figure, model)}<span class="bar" aria-hidden="true">'
                 f'<span class="{model}" style="width:{width:.1f}%"></span></span></td>'
             )
-        rows += f'<tr><th scope="row">{name}</th>{cells}</tr>'
+        rows += f'<tr><th scope="row">{MODEL_NAMES[model]}</th>{cells}</tr>'
     return (
-        f'<div class="wide"><table><thead><tr><th scope="col">prompts</th>{head}</tr></thead>'
+        f'<div class="wide"><table><thead><tr><th scope="col">model</th>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 
@@ -296,8 +298,8 @@ def _curves_text(logs: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def _png(image: Image.Image) -> str:
-    buffer = io.BytesIO()
     # Flat colours: a palette of 256 is a third of the size and looks the same.
+    buffer = io.BytesIO()
     image.quantize(256).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -328,10 +330,11 @@ p, li { max-width: 46rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 0.45rem 1.1rem 0.45rem 0; border-bottom: 1px solid #ddd; }
-thead th { color: #555; font-weight: 600; }
+thead th { color: #555; font-weight: 600; vertical-align: bottom; }
 tbody th { font-weight: 500; }
+td { white-space: nowrap; }
 .small { font-size: 0.9rem; }
-.bar { display: block; min-width: 7rem; height: 0.5rem; background: #ececec; margin-top: 0.25rem; }
+.bar { display: block; min-width: 6rem; height: 0.5rem; background: #ececec; margin-top: 0.25rem; }
 .bar span { display: block; height: 100%; }
 .before { background: #777; } .sft { background: #8a6d1a; } .mapo { background: #b3261e; }
 .grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1.2rem; }

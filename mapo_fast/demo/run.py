@@ -116,9 +116,9 @@ def run_demo(
     prepare(load_config(configs["mapo"]), console=console)
 
     stage("train_sft", "2/4  Train the SFT control: the chosen images alone")
-    train(load_config(configs["sft"]), console=console)
+    _train(configs["sft"], console)
     stage("train_mapo", "3/4  Train with MaPO: chosen against rejected, no reference model")
-    train(load_config(configs["mapo"]), console=console)
+    _train(configs["mapo"], console)
 
     stage("sample", "4/4  Sample before and after, with the same seeds, and score by rule")
     cells, prompts = _sample_all(out, folder, seed, size, console)
@@ -171,6 +171,11 @@ def _write_config(out: Path, objective: str, seed: int, size: DemoSize) -> Path:
     )
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _train(config: Path, console: Console) -> None:
+    if not train(load_config(config), console=console).finished:
+        raise KeyboardInterrupt  # the trainer took the signal to save; the demo ends here
 
 
 def _sample_all(

@@ -52,11 +52,11 @@ def make_prompts(folder: SDXLFolder, *, with_colour: bool, count: int, seed: int
     ]
     captions = [drawing.caption(with_colour) for drawing in drawings]
     distinct = sorted(set(captions))
-    kind = {"max_tokens": 77, "device": device, "dtype": torch.float32}
-    encoded = encode_prompts(folder, distinct, **kind)
+    settings = {"max_tokens": 77, "device": device, "dtype": torch.float32}
+    encoded = encode_prompts(folder, distinct, **settings)
     rows = torch.tensor([distinct.index(caption) for caption in captions])
     embeds = PromptEmbeds(encoded.prompt_embeds[rows], encoded.pooled_embeds[rows])
-    empty = empty_prompt(folder, **kind)
+    empty = empty_prompt(folder, **settings)
     seeds = [1_000_000 * (seed + 1) + 500_000 * with_colour + i for i in range(count)]
     return Prompts(drawings, captions, embeds, empty, seeds)
 
