@@ -29,6 +29,7 @@ import io
 import json
 import math
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -316,7 +317,8 @@ def main() -> None:
             return
         config = write_photographs(args.out, args.seed)
     except UserError as error:
-        parser.error(str(error))
+        print(f"photographs: {error}", file=sys.stderr)
+        sys.exit(2)
     print(
         f"Next:\n  mapo-fast prepare {config}\n  mapo-fast train {config}\n"
         f"  python -m mapo_fast.demo.photographs --score {args.out}"
