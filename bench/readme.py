@@ -54,7 +54,28 @@ def memory() -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "memory": memory}
+def photographs() -> str:
+    """Per kind of degradation, the newest row of each seed."""
+    newest = {row["seed"]: row for row in _rows("photographs")}
+    seeds = sorted(newest)
+    lines = [
+        "| degraded by | accuracy at the start | "
+        + " | ".join(f"change, seed {seed}" for seed in seeds)
+        + " |",
+        "|---" * (2 + len(seeds)) + "|",
+    ]
+    for kinds in zip(*(newest[seed]["kinds"] for seed in seeds), strict=True):
+        starts = " / ".join(f"{kind['start']:.2f}" for kind in kinds)
+        changes = [f"{k['change']:+.2f} [{k['pairs_low']:+.2f}, {k['pairs_high']:+.2f}]" for k in kinds]
+        lines.append(f"| {kinds[0]['kind'].replace('_', ' ')} | {starts} | " + " | ".join(changes) + " |")
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "photographs": photographs,
+    "memory": memory,
+}
 
 
 def render(text: str) -> str:
