@@ -15,7 +15,7 @@ PIP_ARGS ?=
 
 BIN := $(VENV)/bin
 
-.PHONY: demo photographs test test-base lint format clean
+.PHONY: demo test test-base lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mapo-fast demo --out $(OUT)
