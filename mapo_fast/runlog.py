@@ -47,7 +47,7 @@ _LINE = (
     ("chosen_error", "chosen {:.4f}"),
     ("rejected_error", "rejected {:.4f}"),
     ("margin", "margin {:+.4f}"),
-    ("saturation", "saturation {:.2f}"),
+    ("saturation", "sigma(-z) {:.2f}"),
     ("accuracy", "accuracy {:.2f}"),
     ("grad_norm", "grad {:.2f}"),
     ("lr", "lr {:.1e}"),

@@ -166,7 +166,7 @@ def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
         "margin change +0.0010; drift 0.002"
     )
     assert lines[1].startswith(
-        "step 10/100  loss 0.1000  chosen 0.1000  rejected 0.2000  margin +0.1000  saturation 0.25  "
+        "step 10/100  loss 0.1000  chosen 0.1000  rejected 0.2000  margin +0.1000  sigma(-z) 0.25  "
         "accuracy 0.75  grad 1.50  lr 1.0e-05  2.00 pairs/s  1000 MiB  ETA 0:00:0"
     )
     assert len(lines) == 3
