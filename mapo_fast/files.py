@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from mapo_fast.errors import UserError
 
 
@@ -56,26 +58,58 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn «no space left» and «permission denied» while writing `path` into one `UserError`."""
+    """Turn what the file system refuses while writing `path` into one `UserError`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"disk full while writing {path}: free some space and run the same command again"
-            ) from error
+            raise UserError(_FULL.format(path=path)) from error
         if error.errno == errno.EFBIG:
-            raise UserError(f"{path} is too large for this file system (FAT32 holds 4 GiB a file)") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(
+                f"{path} is larger than this file system or a limit of this account allows"
+            ) from error
+        if error.errno in _REFUSALS:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         raise
     except Exception as error:
         # safetensors reports a full disk as its own error type, with the system's text inside.
         if "No space left" in str(error) or "StorageFull" in str(error):
-            raise UserError(
-                f"disk full while writing {path}: free some space and run the same command again"
-            ) from error
+            raise UserError(_FULL.format(path=path)) from error
         raise
+
+
+_FULL = "disk full while writing {path}: free some space and go on (train continues with --resume)"
+_REFUSALS = (
+    errno.EACCES,
+    errno.EROFS,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOENT,
+    errno.ENAMETOOLONG,
+)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold an existing folder for this process alone; the hold ends with the process, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    lock = FileLock(folder / ".lock")
+    with disk_errors(folder):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{folder} is in use by another mapo-fast process: wait for it or stop it"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, value: Any) -> None:
