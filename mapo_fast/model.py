@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -107,25 +109,43 @@ class SDXLFolder:
         from transformers import CLIPTokenizer
 
         component: Component = "tokenizer" if which == 1 else "tokenizer_2"
-        return CLIPTokenizer.from_pretrained(self.path(component), local_files_only=True)
-
-    def load_scheduler(self, kind: Any) -> Any:
-        """A diffusers scheduler class built from this pipeline's scheduler config."""
-        return kind.from_config(self.scheduler_config)
+        try:
+            with _quiet():
+                tokenizer = CLIPTokenizer.from_pretrained(self.path(component), local_files_only=True)
+            useless = tokenizer("a").input_ids == tokenizer("b").input_ids
+        except Exception as error:  # the tokenizers library raises bare Exceptions for damaged files
+            raise _unloadable(self.path(component), error) from error
+        if useless:
+            raise UserError(
+                f"{self.path(component)} is no usable tokenizer: it gives 'a' and 'b' the same tokens; copy "
+                "its files from the model again"
+            )
+        return tokenizer
 
     def _load(self, component: Component, kind: Any, dtype: torch.dtype) -> Any:
-        variant = _weight_files(self.path(component), _WEIGHTS[component])[1]
+        files, variant = _weight_files(self.path(component), _WEIGHTS[component])
         try:
-            model = kind.from_pretrained(
-                self.path(component),
-                torch_dtype=dtype,
-                variant=variant,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"cannot load {self.path(component)}: {first}") from error
+            with _quiet():
+                # Wrong shapes are let through here only to be named below: the libraries' own errors differ.
+                model, info = kind.from_pretrained(
+                    self.path(component),
+                    torch_dtype=dtype,
+                    variant=variant,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                )
+        except Exception as error:  # damaged configs and weights raise many kinds
+            raise _unloadable(self.path(component), error) from error
+        where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} weight files)"
+        for problem, keys in (("lacks", "missing_keys"), ("has another shape of", "mismatched_keys")):
+            names = sorted(key if isinstance(key, str) else key[0] for key in info[keys])
+            if names:
+                raise UserError(
+                    f"{where} {problem} the tensor {names[0]} ({len(names)} such in all): it does not belong "
+                    "to the config.json beside it or is incomplete; copy this part of the model again"
+                )
         return model.eval()
 
 
@@ -169,29 +189,112 @@ def open_sdxl(
     Raises:
         UserError: naming the missing or wrong part.
     """
-    if not path.is_dir():
-        raise UserError(
-            f"model folder not found: {path} (model.path must be a diffusers SDXL pipeline folder)"
-        )
-    if not (path / "model_index.json").is_file():
-        hint = " (a single .safetensors file must be converted with diffusers first)"
-        raise UserError(f"{path} is not a diffusers pipeline folder: model_index.json is missing{hint}")
+    with _readable("model.path", path):
+        if not path.is_dir():
+            raise UserError(
+                f"model folder not found: {path} (model.path must be a diffusers SDXL pipeline folder)"
+            )
+        if not (path / "model_index.json").is_file():
+            hint = " (a single .safetensors file must be converted with diffusers first)"
+            raise UserError(f"{path} is not a diffusers pipeline folder: model_index.json is missing{hint}")
     _read_json(path / "model_index.json")
     folder = SDXLFolder(path, vae if vae is not None else path / "vae", scheduler_overrides or {})
-    for component, config in _CONFIGS.items():
-        part = folder.path(component)  # type: ignore[arg-type]
-        if not (part / config).is_file():
-            raise UserError(f"{path} is not an SDXL pipeline: {part / config} is missing")
-        _read_json(part / config)
-        if component in _WEIGHTS:
-            _weight_files(part, _WEIGHTS[component])
+    if vae is not None:
+        with _readable("model.vae", vae):
+            if not vae.is_dir():
+                raise UserError(f"model.vae not found: {vae} (it must be a diffusers AutoencoderKL folder)")
+    for component in _CONFIGS:
+        if component == "vae" and vae is not None:
+            try:
+                with _readable("model.vae", vae):
+                    _check_part(folder, component)
+            except UserError as error:
+                raise UserError(f"model.vae cannot be used: {error}") from None
+        else:
+            with _readable("model.path", path):
+                _check_part(folder, component)  # type: ignore[arg-type]
+    _check_unet(folder)
+    return folder
+
+
+def _check_part(folder: SDXLFolder, component: Component) -> None:
+    """One component's config, and its weights or vocabulary."""
+    part = folder.path(component)
+    if not (part / _CONFIGS[component]).is_file():
+        raise UserError(f"{folder.root} is not an SDXL pipeline: {part / _CONFIGS[component]} is missing")
+    config = folder.config(component)
+    if component in _WEIGHTS:
+        _weight_files(part, _WEIGHTS[component])
+    elif component != "scheduler" and not (part / "tokenizer.json").is_file():
+        for name in ("vocab.json", "merges.txt"):
+            if not (part / name).is_file():
+                raise UserError(f"{part} is no complete tokenizer: {part / name} is missing")
+    if component == "vae":
+        widths, channels = config.get("block_out_channels"), config.get("latent_channels")
+        if config.get("_class_name") != "AutoencoderKL":
+            raise UserError(
+                f"{part / 'config.json'} has _class_name = {config.get('_class_name')!r}, SDXL needs a VAE of "
+                "class 'AutoencoderKL'"
+            )
+        if not isinstance(widths, list) or not widths or not isinstance(channels, int):
+            raise UserError(
+                f"{part / 'config.json'} has block_out_channels = {widths!r}, latent_channels = {channels!r}: "
+                "a VAE's config has a list and a number there"
+            )
+
+
+def _check_unet(folder: SDXLFolder) -> None:
+    """That the UNet is SDXL's, and that it takes the VAE's latents and nothing else."""
     unet = folder.config("unet")
     if unet.get("_class_name") != "UNet2DConditionModel" or unet.get("addition_embed_type") != "text_time":
         raise UserError(
-            f"{path} is not an SDXL pipeline: unet/config.json has addition_embed_type = "
+            f"{folder.root} is not an SDXL pipeline: unet/config.json has addition_embed_type = "
             f"{unet.get('addition_embed_type')!r}, SDXL has 'text_time'"
         )
-    return folder
+    channels, latent = unet.get("in_channels"), folder.config("vae")["latent_channels"]
+    if channels == 2 * latent + 1:
+        raise UserError(
+            f"{folder.path('unet')} is an inpainting UNet ({channels} input channels, the VAE's latents have "
+            f"{latent}): inpainting models cannot be trained here"
+        )
+    if channels != latent:
+        raise UserError(
+            f"{folder.path('unet')} has {channels} input channels, the latents of {folder.path('vae')} have "
+            f"{latent}: they do not belong together"
+        )
+
+
+@contextmanager
+def _readable(name: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{name} = {path} cannot be read: {error.strerror or error}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bars and reports from transformers and diffusers; their settings are put back afterwards."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    kinds: tuple[Any, ...] = (of_diffusers, of_transformers)
+    before = [(kind.get_verbosity(), kind.is_progress_bar_enabled()) for kind in kinds]
+    for kind in kinds:
+        kind.set_verbosity_error()
+        kind.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for kind, (verbosity, bars) in zip(kinds, before, strict=True):
+            kind.set_verbosity(verbosity)
+            if bars:
+                kind.enable_progress_bar()
+
+
+def _unloadable(folder: Path, error: Exception) -> UserError:
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"cannot load {folder}: {first}")
 
 
 def _weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
@@ -217,7 +320,7 @@ def _weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object")
