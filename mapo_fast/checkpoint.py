@@ -48,17 +48,6 @@ class Checkpoint:
     damaged: tuple[tuple[Path, str], ...] = ()
     """Newer checkpoints that were passed over, with the reason."""
 
-    def tensors(self, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """The tensors saved under `name`, in fresh allocations on `device`.
-
-        The file's memory map is copied, never handed out: its tensors are aligned differently from allocated
-        ones, and vectorised CPU kernels then sum in another order.
-        """
-        return {
-            key: torch.empty(view.shape, dtype=view.dtype, device=device).copy_(view)
-            for key, view in self.views(name)
-        }
-
     def copy_into(self, name: str, targets: Mapping[str, Tensor]) -> None:
         """Copy the tensors saved under `name` straight into existing ones: no second copy of the model.
 
@@ -140,6 +129,22 @@ class CheckpointStore:
             for path in older[: -self.keep]:
                 _remove(path)
         return target
+
+    def discard_from(self, step: int) -> int | None:
+        """Delete the checkpoints of `step` and later, unless no earlier one would be left.
+
+        Returns:
+            Step of the newest checkpoint that stays; None when there is none at all.
+        """
+        found = self._found()
+        earlier = [kept for kept, _ in found if kept < step]
+        if earlier:
+            with disk_errors(self.folder):
+                for later, path in found:
+                    if later >= step:
+                        _remove(path)
+            return earlier[-1]
+        return found[-1][0] if found else None
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint whose hashes are right; None when there is none at all.

@@ -97,6 +97,9 @@ def main() -> None:
     except UserError as error:
         print(f"mapo-fast: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("mapo-fast: interrupted; the same command continues what can be continued", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ types and values out of range become one `UserError` that names the key and the 
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ else:
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys, values validated."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -76,10 +77,20 @@ class ObjectiveConfig(Section):
     """MaPO as in the authors' released code, or as in the paper; they are not the same objective."""
     reading: Literal["power", "scale"] = "power"
     """How the `paper` form's φ_β is read: (x/(eˣ−1))^β, or β·x/(eˣ−1)."""
-    beta: float = Field(0.1, gt=0.0)
-    """Weight of the margin term (`code`), or the paper's β."""
+    beta: float | None = Field(None, gt=0.0)
+    """Weight of the margin term, 0.1 by default (`code`); or the paper's β, which has no default there: it
+    used 8 for general preference, 32 culture, 64 safety and style, 1024 personalisation."""
     snr: float = Field(0.5, gt=0.0)
     """λ of the `code` form's score s(x) = λx / (e^{λx} − 1)."""
+
+    @model_validator(mode="after")
+    def _beta_of_the_paper(self) -> ObjectiveConfig:
+        if self.name == "mapo" and self.form == "paper" and self.beta is None:
+            raise ValueError(
+                "objective.beta must be set for objective.form = 'paper'; the paper used 8 for general "
+                "preference, 32 for culture, 64 for safety and style, 1024 for personalisation"
+            )
+        return self
 
 
 class AdapterConfig(Section):
@@ -118,9 +129,11 @@ class OptimConfig(Section):
     """Global gradient-norm clip; 0 switches clipping off (the norm is still logged)."""
 
     @model_validator(mode="after")
-    def _betas_in_range(self) -> OptimConfig:
+    def _ranges(self) -> OptimConfig:
         if not all(0.0 <= b < 1.0 for b in self.betas):
             raise ValueError("betas must both be in [0, 1)")
+        if self.schedule == "polynomial" and self.lr <= 1e-7:
+            raise ValueError("schedule = 'polynomial' ends at 1e-7: lr must be above it, or use 'cosine'")
         return self
 
 
@@ -129,7 +142,7 @@ class TrainConfig(Section):
 
     output: Path
     """Folder of the run: checkpoints, logs, previews, and the final model or adapter."""
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(1000, ge=1, le=10**9)
     """Optimizer steps."""
     pairs_per_batch: int = Field(1, ge=1)
     """Pairs in one micro-batch (two images each)."""
@@ -147,9 +160,9 @@ class TrainConfig(Section):
     """Attention back end."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to train; `auto` takes the GPU when there is one."""
-    threads: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, le=1024)
     """CPU threads; 0 leaves torch's choice. Bit-identical resume on CPU needs the same number."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**62)
     """Seed of noise, timesteps, flips, caption drops, data order and LoRA initialisation."""
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
     """What the UNet predicts; `auto` reads the pipeline's scheduler config."""
@@ -158,7 +171,8 @@ class TrainConfig(Section):
     caption_dropout: float = Field(0.0, ge=0.0, le=1.0)
     """Chance that a pair's prompt is dropped, for both halves together."""
     log_every: int = Field(10, ge=1)
-    """Optimizer steps between log lines; the host waits for the GPU only there."""
+    """Optimizer steps between log lines. With `adamw` the host waits for the GPU only there; bitsandbytes'
+    optimizers make it wait once a step."""
     checkpoint_every: int = Field(500, ge=0)
     """Optimizer steps between checkpoints; 0 writes one at the end only."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -182,7 +196,7 @@ class PreviewConfig(Section):
     """Prompts to sample; empty switches previews off."""
     every: int = Field(500, ge=0)
     """Optimizer steps between previews; 0 samples at the start and the end only."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**62)
     """Seed of the first prompt's start noise; prompt i uses seed + i."""
     steps: int = Field(25, ge=1)
     """Denoising steps."""
@@ -243,19 +257,17 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
 def parse_config(table: dict[str, Any], where: str = "config") -> Config:
     """Validate a nested dict of settings. Raises `UserError` as `load_config` does."""
     try:
-        return Config.model_validate(table)
+        # Strict, as JSON: paths are strings and tuples are lists there, but true is not 1 and "2" is not 2.
+        return Config.model_validate_json(json.dumps(table, default=str), strict=True)
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors()[:3])) from None
 
 
+_PATHS = (("model", "path"), ("model", "vae"), ("data", "source"), ("data", "cache"), ("train", "output"))
+
+
 def _resolve_paths(table: dict[str, Any], base: Path) -> None:
-    for section, key in (
-        ("model", "path"),
-        ("model", "vae"),
-        ("data", "source"),
-        ("data", "cache"),
-        ("train", "output"),
-    ):
+    for section, key in _PATHS:
         part = table.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
             part[key] = str(base / Path(part[key]).expanduser())
@@ -273,6 +285,8 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     section = table.setdefault(keys[0], {})
     if not isinstance(section, dict):
         raise UserError(f"--set {override}: {keys[0]} is a value in the config file, not a section")
+    if (keys[0], keys[1]) in _PATHS and isinstance(value, str):
+        value = str(Path(value).expanduser())
     section[keys[1]] = value
 
 

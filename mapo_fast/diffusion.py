@@ -39,7 +39,10 @@ class Diffusion:
                 "zero terminal SNR with epsilon-prediction cannot work: at the last timestep the input is "
                 "pure noise (set train.prediction = 'v_prediction' or train.zero_terminal_snr = 'off')"
             )
-        self.scheduler = DDPMScheduler.from_config(scheduler_config)
+        try:
+            self.scheduler = DDPMScheduler.from_config(scheduler_config)
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise UserError(f"scheduler_config.json cannot be used: {error}") from None
         self.v_prediction = prediction == "v_prediction"
         self.num_train_timesteps = int(self.scheduler.config.num_train_timesteps)
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from scipy.special import stdtrit
 from torch import Tensor
 
 from mapo_fast.data.cache import CachedPair, PairCache
@@ -23,8 +25,6 @@ from mapo_fast.diffusion import Diffusion
 from mapo_fast.draws import pair_noise, stratified_timesteps
 from mapo_fast.engine.step import pair_inputs, predict
 from mapo_fast.files import atomic_path
-
-_DRAWS_PER_BATCH = 4
 
 
 class HeldOutErrors(NamedTuple):
@@ -36,7 +36,18 @@ class HeldOutErrors(NamedTuple):
 
 
 class HeldOut:
-    """The fixed held-out pairs, timesteps and noise of one run."""
+    """The fixed held-out pairs, timesteps and noise of one run.
+
+    Args:
+        cache: where the pairs are.
+        pairs: the held-out pairs to use.
+        diffusion: noise schedule and target.
+        draws: timesteps per pair, one from each of as many strata.
+        draws_per_batch: draws that go through the UNet together; at the run's pairs per micro-batch,
+            evaluation needs no more memory than training.
+        seed: the run's seed.
+        device: the UNet's device.
+    """
 
     def __init__(
         self,
@@ -45,11 +56,13 @@ class HeldOut:
         diffusion: Diffusion,
         *,
         draws: int,
+        draws_per_batch: int,
         seed: int,
         device: torch.device,
     ) -> None:
         self.cache, self.pairs, self.diffusion = cache, list(pairs), diffusion
-        self.draws, self.seed, self.device = draws, seed, device
+        self.draws, self.draws_per_batch = draws, draws_per_batch
+        self.seed, self.device = seed, device
 
     @torch.no_grad()
     def errors(self, unet: Any, context: AbstractContextManager[None]) -> HeldOutErrors:
@@ -75,8 +88,8 @@ class HeldOut:
             self.seed, "held-out", pair.id, self.diffusion.num_train_timesteps, self.draws
         )
         errors, kept = [], None
-        for first in range(0, self.draws, _DRAWS_PER_BATCH):
-            draws = range(first, min(first + _DRAWS_PER_BATCH, self.draws))
+        for first in range(0, self.draws, self.draws_per_batch):
+            draws = range(first, min(first + self.draws_per_batch, self.draws))
             batch = type(single)(*(t.expand(len(draws), *t.shape[1:]) for t in vars(single).values()))
             noise = torch.stack([pair_noise(self.seed, "held-out", pair.id, shape, draw=d) for d in draws])
             steps = torch.tensor([timesteps[d] for d in draws])
@@ -99,12 +112,12 @@ class PairedChange(NamedTuple):
 
 
 def paired_change(now: Tensor, start: Tensor) -> PairedChange:
-    """Mean change and normal 95 % interval; both inputs are (pairs,), one value a pair."""
+    """Mean change and 95 % interval by Student's t; both inputs are (pairs,), one value a pair."""
     change = (now - start).double()
     mean = float(change.mean())
     if len(change) < 2:
         return PairedChange(mean, None, None)
-    half = 1.96 * float(change.std()) / math.sqrt(len(change))
+    half = float(stdtrit(len(change) - 1, 0.975)) * float(change.std()) / math.sqrt(len(change))
     return PairedChange(mean, mean - half, mean + half)
 
 
@@ -115,7 +128,10 @@ def compare(now: HeldOutErrors, start: HeldOutErrors) -> dict[str, Any]:
     """
 
     def accuracy(errors: HeldOutErrors) -> Tensor:
-        return (errors.chosen < errors.rejected).double().mean(dim=1)
+        # a comparison with NaN is merely false: let it show instead
+        finite = torch.isfinite(errors.chosen) & torch.isfinite(errors.rejected)
+        correct = (errors.chosen < errors.rejected).double()
+        return torch.where(finite, correct, float("nan")).mean(dim=1)
 
     def margin(errors: HeldOutErrors) -> Tensor:
         return (errors.rejected - errors.chosen).double().mean(dim=1)
@@ -148,10 +164,16 @@ def save_errors(errors: HeldOutErrors, path: Path) -> None:
         )
 
 
-def load_errors(path: Path) -> HeldOutErrors:
-    """Read what `save_errors` wrote."""
-    tensors = load_file(path)
-    count = len(tensors) - 2
-    return HeldOutErrors(
-        tensors["chosen"], tensors["rejected"], [tensors[f"prediction.{i}"] for i in range(count)]
-    )
+def load_errors(path: Path, held_out: HeldOut) -> HeldOutErrors | None:
+    """Read what `save_errors` wrote; None if it is missing, damaged or of other pairs or draws."""
+    try:
+        tensors = load_file(path)
+        count = len(tensors) - 2
+        predictions = [tensors[f"prediction.{i}"] for i in range(count)]
+        errors = HeldOutErrors(tensors["chosen"], tensors["rejected"], predictions)
+    except (OSError, SafetensorError, KeyError):
+        return None
+    shape = (len(held_out.pairs), held_out.draws)
+    if count != shape[0] or any(tuple(e.shape) != shape for e in (errors.chosen, errors.rejected)):
+        return None
+    return errors

@@ -81,6 +81,13 @@ class Monitor:
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
         """Look at one held-out evaluation (the dict of `evaluate.compare`)."""
         change, error = figures.get("chosen_error_change"), figures.get("chosen_error")
+        if error is not None and not math.isfinite(error):
+            self._once(
+                "non-finite",
+                step,
+                "the model's predictions on held-out pairs are not finite: it has diverged. Take an earlier "
+                "checkpoint and lower optim.lr",
+            )
         if change is not None and error is not None and change["low"] is not None:
             start = error - change["mean"]
             if change["low"] > 0 and change["mean"] > _HELD_OUT_RISE * start:

@@ -7,6 +7,9 @@ from torch import nn
 from mapo_fast.config import ObjectiveConfig
 from mapo_fast.loss import MaPOLoss, SFTLoss
 
+DEFAULT_BETA = 0.1
+"""β of the `code` form as the authors released it; the `paper` form has no default."""
+
 
 def build_loss(config: ObjectiveConfig, num_train_timesteps: int) -> nn.Module:
     """`MaPOLoss` or `SFTLoss`: both take (prediction, target), chosen half first, and return `loss`,
@@ -17,7 +20,7 @@ def build_loss(config: ObjectiveConfig, num_train_timesteps: int) -> nn.Module:
     return MaPOLoss(
         form=config.form,
         reading=config.reading,
-        beta=config.beta,
+        beta=DEFAULT_BETA if config.beta is None else config.beta,
         snr=config.snr,
         num_train_timesteps=num_train_timesteps,
     )

@@ -13,6 +13,7 @@ import torch
 
 from mapo_fast.config import Config
 from mapo_fast.data.text import empty_prompt, encode_prompts
+from mapo_fast.files import disk_errors
 from mapo_fast.model import SDXLFolder
 from mapo_fast.sample import decode_latents, sample_latents
 
@@ -48,6 +49,7 @@ class Previews:
             )
         vae = self.folder.load_vae(torch.float32).to(self.device)
         target = self.config.train.output / "previews" / f"step-{step:08d}"
-        target.mkdir(parents=True, exist_ok=True)
-        for index, image in enumerate(decode_latents(vae, latents, batch_size=1)):
-            image.save(target / f"{index:02d}.png")
+        with disk_errors(target):
+            target.mkdir(parents=True, exist_ok=True)
+            for index, image in enumerate(decode_latents(vae, latents, batch_size=1)):
+                image.save(target / f"{index:02d}.png")

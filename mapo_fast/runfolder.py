@@ -35,6 +35,9 @@ _MAY_CHANGE = frozenset(
 )
 """Settings a resume may change: they leave the sequence of updates as it is, up to rounding."""
 
+_SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
+"""Learning-rate schedules that do not depend on the number of steps; with the others it is fixed."""
+
 _SECTIONS_MAY_CHANGE = ("data", "model", "preview")
 """Data and start model are compared by content instead, so that folders may move."""
 
@@ -44,7 +47,7 @@ def check_output(config: Config, identity: dict[str, str], *, resume: bool) -> N
 
     Args:
         config: this run's settings.
-        identity: fingerprints of the cache and the start model.
+        identity: fingerprints of the cache, the start model and its noise schedule.
         resume: whether to continue; resuming a folder that holds nothing starts there.
 
     Raises:
@@ -52,7 +55,9 @@ def check_output(config: Config, identity: dict[str, str], *, resume: bool) -> N
     """
     output = config.train.output
     path = output / "run.json"
-    if path.exists():
+    with disk_errors(output):
+        found = path.exists()
+    if found:
         if not resume:
             raise UserError(
                 f"{output} already holds a run: add --resume to continue it, or set another train.output"
@@ -60,6 +65,20 @@ def check_output(config: Config, identity: dict[str, str], *, resume: bool) -> N
         _check_same_run(path, _record(config, identity))
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not an empty folder: set another train.output")
+
+
+def check_results(output: Path) -> None:
+    """Refuse to start over where a run has ended and its checkpoints are gone.
+
+    Raises:
+        UserError: a result is there.
+    """
+    for name in ("unet", "lora"):
+        if (output / name).exists():
+            raise UserError(
+                f"cannot resume {output}: it holds the result {name}/ but no checkpoint "
+                "(set another train.output)"
+            )
 
 
 def claim_output(config: Config, identity: dict[str, str]) -> None:
@@ -95,10 +114,12 @@ def _check_same_run(path: Path, record: dict[str, Any]) -> None:
 
 def _arithmetic(config: dict[str, Any]) -> dict[str, Any]:
     """`section.key` -> value of every setting that the updates depend on."""
+    endless = config["optim"]["schedule"] in _SCHEDULES_WITHOUT_END
+    free = _MAY_CHANGE if endless else _MAY_CHANGE - {"train.steps"}
     return {
         f"{section}.{key}": value
         for section, part in config.items()
         if section not in _SECTIONS_MAY_CHANGE
         for key, value in part.items()
-        if f"{section}.{key}" not in _MAY_CHANGE
+        if f"{section}.{key}" not in free
     }

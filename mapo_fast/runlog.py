@@ -199,8 +199,9 @@ class RunLog:
 
     def _scalars(self, group: str, step: int, figures: Mapping[str, Any]) -> None:
         if self._writer is not None:
-            for name, value in _numbers(group, figures):
-                self._writer.add_scalar(name, value, step)
+            with disk_errors(self._path.parent / "tensorboard"):
+                for name, value in _numbers(group, figures):
+                    self._writer.add_scalar(name, value, step)
 
     def _print(self, text: str, style: str | None = None) -> None:
         if self._console is not None:
@@ -229,7 +230,8 @@ class RunLog:
             )
             return None
         purge = self._first_step + 1 if self._first_step else 0
-        return SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+        with disk_errors(folder):
+            return SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
 
 
 def find_wandb() -> Any:

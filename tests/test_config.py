@@ -59,6 +59,19 @@ def test_overrides_replace_values_with_toml_types(tmp_path: Path) -> None:
         ("data.resolution=1020", r"data\.resolution = 1020.*multiple of 8"),
         ("optim.betas=[0.9, 1.0]", r"betas must both be in \[0, 1\)"),
         ("train.gradient_checkpointing=false", r"needs train\.gradient_checkpointing = true"),
+        ("optim.weight_decay=true", r"optim\.weight_decay = True"),
+        ("train.keep_checkpoints=true", r"train\.keep_checkpoints = True"),
+        ("train.steps='2'", r"train\.steps = '2'"),
+        ("data.flip=1", r"data\.flip = 1"),
+        ("train.gradient_checkpointing='yes'", r"train\.gradient_checkpointing = 'yes'"),
+        ("objective.beta=inf", r"objective\.beta = "),
+        ("optim.eps=inf", r"optim\.eps = "),
+        ("optim.lr=nan", r"optim\.lr = "),
+        ("train.steps=1e20", r"train\.steps = "),
+        ("train.threads=100000000000", r"train\.threads = "),
+        ("preview.seed=99999999999999999999", r"preview\.seed = "),
+        ("train.seed=99999999999999999999", r"train\.seed = "),
+        ("objective.form=paper", r"objective\.beta must be set .* 8 for general"),
         ("train", "write it as section.key=value"),
         ("a.b.c=1", "write it as section.key=value"),
     ],
@@ -67,6 +80,24 @@ def test_a_wrong_setting_is_named(tmp_path: Path, override: str, message: str) -
     with pytest.raises(UserError, match=message) as caught:
         load_config(_write(tmp_path), [override])
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_are_whole_may_be_written_so(tmp_path: Path) -> None:
+    config = load_config(_write(tmp_path), ["optim.weight_decay=0", "objective.beta=2", "preview.guidance=7"])
+    assert (config.optim.weight_decay, config.objective.beta, config.preview.guidance) == (0.0, 2.0, 7.0)
+
+
+def test_polynomial_needs_room_above_its_end(tmp_path: Path) -> None:
+    settings = ["optim.schedule=polynomial", "optim.lr=1e-7"]
+    with pytest.raises(UserError, match="ends at 1e-7: lr must be above it"):
+        load_config(_write(tmp_path), settings)
+
+
+def test_a_home_folder_is_expanded_everywhere(tmp_path: Path) -> None:
+    text = MINIMAL.replace('"cache"', '"~/cache"')
+    config = load_config(_write(tmp_path, text), ["model.path=~/model"])
+    assert config.data.cache == Path.home() / "cache"
+    assert config.model.path == Path.home() / "model"
 
 
 def test_fp16_is_for_lora_only(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_the_formulas(prediction: str, zero_snr: bool) -> None:
     ("change", "message"),
     [
         ({"rescale_betas_zero_snr": True}, "zero terminal SNR with epsilon-prediction cannot work"),
+        ({"beta_schedule": "wiggly"}, "scheduler_config.json cannot be used: wiggly"),
         ({"prediction_type": "sample"}, "prediction_type = 'sample' cannot be trained"),
     ],
 )

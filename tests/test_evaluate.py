@@ -24,7 +24,7 @@ def held_out(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> HeldO
     diffusion = Diffusion(open_sdxl(tiny_sdxl).scheduler_config)
     pairs = list(cache.held_out)
     assert len(pairs) >= 3
-    return HeldOut(cache, pairs, diffusion, draws=9, seed=3, device=torch.device("cpu"))
+    return HeldOut(cache, pairs, diffusion, draws=9, draws_per_batch=4, seed=3, device=torch.device("cpu"))
 
 
 def test_errors_are_the_denoising_errors_at_fixed_draws(held_out: HeldOut, tiny_sdxl: Path) -> None:
@@ -50,7 +50,8 @@ def test_evaluating_twice_gives_the_same_bits_and_survives_a_file(
     unet = open_sdxl(tiny_sdxl).load_unet()
     first, second = held_out.errors(unet, nullcontext()), held_out.errors(unet, nullcontext())
     save_errors(first, tmp_path / "start.safetensors")
-    loaded = load_errors(tmp_path / "start.safetensors")
+    loaded = load_errors(tmp_path / "start.safetensors", held_out)
+    assert loaded is not None
     for one, other in ((first, second), (first, loaded)):
         assert torch.equal(one.chosen, other.chosen)
         assert torch.equal(one.rejected, other.rejected)
@@ -62,7 +63,7 @@ def test_the_interval_is_paired() -> None:
     start = torch.tensor([0.1, 0.9, 0.4, 0.6])
     change = paired_change(start + torch.tensor([0.1, 0.1, 0.1, 0.2]), start)
     assert change.mean == pytest.approx(0.125, abs=1e-6)
-    half = 1.96 * 0.05 / math.sqrt(4)
+    half = 3.1824463 * 0.05 / math.sqrt(4)  # t(3 degrees of freedom, 0.975), standard deviation 0.05
     assert change.low == pytest.approx(0.125 - half, abs=1e-6)
     assert change.high == pytest.approx(0.125 + half, abs=1e-6)
     assert paired_change(start[:1] + 1, start[:1])[1:] == (None, None)
@@ -83,3 +84,35 @@ def test_the_figures_of_a_comparison() -> None:
     assert figures["chosen_error_change"]["mean"] == pytest.approx(-0.375)
     assert figures["drift"] == pytest.approx(0.25)
     assert (figures["pairs"], figures["draws"]) == (2, 2)
+
+
+def test_a_start_that_does_not_fit_is_measured_again(
+    held_out: HeldOut, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "start.safetensors"
+    assert load_errors(path, held_out) is None
+    save_errors(held_out.errors(open_sdxl(tiny_sdxl).load_unet(), nullcontext()), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert load_errors(path, held_out) is None
+    path.write_bytes(content)
+    fewer = HeldOut(
+        held_out.cache,
+        held_out.pairs[:-1],
+        held_out.diffusion,
+        draws=9,
+        draws_per_batch=1,
+        seed=3,
+        device=held_out.device,
+    )
+    assert load_errors(path, held_out) is not None
+    assert load_errors(path, fewer) is None
+
+
+def test_a_model_that_predicts_nan_has_no_accuracy() -> None:
+    def errors(value: float) -> HeldOutErrors:
+        chosen = torch.tensor([[0.1, value], [0.1, 0.1]])
+        return HeldOutErrors(chosen, torch.full((2, 2), 0.2), [torch.ones(2, 1, 1, 1).half()] * 2)
+
+    assert compare(errors(0.1), errors(0.1))["accuracy"] == 1.0
+    assert math.isnan(compare(errors(float("nan")), errors(0.1))["accuracy"])

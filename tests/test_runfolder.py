@@ -9,7 +9,7 @@ import pytest
 
 from mapo_fast.config import Config, parse_config
 from mapo_fast.errors import UserError
-from mapo_fast.runfolder import check_output, claim_output
+from mapo_fast.runfolder import check_output, check_results, claim_output
 
 IDENTITY = {"cache": "a", "start model": "b"}
 
@@ -79,3 +79,17 @@ def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(UserError, match=r"run\.json cannot be read"):
         check_output(_config(tmp_path), IDENTITY, resume=True)
+
+
+def test_steps_are_fixed_where_the_schedule_depends_on_them(tmp_path: Path) -> None:
+    cosine = {"optim": {"schedule": "cosine"}}
+    claim_output(_config(tmp_path, **cosine), IDENTITY)
+    with pytest.raises(UserError, match=r"train\.steps was 1000 and is now 2000"):
+        check_output(_config(tmp_path, train={"steps": 2000}, **cosine), IDENTITY, resume=True)
+
+
+def test_a_result_without_checkpoints_is_not_started_over(tmp_path: Path) -> None:
+    check_results(tmp_path)
+    (tmp_path / "lora").mkdir()
+    with pytest.raises(UserError, match="holds the result lora/ but no checkpoint"):
+        check_results(tmp_path)

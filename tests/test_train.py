@@ -18,14 +18,18 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from mapo_fast.checkpoint import CheckpointStore
 from mapo_fast.config import Config
 from mapo_fast.data.cache import PairCache
 from mapo_fast.diffusion import Diffusion
 from mapo_fast.engine.step import training_inputs
 from mapo_fast.errors import UserError
+from mapo_fast.files import exclusive
 from mapo_fast.model import open_sdxl
+from mapo_fast.preview import Previews
 from mapo_fast.runlog import read_log
-from mapo_fast.train import Trainer, train
+from mapo_fast.train import train
+from mapo_fast.trainer import Trainer
 from tests.tiny import make_tiny_sdxl
 from tests.training import make_cache, make_config
 
@@ -131,18 +135,22 @@ def test_killed_at_any_moment_and_resumed_is_bit_identical(
 ) -> None:
     config = make(tmp_path / "run", **MODES[mode])
     chance = random.Random(mode)
-    kills = 0
-    for attempt in range(12):
+    store = CheckpointStore(tmp_path / "run" / "checkpoints", 1)
+    kills = kills_after_a_checkpoint = 0
+    for attempt in range(40):
         process = _in_child(config, resume=attempt > 0)
-        process.join(chance.uniform(0.1, 1.0) if kills < 4 else 60)
+        process.join(chance.uniform(0.1, 1.0) if kills < 3 or not kills_after_a_checkpoint else 60)
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             kills += 1
+            kills_after_a_checkpoint += (
+                CheckpointStore(tmp_path / "run" / "checkpoints", 1).newest() is not None
+            )
             continue
         assert process.exitcode == 0
         break
-    assert kills
+    assert kills_after_a_checkpoint
     assert _same(tmp_path / "run", finished[mode], mode)
     steps = [e["step"] for e in read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "step"]
     assert steps == [2, 4, 6]
@@ -224,7 +232,7 @@ class _Poisoned(torch.nn.Module):
 def test_a_step_that_is_not_finite_is_skipped_and_counted(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]
 ) -> None:
-    from mapo_fast import train as module
+    from mapo_fast import trainer as module
 
     build = module.build_loss
     monkeypatch.setattr(module, "build_loss", lambda *a: _Poisoned(build(*a), {2, 3}))
@@ -238,19 +246,107 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     assert all(bool(torch.isfinite(value).all()) for value in weights.values())
 
 
+def _last_message(make_config: Config, **kwargs: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        train(make_config, **kwargs)
+    return str(caught.value)
+
+
 def test_too_many_bad_steps_stop_the_run_with_the_last_good_state(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mapo_fast import train as module
+    """The loss is not finite, the model is: its weights are those of the last good step."""
+    from mapo_fast import trainer as module
 
     build = module.build_loss
     monkeypatch.setattr(module, "build_loss", lambda *a: _Poisoned(build(*a), set(range(3, 99))))
     good = train(make(tmp_path / "good", train={"steps": 2, "checkpoint_every": 0}))
-    with pytest.raises(UserError, match=r"2 steps in a row were not finite \(train\.max_skipped_steps = 1\)"):
-        train(make(tmp_path / "run", train={"max_skipped_steps": 1, "checkpoint_every": 0}))
+    message = _last_message(make(tmp_path / "run", train={"max_skipped_steps": 1, "checkpoint_every": 0}))
+    assert message.startswith("2 steps in a row were not finite (train.max_skipped_steps = 1)")
+    assert "saved at step 4" in message
     kept = load_file(tmp_path / "run" / "checkpoints" / "step-00000004" / "model.safetensors")
     expected = load_file(good.output / "checkpoints" / "step-00000002" / "model.safetensors")
     assert all(torch.equal(kept[name], expected[name]) for name in expected)
+
+
+def test_a_diverged_model_does_not_replace_good_checkpoints(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fifth update makes the weights useless, though its own step was finite."""
+    step = Trainer._step
+
+    def diverging(self: Trainer) -> torch.Tensor:
+        norm = step(self)
+        if self.step == 5:
+            with torch.no_grad():
+                self.unet.conv_in.weight.fill_(float("nan"))
+        return norm
+
+    monkeypatch.setattr(Trainer, "_step", diverging)
+    settings = {"max_skipped_steps": 1, "checkpoint_every": 1, "keep_checkpoints": 2, "steps": 20}
+    message = _last_message(make(tmp_path / "run", train={**settings, "log_every": 1}))
+    assert "the model has diverged" in message
+    assert "step 4" in message
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+    kept = load_file(tmp_path / "run" / "checkpoints" / "step-00000004" / "model.safetensors")
+    assert all(bool(torch.isfinite(value).all()) for value in kept.values())
+
+
+def test_a_failing_preview_loses_no_training(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preview = {"prompts": ["red"], "steps": 1, "every": 3}
+    config = make(tmp_path / "run", preview=preview, train={"checkpoint_every": 0})
+    write = Previews.write
+
+    def once(self: Any, unet: Any, step: int, context: Any) -> None:
+        write(self, unet, step, context)
+        previews = tmp_path / "run" / "previews"
+        shutil.rmtree(previews)
+        previews.touch()  # the next preview cannot make its folder
+
+    monkeypatch.setattr(Previews, "write", once)
+    assert "cannot write" in _last_message(config)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_one_run_at_a_time_in_a_folder(make: Callable[..., Config], finished: dict[str, Path]) -> None:
+    with exclusive(finished["full"]):
+        assert "in use by another" in _last_message(make(finished["full"]), resume=True)
+    assert train(make(finished["full"]), resume=True).finished
+
+
+def test_a_resume_measures_a_lost_start_again(
+    make: Callable[..., Config], finished: dict[str, Path], tmp_path: Path
+) -> None:
+    for mode, sections in MODES.items():
+        output = shutil.copytree(finished[mode], tmp_path / mode)
+        start = output / "held_out_start.safetensors"
+        before = load_file(start)
+        start.unlink()
+        train(make(output, **sections), resume=True)
+        again = load_file(start)
+        assert before.keys() == again.keys()
+        assert all(torch.equal(before[name], again[name]) for name in before)
+
+
+def test_a_resume_under_another_noise_schedule_is_refused(
+    cache: Path, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_sdxl, tmp_path / "model")
+    config = make_config(model, cache, tmp_path / "run", train={"steps": 2})
+    train(config)
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.02}))
+    assert "the noise schedule is not the one" in _last_message(config, resume=True)
+
+
+def test_fewer_steps_than_are_done_are_refused(
+    make: Callable[..., Config], finished: dict[str, Path]
+) -> None:
+    message = _last_message(make(finished["full"], train={"steps": 3}), resume=True)
+    assert "train.steps = 3" in message
+    assert "already at step 6" in message
 
 
 class _NoSync(TorchDispatchMode):

@@ -27,7 +27,6 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import random
 import sys
 from collections.abc import Callable
@@ -264,7 +263,13 @@ def score_photographs(out: Path, draws: int = 8) -> list[KindScore]:
     pairs = list(cache.held_out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     held_out = HeldOut(
-        cache, pairs, Diffusion(folder.scheduler_config), draws=draws, seed=config.train.seed, device=device
+        cache,
+        pairs,
+        Diffusion(folder.scheduler_config),
+        draws=draws,
+        draws_per_batch=config.train.pairs_per_batch,
+        seed=config.train.seed,
+        device=device,
     )
     accuracy = []
     for unet in (folder.load_unet(), UNet2DConditionModel.from_pretrained(trained, local_files_only=True)):
@@ -276,19 +281,25 @@ def score_photographs(out: Path, draws: int = 8) -> list[KindScore]:
     return [_kind_score(kind, rows, *accuracy) for kind in DEGRADATIONS]
 
 
+def _number(bound: float | None) -> float:
+    """A bound of an interval; a single observation has none."""
+    return float("nan") if bound is None else bound
+
+
 def _kind_score(
     kind: str, rows: list[dict[str, str]], start: NDArray[np.float64], trained: NDArray[np.float64]
 ) -> KindScore:
-    from scipy import stats  # type: ignore[import-untyped]  # comes with scikit-image
+    import torch
+
+    from mapo_fast.evaluate import paired_change
 
     of_kind = np.array([row["kind"] == kind for row in rows])
     captions = np.array([row["caption"] for row in rows])[of_kind]
     before, after = start[of_kind], trained[of_kind]
-    change = after - before
-    by_photograph = np.array([change[captions == caption].mean() for caption in sorted(set(captions))])
-    pairs_half = 1.96 * change.std(ddof=1) / math.sqrt(len(change))
-    t = float(stats.t.ppf(0.975, len(by_photograph) - 1))
-    photographs_half = t * by_photograph.std(ddof=1) / math.sqrt(len(by_photograph))
+    change = torch.from_numpy(after - before)
+    by_photograph = torch.stack([change[captions == caption].mean() for caption in sorted(set(captions))])
+    pairs = paired_change(change, torch.zeros_like(change))
+    photographs = paired_change(by_photograph, torch.zeros_like(by_photograph))
     return KindScore(
         kind=kind,
         pairs=len(change),
@@ -296,10 +307,10 @@ def _kind_score(
         start=float(before.mean()),
         trained=float(after.mean()),
         change=float(change.mean()),
-        pairs_low=float(change.mean() - pairs_half),
-        pairs_high=float(change.mean() + pairs_half),
-        photographs_low=float(by_photograph.mean() - photographs_half),
-        photographs_high=float(by_photograph.mean() + photographs_half),
+        pairs_low=_number(pairs.low),
+        pairs_high=_number(pairs.high),
+        photographs_low=_number(photographs.low),
+        photographs_high=_number(photographs.high),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -39,6 +40,15 @@ class Metrics:
     def restart_clock(self) -> None:
         """Leave what happened since the last step (evaluation, saving) out of pairs per second."""
         self._started, self._timed = time.perf_counter(), 0
+
+    def state(self) -> dict[str, list[float]]:
+        """The sums since the last fetch, for a checkpoint inside a logging interval."""
+        return {"pairs": self._pairs.tolist(), "steps": self._steps.tolist()}
+
+    def restore(self, state: dict[str, list[float]]) -> None:
+        """Take over what `state` gave."""
+        self._pairs.copy_(torch.tensor(state["pairs"], dtype=torch.float64))
+        self._steps.copy_(torch.tensor(state["steps"], dtype=torch.float64))
 
     def add(self, out: Any) -> None:
         """Add one micro-batch's loss output of B pairs."""
@@ -85,10 +95,15 @@ class Metrics:
         return figures, int(in_a_row)
 
 
-def memory_mib(device: torch.device) -> float:
-    """Peak allocated memory on a GPU, resident memory of the process on the CPU, in MiB."""
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak allocated memory on a GPU, peak resident memory of the process on the CPU, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import psutil
+    if sys.platform == "win32":
+        import psutil
 
-    return float(psutil.Process().memory_info().rss) / 2**20
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -54,7 +54,10 @@ def pair_inputs(
     """Noise both halves of a batch with the pair's own noise and timestep, and move them to the device."""
 
     def both(chosen: Tensor, rejected: Tensor) -> Tensor:
-        return torch.cat([chosen, rejected]).to(device, non_blocking=True)
+        joined = torch.cat([chosen, rejected])
+        if device.type == "cuda":  # only from pinned memory does the copy not wait
+            joined = joined.pin_memory()
+        return joined.to(device, non_blocking=True)
 
     latents = both(batch.chosen_latents, batch.rejected_latents).float()
     noise, timesteps = both(noise, noise), both(timesteps, timesteps)

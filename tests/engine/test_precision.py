@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -68,5 +70,5 @@ def test_fp16_needs_a_gpu() -> None:
 def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no NVIDIA GPU"):
-        choose_device(TrainConfig(output="o", device="cuda"))
-    assert choose_device(TrainConfig(output="o")).type == "cpu"
+        choose_device(TrainConfig(output=Path("o"), device="cuda"))
+    assert choose_device(TrainConfig(output=Path("o"))).type == "cpu"

@@ -1,0 +1,254 @@
+"""One run: its UNet, optimizer and position, and the loop over steps.
+
+A step is `train.accumulation` micro-batches. Everything random is a function of (seed, epoch, pair id) and
+the data order a function of (seed, position), so a checkpoint needs weights, optimizer and the step count
+and nothing else to continue bit for bit. With AdamW the host waits for the device once per logging interval;
+bitsandbytes' optimizers need it once per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mapo_fast.checkpoint import Checkpoint, CheckpointStore, save_unet
+from mapo_fast.config import Config
+from mapo_fast.data.cache import CachedPair, PairCache
+from mapo_fast.diffusion import Diffusion
+from mapo_fast.engine.batches import MicroBatches
+from mapo_fast.engine.build import learning_rate
+from mapo_fast.engine.metrics import Metrics, peak_memory_mib
+from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
+from mapo_fast.engine.optim_state import flatten_optimizer_state, restore_optimizer_state
+from mapo_fast.engine.precision import Precision
+from mapo_fast.engine.step import PairInputs, predict, training_inputs
+from mapo_fast.errors import UserError
+from mapo_fast.evaluate import HeldOut, HeldOutErrors, compare, load_errors, save_errors
+from mapo_fast.files import disk_errors, write_json
+from mapo_fast.lora import lora_state_dict, save_lora
+from mapo_fast.model import SDXLFolder
+from mapo_fast.objectives import build_loss
+from mapo_fast.preview import Previews
+from mapo_fast.runlog import RunLog
+from mapo_fast.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run ended."""
+
+    output: Path
+    step: int
+    finished: bool
+    """False when a signal stopped it early; the checkpoint to resume from is written."""
+    skipped_steps: int
+    """Steps that were not finite and changed nothing."""
+
+
+class Trainer:
+    """One run: its UNet, optimizer and position."""
+
+    def __init__(
+        self,
+        config: Config,
+        unet: Any,
+        cache: PairCache,
+        diffusion: Diffusion,
+        precision: Precision,
+        device: torch.device,
+        store: CheckpointStore,
+        previews: Previews | None,
+    ) -> None:
+        self.config, self.unet, self.cache, self.diffusion = config, unet, cache, diffusion
+        self.precision, self.device, self.store, self.previews = precision, device, store, previews
+        self.step = 0
+        self.loss = build_loss(config.objective, diffusion.num_train_timesteps)
+        self.batches = MicroBatches(cache.train, config.train.pairs_per_batch, config.train.seed)
+        self.learning_rate = learning_rate(config.optim, config.train.steps)
+        trainable = [p for p in unet.parameters() if p.requires_grad]
+        self.optimizer = GuardedOptimizer(
+            build_optimizer(config.optim, trainable),
+            trainable,
+            max_grad_norm=config.optim.max_grad_norm,
+            scaler=torch.amp.GradScaler(device.type) if precision.scaled else None,
+        )
+        self.metrics = Metrics(device)
+        self.held_out = HeldOut(
+            cache,
+            cache.held_out[: config.train.evaluate_pairs],
+            diffusion,
+            draws=config.train.evaluate_draws,
+            draws_per_batch=config.train.pairs_per_batch,
+            seed=config.train.seed,
+            device=device,
+        )
+        self.start: HeldOutErrors | None = None
+
+    def measure_start(self, path: Path) -> None:
+        """Read the start model's held-out errors, or measure them; call it before `restore`."""
+        if not self.held_out.pairs:
+            return
+        self.start = load_errors(path, self.held_out)
+        if self.start is None:
+            self.start = self.held_out.errors(self.unet, self.precision.context(self.device))
+            save_errors(self.start, path)
+
+    def run(self, log: RunLog, stop: StopRequest, folder: SDXLFolder) -> TrainResult:
+        """Train to the last step or the first signal, then save."""
+        config = self.config.train
+        if self.step == 0:
+            self._look(log, always=True)
+        self.metrics.restart_clock()
+        while self.step < config.steps and not stop.requested:
+            self.metrics.add_step(self._step())
+            log.advance(self.step)
+            finished = self.step == config.steps
+            if finished or stop.requested or self.step % config.log_every == 0:
+                self._log(log)
+            if stop.requested and not finished:
+                break  # save first: an evaluation may take minutes
+            try:
+                self._look(log, always=finished)
+            except UserError:  # a full disk, most likely: what is trained must not be lost
+                self.save()
+                raise
+            if finished or (_due(self.step, config.checkpoint_every) and self._healthy()):
+                self.save()
+        finished = self.step >= config.steps
+        if finished:
+            self._export(folder)
+        else:
+            self.save()
+        log.end(self.step, finished=finished)
+        return TrainResult(config.output, self.step, finished, int(self.optimizer.skipped))
+
+    def _step(self) -> Tensor:
+        """One optimizer step; returns its 0-d gradient norm on the device."""
+        config = self.config.train
+        first = self.step * config.accumulation
+        micro_batches = [self.batches.at(first + i) for i in range(config.accumulation)]
+        total = sum(len(pairs) for _, pairs in micro_batches)
+        for group in self.optimizer.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        for epoch, pairs in micro_batches:
+            inputs = self._inputs(epoch, pairs)
+            with self.precision.context(self.device):
+                prediction = predict(self.unet, inputs)
+            out = self.loss(prediction, inputs.target)
+            self.optimizer.backward(out.loss * (len(pairs) / total))
+            self.metrics.add(out)
+        self.step += 1
+        return self.optimizer.step()
+
+    def _inputs(self, epoch: int, pairs: list[CachedPair]) -> PairInputs:
+        config = self.config.train
+        return training_inputs(
+            self.cache,
+            pairs,
+            self.diffusion,
+            seed=config.seed,
+            epoch=epoch,
+            caption_dropout=config.caption_dropout,
+            device=self.device,
+        )
+
+    def _log(self, log: RunLog) -> None:
+        """Fetch the interval's metrics (the one wait for the device) and write them."""
+        figures, in_a_row = self.metrics.fetch(self.optimizer)
+        figures["lr"] = self.learning_rate(self.step - 1)
+        figures["peak_memory_mib"] = peak_memory_mib(self.device)
+        log.step(self.step, figures)
+        if in_a_row > self.config.train.max_skipped_steps:
+            raise UserError(self._stopped(in_a_row))
+
+    def _stopped(self, in_a_row: int) -> str:
+        """Keep the last good state and say where it is."""
+        limit = self.config.train.max_skipped_steps
+        reason = f"{in_a_row} steps in a row were not finite (train.max_skipped_steps = {limit})"
+        if self._healthy(always=True):
+            self.save()
+            return f"{reason}; the weights are, and are saved at step {self.step}: look for damaged data"
+        kept = self.store.discard_from(self.step - in_a_row)
+        if kept is None:
+            return f"{reason}: the model has diverged before its first checkpoint; lower optim.lr"
+        return (
+            f"{reason}: the model has diverged. The newest checkpoint from before that is step {kept} in "
+            f"{self.store.folder}; lower optim.lr in a new run"
+        )
+
+    def _healthy(self, *, always: bool = False) -> bool:
+        """Whether the model still predicts finite numbers; looked at only after a skipped step."""
+        if not always and not bool(self.optimizer.skipped_in_a_row):
+            return True
+        with torch.no_grad(), self.precision.context(self.device):
+            return bool(torch.isfinite(predict(self.unet, self._inputs(*self.batches.at(0)))).all())
+
+    def _look(self, log: RunLog, *, always: bool) -> None:
+        """Evaluate and preview where this step is due for it."""
+        config = self.config
+        context = self.precision.context(self.device)
+        if self.start is not None and (always or _due(self.step, config.train.evaluate_every)):
+            errors = self.start if self.step == 0 else self.held_out.errors(self.unet, context)
+            log.evaluation(self.step, compare(errors, self.start))
+        if self.previews is not None and (always or _due(self.step, config.preview.every)):
+            self.previews.write(self.unet, self.step, context)
+        self.metrics.restart_clock()
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        if self.config.adapter.kind == "lora":
+            return lora_state_dict(self.unet)
+        return dict(self.unet.state_dict())
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        tensors, description = flatten_optimizer_state(self.optimizer.optimizer)
+        scaler = self.optimizer.scaler
+        state = {
+            "optimizer": description,
+            "seed": self.config.train.seed,
+            "skipped": float(self.optimizer.skipped),
+            "metrics": self.metrics.state(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        self.store.save(self.step, {"model": self._model_tensors(), "optimizer": tensors}, state)
+        self.metrics.restart_clock()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint's weights, optimizer and position.
+
+        Raises:
+            UserError: the checkpoint is of another model or optimizer, or beyond the last step.
+        """
+        if checkpoint.step > self.config.train.steps:
+            raise UserError(
+                f"train.steps = {self.config.train.steps}, but {checkpoint.path} is already at step "
+                f"{checkpoint.step}"
+            )
+        checkpoint.copy_into("model", self._model_tensors())
+        restore_optimizer_state(
+            self.optimizer.optimizer, checkpoint.views("optimizer"), checkpoint.state["optimizer"]
+        )
+        self.optimizer.skipped.fill_(checkpoint.state["skipped"])
+        if self.optimizer.scaler is not None:
+            self.optimizer.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.metrics.restore(checkpoint.state["metrics"])
+        self.step = checkpoint.step
+
+    def _export(self, folder: SDXLFolder) -> None:
+        """Write the result for plain diffusers, with the scheduler config it was trained under."""
+        output = self.config.train.output
+        if self.config.adapter.kind == "lora":
+            save_lora(self.unet, output / "lora")
+        else:
+            save_unet(self.unet, output / "unet")
+        with disk_errors(output):
+            (output / "scheduler").mkdir(exist_ok=True)
+        write_json(output / "scheduler" / "scheduler_config.json", folder.scheduler_config)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0
