@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from mapo_fast.checkpoint import CheckpointStore
 from mapo_fast.config import Config
 from mapo_fast.data.cache import PairCache
+from mapo_fast.data.prepare import prepare
 from mapo_fast.diffusion import Diffusion
 from mapo_fast.engine.step import training_inputs
 from mapo_fast.errors import UserError
@@ -31,7 +32,7 @@ from mapo_fast.runlog import read_log
 from mapo_fast.train import train
 from mapo_fast.trainer import Trainer
 from tests.tiny import make_tiny_sdxl
-from tests.training import make_cache, make_config
+from tests.training import make_cache, make_config, make_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -479,3 +480,16 @@ def test_missing_xformers_is_named(
     with pytest.raises(UserError, match=r"train\.attention = 'xformers' cannot be used .*use 'sdpa'"):
         train(make(tmp_path / "run", train={"attention": "xformers"}))
     assert not (tmp_path / "run").exists()
+
+
+def test_another_vae_goes_with_its_own_cache(tiny_sdxl: Path, tmp_path: Path) -> None:
+    other = {"vae": str(make_tiny_sdxl(tmp_path / "other", seed=5) / "vae")}
+    source = make_pairs(tmp_path / "pairs", 12)
+    prepare(make_config(tiny_sdxl, tmp_path / "cache", tmp_path, model=other, data={"source": str(source)}))
+    preview = {"prompts": ["red"], "steps": 1}
+    config = make_config(
+        tiny_sdxl, tmp_path / "cache", tmp_path / "run", model=other, train={"steps": 1}, preview=preview
+    )
+    assert train(config).finished
+    without = make_config(tiny_sdxl, tmp_path / "cache", tmp_path / "without", train={"steps": 1})
+    assert "another VAE" in _last_message(without)

@@ -81,3 +81,27 @@ def test_learning_rate_follows_the_schedule() -> None:
     assert learning_rate(OptimConfig(lr=3e-5, schedule="constant"), steps=5)(4) == 3e-5
     polynomial = learning_rate(OptimConfig(lr=1e-4, schedule="polynomial"), steps=100)
     assert 0 < polynomial(50) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_a_gradient_scaler_changes_nothing_but_the_skipping(name: str) -> None:
+    """What fp16 runs do on a GPU: scaled losses, an overflow skips the step and halves the scale."""
+    plain, expected = _guarded(name)
+    scaled, parameters = _guarded(name)
+    for p, e in zip(parameters, expected, strict=True):
+        p.data.copy_(e.data)
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    for target in (1.0, 2.0):
+        for guarded, group in ((plain, expected), (scaled, parameters)):
+            guarded.backward(sum(((p - target) ** 2).sum() for p in group))  # type: ignore[arg-type]
+            guarded.step()
+    for p, e in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p, e, rtol=1e-6, atol=1e-7)
+    assert scaled.scaler.get_scale() == 2048.0
+    before = parameters[0].detach().clone()
+    scaled.backward((parameters[0] * float("inf")).sum() + parameters[1].sum())
+    scaled.step()
+    assert torch.equal(parameters[0], before)
+    assert scaled.scaler.get_scale() == 1024.0
+    assert (float(scaled.skipped), float(scaled.skipped_in_a_row)) == (1, 1)
