@@ -207,7 +207,7 @@ def open_sdxl(
         if component == "vae" and vae is not None:
             try:
                 with _readable("model.vae", vae):
-                    _check_part(folder, component)
+                    _check_part(folder, "vae")
             except UserError as error:
                 raise UserError(f"model.vae cannot be used: {error}") from None
         else:
@@ -222,7 +222,7 @@ def _check_part(folder: SDXLFolder, component: Component) -> None:
     part = folder.path(component)
     if not (part / _CONFIGS[component]).is_file():
         raise UserError(f"{folder.root} is not an SDXL pipeline: {part / _CONFIGS[component]} is missing")
-    config = folder.config(component)
+    where, config = part / _CONFIGS[component], folder.config(component)
     if component in _WEIGHTS:
         _weight_files(part, _WEIGHTS[component])
     elif component != "scheduler" and not (part / "tokenizer.json").is_file():
@@ -233,13 +233,13 @@ def _check_part(folder: SDXLFolder, component: Component) -> None:
         widths, channels = config.get("block_out_channels"), config.get("latent_channels")
         if config.get("_class_name") != "AutoencoderKL":
             raise UserError(
-                f"{part / 'config.json'} has _class_name = {config.get('_class_name')!r}, SDXL needs a VAE of "
-                "class 'AutoencoderKL'"
+                f"{where} has _class_name = {config.get('_class_name')!r}, SDXL needs a VAE of class "
+                "'AutoencoderKL'"
             )
         if not isinstance(widths, list) or not widths or not isinstance(channels, int):
             raise UserError(
-                f"{part / 'config.json'} has block_out_channels = {widths!r}, latent_channels = {channels!r}: "
-                "a VAE's config has a list and a number there"
+                f"{where} has block_out_channels = {widths!r}, latent_channels = {channels!r}: a VAE "
+                "has a list and a number there"
             )
 
 

@@ -1,4 +1,4 @@
-"""Incomplete or foreign pipeline folders are refused in one line that names the part, before or while loading."""
+"""Incomplete or foreign pipeline folders are refused in one line that names the part."""
 
 import json
 import shutil

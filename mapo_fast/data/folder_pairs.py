@@ -62,7 +62,7 @@ class JsonlPairs(PreferencePairs):
         name = f"pairs.jsonl:{self._lines[index]}"
         try:
             row = json.loads(line.decode("utf-8-sig"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             return SkippedRow(index, name, "bad line", f"not JSON: {error}")
         if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("chosen", "rejected")):
             return SkippedRow(
@@ -73,11 +73,16 @@ class JsonlPairs(PreferencePairs):
             return prompt
         paths = []
         for key in ("chosen", "rejected"):
-            path = (self._root / row[key]).resolve()
+            try:
+                path = (self._root / row[key]).resolve()
+                found = path.is_file()
+            except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, a loop of links
+                detail = f"{key} = {row[key]!r}: {getattr(error, 'strerror', None) or error}"
+                return SkippedRow(index, name, "missing image", detail)
             if Path(row[key]).is_absolute() or not path.is_relative_to(self._root):
                 detail = f"{key} = {row[key]!r} must be a relative path inside the folder"
                 return SkippedRow(index, name, "path outside the folder", detail)
-            if not path.is_file():
+            if not found:
                 return SkippedRow(index, name, "missing image", f"{key} = {row[key]!r} is not a file")
             paths.append(path)
         return PairRecord(index, name, prompt, *(partial(read_image_file, path) for path in paths))
@@ -144,9 +149,14 @@ class TwinFolderPairs(PreferencePairs):
         return PairRecord(index, name, prompt, *(partial(read_image_file, files[0]) for files in found))
 
 
+def _refuse(error: OSError) -> None:
+    """`os.walk` would pass over a folder that it cannot read."""
+    raise error
+
+
 def _images_by_stem(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
-    for directory, _, names in os.walk(folder):
+    for directory, _, names in os.walk(folder, onerror=_refuse):
         for name in sorted(names):
             path = Path(directory, name)
             if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):

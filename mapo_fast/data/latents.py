@@ -12,6 +12,7 @@ batches and gets the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from mapo_fast.data import shards
 from mapo_fast.data.buckets import Size, fit_image
 from mapo_fast.data.images import decode_image
-from mapo_fast.data.pairs import PairRecord, PreferencePairs
+from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, reading
 from mapo_fast.data.scan import content_hash
 from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder
@@ -176,9 +177,15 @@ def _images(jobs: Sequence[ImageJob], source: PreferencePairs) -> Iterator[tuple
     by_row: dict[int, list[ImageJob]] = {}
     for job in jobs:
         by_row.setdefault(job.row, []).append(job)
-    for row in source.read(sorted(by_row)):
-        for job in by_row[row.index]:
-            data = (row.chosen() if job.chosen else row.rejected()) if isinstance(row, PairRecord) else b""
-            if content_hash(data) != job.file_hash:
-                raise UserError(f"{row.name} in data.source changed during prepare: run the command again")
-            yield job, fit_image(decode_image(data), job.bucket)
+    with reading(source.where):
+        for row in source.read(sorted(by_row)):
+            for job in by_row[row.index]:
+                data = b""
+                if isinstance(row, PairRecord):
+                    with suppress(MissingImageError):
+                        data = row.chosen() if job.chosen else row.rejected()
+                if content_hash(data) != job.file_hash:
+                    raise UserError(
+                        f"{row.name} in data.source changed during prepare: run the command again"
+                    )
+                yield job, fit_image(decode_image(data), job.bucket)

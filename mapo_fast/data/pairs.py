@@ -3,7 +3,8 @@
 `PreferencePairs.open(path)` recognises
 
 - `pairs.jsonl` in a folder: one object per line with `prompt`, `chosen`, `rejected`; the two are paths
-  relative to the folder that stay inside it (anything else is skipped and listed);
+  relative to the folder that stay inside it (anything else is skipped and listed). It wins over the folders
+  below, which may hold its images, and says so in `note`;
 - folders `chosen/` and `rejected/` (or `w/` and `l/`) with equal file names up to the suffix, subfolders
   included, and a caption `<name>.txt` beside the chosen or the rejected image;
 - a Hugging Face dataset saved to disk, or a folder of arrow files;
@@ -20,8 +21,10 @@ read, and of rows without a usable label not even the images.
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +62,8 @@ class PreferencePairs(ABC):
     """A source of preference pairs; see the module's text. Make one with `PreferencePairs.open`."""
 
     note: str = ""
+    where: Path
+    """What `open` was given."""
 
     @staticmethod
     def open(source: Path) -> PreferencePairs:
@@ -67,6 +72,13 @@ class PreferencePairs(ABC):
         Raises:
             UserError: missing, unknown, ambiguous or unreadable layout.
         """
+        with reading(source):
+            pairs = PreferencePairs._recognise(source)
+        pairs.where = source
+        return pairs
+
+    @staticmethod
+    def _recognise(source: Path) -> PreferencePairs:
         from mapo_fast.data import folder_pairs, table_pairs
 
         if not source.exists():
@@ -76,20 +88,24 @@ class PreferencePairs(ABC):
                 return table_pairs.ParquetPairs([source])
             if source.name == "pairs.jsonl":
                 return folder_pairs.JsonlPairs(source.parent)
-        elif (source / "pairs.jsonl").is_file():
-            return folder_pairs.JsonlPairs(source)
-        elif names := folder_pairs.twin_folders(source):
+            raise _unknown(source)
+        next(source.iterdir(), None)  # a folder without permission raises here, and looks empty below
+        if (source / "pairs.jsonl").is_file():
+            pairs = folder_pairs.JsonlPairs(source)
+            if names := folder_pairs.twin_folders(source):
+                pairs.note = (
+                    f"{source} has pairs.jsonl and the folders {names[0]}/ + {names[1]}/: pairs.jsonl is used"
+                )
+            return pairs
+        if names := folder_pairs.twin_folders(source):
             return folder_pairs.TwinFolderPairs(source, *names)
-        elif (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
+        if (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
             return table_pairs.open_saved_dataset(source)
-        elif files := sorted(source.rglob("*.parquet")):
+        if files := sorted(source.rglob("*.parquet")):
             return table_pairs.open_split(files, source, table_pairs.ParquetPairs)
-        elif files := sorted(source.rglob("*.arrow")):
+        if files := sorted(source.rglob("*.arrow")):
             return table_pairs.open_split(files, source, table_pairs.open_arrow_files)
-        raise UserError(
-            f"data.source {source} has no layout that is known here; looked for pairs.jsonl, chosen/ + "
-            "rejected/ folders, w/ + l/ folders, a Hugging Face dataset (state.json or *.arrow), *.parquet"
-        )
+        raise _unknown(source)
 
     @abstractmethod
     def __len__(self) -> int:
@@ -106,10 +122,25 @@ class PreferencePairs(ABC):
     def identity(self) -> str:
         """Hash of the files' names, sizes and times: changes when the source may have changed."""
         digest = hashlib.sha256(f"{type(self).__name__} {len(self)}".encode())
-        for file in self.files():
-            stat = file.stat()
-            digest.update(f"\n{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
+        with reading(self.where):
+            for file in self.files():
+                stat = file.stat()
+                digest.update(b"\n" + os.fsencode(file.resolve()))  # a name need not be valid UTF-8
+                digest.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())
         return digest.hexdigest()
+
+
+@contextmanager
+def reading(source: Path) -> Iterator[None]:
+    """Turn what the file system refuses while reading `source` into one `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        at = f" ({error.filename})" if error.filename else ""
+        raise UserError(
+            f"data.source {source} cannot be read: {error.strerror or error}{at}; check its permissions and "
+            "whether the disk is there"
+        ) from error
 
 
 def clean_prompt(index: int, name: str, prompt: object) -> str | SkippedRow:
@@ -117,4 +148,15 @@ def clean_prompt(index: int, name: str, prompt: object) -> str | SkippedRow:
     if prompt is None or not isinstance(prompt, str):
         return SkippedRow(index, name, "missing caption")
     stripped = prompt.strip()
+    try:
+        stripped.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        return SkippedRow(index, name, "bad caption", f"not valid Unicode: {error.reason} in {stripped!r}")
     return stripped if stripped else SkippedRow(index, name, "empty caption")
+
+
+def _unknown(source: Path) -> UserError:
+    return UserError(
+        f"data.source {source} has no layout that is known here; looked for pairs.jsonl, chosen/ + "
+        "rejected/ folders, w/ + l/ folders, a Hugging Face dataset (state.json or *.arrow), *.parquet"
+    )

@@ -2,7 +2,7 @@
 
 So all defects, the disk need and the share of skipped rows are known before hours of encoding begin. The
 result is kept in the cache folder in parts of `PART_ROWS` rows, named by the source's identity; a killed scan
-continues after its last part, and a source that changed is scanned anew.
+continues after its last part, and a source that changed is scanned anew, as are the rows of a damaged part.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from mapo_fast.data.buckets import Size
 from mapo_fast.data.images import ImageProblemError, decode_image
-from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, SkippedRow
-from mapo_fast.files import atomic_path
+from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, SkippedRow, reading
+from mapo_fast.files import atomic_path, disk_errors
 
 PART_ROWS = 1000
 
@@ -70,27 +70,45 @@ def scan(
     prefix = f"{identity[:16]}-{PART_ROWS}-"
     for part in folder.glob("*.parquet"):
         if not part.name.startswith(prefix):
-            part.unlink()
+            with disk_errors(part):
+                part.unlink()
     rows: list[ScannedRow] = []
     known: dict[bytes, Size | ImageProblemError] = {}
     for start in range(0, len(source), PART_ROWS):
         part = folder / f"{prefix}{start // PART_ROWS:06d}.parquet"
-        if part.is_file():
-            done = [_from_table(row) for row in pq.read_table(part).to_pylist()]
+        numbers = range(start, min(start + PART_ROWS, len(source)))
+        done = _finished(part, numbers)
+        if done:
             progress(len(done))
         else:
-            done = []
-            for row in source.read(range(start, min(start + PART_ROWS, len(source)))):
-                done.append(_scan_row(row, known))
-                progress(1)
+            with reading(source.where):
+                for row in source.read(numbers):
+                    done.append(_scan_row(row, known))
+                    progress(1)
             with atomic_path(part) as temporary:
-                pq.write_table(pa.Table.from_pylist([asdict(row) for row in done], _SCHEMA), temporary)
+                table = pa.Table.from_pylist([asdict(row) for row in done], _SCHEMA)
+                pq.write_table(table, temporary, write_page_checksum=True)
         rows += done
     return rows
 
 
+def _finished(part: Path, numbers: range) -> list[ScannedRow]:
+    """The rows of a finished part; none where there is no such part or it is damaged."""
+    try:
+        table = pq.read_table(part, schema=_SCHEMA, page_checksum_verification=True)
+        rows = [_from_table(row) for row in table.to_pylist()]
+    except (OSError, pa.ArrowException, ValueError, TypeError):
+        return []
+    return rows if [row.index for row in rows] == list(numbers) else []
+
+
 def _from_table(row: dict[str, Any]) -> ScannedRow:
     return ScannedRow(**{**row, **{key: tuple(row[key]) for key in ("chosen_size", "rejected_size")}})
+
+
+def _clean(text: str) -> str:
+    """Text that any file can hold: names of files need not be valid Unicode."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _scan_row(row: PairRecord | SkippedRow, known: dict[bytes, Size | ImageProblemError]) -> ScannedRow:
@@ -116,7 +134,7 @@ def _scan_row(row: PairRecord | SkippedRow, known: dict[bytes, Size | ImageProbl
     (chosen, chosen_size), (rejected, rejected_size) = found
     if chosen == rejected:
         return _skipped(row.index, row.name, row.prompt, "identical images", "chosen and rejected are equal")
-    return ScannedRow(row.index, row.name, row.prompt, chosen, rejected, chosen_size, rejected_size)
+    return ScannedRow(row.index, _clean(row.name), row.prompt, chosen, rejected, chosen_size, rejected_size)
 
 
 def _look(data: bytes) -> Size | ImageProblemError:
@@ -128,4 +146,4 @@ def _look(data: bytes) -> Size | ImageProblemError:
 
 
 def _skipped(index: int, name: str, prompt: str, reason: str, detail: str) -> ScannedRow:
-    return ScannedRow(index, name, prompt, b"", b"", (0, 0), (0, 0), reason, detail)
+    return ScannedRow(index, _clean(name), prompt, b"", b"", (0, 0), (0, 0), reason, _clean(detail))

@@ -157,7 +157,7 @@ class ParquetPairs(PreferencePairs):
                         yield verdict
                     else:
                         yield _record(self._starts[group] + row, name, verdict, next(images))
-            except (ArrowInvalid, OSError) as error:
+            except (ArrowInvalid, OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
     def _images(self, file: Any, group: int, rows: list[int]) -> Iterator[dict[str, Any]]:

@@ -324,3 +324,68 @@ def test_identity_changes_with_the_source(tmp_path: Path) -> None:
     assert PreferencePairs.open(tmp_path).identity() == before
     (tmp_path / "b.png").write_bytes(png(0, 40))
     assert PreferencePairs.open(tmp_path).identity() != before
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"prompt": "half a \ud83d smile"}, "bad caption"),
+        ({"chosen": "a\0b.png"}, "missing image"),
+        ({"chosen": "x" * 300 + ".png"}, "missing image"),
+        ({"rejected": "\ud800.png"}, "missing image"),
+        ("[" * 100_000, "bad line"),
+        ("9" * 5000, "bad line"),
+    ],
+    ids=["surrogate in prompt", "NUL", "long name", "surrogate in path", "nested", "long number"],
+)
+def test_one_bad_line_is_one_skipped_row(tmp_path: Path, line: Any, reason: str) -> None:
+    for name in ("w.png", "l.png"):
+        (tmp_path / name).write_bytes(png(1))
+    ok = {"prompt": "a", "chosen": "w.png", "rejected": "l.png"}
+    write_jsonl(tmp_path, [ok, line if isinstance(line, str) else ok | line, ok])
+    assert reasons(tmp_path) == ["", reason, ""]
+    PreferencePairs.open(tmp_path).identity()
+
+
+def test_a_table_beside_twin_folders_wins_and_says_so(tmp_path: Path) -> None:
+    for side in ("chosen", "rejected"):
+        (tmp_path / side).mkdir()
+        (tmp_path / side / "1.png").write_bytes(png(1))
+    assert not PreferencePairs.open(tmp_path).note
+    write_jsonl(tmp_path, ["{}", "{}"])
+    pairs = PreferencePairs.open(tmp_path)
+    assert len(pairs) == 2
+    assert "pairs.jsonl and the folders chosen/ + rejected/: pairs.jsonl is used" in pairs.note
+
+
+def test_source_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tests may run as root, whom no permission stops: the system's answer is put in its place.
+    def refusing(self: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refusing)
+    with pytest.raises(UserError, match=r"^data\.source .* cannot be read: Permission denied [^\n]*$"):
+        PreferencePairs.open(tmp_path)
+
+
+def test_subfolder_without_permission_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    for side in ("chosen", "rejected"):
+        (tmp_path / side / "deep").mkdir(parents=True)
+        (tmp_path / side / "1.png").write_bytes(png(1))
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"^data\.source .* cannot be read: Permission denied .*deep"):
+        PreferencePairs.open(tmp_path)

@@ -1,6 +1,7 @@
 import errno
 import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from mapo_fast.data import latents, shards
+from mapo_fast.data import latents, scan, shards
 from mapo_fast.data import prepare as prepare_module
 from mapo_fast.data.buckets import fit_image
 from mapo_fast.data.cache import PairCache
@@ -603,3 +604,76 @@ def test_cache_inside_the_source_is_refused(tiny_sdxl: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"data\.cache .* lies inside data\.source"):
         prepare(config(tiny_sdxl, source, source / "cache"))
     assert contents(source) == before
+
+
+# Mistakes
+
+
+def test_bad_rows_do_not_stop_the_others(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = jsonl_folder(tmp_path / "s", 4)
+    rows = (source / "pairs.jsonl").read_text().splitlines()
+    ok = json.loads(rows[0])
+    bad = [
+        ok | {"prompt": "\ud83d"},
+        ok | {"chosen": "\ud800\0"},
+        ok | {"rejected": "y" * 300},
+        "[" * 100_000,
+    ]
+    write_jsonl(source, [*rows, *bad])
+    assert prepare(config(tiny_sdxl, source, tmp_path / "c", max_skipped=0.5)).pairs == 4
+    assert skipped(tmp_path / "c") == {
+        "pairs.jsonl:5": "bad caption",
+        "pairs.jsonl:6": "missing image",
+        "pairs.jsonl:7": "missing image",
+        "pairs.jsonl:8": "bad line",
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has file names that are not Unicode")
+def test_file_names_that_are_not_unicode(tiny_sdxl: Path, tmp_path: Path) -> None:
+    for side in ("chosen", "rejected"):
+        (tmp_path / "s" / side).mkdir(parents=True)
+        (tmp_path / "s" / side / "a\udcff.png").write_bytes(png(len(side)))
+    (tmp_path / "s" / "chosen" / "a\udcff.txt").write_text("red")
+    prepare(config(tiny_sdxl, tmp_path / "s", tmp_path / "c", held_out=0.0))
+    cache = PairCache.open(tmp_path / "c")
+    assert cache.rows(cache.train)[0].name == r"chosen/a\udcff"
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped byte", "not parquet"])
+def test_damaged_scan_part_is_scanned_again(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(scan, "PART_ROWS", 3)
+    source = jsonl_folder(tmp_path / "s", 6)
+    run = config(tiny_sdxl, source, tmp_path / "c")
+    prepare(run)
+    whole = contents(tmp_path / "c")
+    part = sorted((tmp_path / "c" / "scan").iterdir())[1]
+    data = part.read_bytes()
+    at = data.index(b"a red thing")
+    damaged = {
+        "cut": data[:-20],
+        "empty": b"",
+        "flipped byte": data[: at + 3] + b"R" + data[at + 4 :],
+        "not parquet": b"x" * 500,
+    }
+    part.write_bytes(damaged[damage])
+    (tmp_path / "c" / "index.json").unlink()
+    prepare(run)
+    assert contents(tmp_path / "c") == whole
+
+
+def test_image_that_vanishes_under_way(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = jsonl_folder(tmp_path / "s", 4)
+    choose = prepare_module.choose
+
+    def meddle(*args: Any) -> Any:
+        (source / "2l.png").unlink()
+        return choose(*args)
+
+    monkeypatch.setattr(prepare_module, "choose", meddle)
+    with pytest.raises(UserError, match=r"pairs\.jsonl:3 in data\.source changed"):
+        prepare(config(tiny_sdxl, source, tmp_path / "c"))
