@@ -140,14 +140,13 @@ def test_killed_at_any_moment_and_resumed_is_bit_identical(
     kills = kills_after_a_checkpoint = 0
     for attempt in range(40):
         process = _in_child(config, resume=attempt > 0)
-        process.join(chance.uniform(0.1, 1.0) if kills < 3 or not kills_after_a_checkpoint else 60)
+        enough = kills >= 3 and kills_after_a_checkpoint
+        process.join(60 if enough else chance.uniform(0.1, 1.0 + 0.2 * attempt))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             kills += 1
-            kills_after_a_checkpoint += (
-                CheckpointStore(tmp_path / "run" / "checkpoints", 1).newest() is not None
-            )
+            kills_after_a_checkpoint += store.newest() is not None
             continue
         assert process.exitcode == 0
         break

@@ -32,7 +32,7 @@ def make_pairs(folder: Path, count: int = 24, side: int = 32) -> Path:
     return folder
 
 
-def settings(model: Path, cache: Path, output: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+def settings(model: Path, cache: Path, output: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
     """A nested dict of settings for a short fp32 run, as a TOML file would hold it."""
     table: dict[str, Any] = {
         "model": {"path": str(model)},
@@ -57,7 +57,7 @@ def settings(model: Path, cache: Path, output: Path, **sections: dict[str, Any])
     return table
 
 
-def make_config(model: Path, cache: Path, output: Path, **sections: dict[str, Any]) -> Config:
+def make_config(model: Path, cache: Path, output: Path, /, **sections: dict[str, Any]) -> Config:
     """`settings`, validated."""
     return parse_config(settings(model, cache, output, **sections))
 
