@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mapo_fast.data.prepare import prepare
 from PIL import Image
 
 from mapo_fast.config import Config, parse_config
+from mapo_fast.data.prepare import prepare
 
 COLOURS = ("red", "green", "blue")
 
