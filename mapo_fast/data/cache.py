@@ -8,7 +8,8 @@
     truncated.jsonl   prompts that lost text
     scan/             results of the scan, for a later run
     index.json        written last: counts, summary, SHA-256 and size of pairs.npy, rows.parquet and every
-                      shard; without it the cache is unfinished
+                      shard, and a SHA-256 of all this; without it the cache is unfinished
+    .lock             held by a running prepare
 
 pairs.npy is memory-mapped and pairs are made on access, so that opening is quick and memory flat however
 many there are. Shards are memory-mapped too.
@@ -35,7 +36,7 @@ from mapo_fast.errors import UserError
 from mapo_fast.files import sha256_file
 from mapo_fast.model import Component, SDXLFolder
 
-FORMAT = 1
+FORMAT = 2
 ENCODERS: tuple[Component, ...] = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 PAIR = np.dtype(
     [
@@ -160,11 +161,6 @@ class PairCache:
         if index is None:
             state = "is unfinished" if (folder / "settings.json").is_file() else "is not a mapo_fast cache"
             raise UserError(f"data.cache {folder} {state}: run mapo-fast prepare")
-        if index["settings"]["format"] != FORMAT:
-            raise UserError(
-                f"data.cache {folder} has cache format {index['settings']['format']}, this version reads "
-                f"{FORMAT}: prepare another data.cache"
-            )
         for name, entry in index["files"].items():
             path = folder / name
             if not path.is_file():
@@ -273,16 +269,34 @@ class PairCache:
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """`index.json` of a finished cache, None where there is none. Raises `UserError` if it is damaged."""
+    """`index.json` of a finished cache, None where there is none.
+
+    Raises:
+        UserError: it is damaged or edited, or of another version.
+    """
     path = folder / "index.json"
     try:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        index["settings"]["format"]
-    except FileNotFoundError:
+        written_by = index["settings"]["format"]
+        if written_by == FORMAT and index["sha256"] != index_digest(index):
+            raise ValueError("its content is not what was written")
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run mapo-fast prepare again") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is damaged ({reason}): delete it and run mapo-fast prepare again") from None
+    if written_by != FORMAT:
+        raise UserError(
+            f"data.cache {folder} has cache format {written_by}, this version reads {FORMAT}: prepare "
+            "another data.cache"
+        )
     return index
+
+
+def index_digest(index: dict[str, Any]) -> str:
+    """SHA-256 of an index without its own `sha256`."""
+    content = {name: value for name, value in index.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _verify(folder: Path, name: str, index: dict[str, Any], unverified: set[str]) -> None:

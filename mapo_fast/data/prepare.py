@@ -6,8 +6,9 @@
 4. prompts   encode each distinct prompt once, first all with encoder 1, then all with encoder 2 (`text`)
 5. finish    split, time ids, pair table; index.json last
 
-Killed at any moment, the next run reuses the scanned parts and the finished shards and ends with the same
-bytes as a run without interruption. More rows in the source later: the next run encodes only what is new.
+Killed or interrupted at any moment, the next run reuses the scanned parts and the finished shards and ends
+with the same bytes as a run without interruption. More rows in the source later: the next run encodes only
+what is new. Nothing is trusted unread: shards and a finished cache are checked against their SHA-256.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch import Tensor
 from mapo_fast.config import Config
 from mapo_fast.data import shards
 from mapo_fast.data.buckets import Size, choose_bucket, fit, make_buckets, time_ids
-from mapo_fast.data.cache import PAIR, cache_settings, difference, read_index
+from mapo_fast.data.cache import PAIR, cache_settings, difference, index_digest, read_index
 from mapo_fast.data.latents import DTYPES, ImageJob, LatentEncoder, encode_shard, latent_shape, plan
 from mapo_fast.data.leak import size_leaks
 from mapo_fast.data.pairs import PreferencePairs, SkippedRow
@@ -52,7 +53,7 @@ from mapo_fast.data.text import (
     truncations,
 )
 from mapo_fast.errors import UserError
-from mapo_fast.files import atomic_path, sha256_file, write_json
+from mapo_fast.files import atomic_path, disk_errors, exclusive, sha256_file, write_json
 from mapo_fast.model import SDXLFolder, open_sdxl
 
 
@@ -106,8 +107,8 @@ def prepare(config: Config, *, console: Console | None = None) -> PrepareSummary
     """Make or complete the cache at `config.data.cache`.
 
     Raises:
-        UserError: wrong source or model folder, a cache made for something else, too many skipped rows, too
-            little disk space. What has been encoded stays and is reused.
+        UserError: wrong source or model folder, a cache made for something else or in use by another
+            process, too many skipped rows, too little disk space. What has been encoded stays and is reused.
     """
     started = time.perf_counter()
     console = console or Console(quiet=True)
@@ -125,7 +126,8 @@ def prepare(config: Config, *, console: Console | None = None) -> PrepareSummary
             f"data.cache {data.cache} lies inside data.source {data.source}, where its own files would be "
             "taken for data: choose a data.cache elsewhere"
         )
-    _claim(data.cache, settings)
+    with disk_errors(data.cache):
+        _check_claim(data.cache, settings)
     if source.note:
         _say(console, source.note)
     identity = source.identity()
@@ -135,8 +137,13 @@ def prepare(config: Config, *, console: Console | None = None) -> PrepareSummary
         _say(console, f"{data.cache} is complete already: {done['pairs']} pairs, nothing to do")
         return _summary(done, time.perf_counter() - started)
 
-    work = Preparation(config, folder, source, identity, settings, buckets, console)
-    index = work.run(known=done["files"] if done else {})
+    with disk_errors(data.cache):
+        data.cache.mkdir(parents=True, exist_ok=True)
+    with exclusive(data.cache):
+        _check_claim(data.cache, settings)  # again: another process may have been here in between
+        if not (data.cache / "settings.json").is_file():
+            write_json(data.cache / "settings.json", settings)
+        index = Preparation(config, folder, source, identity, settings, buckets, console).run()
     summary = _summary(index, time.perf_counter() - started)
     _report(summary, data.cache, console)
     return summary
@@ -159,14 +166,15 @@ class Preparation:
         self.settings, self.buckets, self.console = settings, buckets, console
         self.cache = config.data.cache
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        (self.cache / "shards").mkdir(exist_ok=True)
-        (self.cache / "scan").mkdir(exist_ok=True)
-        for leftover in self.cache.rglob(".*.tmp"):
-            leftover.unlink()
+        with disk_errors(self.cache):
+            (self.cache / "shards").mkdir(exist_ok=True)
+            (self.cache / "scan").mkdir(exist_ok=True)
+            for leftover in self.cache.rglob(".*.tmp"):
+                leftover.unlink()
         self.families = {name: ShardFamily(self.cache / "shards", name) for name in shards.FAMILIES}
 
-    def run(self, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """All steps; returns the index. `known` are files with checksums of an earlier index."""
+    def run(self) -> dict[str, Any]:
+        """All steps; returns the index."""
         with self._progress() as progress:
             task = progress.add_task("scan", total=len(self.source))
             rows = scan(self.source, self.identity, self.cache / "scan", lambda n: progress.advance(task, n))
@@ -178,7 +186,8 @@ class Preparation:
         self._check_disk(todo, prompts)
 
         # From here on the files of an older index no longer belong together.
-        (self.cache / "index.json").unlink(missing_ok=True)
+        with disk_errors(self.cache):
+            (self.cache / "index.json").unlink(missing_ok=True)
         self._encode_images(todo)
         failed = self.families["latents"].failed
         good = [p.chosen not in failed and p.rejected not in failed for p in choice.pairs]
@@ -190,7 +199,7 @@ class Preparation:
         prompts = self._prompts(choice.pairs)
         truncated = self._write_truncated(prompts)
         self._encode_prompts(prompts)
-        return self._finish(choice, prompts, truncated, known)
+        return self._finish(choice, prompts, truncated)
 
     def _prompts(self, pairs: list[Candidate]) -> dict[bytes, str]:
         """Distinct prompts by key, in source order."""
@@ -292,9 +301,7 @@ class Preparation:
         _write_lines(self.cache / "truncated.jsonl", map(asdict, cut))
         return len(cut)
 
-    def _finish(
-        self, choice: Choice, prompts: dict[bytes, str], truncated: int, known: dict[str, dict[str, Any]]
-    ) -> dict[str, Any]:
+    def _finish(self, choice: Choice, prompts: dict[bytes, str], truncated: int) -> dict[str, Any]:
         pairs, data = choice.pairs, self.data
         held = held_out_pairs(
             [(p.prompt, p.row.chosen_hash, p.row.rejected_hash) for p in pairs], data.held_out
@@ -311,7 +318,7 @@ class Preparation:
         self._write_tables([pairs[i] for i in order], [held[i] for i in order])
         sizes = {p.chosen: (p.row.chosen_size, p.bucket) for p in pairs}
         sizes |= {p.rejected: (p.row.rejected_size, p.bucket) for p in pairs}
-        index = {
+        index: dict[str, Any] = {
             "settings": self.settings,
             "source": self.identity,
             "held_out": data.held_out,
@@ -328,8 +335,9 @@ class Preparation:
                 "nan_retries": self.families["latents"].retries,
                 "warnings": warnings,
             },
-            "files": self._checksums(known),
+            "files": self._checksums(),
         }
+        index["sha256"] = index_digest(index)
         write_json(self.cache / "index.json", index)
         return index
 
@@ -354,22 +362,15 @@ class Preparation:
         with atomic_path(self.cache / "rows.parquet") as temporary:
             pq.write_table(pa.table(columns), temporary)
 
-    def _checksums(self, known: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Size and SHA-256 of every data file; shards that an older index lists are not read again."""
-        names = ["pairs.npy", "rows.parquet"]
-        written = {
-            name: digest for family in self.families.values() for name, digest in family.digests.items()
-        }
+    def _checksums(self) -> dict[str, dict[str, Any]]:
+        """Size and SHA-256 of every data file; a shard's is the one it was written with."""
+        digests = {name: sha256_file(self.cache / name) for name in ("pairs.npy", "rows.parquet")}
         for family in self.families.values():
-            names += [f"shards/{path.name}" for path in family.paths()]
-        files = {}
-        for name in names:
-            path = self.cache / name
-            size = path.stat().st_size
-            old = known.get(name, {}) if name.startswith("shards/") else {}
-            digest = written.get(path.name) or (old.get("sha256") if old.get("bytes") == size else None)
-            files[name] = {"bytes": size, "sha256": digest or sha256_file(path)}
-        return files
+            digests |= {f"shards/{path.name}": family.digests[path.name] for path in family.paths()}
+        return {
+            name: {"bytes": (self.cache / name).stat().st_size, "sha256": digest}
+            for name, digest in digests.items()
+        }
 
     def _progress(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -453,8 +454,8 @@ def _half(values: Tensor) -> Tensor:
     return half if half.isfinite().all() else values
 
 
-def _claim(cache: Path, settings: dict[str, Any]) -> None:
-    """Make the cache folder this run's, or refuse without writing anything."""
+def _check_claim(cache: Path, settings: dict[str, Any]) -> None:
+    """Check that the cache folder is empty, or made for these settings; nothing is written."""
     path = cache / "settings.json"
     if path.is_file():
         try:
@@ -465,18 +466,18 @@ def _claim(cache: Path, settings: dict[str, Any]) -> None:
         if reason:
             raise UserError(f"data.cache {cache} {reason}: choose another data.cache (nothing was changed)")
         return
-    # A kill during the very first write leaves its temporary file and nothing else.
-    if cache.exists() and (
-        not cache.is_dir() or set(cache.iterdir()) - set(cache.glob(".settings.json.*.tmp"))
-    ):
+    # A kill during the very first write leaves the lock, its temporary file and nothing else.
+    own = {cache / ".lock", *cache.glob(".settings.json.*.tmp")}
+    if cache.exists() and (not cache.is_dir() or set(cache.iterdir()) - own):
         raise UserError(f"data.cache {cache} already holds something else: choose another data.cache")
-    cache.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
 
 
 def _whole(cache: Path, index: dict[str, Any]) -> bool:
+    """Whether every file is what was written. If one is not, `Preparation` makes it anew or names it."""
     return all(
-        (cache / name).is_file() and (cache / name).stat().st_size == entry["bytes"]
+        (cache / name).is_file()
+        and (cache / name).stat().st_size == entry["bytes"]
+        and sha256_file(cache / name) == entry["sha256"]
         for name, entry in index["files"].items()
     )
 

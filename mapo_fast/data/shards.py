@@ -7,8 +7,9 @@ A family of shards is `latents-00000.safetensors`, `latents-00001.safetensors`, 
     text1     `hidden` (n, S, D₁) of the first text encoder, `keys` (n, 16)
     text2     `hidden` (n, S, D₂), `pooled` (n, P) of the second, `keys` (n, 16)
 
-A shard says itself what it holds and is renamed into place only when it is complete: whatever stands in the
-folder after a kill is reused, and only what no shard holds is encoded.
+A shard says itself what it holds and is renamed into place only when it is complete. After that its SHA-256
+goes to `latents-00000.sha256` beside it (in the format of `sha256sum`): whatever stands in the folder with
+such a record after a kill is checked and reused, and only what no shard holds is encoded.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mapo_fast.errors import UserError
-from mapo_fast.files import atomic_path
+from mapo_fast.files import atomic_path, disk_errors, sha256_file
 from mapo_fast.tensorfile import write_tensors
 
 SHARD_BYTES = 256 * 2**20
@@ -38,7 +39,13 @@ class Place(NamedTuple):
 
 
 class ShardFamily:
-    """The finished shards of one family in a folder."""
+    """The finished shards of one family in a folder.
+
+    Opening it reads every shard. One without a record was cut short by a kill and is removed.
+
+    Raises:
+        UserError: a shard is not what its record says.
+    """
 
     def __init__(self, folder: Path, family: str) -> None:
         self.folder, self.family = folder, family
@@ -46,13 +53,18 @@ class ShardFamily:
         self.failed: set[bytes] = set()
         self.retries = 0
         self.digests: dict[str, str] = {}
-        """SHA-256 of the shards written by this object."""
-        for path in sorted(folder.glob(f"{family}-*.safetensors")):
+        """SHA-256 of every shard by file name."""
+        with disk_errors(folder):
+            self._remove_halves()
+        for path in self.paths():
             try:
+                digest = self.digests[path.name] = sha256_file(path)
+                if _record(path).read_text(encoding="utf-8") != _record_text(path, digest):
+                    raise OSError("its checksum is not the one it was written with")
                 with safe_open(path, framework="pt") as file:
                     keys = {n: file.get_tensor(n) for n in file.keys() if n.startswith(("keys", "failed"))}  # noqa: SIM118
                     self._register(path, keys, file.metadata())
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, ValueError) as error:
                 raise UserError(
                     f"shard {path} is damaged ({error}): delete it and run prepare again"
                 ) from None
@@ -72,8 +84,19 @@ class ShardFamily:
             number += 1
         metadata = {"format": "mapo_fast cache shard", "nan_retries": str(retries)}
         with atomic_path(path) as temporary:
-            self.digests[path.name] = write_tensors(temporary, tensors, metadata)
+            digest = self.digests[path.name] = write_tensors(temporary, tensors, metadata)
+        with atomic_path(_record(path)) as temporary:
+            temporary.write_text(_record_text(path, digest), encoding="utf-8", newline="\n")
         self._register(path, tensors, metadata)
+
+    def _remove_halves(self) -> None:
+        """Remove shards without a record, which a kill leaves, and records without a shard."""
+        for path in self.paths():
+            if not _record(path).is_file():
+                path.unlink()
+        for record in self.folder.glob(f"{self.family}-*.sha256"):
+            if not record.with_suffix(".safetensors").is_file():
+                record.unlink()
 
     def _register(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         number = int(path.stem.rpartition("-")[2])
@@ -88,6 +111,14 @@ class ShardFamily:
 def shard_path(folder: Path, family: str, number: int) -> Path:
     """File of a shard."""
     return folder / f"{family}-{number:05d}.safetensors"
+
+
+def _record(shard: Path) -> Path:
+    return shard.with_suffix(".sha256")
+
+
+def _record_text(shard: Path, digest: str) -> str:
+    return f"{digest}  {shard.name}\n"
 
 
 def pack_keys(keys: list[bytes]) -> Tensor:  # (n, 16) uint8

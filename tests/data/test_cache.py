@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +139,70 @@ def test_damaged_index_and_other_format(copy: Path) -> None:
     (copy / "index.json").write_text("{")
     with pytest.raises(UserError, match=r"index\.json is damaged"):
         PairCache.open(copy)
+
+
+def edited(index: dict[str, Any], kind: str) -> Any:
+    if kind == "train":
+        return index | {"train": index["train"] - 1}
+    if kind == "settings":
+        return index | {"settings": index["settings"] | {"flip": True}}
+    if kind == "list":
+        return [index]
+    return {name: value for name, value in index.items() if name != kind}
+
+
+@pytest.mark.parametrize("kind", ["train", "settings", "list", "files", "sha256", "summary"])
+def test_edited_index_is_refused(tiny_sdxl: Path, prepared: Path, copy: Path, kind: str) -> None:
+    path = copy / "index.json"
+    path.write_text(json.dumps(edited(json.loads(path.read_text()), kind)))
+    before = contents(copy)
+    for use in (
+        lambda: PairCache.open(copy),
+        lambda: prepare(config(tiny_sdxl, prepared.parent / "s", copy)),
+    ):
+        with pytest.raises(UserError, match=r"index\.json is damaged \([^\n]+\): delete it and run") as error:
+            use()
+        assert "\n" not in str(error.value)
+    assert contents(copy) == before
+    path.unlink()
+    prepare(config(tiny_sdxl, prepared.parent / "s", copy))
+    assert contents(copy) == contents(prepared)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("name", SHARDS)
+def test_prepare_never_takes_over_a_damaged_shard(
+    tiny_sdxl: Path, prepared: Path, copy: Path, name: str, finished: bool
+) -> None:
+    run = config(tiny_sdxl, prepared.parent / "s", copy)
+    flip_byte(copy / name)
+    if not finished:
+        (copy / "index.json").unlink()
+    with pytest.raises(
+        UserError, match=rf"{Path(name).name} is damaged \([^\n]+\): delete it and run prepare"
+    ):
+        prepare(run)
+    (copy / name).unlink()
+    prepare(run)
+    assert contents(copy) == contents(prepared)
+
+
+def test_shard_without_a_record_is_encoded_again(tiny_sdxl: Path, prepared: Path, copy: Path) -> None:
+    # A kill between the two writes leaves this; nobody can say whether the shard is what was written.
+    flip_byte(copy / SHARDS[0])
+    (copy / SHARDS[0]).with_suffix(".sha256").unlink()
+    (copy / "index.json").unlink()
+    prepare(config(tiny_sdxl, prepared.parent / "s", copy))
+    assert contents(copy) == contents(prepared)
+
+
+@pytest.mark.parametrize("name", ["pairs.npy", "rows.parquet"])
+def test_damaged_table_of_a_finished_cache_is_made_anew(
+    tiny_sdxl: Path, prepared: Path, copy: Path, name: str
+) -> None:
+    flip_byte(copy / name)
+    prepare(config(tiny_sdxl, prepared.parent / "s", copy))
+    assert contents(copy) == contents(prepared)
 
 
 def test_fingerprint_is_of_the_content(tiny_sdxl: Path, prepared: Path, copy: Path) -> None:

@@ -677,3 +677,82 @@ def test_image_that_vanishes_under_way(
     monkeypatch.setattr(prepare_module, "choose", meddle)
     with pytest.raises(UserError, match=r"pairs\.jsonl:3 in data\.source changed"):
         prepare(config(tiny_sdxl, source, tmp_path / "c"))
+
+
+@pytest.mark.parametrize("place", ["below a file", "a file's name too long", "/proc"])
+def test_cache_where_none_can_be(tiny_sdxl: Path, tmp_path: Path, place: str) -> None:
+    if place == "/proc" and sys.platform != "linux":
+        pytest.skip("only Linux has /proc")
+    source = jsonl_folder(tmp_path / "s", 3)
+    (tmp_path / "file").write_text("")
+    places = {"below a file": tmp_path / "file", "/proc": Path("/proc")}
+    parent = places.get(place, tmp_path / ("x" * 300))
+    with pytest.raises(UserError) as error:
+        prepare(config(tiny_sdxl, source, parent / "c"))
+    assert str(error.value).startswith(f"cannot write {parent / 'c'}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_read_only_cache(tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tests may run as root, whom no permission stops: the system's answer is put in its place.
+    source = jsonl_folder(tmp_path / "s", 3)
+    mkdir = Path.mkdir
+
+    def refusing(self: Path, *args: Any, **options: Any) -> None:
+        if self.name == "shards":
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+        mkdir(self, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refusing)
+    with pytest.raises(UserError, match=r"^cannot write .*c: Read-only file system$"):
+        prepare(config(tiny_sdxl, source, tmp_path / "c"))
+
+
+def test_second_prepare_of_a_cache_is_refused(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(tiny_sdxl, jsonl_folder(tmp_path / "s", 4), tmp_path / "c")
+    choose = prepare_module.choose
+    seen = []
+
+    def meanwhile(*args: Any) -> Any:
+        before = contents(tmp_path / "c")
+        with pytest.raises(UserError, match="in use by another mapo-fast process"):
+            prepare(run)
+        assert contents(tmp_path / "c") == before
+        seen.append(True)
+        return choose(*args)
+
+    monkeypatch.setattr(prepare_module, "choose", meanwhile)
+    assert prepare(run).pairs == 4
+    assert seen == [True]
+
+
+def test_interrupt_keeps_what_is_finished(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 4000)
+    source = jsonl_folder(tmp_path / "s", 8)
+    run = config(tiny_sdxl, source, tmp_path / "c", batch_size=2)
+    prepare(config(tiny_sdxl, source, tmp_path / "whole", batch_size=2))
+    call = latents.LatentEncoder.__call__
+    calls = 0
+
+    def interrupted(self: Any, images: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return call(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latents.LatentEncoder, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(run)
+    kept = contents(tmp_path / "c" / "shards")
+    assert len([name for name in kept if name.endswith(".safetensors")]) >= 1
+    assert not list((tmp_path / "c").rglob("*.tmp"))
+    prepare(run)
+    whole = contents(tmp_path / "whole")
+    assert {f"shards/{name}" for name in kept} < set(whole)
+    assert contents(tmp_path / "c") == whole
