@@ -116,12 +116,14 @@ class Trainer:
             except UserError:  # a full disk, most likely: what is trained must not be lost
                 self.save()
                 raise
+            if finished and not self._healthy(always=True):
+                raise UserError(self._diverged("the run's last step"))
             if finished or (_due(self.step, config.checkpoint_every) and self._healthy()):
                 self.save()
         finished = self.step >= config.steps
         if finished:
             self._export(folder)
-        else:
+        elif self._healthy():
             self.save()
         log.end(self.step, finished=finished)
         return TrainResult(config.output, self.step, finished, int(self.optimizer.skipped))
@@ -172,7 +174,11 @@ class Trainer:
         if self._healthy(always=True):
             self.save()
             return f"{reason}; the weights are, and are saved at step {self.step}: look for damaged data"
-        kept = self.store.discard_from(self.step - in_a_row)
+        return self._diverged(reason)
+
+    def _diverged(self, reason: str) -> str:
+        """Drop the checkpoints that may hold the model as it is now and name the one before them."""
+        kept = self.store.discard_from(self.step - int(self.optimizer.skipped_in_a_row))
         if kept is None:
             return f"{reason}: the model has diverged before its first checkpoint; lower optim.lr"
         return (

@@ -292,6 +292,24 @@ def test_a_diverged_model_does_not_replace_good_checkpoints(
     assert all(bool(torch.isfinite(value).all()) for value in kept.values())
 
 
+def test_a_run_that_ends_diverged_has_no_result(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer._step
+
+    def diverging(self: Trainer) -> torch.Tensor:
+        norm = step(self)
+        if self.step == 6:
+            with torch.no_grad():
+                self.unet.conv_in.weight.fill_(float("nan"))
+        return norm
+
+    monkeypatch.setattr(Trainer, "_step", diverging)
+    assert "the run's last step: the model has diverged" in _last_message(make(tmp_path / "run"))
+    assert not (tmp_path / "run" / "unet").exists()
+    assert (tmp_path / "run" / "checkpoints" / "step-00000004").is_dir()
+
+
 def test_a_failing_preview_loses_no_training(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
