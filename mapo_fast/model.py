@@ -205,11 +205,11 @@ def open_sdxl(
                 raise UserError(f"model.vae not found: {vae} (it must be a diffusers AutoencoderKL folder)")
     for component in _CONFIGS:
         if component == "vae" and vae is not None:
-            try:
-                with _readable("model.vae", vae):
+            with _readable("model.vae", vae):
+                try:
                     _check_part(folder, "vae")
-            except UserError as error:
-                raise UserError(f"model.vae cannot be used: {error}") from None
+                except UserError as error:
+                    raise UserError(f"model.vae cannot be used: {error}") from None
         else:
             with _readable("model.path", path):
                 _check_part(folder, component)  # type: ignore[arg-type]

@@ -20,7 +20,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -161,17 +162,18 @@ class PairCache:
         if index is None:
             state = "is unfinished" if (folder / "settings.json").is_file() else "is not a mapo_fast cache"
             raise UserError(f"data.cache {folder} {state}: run mapo-fast prepare")
-        for name, entry in index["files"].items():
-            path = folder / name
-            if not path.is_file():
-                raise UserError(f"{path} is missing from the cache: run mapo-fast prepare again")
-            if path.stat().st_size != entry["bytes"]:
-                raise _damaged(path)
         unverified = set(index["files"])
-        for name in sorted(unverified):
-            if verify or not name.startswith("shards/"):
-                _verify(folder, name, index, unverified)
-        table = np.load(folder / "pairs.npy", mmap_mode="r", allow_pickle=False)
+        with _reading(folder):
+            for name, entry in index["files"].items():
+                path = folder / name
+                if not path.is_file():
+                    raise UserError(f"{path} is missing from the cache: run mapo-fast prepare again")
+                if path.stat().st_size != entry["bytes"]:
+                    raise _damaged(path)
+            for name in sorted(unverified):
+                if verify or not name.startswith("shards/"):
+                    _verify(folder, name, index, unverified)
+            table = np.load(folder / "pairs.npy", mmap_mode="r", allow_pickle=False)
         return cls(folder, index, table, unverified)
 
     @property
@@ -259,8 +261,9 @@ class PairCache:
         shard, row = int(place[0]), int(place[1])
         path = shard_path(self.folder / "shards", family, shard)
         if path.name not in self._shards:
-            _verify(self.folder, f"shards/{path.name}", self.index, self._unverified)
-            self._shards[path.name] = safe_open(path, framework="pt")
+            with _reading(self.folder):
+                _verify(self.folder, f"shards/{path.name}", self.index, self._unverified)
+                self._shards[path.name] = safe_open(path, framework="pt")
             if len(self._shards) > OPEN_SHARDS:
                 self._shards.popitem(last=False)  # the file closes with its last reference
         self._shards.move_to_end(path.name)
@@ -276,13 +279,15 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / "index.json"
     try:
-        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        with _reading(folder):
+            text = path.read_bytes()
+        index: dict[str, Any] = json.loads(text)
         written_by = index["settings"]["format"]
         if written_by == FORMAT and index["sha256"] != index_digest(index):
             raise ValueError("its content is not what was written")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} is damaged ({reason}): delete it and run mapo-fast prepare again") from None
     if written_by != FORMAT:
@@ -291,6 +296,19 @@ def read_index(folder: Path) -> dict[str, Any] | None:
             "another data.cache"
         )
     return index
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """One `UserError` for a file that is there and cannot be read; it is not damaged."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UserError(
+            f"data.cache {folder} cannot be read: {error.strerror or error} ({error.filename})"
+        ) from error
 
 
 def index_digest(index: dict[str, Any]) -> str:

@@ -474,12 +474,13 @@ def _check_claim(cache: Path, settings: dict[str, Any]) -> None:
 
 def _whole(cache: Path, index: dict[str, Any]) -> bool:
     """Whether every file is what was written. If one is not, `Preparation` makes it anew or names it."""
-    return all(
-        (cache / name).is_file()
-        and (cache / name).stat().st_size == entry["bytes"]
-        and sha256_file(cache / name) == entry["sha256"]
-        for name, entry in index["files"].items()
-    )
+    try:
+        return all(
+            (cache / name).stat().st_size == entry["bytes"] and sha256_file(cache / name) == entry["sha256"]
+            for name, entry in index["files"].items()
+        )
+    except OSError:
+        return False
 
 
 def _summary(index: dict[str, Any], seconds: float) -> PrepareSummary:

@@ -60,11 +60,13 @@ class ShardFamily:
             try:
                 digest = self.digests[path.name] = sha256_file(path)
                 if _record(path).read_text(encoding="utf-8") != _record_text(path, digest):
-                    raise OSError("its checksum is not the one it was written with")
+                    raise ValueError("its checksum is not the one it was written with")
                 with safe_open(path, framework="pt") as file:
                     keys = {n: file.get_tensor(n) for n in file.keys() if n.startswith(("keys", "failed"))}  # noqa: SIM118
                     self._register(path, keys, file.metadata())
-            except (SafetensorError, OSError, ValueError) as error:
+            except OSError as error:
+                raise UserError(f"shard {path} cannot be read: {error.strerror or error}") from None
+            except (SafetensorError, ValueError) as error:
                 raise UserError(
                     f"shard {path} is damaged ({error}): delete it and run prepare again"
                 ) from None
@@ -75,12 +77,15 @@ class ShardFamily:
 
     def paths(self) -> list[Path]:
         """The shard files in order."""
-        return sorted(self.folder.glob(f"{self.family}-*.safetensors"))
+        with disk_errors(self.folder):  # a glob would take a folder without permission for an empty one
+            return sorted(
+                path for path in self.folder.iterdir() if path.match(f"{self.family}-*.safetensors")
+            )
 
     def write(self, tensors: Mapping[str, Tensor], retries: int = 0) -> None:
         """Write one shard under the lowest free number, atomically."""
-        number = 0
-        while (path := shard_path(self.folder, self.family, number)).exists():
+        have, number = set(self.paths()), 0
+        while (path := shard_path(self.folder, self.family, number)) in have:
             number += 1
         metadata = {"format": "mapo_fast cache shard", "nan_retries": str(retries)}
         with atomic_path(path) as temporary:

@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 from pathlib import Path
@@ -228,3 +229,39 @@ def test_pairs_are_made_on_access() -> None:
     rows = PairRows(np.zeros(10**7, PAIR), 5, 10**7)
     assert len(rows) == 10**7 - 5
     assert rows[-1].index == 10**7 - 1
+
+
+@pytest.mark.parametrize("name", ["index.json", "pairs.npy", SHARDS[0]])
+def test_file_without_permission_is_not_called_damaged(
+    tiny_sdxl: Path, prepared: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # Tests may run as root, whom no permission stops: the system's answer is put in its place.
+    io_open = io.open
+
+    def refusing(path: Any, *args: Any, **options: Any) -> Any:
+        if path == copy / name and (not args or args[0] in ("r", "rb")):
+            raise PermissionError(13, "Permission denied", str(path))
+        return io_open(path, *args, **options)
+
+    monkeypatch.setattr(io, "open", refusing)
+    with pytest.raises(UserError, match=r"^data\.cache .* cannot be read: Permission denied \(.*\)$"):
+        PairCache.open(copy)
+    if name != "pairs.npy":  # prepare makes the table anew
+        with pytest.raises(UserError, match=r"^(data\.cache|shard) .* cannot be read: Permission denied"):
+            prepare(config(tiny_sdxl, prepared.parent / "s", copy))
+
+
+def test_shard_folder_without_permission_is_not_taken_for_an_empty_one(
+    tiny_sdxl: Path, prepared: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterdir = Path.iterdir
+
+    def refusing(self: Path) -> Any:
+        if self.name == "shards":
+            raise PermissionError(13, "Permission denied", str(self))
+        return iterdir(self)
+
+    (copy / "index.json").unlink()
+    monkeypatch.setattr(Path, "iterdir", refusing)
+    with pytest.raises(UserError, match=r"^cannot write .*shards: Permission denied$"):
+        prepare(config(tiny_sdxl, prepared.parent / "s", copy))
