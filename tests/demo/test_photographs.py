@@ -110,7 +110,8 @@ def test_score_of_a_kind_is_the_paired_change() -> None:
     assert (score.pairs, score.photographs) == (6, 3)
     change = np.array([0.5, 0.5, 0.2, 0.4, 0.2, 0.4])
     assert score.change == pytest.approx(change.mean())
-    assert score.pairs_high - score.change == pytest.approx(1.96 * change.std(ddof=1) / 6**0.5)
+    half = 2.5706 * change.std(ddof=1) / 6**0.5  # Student's t with five degrees of freedom
+    assert score.pairs_high - score.change == pytest.approx(half, rel=1e-4)
     means = np.array([0.5, 0.3, 0.3])  # Student's t with two degrees of freedom: 4.303
     assert score.change - score.photographs_low == pytest.approx(4.303 * means.std(ddof=1) / 3**0.5, rel=1e-3)
 
