@@ -45,7 +45,11 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     from mapo_fast.config import load_config
     from mapo_fast.data.prepare import prepare as run
 
-    run(load_config(config, overrides), console=Console())
+    try:
+        run(load_config(config, overrides), console=Console())
+    except KeyboardInterrupt:
+        typer.echo("interrupted; what is encoded is kept, the same command continues", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -97,9 +101,6 @@ def main() -> None:
     except UserError as error:
         print(f"mapo-fast: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("mapo-fast: interrupted; the same command continues what can be continued", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

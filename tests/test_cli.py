@@ -51,6 +51,18 @@ def test_prepare_then_train_then_resume(
     assert (tmp_path / "run" / "unet" / "config.json").is_file()
 
 
+def test_an_interrupted_prepare_says_how_to_go_on(
+    tmp_path: Path, tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mapo_fast.data.prepare.prepare", interrupted)
+    config = _write(tmp_path / "config.toml", settings(tiny_sdxl, tmp_path / "cache", tmp_path / "run"))
+    assert _run(monkeypatch, "prepare", config) == 130
+    assert capsys.readouterr().err == "interrupted; what is encoded is kept, the same command continues\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
