@@ -2,9 +2,10 @@
 
     python -m bench.predict_memory      prints the rows and writes bench/results/predicted_memory.jsonl
 
-The trainer's own UNet set-up (adapter, precision, pair layout) and loss run forward and backward on fake
-tensors; live bytes are counted by storage, rounded to 512 B. Not included: CUDA context, library workspaces,
-fragmentation. The optimizer's 8-bit states are added by count: 2 B per parameter plus the block maxima.
+The trainer's own UNet set-up (adapter, precision, pair layout) and loss run two micro-batches on fake
+tensors, the second beside the gradients of the first as under gradient accumulation; live bytes are counted
+by storage, rounded to 512 B. Not included: CUDA context, library workspaces, fragmentation.
+The optimizer's 8-bit states are added by count: 2 B per parameter plus the block maxima.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 from bench.environment import environment
+from bench.live_memory import LiveMemory
 from bench.sdxl import PARAMETERS, SDXL_UNET
 from mapo_fast import MaPOLoss
 from mapo_fast.config import parse_config
 from mapo_fast.engine.layouts import apply_layout
-from mapo_fast.engine.live_memory import LiveMemory
 from mapo_fast.engine.precision import choose_precision
 from mapo_fast.engine.step import PairInputs, predict
 from mapo_fast.lora import add_lora
@@ -44,7 +45,7 @@ ROWS: list[dict[str, str]] = [
 
 
 def trace(row: dict[str, str], side: int = 128) -> dict[str, Any]:
-    """Peak GiB of forward and backward of one pair, latents (4, side, side), with gradients kept."""
+    """Peak GiB of two micro-batches of one pair, latents (4, side, side), gradients accumulated."""
     config = parse_config(
         {
             "model": {"path": "sdxl"},
@@ -83,19 +84,23 @@ def trace(row: dict[str, str], side: int = 128) -> dict[str, Any]:
         )
         with _cuda_norms(precision.autocast is not None), LiveMemory(unet.parameters()) as memory:
             parameters = memory.live
-            with precision.context(CPU):
-                prediction = predict(unet, inputs)
-            loss = MaPOLoss()(prediction, inputs.target).loss
-            del prediction
-            saved = memory.live - parameters
-            loss.backward()
+            saved = []
+            for _ in range(2):
+                before = memory.live
+                with precision.context(CPU):
+                    prediction = predict(unet, inputs)
+                loss = MaPOLoss()(prediction, inputs.target).loss
+                del prediction
+                saved.append(memory.live - before)
+                loss.backward()
+                del loss
     states = trainable * 2 + trainable // 256 * 2 * 4
     return {
         **row,
         "latent_side": side,
         "trainable_parameters": trainable,
         "parameters_gib": round(parameters / 2**30, 2),
-        "saved_gib": round(saved / 2**30, 2),
+        "saved_gib": round(saved[0] / 2**30, 2),
         "forward_backward_peak_gib": round(memory.peak / 2**30, 2),
         "optimizer_states_gib": round(states / 2**30, 2),
         "peak_gib": round((memory.peak + states) / 2**30, 2),

@@ -34,7 +34,7 @@ def demo() -> str:
             f"| {same['before']:.2f} | {same['sft']:.2f} | **{same['mapo']:.2f}** | {row['seconds']:.0f} |"
         )
     machine = next(iter(newest.values()))["environment"]
-    lines += ["", f"({machine['cpu']}, {machine['threads']} threads.)"]
+    lines += ["", f"(CPU: {machine['cpu']}, torch threads: {machine['threads']}.)"]
     return "\n".join(lines)
 
 

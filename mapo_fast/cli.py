@@ -62,12 +62,15 @@ def train(
     from mapo_fast.config import load_config
     from mapo_fast.train import train as run
 
-    result = run(load_config(config, overrides), resume=resume, console=Console())
+    settings = load_config(config, overrides)
+    result = run(settings, resume=resume, console=Console())
     if not result.finished:
         typer.echo(
             f"stopped at step {result.step}, saved; continue with the same command and --resume", err=True
         )
         raise typer.Exit(130)
+    made = result.output / ("lora" if settings.adapter.kind == "lora" else "unet")
+    typer.echo(f"finished: {result.step} steps; result in {made}, log in {result.output / 'log.jsonl'}")
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -270,7 +271,7 @@ def _resolve_paths(table: dict[str, Any], base: Path) -> None:
     for section, key in _PATHS:
         part = table.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
-            part[key] = str(base / Path(part[key]).expanduser())
+            part[key] = os.path.normpath(base / Path(part[key]).expanduser())
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:

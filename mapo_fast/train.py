@@ -44,6 +44,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         find_wandb()
     device = choose_device(config.train)
     precision = choose_precision(config, device)
+    if console is not None:
+        why = " (torch sees no NVIDIA GPU: mapo-fast doctor)" if device.type == "cpu" else ""
+        console.print(f"training on {device}{why}", highlight=False)
     folder = open_sdxl(config.model.path, config.model.vae, scheduler_overrides(config.train))
     diffusion = Diffusion(folder.scheduler_config)
     cache = PairCache.open(config.data.cache)
@@ -91,6 +94,11 @@ def _notes(config: Config, cache: PairCache, checkpoint: Checkpoint | None, resu
         notes.append(
             f"train.precision = 'pure_bf16' rounds updates to bf16: at lr {config.optim.lr:g} many are lost; "
             "'bf16' keeps fp32 weights"
+        )
+    if config.optim.warmup_steps >= config.train.steps:
+        notes.append(
+            f"optim.warmup_steps = {config.optim.warmup_steps} is not less than train.steps: the learning "
+            "rate never reaches optim.lr"
         )
     if not cache.held_out:
         notes.append("no pair is held out (data.held_out): preference accuracy cannot be measured")

@@ -45,7 +45,10 @@ def test_prepare_then_train_then_resume(
     config = _write(tmp_path / "config.toml", table)
     assert _run(monkeypatch, "prepare", config) == 0
     assert _run(monkeypatch, "train", config, "--set", "train.steps=2") == 0
-    assert "step 2/2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "training on cpu" in out
+    assert "step 2/2" in out
+    assert f"result in {tmp_path / 'run' / 'unet'}" in out
     assert _run(monkeypatch, "train", config, "--resume", "--set", "train.steps=4") == 0
     assert "step 4/4" in capsys.readouterr().out
     assert (tmp_path / "run" / "unet" / "config.json").is_file()

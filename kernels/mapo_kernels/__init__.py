@@ -1,7 +1,7 @@
 """Fused Triton kernels for MaPO training; needs torch, uses Triton where it is installed.
 
-Nothing here imports `mapo_fast`. Each module holds one operator: kernels, launchers, the registered operator,
-the public function and its fp64 reference.
+Nothing here imports `mapo_fast`. An operator's module holds its kernels, launchers, registration, public
+function and fp64 reference; modules with an underscore are shared between operators.
 """
 
 from mapo_kernels._launch import Backend, backend

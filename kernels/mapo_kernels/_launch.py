@@ -57,7 +57,9 @@ def backend(device: torch.device | str) -> Backend:
 
 @functools.cache
 def _cuda_backend(index: int) -> Backend:
-    if torch.version.hip is None and torch.cuda.get_device_capability(index) < OLDEST_CAPABILITY:
+    if torch.version.hip is not None:
+        return Backend("eager", "the kernels have only been compiled for NVIDIA GPUs, not for ROCm")
+    if torch.cuda.get_device_capability(index) < OLDEST_CAPABILITY:
         have = "{}.{}".format(*torch.cuda.get_device_capability(index))
         return Backend(
             "eager", f"compute capability {have} is below {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"

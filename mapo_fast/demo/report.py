@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,19 @@ FIGURE_NAMES = {
     "preferred_share": "no colour named: the asked shape, in red",
     "unchanged_score": "colour named: the asked shape in the asked colour",
 }
-NEXT_COMMANDS = (
-    "mapo-fast prepare recipes/lora_300_pairs.toml --set model.path=YOUR_SDXL_FOLDER "
-    "--set data.source=YOUR_PAIRS_FOLDER",
-    "mapo-fast train   recipes/lora_300_pairs.toml --set model.path=YOUR_SDXL_FOLDER",
-)
-"""What to run on one's own pairs."""
+
+
+def next_commands() -> tuple[str, str]:
+    """What to run on one's own pairs, with the interpreter that runs now."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    recipe = "recipes/lora_300_pairs.toml --set model.path=YOUR_SDXL_FOLDER"
+    return (
+        f"{python} -m mapo_fast prepare {recipe} --set data.source=YOUR_PAIRS_FOLDER",
+        f"{python} -m mapo_fast train   {recipe}",
+    )
+
 
 Cells = dict[str, dict[str, Samples]]
 """Set of prompts ("preference", "unchanged") -> model -> its samples."""
@@ -162,9 +170,9 @@ interval, paired).</li>
 </section>
 <section>
 <h2>Next: your own pairs</h2>
-<pre><code>{html.escape(chr(10).join(NEXT_COMMANDS))}</code></pre>
+<pre><code>{html.escape(chr(10).join(next_commands()))}</code></pre>
 <p>Data formats and settings stand in the README. To run this page's trainings again, see
-<code>config_mapo.toml</code> and <code>config_sft.toml</code> beside it.</p>
+<code>config_mapo.toml</code> and <code>config_sft.toml</code> beside it (with another train.output).</p>
 </section>
 <section>
 <h2>Settings</h2>

@@ -234,5 +234,5 @@ def _print_result(console: Console, result: dict[str, Any], out: Path) -> None:
     console.print(table)
     console.print(f"Report: {out / 'report.html'}   ({result['seconds']:.0f} s in all)")
     console.print("\n[bold]Next, your own pairs[/bold] (formats and settings: README.md):")
-    for line in report.NEXT_COMMANDS:
+    for line in report.next_commands():
         console.print(f"  {line}", highlight=False, soft_wrap=True)

@@ -37,10 +37,10 @@ def apply_layout(unet: Any, layout: Layout, *, gradient_checkpointing: bool) -> 
             )
         unet.disable_gradient_checkpointing()
         return
-    unet.enable_gradient_checkpointing(_joint_block if layout == "joint" else _split_block)
+    unet.enable_gradient_checkpointing(_checkpointed if layout == "joint" else _split_block)
 
 
-def _joint_block(block: Any, *args: Any) -> Any:
+def _checkpointed(block: Any, *args: Any) -> Any:
     return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=_has_dropout(block))
 
 
@@ -60,7 +60,7 @@ def _split_block(
             return value.chunk(2)[index]
         return value
 
-    halves = [_joint_block(block, *(half_of(value, i) for value in (hidden, *args))) for i in (0, 1)]
+    halves = [_checkpointed(block, *(half_of(value, i) for value in (hidden, *args))) for i in (0, 1)]
     return torch.cat(halves)
 
 

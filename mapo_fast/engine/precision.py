@@ -33,10 +33,14 @@ class Precision:
     """Whether the loss needs a gradient scaler."""
 
     def context(self, device: torch.device) -> AbstractContextManager[None]:
-        """The autocast context of forward passes."""
+        """The autocast context of forward passes.
+
+        Autocast's cache of cast weights stays off: it would hold a half-precision copy of every weight
+        until the forward pass ends, beside the gradients of the micro-batches before.
+        """
         if self.autocast is None:
             return nullcontext()
-        return torch.autocast(device.type, dtype=self.autocast)
+        return torch.autocast(device.type, dtype=self.autocast, cache_enabled=False)
 
 
 def choose_precision(config: Config, device: torch.device) -> Precision:

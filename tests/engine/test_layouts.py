@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.live_memory import LiveMemory
 from mapo_fast import MaPOLoss
 from mapo_fast.engine.layouts import apply_layout
-from mapo_fast.engine.live_memory import LiveMemory
 from mapo_fast.model import open_sdxl
 from tests.tiny import POOLED_WIDTH, TEXT_WIDTH
 
