@@ -269,20 +269,25 @@ def test_too_many_bad_steps_stop_the_run_with_the_last_good_state(
     assert all(torch.equal(kept[name], expected[name]) for name in expected)
 
 
-def test_a_diverged_model_does_not_replace_good_checkpoints(
-    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The fifth update makes the weights useless, though its own step was finite."""
+def _diverge_at(last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the update of step `last` make the weights useless."""
     step = Trainer._step
 
     def diverging(self: Trainer) -> torch.Tensor:
         norm = step(self)
-        if self.step == 5:
+        if self.step == last:
             with torch.no_grad():
                 self.unet.conv_in.weight.fill_(float("nan"))
         return norm
 
     monkeypatch.setattr(Trainer, "_step", diverging)
+
+
+def test_a_diverged_model_does_not_replace_good_checkpoints(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fifth update makes the weights useless, though its own step was finite."""
+    _diverge_at(5, monkeypatch)
     settings = {"max_skipped_steps": 1, "checkpoint_every": 1, "keep_checkpoints": 2, "steps": 20}
     message = _last_message(make(tmp_path / "run", train={**settings, "log_every": 1}))
     assert "the model has diverged" in message
@@ -295,16 +300,7 @@ def test_a_diverged_model_does_not_replace_good_checkpoints(
 def test_a_run_that_ends_diverged_has_no_result(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Trainer._step
-
-    def diverging(self: Trainer) -> torch.Tensor:
-        norm = step(self)
-        if self.step == 6:
-            with torch.no_grad():
-                self.unet.conv_in.weight.fill_(float("nan"))
-        return norm
-
-    monkeypatch.setattr(Trainer, "_step", diverging)
+    _diverge_at(6, monkeypatch)
     assert "the run's last step: the model has diverged" in _last_message(make(tmp_path / "run"))
     assert not (tmp_path / "run" / "unet").exists()
     assert (tmp_path / "run" / "checkpoints" / "step-00000004").is_dir()
@@ -457,6 +453,8 @@ def test_every_layout_and_precision_trains(
     assert entries[-1]["finished"]
     warned = any("rounds updates" in e.get("message", "") for e in entries)
     assert warned == (train_settings.get("precision") == "pure_bf16")
+    # the warm-up of these runs is as long as they are
+    assert any("never reaches optim.lr" in e.get("message", "") for e in entries)
 
 
 def test_v_prediction_with_zero_terminal_snr_and_an_fp16_only_folder(cache: Path, tmp_path: Path) -> None:

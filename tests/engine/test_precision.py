@@ -47,6 +47,13 @@ def test_storage_and_arithmetic(
     )
 
 
+def test_autocast_keeps_no_copies_of_the_weights() -> None:
+    """Its cache would stand beside the gradients of earlier micro-batches: 4.4 GiB of a full SDXL."""
+    with choose_precision(_config("bf16", "full"), CPU).context(CPU):
+        assert torch.is_autocast_enabled("cpu")
+        assert not torch.is_autocast_cache_enabled()
+
+
 def test_a_card_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
