@@ -1,4 +1,4 @@
-"""Which implementation an op runs on, and the few things every launcher needs.
+"""Which implementation an op runs on, for which card, and the few things every launcher needs.
 
 Triton is optional (PyPI has it for Linux only). Kernels are decorated with `jit` from here and name `tl` only
 inside their bodies, so a module of kernels imports with or without Triton. Whether kernels are compiled or
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +22,19 @@ except ImportError:  # Windows, macOS: the eager path runs
     triton = None
     tl = None
 
-__all__ = ["INTERPRETING", "Backend", "backend", "completion_counter", "jit", "on_device", "tl"]
+__all__ = [
+    "INTERPRETING",
+    "Backend",
+    "Card",
+    "assume_card",
+    "backend",
+    "block_size",
+    "card",
+    "completion_counter",
+    "jit",
+    "on_device",
+    "tl",
+]
 
 INTERPRETING: bool = triton is not None and triton.knobs.runtime.interpret
 """Triton runs kernels in Python on CPU tensors (a test mode: correct, slow, bit-exact masks and indexing)."""
@@ -48,6 +60,8 @@ def backend(device: torch.device | str) -> Backend:
     device = torch.device(device)
     if triton is None:
         return Backend("eager", "Triton is not installed")
+    if _assumed is not None and not INTERPRETING:
+        return Backend("triton", f"assumed: {_assumed}")
     if INTERPRETING:
         return Backend("interpreter", "TRITON_INTERPRET=1 was set before Triton was imported")
     if device.type != "cuda":
@@ -65,6 +79,63 @@ def _cuda_backend(index: int) -> Backend:
             "eager", f"compute capability {have} is below {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
         )
     return Backend("triton", f"Triton {triton.__version__} on {torch.cuda.get_device_name(index)}")
+
+
+class Card(NamedTuple):
+    """What launchers choose grids and block sizes by."""
+
+    capability: int
+    """Compute capability as one number, 89 for 8.9."""
+    multiprocessors: int
+
+
+_assumed: Card | None = None
+
+_INTERPRETER = Card(capability=90, multiprocessors=4)
+"""What the interpreter pretends to be: few programs, since each one costs time."""
+
+
+def card(device: torch.device) -> Card:
+    """The card that a launch on `device` is for."""
+    if _assumed is not None:
+        return _assumed
+    if device.type != "cuda":
+        return _INTERPRETER
+    return _cuda_card(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _cuda_card(index: int) -> Card:
+    properties = torch.cuda.get_device_properties(index)
+    return Card(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+@contextlib.contextmanager
+def assume_card(assumed: Card) -> Iterator[None]:
+    """Launch as on another card, for tools that compile or count what production launches there.
+
+    Grids and block sizes are that card's, also for CPU tensors and under the interpreter; without the
+    interpreter the caller has to intercept the launches.
+    """
+    global _assumed
+    before, _assumed = _assumed, assumed
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+LARGEST_INTERPRETED_BLOCK = 65536
+
+
+def block_size(production: int, size: int) -> int:
+    """Elements per program along an axis of `size`: `production`, but few large ones for the interpreter.
+
+    The interpreter's cost is per program, not per element. The result is a power of two.
+    """
+    if not INTERPRETING or _assumed is not None:
+        return production
+    return min(LARGEST_INTERPRETED_BLOCK, max(16, 1 << max(0, size - 1).bit_length()))
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

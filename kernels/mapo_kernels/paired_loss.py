@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mapo_kernels._launch import INTERPRETING, backend, completion_counter, jit, on_device, tl
+from mapo_kernels._launch import backend, block_size, completion_counter, jit, on_device, tl
 from mapo_kernels._pair_checks import FLOATING, TensorOrPair, check_inputs, check_scalars, check_weights
 from mapo_kernels._pair_layout import Halves, Layout, mask_halves, merge_layout, split_halves
 from mapo_kernels.objectives import pair_terms, pair_terms_torch
@@ -46,8 +46,6 @@ ROWS_PER_TILE = 16
 WARPS = 4
 PAIRS_PER_TILE = 32 * WARPS
 """One pair per thread of the last program."""
-INTERPRETER_BLOCK = 65536
-"""Largest block under the interpreter, whose cost is per program: it gets few large ones."""
 
 
 # --- Kernels ---
@@ -286,15 +284,9 @@ def _accumulator(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _block(numel: int) -> int:
-    if not INTERPRETING:
-        return BLOCK
-    return min(INTERPRETER_BLOCK, max(16, 1 << (numel - 1).bit_length()))
-
-
 def _chunking(numel: int) -> tuple[int, int, int]:
     """Return (block, elements per program, programs per sample); a function of the sample's size alone."""
-    block = _block(numel)
+    block = block_size(BLOCK, numel)
     chunk = block * -(-numel // (block * MOST_CHUNKS))
     return block, chunk, -(-numel // chunk)
 
@@ -394,7 +386,7 @@ def _launch_backward(
 ) -> None:
     like = prediction.chosen
     pairs, numel = like.shape[0], like[0].numel()
-    block = _block(numel)
+    block = block_size(BLOCK, numel)
     chunks = -(-numel // block)
     with on_device(like):
         _backward_kernel[(2 * pairs * chunks,)](

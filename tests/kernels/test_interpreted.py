@@ -11,11 +11,26 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: there are no kernels to interpret")
 
 ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+FILES = [
+    "test_shim.py",
+    *(
+        p.name
+        for p in sorted(HERE.glob("test_*.py"))
+        if re.search(r"test_\w+\(\s*device: str", p.read_text("utf-8"))
+    ),
+]
+"""The files that ask conftest's `device` fixture which implementation they run on."""
 
 
-def test_kernels_under_the_interpreter() -> None:
+def test_the_files_are_found() -> None:
+    assert {"test_paired_loss.py", "test_philox.py"} <= set(FILES)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_under_the_interpreter(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-p", "tests.interpreter"]
-    command += ["-p", "no:cacheprovider", "tests/kernels/test_paired_loss.py", "tests/kernels/test_shim.py"]
+    command += ["-p", "no:cacheprovider", f"tests/kernels/{file}"]
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
@@ -24,4 +39,4 @@ def test_kernels_under_the_interpreter() -> None:
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     summary = result.stdout.splitlines()[-1]
     assert "skipped" not in summary, summary
-    assert int(re.search(r"(\d+) passed", summary)[1]) > 150, summary
+    assert re.search(r"[1-9]\d* passed", summary), summary

@@ -1,14 +1,11 @@
 """The fused loss against its fp64 definition.
 
-This file runs in every implementation: eagerly on the CPU; again under Triton's interpreter, where the real
-kernels run on CPU tensors (test_interpreted.py starts that process); and on CUDA where there is a GPU.
+This file runs in every implementation: see conftest.py.
 """
 
 import math
-import os
 import shutil
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import mpmath
@@ -29,33 +26,7 @@ from mapo_kernels import _launch as launch
 op = sys.modules["mapo_kernels.paired_loss"]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-        ],
-    ),
-]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    expected = "triton" if request.param == "cuda" else "interpreter" if INTERPRETED else "eager"
-    assert backend(request.param).name == expected
-    return str(request.param)
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_fresh_memory() -> Iterator[None]:
-    """`torch.empty` comes filled with NaN, so that an output nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("_nan_in_fresh_memory")
 
 
 def make(
@@ -145,7 +116,7 @@ def test_any_number_of_pairs(device: str, pairs: int, monkeypatch: pytest.Monkey
 def test_many_chunks_per_sample(device: str, block: int, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Production cuts a sample into up to 64 chunks of several blocks; so do small blocks and samples."""
     monkeypatch.setattr(op, "BLOCK", block)
-    monkeypatch.setattr(op, "INTERPRETER_BLOCK", block)
+    monkeypatch.setattr(launch, "LARGEST_INTERPRETED_BLOCK", block)
     numel = 4 * 31 * 9
     _, chunk, chunks = op._chunking(numel)
     assert chunks > 16
