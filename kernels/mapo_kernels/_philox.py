@@ -34,8 +34,8 @@ def philox_torch(
         x = [high_b ^ x[1] ^ k0, low_b, high_a ^ x[3] ^ k1, low_a]
         k0 = (k0 + _KEY_A) & _WORD
         k1 = (k1 + _KEY_B) & _WORD
-    shape = torch.broadcast_shapes(*(word.shape for word in x))
-    return x[0].expand(shape), x[1].expand(shape), x[2].expand(shape), x[3].expand(shape)
+    like = x[0] + x[1] + x[2] + x[3]
+    return x[0].expand_as(like), x[1].expand_as(like), x[2].expand_as(like), x[3].expand_as(like)
 
 
 def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
