@@ -249,7 +249,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> Tensor:
     (projected,) = ctx.saved_tensors
-    return _geglu_backward_op(projected, grad)
+    grad_projected: Tensor = _geglu_backward_op(projected, grad)
+    return grad_projected
 
 
 _geglu_op.register_autograd(_backward, setup_context=_save_for_backward)
@@ -278,7 +279,8 @@ def geglu(projected: Tensor) -> Tensor:
             f"projected: shape {tuple(projected.shape)} is not (..., 2F); the last dimension holds F values, "
             "then their F gates"
         )
-    return _geglu_op(projected)
+    out: Tensor = _geglu_op(projected)
+    return out
 
 
 def geglu_reference(projected: Tensor) -> Tensor:
