@@ -1,0 +1,441 @@
+"""What the operators with a matrix product share: projections, dense or quantised, with or without LoRA.
+
+    y_i = n W_iᵀ + bias_i + scale_i · t_i B_iᵀ        t_i = n A_iᵀ, one (M, r) product per adapter
+
+n is (M, C): an operator's input, or what it makes of its input and makes again in backward. The y_i lie side
+by side in one (M, ΣN) buffer. Weights that are rows of one matrix (`views_of_one`) are one product.
+
+    dt_i = scale_i · dy_i B_i          dn = Σ dy_i W_i + Σ dt_i A_i
+    dW_i = dy_iᵀ n     dA_i = dt_iᵀ n     dB_i = scale_i · dy_iᵀ t_i     dbias_i = Σ_rows dy_i
+
+Everything is computed in n's dtype: weights and factors are cast, n never is. A gradient has its parameter's
+dtype; on CUDA an fp32 one leaves the matrix product in fp32, elsewhere it is rounded to n's dtype first. dn
+is accumulated in one buffer: no gradients are concatenated.
+
+Quantised weights are frozen. They are dequantised inside the operator, in forward and again in backward, and
+never saved: nf4 and fp4 by bitsandbytes to the dtype that was quantised, int8 as CB · (SCB / 127). Unlike
+bitsandbytes' own int8 layer, activations are not quantised and there are no outlier columns.
+
+Custom operators take tensors, numbers and strings. `pack` turns projections into a list of tensors and one
+format each, such as `nf4 640 320 bfloat16 64 256+bias+lora`; `unpack` turns them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mapo_kernels._autocast import autocast_dtype
+
+__all__ = [
+    "FrozenWeight",
+    "Lora",
+    "Projection",
+    "dense_weight",
+    "frozen_or_dense",
+    "join_weights",
+    "views_of_one",
+]
+
+
+class Lora(NamedTuple):
+    """A low-rank adapter: scale · (n Aᵀ) Bᵀ is added to a projection."""
+
+    a: Tensor
+    """(r, C), any floating dtype."""
+    b: Tensor
+    """(N, r)."""
+    scale: float
+    """alpha / r in peft's terms."""
+
+
+class FrozenWeight(NamedTuple):
+    """A weight that bitsandbytes has quantised; `frozen_or_dense` makes it from a layer."""
+
+    tensors: tuple[Tensor, ...]
+    """int8: CB (N, C) and SCB (N,). nf4, fp4: packed, absmax, and for nested statistics, where absmax is
+    quantised itself, the inner absmax, code and offset."""
+    format: str
+    """`int8 N C` or `nf4 N C dtype blocksize nested_blocksize`, the last 0 without nested statistics."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, C) of the weight that was quantised."""
+        _, rows, columns, *_ = self.format.split()
+        return int(rows), int(columns)
+
+
+class Projection(NamedTuple):
+    """One linear layer: weight (N, C), bias (N,) or None, adapter or None."""
+
+    weight: Tensor | FrozenWeight
+    bias: Tensor | None = None
+    lora: Lora | None = None
+
+
+# --- Quantised weights ---
+
+
+def frozen_or_dense(layer: Any) -> Tensor | FrozenWeight:
+    """The weight of a linear layer, for a `Projection`.
+
+    Args:
+        layer: `torch.nn.Linear`, or bitsandbytes' `Linear4bit` or `Linear8bitLt` (told by their weight's
+            `quant_state` and `SCB`). Ask in every forward pass: moving a layer replaces its tensors.
+
+    Raises:
+        ValueError: the layer is to be quantised but is not yet, or bitsandbytes has repacked it for inference
+            on the CPU.
+    """
+    weight = layer.weight
+    if hasattr(weight, "quant_state"):
+        return _frozen_4bit(weight.data, weight.quant_state)
+    if hasattr(weight, "SCB") and not weight.has_fp16_weights:
+        scales = layer.state.SCB if weight.SCB is None else weight.SCB
+        if scales is None:
+            raise ValueError("layer: its weight is not quantised yet; move it with layer.to(device) first")
+        return FrozenWeight((weight.data, scales), "int8 {} {}".format(*weight.shape))
+    return weight  # type: ignore[no-any-return]
+
+
+def _frozen_4bit(packed: Tensor, state: Any) -> FrozenWeight:
+    if state is None:
+        raise ValueError("layer: its weight is not quantised yet; move it with layer.to(device) first")
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            "layer: bitsandbytes has repacked its weight for inference on the CPU; "
+            "layer.state_dict() turns it back, layer.train() before the first forward pass prevents it"
+        )
+    rows, columns = state.shape
+    dtype = str(state.dtype).removeprefix("torch.")
+    outer = f"{state.quant_type} {rows} {columns} {dtype} {state.blocksize}"
+    if state.state2 is None:
+        return FrozenWeight((packed, state.absmax), f"{outer} 0")
+    inner = state.state2
+    return FrozenWeight(
+        (packed, state.absmax, inner.absmax, inner.code, state.offset), f"{outer} {inner.blocksize}"
+    )
+
+
+def dense_weight(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
+    """(N, C) in `dtype`: the weight itself where it has that dtype, else cast or dequantised."""
+    if isinstance(weight, Tensor):
+        return weight.to(dtype)
+    kind, _, _, *rest = weight.format.split()
+    if kind == "int8":
+        codes, scales = weight.tensors
+        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        return torch.mul(codes, scales[:, None] / 127, out=out)  # one pass, computed in fp32
+    import bitsandbytes  # noqa: F401  its operators; needed only where a 4-bit weight is met
+
+    packed, absmax, *nested = weight.tensors
+    stored, block, nested_block = getattr(torch, rest[0]), int(rest[1]), int(rest[2])
+    if nested:
+        inner, code, offset = nested
+        absmax = offset + torch.ops.bitsandbytes.dequantize_blockwise(
+            absmax, inner, code, nested_block, torch.float32
+        )
+    out: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, block, kind, weight.shape, stored)
+    return out.to(dtype)
+
+
+# --- Weights in one storage ---
+
+
+def views_of_one(weights: Sequence[Tensor]) -> Tensor | None:
+    """The (ΣN, C) matrix whose adjacent rows the (N, C) weights are, in order; None if they are not."""
+    first = weights[0]
+    columns = first.shape[1]
+    start = first.storage_offset()
+    for weight in weights:
+        if (
+            weight.shape[1] != columns
+            or weight.dtype != first.dtype
+            or weight.stride() != (columns, 1)
+            or weight.storage_offset() != start
+            or weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
+            return None
+        start += weight.numel()
+    return first.detach().as_strided((sum(len(w) for w in weights), columns), (columns, 1))
+
+
+def join_weights(weights: Sequence[Tensor]) -> Tensor:
+    """Move (N, C) Parameters into one (ΣN, C) matrix and return it; each is then a view of its rows.
+
+    The Parameters stay the same objects, with their names, gradients and optimizer state.
+    """
+    matrix = torch.cat([weight.detach() for weight in weights])
+    for weight, rows in zip(weights, matrix.split_with_sizes([len(w) for w in weights]), strict=True):
+        weight.data = rows
+    return matrix
+
+
+# --- Projections as operator arguments ---
+
+
+def pack(projections: Sequence[Projection]) -> tuple[list[Tensor], list[str], list[float]]:
+    """Tensors in order (weight…, bias, A, B of each projection), formats, and LoRA scales (0.0 without)."""
+    tensors: list[Tensor] = []
+    formats, scales = [], []
+    for weight, bias, lora in projections:
+        if isinstance(weight, FrozenWeight):
+            tensors.extend(weight.tensors)
+            form = weight.format
+        else:
+            tensors.append(weight)
+            form = "dense"
+        if bias is not None:
+            tensors.append(bias)
+            form += "+bias"
+        if lora is not None:
+            tensors.extend((lora.a, lora.b))
+            form += "+lora"
+        formats.append(form)
+        scales.append(0.0 if lora is None else float(lora.scale))
+    return tensors, formats, scales
+
+
+def roles(form: str) -> list[str]:
+    """What the tensors of one packed projection are: `weight` or several `frozen`, `bias`, `a`, `b`."""
+    weight, *parts = form.split("+")
+    if weight == "dense":
+        found = ["weight"]
+    else:
+        found = ["frozen"] * (2 if weight.startswith("int8") or weight.endswith(" 0") else 5)
+    if "bias" in parts:
+        found.append("bias")
+    if "lora" in parts:
+        found.extend(("a", "b"))
+    return found
+
+
+def unpack(tensors: Sequence[Tensor], formats: Sequence[str], scales: Sequence[float]) -> list[Projection]:
+    """The projections that were packed."""
+    projections = []
+    rest = iter(tensors)
+    for form, scale in zip(formats, scales, strict=True):
+        mine = [(role, next(rest)) for role in roles(form)]
+        by_role = dict(mine)
+        frozen = tuple(tensor for role, tensor in mine if role == "frozen")
+        projections.append(
+            Projection(
+                FrozenWeight(frozen, form.split("+")[0]) if frozen else by_role["weight"],
+                by_role.get("bias"),
+                Lora(by_role["a"], by_role["b"], scale) if "a" in by_role else None,
+            )
+        )
+    return projections
+
+
+def widths(projections: Sequence[Projection]) -> list[int]:
+    """Output features N of each projection."""
+    return [projection.weight.shape[0] for projection in projections]
+
+
+def total_rank(projections: Sequence[Projection]) -> int:
+    """Columns of t: the sum of the adapters' ranks."""
+    return sum(p.lora.a.shape[0] for p in projections if p.lora is not None)
+
+
+def needs_input(needed: Sequence[bool], formats: Sequence[str]) -> bool:
+    """Whether n is needed for the gradients that are: those of weights and of A."""
+    return any(
+        need and role in ("weight", "a") for need, role in zip(needed, _all_roles(formats), strict=True)
+    )
+
+
+def _all_roles(formats: Sequence[str]) -> Iterator[str]:
+    return (role for form in formats for role in roles(form))
+
+
+# --- The products ---
+
+
+def project(n: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, Tensor]:
+    """All projections of n (M, C): y (M, ΣN) and t (M, Σr), which backward needs for dB."""
+    dtype = n.dtype
+    sizes = widths(projections)
+    matrix = _one_matrix(projections, dtype)
+    if matrix is not None:
+        y = F.linear(n, matrix, _one_bias(projections, dtype))
+    else:
+        y = n.new_empty(n.shape[0], sum(sizes))
+        for projection, part in zip(projections, y.split_with_sizes(sizes, 1), strict=True):
+            weight = dense_weight(projection.weight, dtype).t()
+            if projection.bias is None:
+                torch.mm(n, weight, out=part)
+            else:
+                torch.addmm(projection.bias.to(dtype), n, weight, out=part)
+    t = n.new_empty(n.shape[0], total_rank(projections))
+    if t.shape[1]:
+        torch.mm(n, _stacked_a(projections, dtype).t(), out=t)
+        for part, _, lora, t_part in _with_lora(y.split_with_sizes(sizes, 1), projections, t):
+            part.addmm_(t_part, lora.b.to(dtype).t(), alpha=lora.scale)
+    return y, t
+
+
+def input_gradients(
+    grads: Sequence[Tensor],  # dy_i (M, N_i)
+    projections: Sequence[Projection],
+    *,
+    with_dn: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """dn (M, C) if asked for, and dt (M, Σr)."""
+    dtype = grads[0].dtype
+    dt = grads[0].new_empty(grads[0].shape[0], total_rank(projections))
+    for dy, _, lora, dt_part in _with_lora(grads, projections, dt):
+        dt_part.addmm_(dy, lora.b.to(dtype), beta=0, alpha=lora.scale)
+    if not with_dn:
+        return None, dt
+    dn = torch.mm(grads[0], dense_weight(projections[0].weight, dtype))
+    for dy, projection in zip(grads[1:], projections[1:], strict=True):
+        dn.addmm_(dy, dense_weight(projection.weight, dtype))
+    if dt.shape[1]:
+        dn.addmm_(dt, _stacked_a(projections, dtype))
+    return dn, dt
+
+
+def parameter_gradients(
+    needed: Sequence[bool],  # one per packed tensor
+    grads: Sequence[Tensor],  # dy_i (M, N_i)
+    tensors: Sequence[Tensor],
+    formats: Sequence[str],
+    scales: Sequence[float],
+    n: Tensor | None,  # (M, C), where `needs_input`
+    t: Tensor,  # (M, Σr)
+    dt: Tensor,
+) -> list[Tensor]:
+    """The gradients of the packed tensors that need one, in order."""
+    found = []
+    rest = iter(zip(needed, tensors, strict=True))
+    column = 0
+    for dy, form, scale in zip(grads, formats, scales, strict=True):
+        for role in roles(form):
+            need, tensor = next(rest)
+            if role == "a":
+                rank = slice(column, column := column + tensor.shape[0])
+            if not need:
+                continue
+            if role == "bias":
+                found.append(dy.sum(0, dtype=tensor.dtype))
+            elif role == "b":
+                found.append(_mm(dy.t(), t[:, rank], tensor.dtype).mul_(scale))
+            else:
+                assert n is not None
+                found.append(_mm((dt[:, rank] if role == "a" else dy).t(), n, tensor.dtype))
+    return found
+
+
+def _one_matrix(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
+    if len(projections) == 1:
+        return dense_weight(projections[0].weight, dtype)
+    weights = [p.weight for p in projections if isinstance(p.weight, Tensor)]
+    matrix = views_of_one(weights) if len(weights) == len(projections) else None
+    return None if matrix is None else matrix.to(dtype)
+
+
+def _one_bias(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
+    found = [p.bias for p in projections if p.bias is not None]
+    if not found:
+        return None
+    if len(projections) == 1:
+        return found[0].to(dtype)
+    zeros = found[0].new_zeros
+    return torch.cat(
+        [zeros(p.weight.shape[0], dtype=dtype) if p.bias is None else p.bias.to(dtype) for p in projections]
+    )
+
+
+def _stacked_a(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor:
+    """All A, one below the other, (Σr, C)."""
+    found = [p.lora.a.to(dtype) for p in projections if p.lora is not None]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _with_lora(
+    outputs: Sequence[Tensor],  # y_i or dy_i
+    projections: Sequence[Projection],
+    ranks: Tensor,  # (M, Σr)
+) -> Iterator[tuple[Tensor, Projection, Lora, Tensor]]:
+    """(output, projection, its adapter, its columns of `ranks`) of the projections that have an adapter."""
+    column = 0
+    for output, projection in zip(outputs, projections, strict=True):
+        lora = projection.lora
+        if lora is not None:
+            rank = lora.a.shape[0]
+            yield output, projection, lora, ranks[:, column : column + rank]
+            column += rank
+
+
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """A B in `dtype`, rounded once where torch can: fp32 out of half precision, on CUDA."""
+    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def reference_projection(n: Tensor, projection: Projection) -> Tensor:
+    """One projection of n in fp64, differentiated by autograd."""
+    weight, bias, lora = projection
+    y = F.linear(n, dense_weight(weight, torch.float64), None if bias is None else bias.double())
+    return y if lora is None else y + lora.scale * F.linear(F.linear(n, lora.a.double()), lora.b.double())
+
+
+# --- What the public functions check ---
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with x: autocast's, if it is on and x is not fp64, else x's."""
+    autocast = autocast_dtype(x.device)
+    return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
+
+
+def check_input(name: str, x: Any, shape: str) -> None:
+    """Raise unless x is a floating-point tensor of at least one dimension."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name}: pass a floating-point tensor of shape {shape}")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name}: shape {tuple(x.shape)} has no features, it is not {shape}")
+
+
+def check_projection(name: str, projection: Projection, features: int, x: Tensor) -> None:
+    """Raise unless the projection fits an input of `features` features in x's dtype or autocast's."""
+    weight, bias, lora = projection
+    if not isinstance(weight, FrozenWeight):
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise TypeError(
+                f"{name}.weight: pass a floating-point (N, {features}) tensor, or frozen_or_dense(layer) for "
+                "a layer that bitsandbytes has quantised"
+            )
+        if weight.ndim != 2:
+            raise ValueError(f"{name}.weight: shape {tuple(weight.shape)} is not (N, {features})")
+    out, columns = weight.shape
+    if columns != features:
+        raise ValueError(f"{name}.weight: {columns} columns do not fit the input's {features} features")
+    if bias is not None and tuple(bias.shape) != (out,):
+        raise ValueError(f"{name}.bias: shape {tuple(bias.shape)} is not ({out},)")
+    if lora is not None:
+        if lora.a.ndim != 2 or lora.a.shape[1] != features:
+            raise ValueError(f"{name}.lora.a: shape {tuple(lora.a.shape)} is not (r, {features})")
+        if tuple(lora.b.shape) != (out, lora.a.shape[0]):
+            raise ValueError(
+                f"{name}.lora.b: shape {tuple(lora.b.shape)} is not ({out}, {lora.a.shape[0]}), "
+                "(N, r) of the weight and lora.a"
+            )
+    for packed in pack([projection])[0]:
+        if packed.device != x.device:
+            raise ValueError(f"{name}: it is on {packed.device}, the input on {x.device}; move one of them")
+    dtype = product_dtype(x)
+    for part, tensor in zip(("weight", "bias"), projection, strict=False):
+        if not isinstance(tensor, Tensor) or tensor.dtype == dtype:
+            continue  # quantised, none, or as it should be
+        if autocast_dtype(x.device) is None or torch.float64 in (tensor.dtype, dtype):
+            raise ValueError(
+                f"{name}.{part}: {tensor.dtype} does not fit {dtype} of the input; cast one of them, or use "
+                "torch.autocast"
+            )

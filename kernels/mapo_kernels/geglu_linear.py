@@ -1,0 +1,167 @@
+"""GEGLU and the linear layer behind it in one operator, which saves only the projection that GEGLU reads.
+
+    g  = value · gate · Φ(gate),  value, gate = projected.chunk(2, -1)         see geglu.py
+    y  = g Wᵀ + bias + scale · (g Aᵀ) Bᵀ                                       see _linear.py
+    dg = dy W + scale · (dy B) A;  dprojected and g again from projected and dg, in one pass;  dW = dyᵀ g
+
+Shapes: projected (…, 2F), W (N, F) dense or quantised, bias (N,), A (r, F), B (N, r), y (…, N).
+
+Dtypes. GEGLU is computed in fp32 (fp64 if projected is) and rounded once; the products are in projected's
+dtype, or autocast's. Gradients have their tensor's dtype.
+
+Saved for backward: projected, and g Aᵀ with an adapter; neither g nor gelu(gate). g is made again only if W
+or A needs a gradient. Least traffic beside the products, for M rows of b bytes an element: forward 3·M·F·b,
+backward 5·M·F·b and M·F·b for g. That is what the kernels move.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mapo_kernels._autocast import autocast_off
+from mapo_kernels._linear import (
+    Projection,
+    check_input,
+    check_projection,
+    input_gradients,
+    needs_input,
+    pack,
+    parameter_gradients,
+    product_dtype,
+    project,
+    reference_projection,
+    total_rank,
+    unpack,
+    widths,
+)
+from mapo_kernels.geglu import geglu_backward, geglu_forward, geglu_reference
+
+# --- Operators ---
+
+
+@torch.library.custom_op(
+    "mapo::geglu_linear",
+    mutates_args=(),
+    schema="(Tensor projected, ScalarType dtype, Tensor[] tensors, str[] formats, float[] scales)"
+    " -> (Tensor, Tensor)",
+)
+def _geglu_linear_op(
+    projected: Tensor, dtype: torch.dtype, tensors: list[Tensor], formats: list[str], scales: list[float]
+) -> tuple[Tensor, Tensor]:
+    with autocast_off(projected.device):
+        g = geglu_forward(projected).to(dtype)
+        y, t = project(g.view(-1, g.shape[-1]), unpack(tensors, formats, scales))
+    return y.view(*projected.shape[:-1], y.shape[1]), t
+
+
+@_geglu_linear_op.register_fake
+def _(
+    projected: Tensor, dtype: torch.dtype, tensors: list[Tensor], formats: list[str], scales: list[float]
+) -> tuple[Tensor, Tensor]:
+    projections = unpack(tensors, formats, scales)
+    batch = projected.shape[:-1]
+    y = projected.new_empty((*batch, *widths(projections)), dtype=dtype)
+    return y, projected.new_empty((batch.numel(), total_rank(projections)), dtype=dtype)
+
+
+@torch.library.custom_op(
+    "mapo::geglu_linear_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor projected, Tensor t, Tensor[] tensors, str[] formats, float[] scales, "
+    "bool[] needed) -> Tensor[]",
+)
+def _geglu_linear_backward_op(
+    grad: Tensor,
+    projected: Tensor,
+    t: Tensor,
+    tensors: list[Tensor],
+    formats: list[str],
+    scales: list[float],
+    needed: list[bool],  # projected, then one per tensor
+) -> list[Tensor]:
+    of_projected, *of_tensors = needed
+    with_g = needs_input(of_tensors, formats)
+    found = []
+    with autocast_off(grad.device):
+        dy = [grad.reshape(-1, grad.shape[-1])]
+        dg, dt = input_gradients(dy, unpack(tensors, formats, scales), with_dn=of_projected)
+        g = None
+        if dg is not None:
+            dg = dg.view(*projected.shape[:-1], dg.shape[1])
+            grad_projected, g = geglu_backward(projected, dg, with_output=with_g)
+            found.append(grad_projected)
+        elif with_g:
+            g = geglu_forward(projected)
+        if g is not None:
+            g = g.to(grad.dtype).view(-1, g.shape[-1])
+        return found + parameter_gradients(of_tensors, dy, tensors, formats, scales, g, t, dt)
+
+
+@_geglu_linear_backward_op.register_fake
+def _(
+    grad: Tensor,
+    projected: Tensor,
+    t: Tensor,
+    tensors: list[Tensor],
+    formats: list[str],
+    scales: list[float],
+    needed: list[bool],
+) -> list[Tensor]:
+    inputs = zip([projected, *tensors], needed, strict=True)
+    return [i.new_empty(i.shape) for i, need in inputs if need]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    projected, _, tensors, formats, scales = inputs
+    _, t = output
+    ctx.save_for_backward(projected, t, *tensors)
+    ctx.mark_non_differentiable(t)
+    ctx.formats, ctx.scales = formats, scales
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    projected, t, *tensors = ctx.saved_tensors
+    needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2]]
+    found = iter(_geglu_linear_backward_op(grad, projected, t, tensors, ctx.formats, ctx.scales, needed))
+    grad_projected, *rest = [next(found) if need else None for need in needed]
+    return grad_projected, None, rest, None, None
+
+
+_geglu_linear_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+# --- Public functions ---
+
+
+def geglu_linear(projected: Tensor, projection: Projection) -> Tensor:
+    """A linear layer over GEGLU, `projection(geglu(projected))`, saving only `projected`.
+
+    Args:
+        projected: (…, 2F), values and then their gates; fp16, bf16, fp32 or fp64, any strides.
+        projection: weight (N, F), bias (N,) or None, adapter or None; weight and bias in projected's dtype,
+            any floating dtype under autocast.
+
+    Returns:
+        (…, N) in projected's dtype, or autocast's.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not fit; the message names it.
+    """
+    check_input("projected", projected, "(…, 2F)")
+    if projected.shape[-1] % 2:
+        raise ValueError(
+            f"projected: shape {tuple(projected.shape)} is not (…, 2F); the last dimension holds F values, "
+            "then their F gates"
+        )
+    check_projection("projection", projection, projected.shape[-1] // 2, projected)
+    tensors, formats, scales = pack([projection])
+    y: Tensor = _geglu_linear_op(projected, product_dtype(projected), tensors, formats, scales)[0]
+    return y
+
+
+def geglu_linear_reference(projected: Tensor, projection: Projection) -> Tensor:
+    """The definition in fp64, differentiated by autograd."""
+    return reference_projection(geglu_reference(projected), projection)
