@@ -1,0 +1,284 @@
+"""Group normalisation, SiLU and a 2-D convolution in one operator that saves the normalisation's input only.
+
+    y   = silu(group_norm(x)) in the convolution's dtype        group_norm_silu.py
+    out = conv2d(y, conv_weight, conv_bias)                      torch's own, cuDNN on a GPU
+
+y is not saved. Backward, in this order:
+
+    grad_y = the convolution's input gradient                    needs no y
+    grad_x, norm gradients, and y again if conv_weight trains    one pass writes y beside the sums
+    grad of conv_weight and conv_bias from y; y is freed
+
+One opaque operator with its own backward operator: torch.compile would merge a recomputation that it sees
+with the forward, and save y after all.
+
+Shapes. x (N, C, H, W), contiguous or channels_last; conv_weight (O, C, kh, kw); out as `torch.conv2d` lays it
+out. Dtypes: fp16, bf16, fp32, fp64; x may differ from the weights. Under autocast the convolution's operands
+are cast, x stays as it is and y is written in autocast's dtype. y is rounded once.
+
+Saved for backward: x, mean and rstd (N, groups). Least traffic besides the convolution: forward reads x and
+writes y; backward reads x and grad_y and writes grad_x, and y if conv_weight trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mapo_kernels._autocast import autocast_off, cast_operands
+from mapo_kernels.group_norm_silu import (
+    FLOATING,
+    check_group_norm,
+    group_norm_silu_apply,
+    group_norm_silu_backward,
+    group_norm_silu_forward,
+    group_norm_silu_reference,
+    walkable,
+)
+
+# --- Operators ---
+
+
+def _convolution(
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    out: Tensor
+    out = torch.ops.aten.convolution.default(y, weight, bias, stride, padding, dilation, False, [0, 0], 1)
+    return out
+
+
+@torch.library.custom_op(
+    "mapo::group_norm_silu_conv",
+    mutates_args=(),
+    schema="(Tensor x, int num_groups, Tensor? norm_weight, Tensor? norm_bias, Tensor conv_weight, "
+    "Tensor? conv_bias, float eps, int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor, Tensor)",
+)
+def _group_norm_silu_conv_op(
+    x: Tensor,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    eps: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = group_norm_silu_forward(
+        x, num_groups, norm_weight, norm_bias, eps, True, out_dtype=conv_weight.dtype
+    )
+    with autocast_off(x.device):
+        return _convolution(y, conv_weight, conv_bias, stride, padding, dilation), mean, rstd
+
+
+@_group_norm_silu_conv_op.register_fake
+def _(
+    x: Tensor,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    eps: float,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.float64 in {t.dtype for t in (x, norm_weight, norm_bias) if t is not None}
+    mean, rstd = (
+        x.new_empty(x.shape[0], num_groups, dtype=torch.float64 if wide else torch.float32) for _ in range(2)
+    )
+    y = torch.empty_like(x, dtype=conv_weight.dtype)
+    with autocast_off(x.device):
+        return _convolution(y, conv_weight, conv_bias, stride, padding, dilation), mean, rstd
+
+
+@torch.library.custom_op(
+    "mapo::group_norm_silu_conv_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor mean, Tensor rstd, "
+    "Tensor conv_weight, Tensor? conv_bias, int[] stride, int[] padding, int[] dilation, bool[] needs)"
+    " -> Tensor[]",
+)
+def _group_norm_silu_conv_backward_op(
+    grad: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Those of the gradients of x, norm weight, norm bias, conv weight and conv bias that are needed."""
+
+    def convolution_backward(y: Tensor, *mask: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
+        gradients = torch.ops.aten.convolution_backward.default(
+            grad, y, conv_weight, [len(conv_weight)], stride, padding, dilation, False, [0, 0], 1, mask
+        )
+        return gradients
+
+    need_x, need_norm_weight, need_norm_bias, need_weight, need_bias = needs
+    found: list[Tensor | None] = []
+    # Without a weight gradient, torch looks only at y's shape, layout and dtype.
+    y = x if x.dtype == conv_weight.dtype else torch.empty_like(x, dtype=conv_weight.dtype)
+    with autocast_off(x.device):
+        if need_x or need_norm_weight or need_norm_bias:
+            grad_y, _, _ = convolution_backward(y, True, False, False)
+            assert grad_y is not None
+            norm = group_norm_silu_backward(
+                grad_y, x, norm_weight, norm_bias, mean, rstd, True,
+                with_input=need_x, with_weight=need_norm_weight, with_bias=need_norm_bias,
+                with_output=need_weight,
+            )  # fmt: skip
+            del grad_y
+            found += norm[:3]
+            y = y if norm.y is None else norm.y
+        elif need_weight:
+            y = group_norm_silu_apply(x, norm_weight, norm_bias, mean, rstd, True, conv_weight.dtype)
+        if need_weight or need_bias:
+            _, grad_weight, grad_bias = convolution_backward(y, False, need_weight, need_bias)
+            if grad_weight is not None and grad_weight.stride() != conv_weight.stride():
+                # cuDNN and oneDNN lay it out like y.
+                grad_weight = torch.empty_like(conv_weight).copy_(grad_weight)
+            found += [grad_weight, grad_bias]
+    return [g for g in found if g is not None]
+
+
+@_group_norm_silu_conv_backward_op.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    inputs = (x, norm_weight, norm_bias, conv_weight, conv_bias)
+    return [torch.empty_like(t) for need, t in zip(needs, inputs, strict=True) if need and t is not None]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, norm_weight, norm_bias, conv_weight, conv_bias, _, *ctx.geometry = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, conv_weight, conv_bias)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5)]
+    gradients = iter(_group_norm_silu_conv_backward_op(grad, *ctx.saved_tensors, *ctx.geometry, needs))
+    grad_x, *parameters = (next(gradients) if need else None for need in needs)
+    return grad_x, None, *parameters, None, None, None, None
+
+
+_group_norm_silu_conv_op.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+# --- Public functions ---
+
+
+def _pair(name: str, value: int | Sequence[int], least: int) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"{name}: {value!r} is not a whole number >= {least} or two of them")
+    return pair
+
+
+def group_norm_silu_conv(
+    x: Tensor,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """`conv2d(group_norm_silu(x), conv_weight, conv_bias)`, whose input is computed again for backward.
+
+    Args:
+        x: (N, C, H, W), fp16, bf16, fp32 or fp64. Contiguous and channels_last tensors are walked where they
+            lie; anything else is copied first.
+        num_groups: divides C.
+        norm_weight: (C,), or None for 1; its dtype may differ from x's.
+        norm_bias: (C,), or None for 0.
+        conv_weight: (O, C, kh, kw), one group. The convolution runs in its dtype, or in autocast's.
+        conv_bias: (O,) in conv_weight's dtype, or None.
+        eps: added to the biased variance.
+        stride: of the convolution, as are `padding` and `dilation`: a number, or two for height and width.
+        padding: zeros on each side.
+        dilation: distance between the kernel's elements.
+
+    Returns:
+        (N, O, H', W') in the convolution's dtype and in the memory format that `torch.conv2d` gives it.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or setting does not fit; the message names it.
+    """
+    check_group_norm(x, num_groups, norm_weight, norm_bias, prefix="norm_")
+    if x.ndim != 4:
+        raise ValueError(f"x: shape {tuple(x.shape)} is not (N, C, H, W)")
+    if conv_weight.ndim != 4 or conv_weight.shape[1] != x.shape[1] or conv_weight.dtype not in FLOATING:
+        raise ValueError(
+            f"conv_weight: {tuple(conv_weight.shape)} of {conv_weight.dtype} does not fit x of shape "
+            f"{tuple(x.shape)}; pass floating-point numbers, (O, {x.shape[1]}, kh, kw)"
+        )
+    if conv_bias is not None and (
+        conv_bias.shape != conv_weight.shape[:1] or conv_bias.dtype != conv_weight.dtype
+    ):
+        raise ValueError(
+            f"conv_bias: {tuple(conv_bias.shape)} of {conv_bias.dtype} does not fit conv_weight; pass "
+            f"({len(conv_weight)},) of {conv_weight.dtype}, or None"
+        )
+    for name, parameter in (("conv_weight", conv_weight), ("conv_bias", conv_bias)):
+        if parameter is not None and parameter.device != x.device:
+            raise ValueError(f"{name}: is on {parameter.device} but x is on {x.device}; move one of them")
+    geometry = (_pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1))
+    operands = cast_operands(conv_weight, conv_bias)
+    out: Tensor = _group_norm_silu_conv_op(
+        walkable(x), num_groups, norm_weight, norm_bias, *operands, float(eps), *geometry
+    )[0]
+    return out
+
+
+def group_norm_silu_conv_reference(
+    x: Tensor,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """The definition of `group_norm_silu_conv`, in fp64 throughout. For tests."""
+    y = group_norm_silu_reference(x, num_groups, norm_weight, norm_bias, eps)
+    bias = None if conv_bias is None else conv_bias.double()
+    return torch.nn.functional.conv2d(y, conv_weight.double(), bias, stride, padding, dilation)
