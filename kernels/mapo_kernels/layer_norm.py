@@ -40,8 +40,8 @@ from mapo_kernels._launch import backend, block_size, card, jit, on_device, tl
 from mapo_kernels._pair_checks import FLOATING
 from mapo_kernels._rows import accumulator, as_rows, triton_dtype
 
-TILE = 4096
-"""Elements a program handles at a time: 16 per thread with 8 warps."""
+FORWARD_TILE, BACKWARD_TILE = 4096, 2048
+"""Elements a program handles at a time, 16 and 8 per thread: backward holds more values of each."""
 MOST_CHANNELS = 8192
 """Longest row that fits the registers of a program; longer ones take the plain torch path."""
 ROWS_PER_PROGRAM = 32
@@ -223,16 +223,16 @@ class _Tiling(NamedTuple):
     warps: int
 
 
-def _tiling(rows: int, channels: int, device: torch.device) -> _Tiling:
+def _tiling(rows: int, channels: int, device: torch.device, tile: int) -> _Tiling:
     block = 1 << (channels - 1).bit_length()
-    height = max(1, block_size(TILE, rows * block) // block)
+    height = max(1, block_size(tile, rows * block) // block)
     multiprocessors = card(device).multiprocessors
     programs = min(
         -(-rows // height),
         max(multiprocessors, rows // ROWS_PER_PROGRAM),
         multiprocessors * PROGRAMS_PER_MULTIPROCESSOR,
     )
-    return _Tiling(height, block, programs, warps=8 if block <= TILE else 16)
+    return _Tiling(height, block, programs, warps=8 if block <= tile else 16)
 
 
 def _rows_or_none(x: Tensor | None) -> Tensor | None:
@@ -255,7 +255,7 @@ def _launch_forward(
     mean, rstd = statistics or (torch.empty(rows, dtype=acc, device=x.device) for _ in range(2))
     added = _rows_or_none(residual)
     summed = None if added is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tiling = _tiling(rows, channels, x.device)
+    tiling = _tiling(rows, channels, x.device, FORWARD_TILE)
     with on_device(x):
         _layer_norm_fwd_kernel[(tiling.programs,)](
             source,
@@ -294,7 +294,7 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     grads, source = as_rows(grad_y), as_rows(x)
     rows, channels = source.shape
-    tiling = _tiling(rows, channels, x.device)
+    tiling = _tiling(rows, channels, x.device, BACKWARD_TILE)
     added = _rows_or_none(grad_sum)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y = torch.empty(x.shape, dtype=grad_y.dtype, device=x.device) if with_output else None
@@ -561,9 +561,11 @@ def _(
 
 
 def _gradients(
-    ctx: Any, grad_y: Tensor, grad_sum: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ctx: Any, grad_y: Tensor | None, grad_sum: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of what was normalised, of weight and of bias; None where there is or needs to be none."""
+    if grad_y is None:  # at most the sum was used
+        return grad_sum, None, None
     _, weight, bias, *_ = ctx.saved_tensors
     with_params = any(ctx.needs_input_grad[ctx.first_param : ctx.first_param + 2])
     grad, *rest = _layer_norm_backward_op(grad_y, *ctx.saved_tensors, grad_sum, with_params)
@@ -578,7 +580,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.first_param = 1
 
 
-def _backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return *_gradients(ctx, grad_y, None), None
 
 
@@ -597,11 +599,9 @@ def _save_sum_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 def _backward_of_sum(
     ctx: Any, grad_y: Tensor | None, _mean: Any, _rstd: Any, grad_sum: Tensor | None
 ) -> tuple[Any, ...]:
-    if grad_y is None:  # only the sum was used
-        assert grad_sum is not None
-        return grad_sum, grad_sum.to(ctx.residual_dtype), None, None, None
     grad, grad_weight, grad_bias = _gradients(ctx, grad_y, grad_sum)
-    return grad, grad.to(ctx.residual_dtype), grad_weight, grad_bias, None
+    grad_residual = None if grad is None else grad.to(ctx.residual_dtype)
+    return grad, grad_residual, grad_weight, grad_bias, None
 
 
 _add_layer_norm_op.register_autograd(_backward_of_sum, setup_context=_save_sum_for_backward)
