@@ -139,8 +139,8 @@ def dense_weight(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
         absmax = offset + torch.ops.bitsandbytes.dequantize_blockwise(
             absmax, inner, code, nested_block, torch.float32
         )
-    out: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, block, kind, weight.shape, stored)
-    return out.to(dtype)
+    values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, block, kind, weight.shape, stored)
+    return values.to(dtype)
 
 
 # --- Weights in one storage ---
@@ -200,7 +200,7 @@ def pack(projections: Sequence[Projection]) -> tuple[list[Tensor], list[str], li
     return tensors, formats, scales
 
 
-def roles(form: str) -> list[str]:
+def _roles(form: str) -> list[str]:
     """What the tensors of one packed projection are: `weight` or several `frozen`, `bias`, `a`, `b`."""
     weight, *parts = form.split("+")
     if weight == "dense":
@@ -219,7 +219,7 @@ def unpack(tensors: Sequence[Tensor], formats: Sequence[str], scales: Sequence[f
     projections = []
     rest = iter(tensors)
     for form, scale in zip(formats, scales, strict=True):
-        mine = [(role, next(rest)) for role in roles(form)]
+        mine = [(role, next(rest)) for role in _roles(form)]
         by_role = dict(mine)
         frozen = tuple(tensor for role, tensor in mine if role == "frozen")
         projections.append(
@@ -242,15 +242,13 @@ def total_rank(projections: Sequence[Projection]) -> int:
     return sum(p.lora.a.shape[0] for p in projections if p.lora is not None)
 
 
-def needs_input(needed: Sequence[bool], formats: Sequence[str]) -> bool:
-    """Whether n is needed for the gradients that are: those of weights and of A."""
-    return any(
-        need and role in ("weight", "a") for need, role in zip(needed, _all_roles(formats), strict=True)
-    )
+def needs(needed: Sequence[bool], formats: Sequence[str], *roles: str) -> bool:
+    """Whether a packed tensor of one of these roles needs a gradient."""
+    return any(need and role in roles for need, role in zip(needed, _all_roles(formats), strict=True))
 
 
 def _all_roles(formats: Sequence[str]) -> Iterator[str]:
-    return (role for form in formats for role in roles(form))
+    return (role for form in formats for role in _roles(form))
 
 
 # --- The products ---
@@ -284,12 +282,14 @@ def input_gradients(
     projections: Sequence[Projection],
     *,
     with_dn: bool,
+    with_dt: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """dn (M, C) if asked for, and dt (M, Σr)."""
+    """dn (M, C) if asked for, and dt (M, Σr), filled if asked for or if dn needs it."""
     dtype = grads[0].dtype
     dt = grads[0].new_empty(grads[0].shape[0], total_rank(projections))
-    for dy, _, lora, dt_part in _with_lora(grads, projections, dt):
-        dt_part.addmm_(dy, lora.b.to(dtype), beta=0, alpha=lora.scale)
+    if with_dt or with_dn:
+        for dy, _, lora, dt_part in _with_lora(grads, projections, dt):
+            dt_part.addmm_(dy, lora.b.to(dtype), beta=0, alpha=lora.scale)
     if not with_dn:
         return None, dt
     dn = torch.mm(grads[0], dense_weight(projections[0].weight, dtype))
@@ -306,7 +306,7 @@ def parameter_gradients(
     tensors: Sequence[Tensor],
     formats: Sequence[str],
     scales: Sequence[float],
-    n: Tensor | None,  # (M, C), where `needs_input`
+    n: Tensor | None,  # (M, C), if a weight or A needs a gradient
     t: Tensor,  # (M, Σr)
     dt: Tensor,
 ) -> list[Tensor]:
@@ -315,7 +315,7 @@ def parameter_gradients(
     rest = iter(zip(needed, tensors, strict=True))
     column = 0
     for dy, form, scale in zip(grads, formats, scales, strict=True):
-        for role in roles(form):
+        for role in _roles(form):
             need, tensor = next(rest)
             if role == "a":
                 rank = slice(column, column := column + tensor.shape[0])
@@ -431,9 +431,11 @@ def check_projection(name: str, projection: Projection, features: int, x: Tensor
         if packed.device != x.device:
             raise ValueError(f"{name}: it is on {packed.device}, the input on {x.device}; move one of them")
     dtype = product_dtype(x)
-    for part, tensor in zip(("weight", "bias"), projection, strict=False):
-        if not isinstance(tensor, Tensor) or tensor.dtype == dtype:
-            continue  # quantised, none, or as it should be
+    if isinstance(weight, FrozenWeight):
+        return  # bitsandbytes leaves its layers' bias in any dtype
+    for part, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None or tensor.dtype == dtype:
+            continue
         if autocast_dtype(x.device) is None or torch.float64 in (tensor.dtype, dtype):
             raise ValueError(
                 f"{name}.{part}: {tensor.dtype} does not fit {dtype} of the input; cast one of them, or use "

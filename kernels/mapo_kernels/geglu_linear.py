@@ -27,7 +27,7 @@ from mapo_kernels._linear import (
     check_input,
     check_projection,
     input_gradients,
-    needs_input,
+    needs,
     pack,
     parameter_gradients,
     product_dtype,
@@ -83,11 +83,12 @@ def _geglu_linear_backward_op(
     needed: list[bool],  # projected, then one per tensor
 ) -> list[Tensor]:
     of_projected, *of_tensors = needed
-    with_g = needs_input(of_tensors, formats)
+    with_g, with_dt = needs(of_tensors, formats, "weight", "a"), needs(of_tensors, formats, "a")
     found = []
     with autocast_off(grad.device):
         dy = [grad.reshape(-1, grad.shape[-1])]
-        dg, dt = input_gradients(dy, unpack(tensors, formats, scales), with_dn=of_projected)
+        projections = unpack(tensors, formats, scales)
+        dg, dt = input_gradients(dy, projections, with_dn=of_projected, with_dt=with_dt)
         g = None
         if dg is not None:
             dg = dg.view(*projected.shape[:-1], dg.shape[1])

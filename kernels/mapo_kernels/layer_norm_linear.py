@@ -36,7 +36,7 @@ from mapo_kernels._linear import (
     check_input,
     check_projection,
     input_gradients,
-    needs_input,
+    needs,
     pack,
     parameter_gradients,
     product_dtype,
@@ -123,12 +123,13 @@ def _layer_norm_linear_backward_op(
     needed: list[bool],  # x, norm_weight, norm_bias, then one per tensor
 ) -> list[Tensor]:
     of_norm, of_tensors = needed[:3], needed[3:]
-    with_n = needs_input(of_tensors, formats)
+    with_n, with_dt = needs(of_tensors, formats, "weight", "a"), needs(of_tensors, formats, "a")
     norm = (x, norm_weight, norm_bias, mean, rstd)
     found = []
     with autocast_off(x.device):
         dy = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        dn, dt = input_gradients(dy, unpack(tensors, formats, scales), with_dn=any(of_norm))
+        projections = unpack(tensors, formats, scales)
+        dn, dt = input_gradients(dy, projections, with_dn=any(of_norm), with_dt=with_dt)
         n = None
         if dn is not None:
             *of_inputs, n = layer_norm_backward(

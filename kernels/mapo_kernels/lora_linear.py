@@ -31,6 +31,7 @@ from mapo_kernels._linear import (
     check_input,
     check_projection,
     input_gradients,
+    needs,
     pack,
     parameter_gradients,
     product_dtype,
@@ -79,11 +80,13 @@ def _lora_linear_backward_op(
     scales: list[float],
     needed: list[bool],  # x, then one per tensor
 ) -> list[Tensor]:
+    of_x, *of_tensors = needed
+    with_dt = needs(of_tensors, formats, "a")
     with autocast_off(grad.device):
         dy = [grad.reshape(-1, grad.shape[-1])]
-        dx, dt = input_gradients(dy, unpack(tensors, formats, scales), with_dn=needed[0])
+        dx, dt = input_gradients(dy, unpack(tensors, formats, scales), with_dn=of_x, with_dt=with_dt)
         n = None if x is None else x.reshape(-1, x.shape[-1])
-        found = parameter_gradients(needed[1:], dy, tensors, formats, scales, n, t, dt)
+        found = parameter_gradients(of_tensors, dy, tensors, formats, scales, n, t, dt)
     return found if dx is None else [dx.view(*grad.shape[:-1], dx.shape[1]), *found]
 
 
