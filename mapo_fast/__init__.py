@@ -1,22 +1,27 @@
 """mapo_fast: preference fine-tuning of Stable Diffusion XL with MaPO (arXiv 2406.06424) on one GPU.
 
 The base install (torch, safetensors, Triton where it exists) gives the loss; `mapo_fast[train]` adds the
-trainer. Importing this package imports torch only when a loss is first used.
+trainer and `patch_unet`. Importing this package imports neither torch nor diffusers; using a name does.
 """
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["MaPOLoss", "SFTLoss", "__version__"]
+__all__ = ["MaPOLoss", "SFTLoss", "__version__", "patch_unet", "unpatch_unet"]
 
 if TYPE_CHECKING:
+    from mapo_fast.fuse import patch_unet, unpatch_unet
     from mapo_fast.loss import MaPOLoss, SFTLoss
 
 
 def __getattr__(name: str) -> Any:
-    """Import the losses on first use, so that `import mapo_fast` stays light."""
+    """Import a public name on first use, so that `import mapo_fast` stays light."""
     if name in ("MaPOLoss", "SFTLoss"):
         from mapo_fast import loss
 
         return getattr(loss, name)
+    if name in ("patch_unet", "unpatch_unet"):
+        from mapo_fast import fuse
+
+        return getattr(fuse, name)
     raise AttributeError(f"module 'mapo_fast' has no attribute {name!r}")
