@@ -41,7 +41,7 @@ from mapo_kernels._pair_checks import FLOATING
 from mapo_kernels._rows import accumulator, as_rows, triton_dtype
 
 FORWARD_TILE, BACKWARD_TILE = 4096, 2048
-"""Elements a program handles at a time, 16 and 8 per thread: backward holds more values of each."""
+"""Elements a program handles at a time, 8 per thread: one 16-byte access of bf16, two of fp32."""
 MOST_CHANNELS = 8192
 """Longest row that fits the registers of a program; longer ones take the plain torch path."""
 ROWS_PER_PROGRAM = 32
@@ -232,7 +232,7 @@ def _tiling(rows: int, channels: int, device: torch.device, tile: int) -> _Tilin
         max(multiprocessors, rows // ROWS_PER_PROGRAM),
         multiprocessors * PROGRAMS_PER_MULTIPROCESSOR,
     )
-    return _Tiling(height, block, programs, warps=8 if block <= tile else 16)
+    return _Tiling(height, block, programs, warps=min(16, max(tile, block) // 256))
 
 
 def _rows_or_none(x: Tensor | None) -> Tensor | None:
