@@ -22,12 +22,49 @@ class Halves(NamedTuple):
         return self.chosen.stride(0)
 
 
+class Target(NamedTuple):
+    """What the denoiser should have predicted: stored, or made again from the pair's noise ε."""
+
+    kind: str  # "stored"; or "epsilon": ε, "v": α·ε − σ·x₀, "flow": ε − x₀
+    halves: Halves | None  # the stored target, or the clean latents x₀; None for "epsilon"
+    keys: Tensor | None = None  # (B,) int64
+    alphas: Tensor | None = None  # (B,), for "v"
+    sigmas: Tensor | None = None
+
+
+class Operands(NamedTuple):
+    """The tensors of samples that a paired loss reads."""
+
+    prediction: Halves
+    target: Target
+    mask: Halves | None
+    reference: Halves | None  # a reference model's prediction
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        """Type of sums and results: fp64 if a prediction or a target is, else fp32."""
+        halves = (self.prediction, self.target.halves, self.reference)
+        wide = any(half is not None and half.chosen.dtype == torch.float64 for half in halves)
+        return torch.float64 if wide else torch.float32
+
+    def layout(self, grad: Halves | None = None) -> Layout | None:
+        """How to walk prediction, target, mask, and the gradient or else the reference."""
+        return merge_layout(
+            self.prediction,
+            self.target.halves,
+            self.mask,
+            grad or self.reference,
+            logical=self.target.kind != "stored",
+        )
+
+
 class Layout(NamedTuple):
     """A sample's index space, innermost dimension first, and each operand's strides in it."""
 
     dims: int
     sizes: tuple[int, int, int]  # of the inner three; the outermost is not needed
     strides: list[tuple[int, int, int, int]]
+    rows: list[int]  # elements between samples
 
 
 def split_halves(first: Tensor, second: Tensor | None) -> Halves:
@@ -49,12 +86,13 @@ def mask_halves(mask: Tensor | None, like: Tensor) -> Halves | None:
     return Halves(mask.expand_as(like), mask.expand_as(like))
 
 
-def merge_layout(*operands: Halves | None) -> Layout | None:
+def merge_layout(*operands: Halves | None, logical: bool = False) -> Layout | None:
     """Merge a sample's dimensions as far as all operands allow; None if the kernels cannot walk the result.
 
     Tensors that are dense in the same order (contiguous, channels_last, …) come out as one dimension of
     stride 1: a flat walk over memory. Up to four dimensions may remain otherwise. Halves that lie in memory
-    differently, or more dimensions, are rare and left to the eager path.
+    differently, or more dimensions, are rare and left to the eager path. `logical` keeps the order of the
+    shape, last dimension first, for walks whose index means something (the noise's elements).
     """
     present = [half for half in operands if half is not None]
     for half in present:
@@ -64,10 +102,11 @@ def merge_layout(*operands: Halves | None) -> Layout | None:
     samples = [half.chosen for half in present]
     dims = [
         (size, tuple(sample.stride(dim) for sample in samples))
-        for dim, size in enumerate(samples[0].shape)
+        for dim, size in reversed(list(enumerate(samples[0].shape)))
         if dim > 0 and size > 1
     ]
-    dims.sort(key=lambda dim: dim[1])
+    if not logical:
+        dims.sort(key=lambda dim: dim[1])
     merged: list[tuple[int, tuple[int, ...]]] = []
     for size, strides in dims:
         if merged and all(s == t * merged[-1][0] for s, t in zip(strides, merged[-1][1], strict=True)):
@@ -83,4 +122,5 @@ def merge_layout(*operands: Halves | None) -> Layout | None:
         dims=used,
         sizes=(merged[0][0], merged[1][0], merged[2][0]),
         strides=[(0, 0, 0, 0) if half is None else next(by_operand) for half in operands],
+        rows=[0 if half is None else half.row for half in operands],
     )

@@ -25,9 +25,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import mapo_kernels
-
-op = sys.modules[mapo_kernels.paired_loss.__module__]
+from mapo_kernels import _pair_kernels as op
+from mapo_kernels._pair_layout import Operands, Target, mask_halves, split_halves
+from mapo_kernels.objectives import OBJECTIVES
 
 TYPES = {
     torch.float16: "*fp16",
@@ -37,6 +37,7 @@ TYPES = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 
 
@@ -101,26 +102,46 @@ def launches() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
     def case(
         name: str,
         prediction: Tensor,
-        target: Tensor,
+        target: Tensor | None,
         objective: str,
+        kind: str = "stored",
         mask: Tensor | None = None,
         weights: Tensor | None = None,
+        reference: Tensor | None = None,
         per_pair: bool = False,
     ) -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
-        p, t = op.split_halves(prediction, None), op.split_halves(target, None)
-        m = op.mask_halves(mask, p.chosen)
+        p = split_halves(prediction, None)
+        pairs = len(p.chosen)
+        known = OBJECTIVES[objective]
+        operands = Operands(
+            p,
+            Target(
+                kind,
+                None if target is None else split_halves(target, None),
+                None if kind == "stored" else torch.zeros(pairs, dtype=torch.int64),
+                torch.ones(pairs) if kind == "v" else None,
+                torch.ones(pairs) if kind == "v" else None,
+            ),
+            mask_halves(mask, p.chosen),
+            None if reference is None else split_halves(reference, None),
+        )
+        given = (torch.ones(pairs), torch.ones(pairs)) if known.reference and reference is None else None
+        labels = None if known.labels == "refused" else torch.ones(pairs)
+        baseline = torch.zeros(()) if known.baseline else None
+        settings = [s.default for s in known.settings.values()] + [0.0] * 3
+        scalars = op.PairScalars(weights, labels, given, baseline, objective, settings[:3], per_pair)
         forward, backward = Recorder(), Recorder()
         with (
             mock.patch.object(op, "_forward_kernel", forward),
             mock.patch.object(op, "_backward_kernel", backward),
         ):
-            layout = op.merge_layout(p, t, m)
+            layout = operands.layout()
             assert layout is not None, name
-            terms = op._launch_forward(p, t, m, weights, layout, objective, (0.1, 0.5, 1000.0), per_pair)
-            grad = p if prediction.numel() > 2**31 else op.split_halves(torch.empty_like(prediction), None)
-            layout = op.merge_layout(p, t, m, grad)
+            terms = op.launch_forward(operands, scalars, layout)
+            grad = p if prediction.numel() > 2**31 else split_halves(torch.empty_like(prediction), None)
+            layout = operands.layout(grad)
             assert layout is not None, name
-            op._launch_backward(terms.loss, terms.coefficients, p, t, m, grad, layout)
+            op.launch_backward(terms.loss, terms.coefficients, operands, grad, layout)
         assert forward.launch is not None
         assert backward.launch is not None
         yield f"{name} forward", op._forward_kernel, *forward.launch
@@ -148,6 +169,15 @@ def launches() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
     yield from case("fp64", bf16.double(), bf16, "mapo_paper_power")
     huge = torch.zeros(1, dtype=torch.bfloat16).expand(4, 2**31)
     yield from case("2^31 elements a sample", huge, huge, "mapo_code")
+    for objective in ("smpo", "ipo", "hinge", "dmpo", "linear_dpo", "orpo", "simpo", "cpo"):
+        forward, _ = case(objective, bf16, bf16, objective)  # the others' epilogues are in the other cases
+        yield forward
+    yield from case("reference prediction", bf16, bf16.float(), "kto", reference=bf16)
+    yield from case("epsilon target, reference", bf16, None, "dpo", "epsilon", reference=bf16)
+    yield from case("v target", bf16, bf16, "mapo_code", "v")
+    last = bf16.to(memory_format=torch.channels_last)
+    yield from case("flow target, channels_last", last, bf16, "mapo_code", "flow")
+    yield from case("2^31 elements a sample, epsilon", huge, None, "mapo_code", "epsilon")
 
 
 def main() -> None:

@@ -1,21 +1,19 @@
 """What only a GPU can show: streams, graph replay, no waiting. test_paired_loss.py runs there as well."""
 
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-import mapo_kernels
 from mapo_kernels import PairedLoss, backend, paired_loss, paired_loss_reference
 from mapo_kernels import _launch as launch
+from tests.kernels.pairs import tensors
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-op = sys.modules[mapo_kernels.paired_loss.__module__]
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +36,7 @@ def run(prediction: Tensor, target: Tensor) -> tuple[PairedLoss, Tensor]:
 
 
 def equal(a: tuple[PairedLoss, Tensor], b: tuple[PairedLoss, Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip((*a[0], a[1]), (*b[0], b[1]), strict=True))
+    return all(torch.equal(x, y) for x, y in zip((*tensors(a[0]), a[1]), (*tensors(b[0]), b[1]), strict=True))
 
 
 @pytest.mark.parametrize("pairs", [1, 4, 64, 200])

@@ -5,7 +5,6 @@ This file runs in every implementation: see conftest.py.
 
 import math
 import shutil
-import sys
 from typing import Any
 
 import mpmath
@@ -13,85 +12,29 @@ import pytest
 import torch
 from torch import Tensor
 
+from mapo_kernels import _launch as launch
+from mapo_kernels import _pair_kernels as kernels
 from mapo_kernels import (
-    OBJECTIVES,
-    PairedLoss,
     backend,
     paired_loss,
     paired_loss_from_errors,
     paired_loss_reference,
 )
-from mapo_kernels import _launch as launch
+from mapo_kernels._pair_layout import Halves, mask_halves, merge_layout, split_halves
+from tests.kernels.pairs import check, gradient, make, tensors
 
-op = sys.modules["mapo_kernels.paired_loss"]
+MAPO = ["mapo_code", "mapo_paper_power", "mapo_paper_scale", "sft"]
+"""The objectives without a reference model's errors; test_objectives.py runs the whole family."""
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("_nan_in_fresh_memory")
-
-
-def make(
-    shape: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32, gap: float = 0.1
-) -> tuple[Tensor, Tensor]:
-    """A prediction whose errors are around gap², and its target."""
-    target = torch.randn(shape)
-    prediction = target + gap * torch.randn(shape)
-    return prediction.to(device, dtype).requires_grad_(), target.to(device, dtype)
-
-
-def gradient(out: Any, *inputs: Tensor, grad: Tensor | None = None) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(out.loss, inputs, grad)
-
-
-def check(prediction: Any, target: Any, **settings: Any) -> None:
-    """Loss, diagnostics and gradients against fp64, by the three-way rule: no worse than eager + rounding."""
-    leaves = prediction if isinstance(prediction, tuple) else (prediction,)
-    out = paired_loss(prediction, target, **settings)
-    truth = paired_loss_reference(prediction, target, **settings)
-    grad = torch.randn_like(truth.loss)
-    got = gradient(out, *leaves, grad=grad.to(out.loss.dtype))
-    want = [g.double() for g in gradient(truth, *leaves, grad=grad)]
-    eager = eager_loss(prediction, target, **settings)
-    eager_grads = gradient(eager, *leaves, grad=grad.to(eager.loss.dtype))
-
-    for field in ("chosen_error", "rejected_error", "loss"):
-        a, b, c = (getattr(x, field).detach().double() for x in (out, truth, eager))
-        tolerance = (c - b).abs().max() + 16 * torch.finfo(out.loss.dtype).eps * (1 + b.abs().max())
-        assert (a - b).abs().max() <= tolerance, field
-    assert (out.logits.double() - truth.logits).abs().max() <= 1e-3
-    assert torch.equal(out.correct, out.logits > 0)
-    assert out.correct.dtype == torch.bool
-    for a, b, c, leaf in zip(got, want, eager_grads, leaves, strict=True):
-        assert a.shape == leaf.shape
-        assert a.dtype == leaf.dtype
-        rounding = torch.finfo(leaf.dtype).eps * b.abs().max() + torch.finfo(leaf.dtype).smallest_normal
-        assert (a.double() - b).abs().max() <= (c.double() - b).abs().max() + 2 * rounding
-
-
-def eager_loss(prediction: Any, target: Any, **settings: Any) -> PairedLoss:
-    """What one would write by hand: fp32 errors, differentiated by autograd."""
-    p, t = (x if isinstance(x, Tensor) else torch.cat(list(x)) for x in (prediction, target))
-    square = (p.float() - t.float()) ** 2
-    mask = settings.pop("mask", None)
-    if mask is None:
-        errors = square.flatten(1).mean(1)
-    else:
-        m = mask if mask.shape[0] in (1, len(p)) else torch.cat([mask, mask])
-        m = m.float().expand_as(square)
-        errors = (square * m).flatten(1).sum(1) / m.flatten(1).sum(1)
-    weights = settings.pop("weights", None)
-    reduction = settings.pop("reduction", "mean")
-    constants = {"objective": "mapo_code", "beta": 0.1, "snr": 0.5, "timesteps": 1000.0} | settings
-    e_w, e_l = errors.chunk(2)
-    loss, logits = op._reference_terms(e_w.double(), e_l.double(), **constants)
-    loss = loss if weights is None else loss * weights
-    return PairedLoss(loss.mean() if reduction == "mean" else loss, e_w, e_l, logits, logits > 0)
 
 
 # --- Values and gradients ---
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", MAPO)
 def test_matches_fp64(device: str, objective: str, dtype: torch.dtype) -> None:
     check(*make((6, 4, 16, 16), device, dtype), objective=objective)
 
@@ -107,18 +50,18 @@ def test_any_shape(device: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("pairs", [1, 3, 11])
 def test_any_number_of_pairs(device: str, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """11 pairs need several tiles of both of the epilogue's loops, the last ones partly filled."""
-    monkeypatch.setattr(op, "ROWS_PER_TILE", 4)
-    monkeypatch.setattr(op, "PAIRS_PER_TILE", 8)
+    monkeypatch.setattr(kernels, "ROWS_PER_TILE", 4)
+    monkeypatch.setattr(kernels, "PAIRS_PER_TILE", 8)
     check(*make((2 * pairs, 1, 2, 3), device), weights=torch.rand(pairs, device=device))
 
 
 @pytest.mark.parametrize(("block", "pairs"), [(16, 1), (64, 2)])
 def test_many_chunks_per_sample(device: str, block: int, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Production cuts a sample into up to 64 chunks of several blocks; so do small blocks and samples."""
-    monkeypatch.setattr(op, "BLOCK", block)
+    monkeypatch.setattr(kernels, "BLOCK", block)
     monkeypatch.setattr(launch, "LARGEST_INTERPRETED_BLOCK", block)
     numel = 4 * 31 * 9
-    _, chunk, chunks = op._chunking(numel)
+    _, chunk, chunks = kernels.chunking(numel)
     assert chunks > 16
     assert (chunk > block) == (block == 16)
     check(*make((2 * pairs, 4, 31, 9), device), mask=torch.rand(pairs, 1, 31, 9, device=device))
@@ -182,14 +125,14 @@ def test_any_strides(device: str, layout: str, target_layout: str) -> None:
 def test_dense_layouts_are_walked_flat() -> None:
     x = torch.zeros(4, 3, 5, 7)
     for name, dims in (("contiguous", 1), ("channels_last", 1), ("transposed", 1), ("every second", 2)):
-        half = op.split_halves(layouts(x)[name], None)
-        assert op.merge_layout(half, half).dims == dims - (name == "every second")
-    contiguous, last = op.split_halves(x, None), op.split_halves(layouts(x)["channels_last"], None)
-    per_pixel = op.mask_halves(torch.zeros(2, 1, 5, 7), contiguous.chosen)
-    assert op.merge_layout(contiguous, contiguous, per_pixel).dims == 2
-    assert op.merge_layout(last, last, per_pixel).dims == 2
-    assert op.merge_layout(contiguous, last).dims == 2
-    assert op.merge_layout(op.Halves(contiguous.chosen, last.chosen), contiguous) is None
+        half = split_halves(layouts(x)[name], None)
+        assert merge_layout(half, half).dims == dims - (name == "every second")
+    contiguous, last = split_halves(x, None), split_halves(layouts(x)["channels_last"], None)
+    per_pixel = mask_halves(torch.zeros(2, 1, 5, 7), contiguous.chosen)
+    assert merge_layout(contiguous, contiguous, per_pixel).dims == 2
+    assert merge_layout(last, last, per_pixel).dims == 2
+    assert merge_layout(contiguous, last).dims == 2
+    assert merge_layout(Halves(contiguous.chosen, last.chosen), contiguous) is None
 
 
 def test_expanded_target_and_prediction(device: str) -> None:
@@ -209,7 +152,7 @@ def test_separate_halves(device: str, same_layout: bool) -> None:
         rejected = rejected.detach().to(memory_format=torch.channels_last).requires_grad_()
     stacked, apart = paired_loss(p, t), paired_loss((chosen, rejected), t)
     if same_layout:
-        for a, b in zip(stacked, apart, strict=True):
+        for a, b in zip(tensors(stacked), tensors(apart), strict=True):
             assert torch.equal(a, b)
         assert torch.equal(gradient(stacked, p)[0], torch.cat(gradient(apart, chosen, rejected)))
     check((chosen, rejected), t)
@@ -244,7 +187,9 @@ def test_mask_of_ones_changes_nothing(device: str) -> None:
         paired_loss(p, t),
         paired_loss(p, t, mask=torch.ones(1, 1, 8, 8, dtype=torch.bool, device=device)),
     )
-    for a, b in zip((*plain, *gradient(plain, p)), (*masked, *gradient(masked, p)), strict=True):
+    for a, b in zip(
+        (*tensors(plain), *gradient(plain, p)), (*tensors(masked), *gradient(masked, p)), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -257,7 +202,7 @@ def test_all_zero_mask_is_nan_in_its_pair_only(device: str) -> None:
     assert out.chosen_error.isnan().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", MAPO)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_weights_multiply_the_whole_pair(device: str, objective: str, reduction: str) -> None:
     p, t = make((6, 4, 8, 8), device)
@@ -387,18 +332,18 @@ def test_limit_at_zero_error(device: str) -> None:
     torch.testing.assert_close(equal.loss.item(), 0.1 * math.log(2))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", MAPO)
 @pytest.mark.parametrize("error", [2e3, 1e6, 1e30])
 def test_huge_finite_errors_are_finite(device: str, objective: str, error: float) -> None:
     for halves in ([error, 0.1], [0.1, error], [error, error]):
         e = torch.tensor(halves, device=device)
         prediction = e.sqrt()[:, None].requires_grad_()
         out = paired_loss(prediction, torch.zeros(2, 1, device=device), objective=objective)
-        assert all(torch.isfinite(x).all() for x in out)
+        assert all(torch.isfinite(x).all() for x in tensors(out))
         assert torch.isfinite(gradient(out, prediction)[0]).all()
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", MAPO)
 @pytest.mark.parametrize("sample", [1, 4])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nan_and_inf_stay_in_their_pair_and_show(
@@ -414,7 +359,7 @@ def test_nan_and_inf_stay_in_their_pair_and_show(
     (grad,) = gradient(out, bad, grad=torch.ones_like(out.loss))
     pair = sample % 3
     others = [i for i in range(3) if i != pair]
-    for a, b in zip(out, clean, strict=True):
+    for a, b in zip(tensors(out), tensors(clean), strict=True):
         assert torch.equal(a[others], b[others])
     rows = [*others, *(i + 3 for i in others)]
     assert torch.equal(grad[rows], clean_grad[rows])
@@ -436,7 +381,7 @@ def test_bitwise_reproducible(device: str) -> None:
     (first_grad,) = gradient(first, p)
     for _ in range(5):
         out = paired_loss(p, t)
-        assert all(torch.equal(a, b) for a, b in zip(out, first, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(tensors(out), tensors(first), strict=True))
         assert torch.equal(gradient(out, p)[0], first_grad)
 
 
@@ -467,9 +412,9 @@ class Counting:
 def test_one_launch_each_way(device: str, halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend(device).name == "eager":
         pytest.skip("nothing is launched without Triton; test_interpreted.py runs this")
-    forward, backward = Counting(op._forward_kernel), Counting(op._backward_kernel)
-    monkeypatch.setattr(op, "_forward_kernel", forward)
-    monkeypatch.setattr(op, "_backward_kernel", backward)
+    forward, backward = Counting(kernels._forward_kernel), Counting(kernels._backward_kernel)
+    monkeypatch.setattr(kernels, "_forward_kernel", forward)
+    monkeypatch.setattr(kernels, "_backward_kernel", backward)
     p, t = make((6, 4, 8, 8), device)
     prediction = tuple(h.detach().clone().requires_grad_() for h in p.chunk(2)) if halves else p
     out = paired_loss(prediction, t)
@@ -492,15 +437,15 @@ def test_the_completion_counter_is_zero_again(device: str) -> None:
 # --- The operator ---
 
 
-def op_arguments(prediction: Tensor, target: Tensor, **changes: Any) -> tuple[Any, ...]:
-    values = {
-        "prediction_rejected": None, "target_rejected": None, "weights": None, "mask": None,
-        "objective": "mapo_code", "per_pair": False, **changes,
-    }  # fmt: skip
-    return (
-        prediction, values["prediction_rejected"], target, values["target_rejected"], values["weights"],
-        values["mask"], values["objective"], 0.1, 0.5, 1000.0, values["per_pair"],
+def op_arguments(prediction: Tensor, target: Tensor | None, **changes: Any) -> tuple[Any, ...]:
+    optional = (
+        "prediction_rejected", "target", "target_rejected", "keys", "alphas", "sigmas", "mask", "reference",
+        "reference_rejected", "reference_error", "reference_error_rejected", "weights", "labels", "baseline",
     )  # fmt: skip
+    values: dict[str, Any] = dict.fromkeys(optional)
+    values |= {"target_kind": "stored", "objective": "mapo_code", "settings": [0.1, 0.5, 1000.0]}
+    values |= {"per_pair": False, "target": target, **changes}
+    return prediction, *values.values()
 
 
 @pytest.mark.filterwarnings("ignore:.*inference_mode.*:UserWarning")
@@ -509,20 +454,26 @@ def test_opcheck(device: str) -> None:
     p, t = make((4, 3, 4, 4), device)
     halves = [h.detach().clone().requires_grad_() for h in p.chunk(2)]
     last = p.detach().to(memory_format=torch.channels_last).requires_grad_()
+    pairs = torch.rand(2, device=device)
     for arguments in (
-        op_arguments(p, t),
-        op_arguments(last, t, weights=torch.rand(2, device=device), per_pair=True),
+        op_arguments(last, t, weights=pairs, per_pair=True),
         op_arguments(halves[0], t[:2], prediction_rejected=halves[1], target_rejected=t[2:],
                      mask=torch.rand(2, 1, 4, 4, device=device), objective="mapo_paper_power"),
+        op_arguments(p, t, reference=t + 0.1, labels=pairs, objective="dpo", settings=[5000.0, 0.0, 0.0]),
+        op_arguments(p, None, keys=torch.arange(2, device=device), target_kind="epsilon", objective="kto",
+                     reference_error=pairs, reference_error_rejected=pairs, settings=[1000.0, 1.0, 1.0],
+                     baseline=torch.zeros((), device=device)),
+        op_arguments(p, t, keys=torch.arange(2, device=device), alphas=pairs, sigmas=pairs, target_kind="v"),
     ):  # fmt: skip
         torch.library.opcheck(torch.ops.mapo.paired_loss.default, arguments)
     errors = [torch.rand(3, device=device, requires_grad=True) for _ in range(2)]
     torch.library.opcheck(
-        torch.ops.mapo.paired_loss_from_errors.default, (*errors, None, "mapo_code", 0.1, 0.5, 1000.0, False)
+        torch.ops.mapo.paired_loss_from_errors.default,
+        (*errors, None, None, None, None, None, "mapo_code", [0.1, 0.5, 1000.0], False),
     )
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", MAPO)
 def test_gradcheck(device: str, objective: str) -> None:
     def loss(prediction: Tensor) -> Tensor:
         return paired_loss(prediction, target, objective=objective, beta=2.0, snr=0.7, num_train_timesteps=3,
@@ -534,7 +485,7 @@ def test_gradcheck(device: str, objective: str) -> None:
     assert torch.autograd.gradcheck(loss, (prediction,))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", MAPO)
 def test_gradcheck_from_errors(device: str, objective: str) -> None:
     def loss(e_w: Tensor, e_l: Tensor) -> Tensor:
         return paired_loss_from_errors(e_w, e_l, objective=objective, beta=2.0, num_train_timesteps=3).loss
@@ -595,6 +546,9 @@ def test_autocast_leaves_the_loss_in_fp32(device: str) -> None:
 
 def test_only_the_loss_carries_a_gradient(device: str) -> None:
     out = paired_loss(*make((4, 3, 4, 4), device))
+    assert out.chosen_reference_error is None
+    assert out.rejected_reference_error is None
+    out = tensors(out)
     assert [x.requires_grad for x in out] == [True, False, False, False, False]
     assert [tuple(x.shape) for x in out] == [(), (2,), (2,), (2,), (2,)]
     assert all(x.device.type == device for x in out)
@@ -629,6 +583,7 @@ H = torch.zeros(2, 3, 2, 2)
         (X, X.clone().requires_grad_(), {}, ValueError, r"target: requires a gradient.*target\.detach"),
         (X, X, {"weights": torch.ones(4)}, ValueError, r"weights: shape \(4,\) does not fit 2 pairs"),
         (X, X, {"weights": torch.ones(2, 1)}, ValueError, "weights: shape"),
+        (X, X, {"wieghts": torch.ones(2)}, TypeError, "wieghts: 'mapo_code' has no such setting"),
         (X, X, {"weights": [1.0, 2.0]}, TypeError, "weights: pass a floating-point tensor"),
         (X, X, {"weights": torch.ones(2, dtype=torch.long)}, TypeError, "weights: pass a floating-point"),
         (X, X, {"weights": torch.ones(2, device="meta")}, ValueError, "weights: is on meta"),
@@ -637,7 +592,7 @@ H = torch.zeros(2, 3, 2, 2)
         (X, X, {"mask": torch.ones(2, 2)}, ValueError, "mask: shape"),
         (X, X, {"mask": torch.ones(())}, ValueError, "mask: shape"),
         (X, X, {"mask": torch.ones(1, 1, 2, 2, dtype=torch.int32)}, TypeError, "mask: pass a bool"),
-        (X, X, {"objective": "dpo"}, ValueError, "objective: 'dpo' is unknown; choose one of mapo_code"),
+        (X, X, {"objective": "ppo"}, ValueError, "objective: 'ppo' is unknown; choose one of mapo_code"),
         (X, X, {"reduction": "sum"}, ValueError, "reduction: 'sum' is unknown"),
         (X, X, {"beta": 0.0}, ValueError, "beta: 0.0 must be positive"),
         (X, X, {"snr": math.nan}, ValueError, "snr: nan must be positive"),
