@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapo_kernels._autocast import autocast_dtype
+from mapo_kernels._pair_checks import FLOATING
 
 __all__ = [
     "FrozenWeight",
@@ -397,8 +398,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def check_input(name: str, x: Any, shape: str) -> None:
     """Raise unless x is a floating-point tensor of at least one dimension."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name}: pass a floating-point tensor of shape {shape}")
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING:
+        raise TypeError(f"{name}: pass a fp16, bf16, fp32 or fp64 tensor of shape {shape}")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"{name}: shape {tuple(x.shape)} has no features, it is not {shape}")
 
