@@ -51,6 +51,9 @@ PROGRAMS_PER_SAMPLE = 256
 """Fewer tiles per program, until a sample has about this many programs: one pair then fills any card."""
 MOST_LANES = 256
 """Most channels per program where the channel is innermost."""
+REGION_SHARE = 40
+"""A group of L elements has at most about √(L / 40) regions: merging these, 8 bytes each, costs a program at
+most a tenth of the bf16 that it reads."""
 SPLIT_BLOCK = 64
 """Most regions of a group that are merged at a time."""
 PARAMETER_ROWS, PARAMETER_CHANNELS = 32, 32
@@ -558,8 +561,7 @@ def _cut(x: Tensor, num_groups: int, acc: torch.dtype) -> _Cut:
     used = min(span, lanes)
     parts = -(-span // used)
     tiles = -(-positions // tile_positions)
-    # Two fp32 per region take at most a tenth of what a region of bf16 takes to read.
-    most_chunks = max(1, math.isqrt(group * positions // 40) // parts)
+    most_chunks = max(1, math.isqrt(group * positions // REGION_SHARE) // parts)
     steps = max(1, min(MOST_STEPS, channels * positions // (tile * PROGRAMS_PER_SAMPLE)))
     steps = max(1 << (steps.bit_length() - 1), _power_of_two(-(-tiles // most_chunks)))
     steps = min(steps, _power_of_two(tiles))
@@ -757,12 +759,11 @@ def _eager_backward(
     normed = _eager_normed(x, mean, rstd)
     z = _eager_affine(normed, weight, bias)
     g = grad_y.to(mean.dtype)
+    if out.y is not None:
+        out.y.copy_(torch.nn.functional.silu(z) if silu else z)
     if silu:
         s = z.sigmoid()
         g = g * (s * (1 + z * (1 - s)))
-        z = z * s
-    if out.y is not None:
-        out.y.copy_(z)
     outer = [0, *range(2, x.ndim)]
     if out.weight is not None:
         out.weight.copy_((g * normed).sum(outer))
@@ -1023,7 +1024,7 @@ def group_norm_silu_reference(
         z = z * weight.double().view(shape)
     if bias is not None:
         z = z + bias.double().view(shape)
-    y: Tensor = z / (1 + torch.exp(-z)) if silu else z
+    y: Tensor = z * torch.sigmoid(z) if silu else z
     return y
 
 
