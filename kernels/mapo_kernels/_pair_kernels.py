@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mapo_kernels._launch import block_size, completion_counter, jit, on_device, tl
 from mapo_kernels._noise import noise_target, normals
-from mapo_kernels._pair_layout import Halves, Layout, Operands
+from mapo_kernels._pair_layout import Halves, Layout, Operands, offsets
 from mapo_kernels.objectives import pair_terms
 
 BLOCK = 1024
@@ -34,24 +34,6 @@ PAIRS_PER_TILE = 32 * WARPS
 
 
 # --- Kernels ---
-
-
-@jit
-def _offsets(index, n0, n1, n2, s0, s1, s2, s3, DIMS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Element offsets of flat indices in a sample of DIMS dimensions, innermost first."""
-    if DIMS == 1:
-        offset = index.to(tl.int64) * s0
-    elif DIMS == 2:
-        offset = (index % n0).to(tl.int64) * s0 + (index // n0).to(tl.int64) * s1
-    else:
-        rest = index // n0
-        offset = (index % n0).to(tl.int64) * s0 + (rest % n1).to(tl.int64) * s1
-        rest = rest // n1
-        if DIMS == 3:
-            offset += rest.to(tl.int64) * s2
-        else:
-            offset += (rest % n2).to(tl.int64) * s2 + (rest // n2).to(tl.int64) * s3
-    return offset
 
 
 @jit
@@ -188,19 +170,19 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         first = start + step
         index = first + tl.arange(0, BLOCK)
         inside = index < numel
-        p_offset = _offsets(index, n0, n1, n2, p0, p1, p2, p3, DIMS)
-        t_offset = _offsets(index, n0, n1, n2, t0, t1, t2, t3, DIMS)
+        p_offset = offsets(index, n0, n1, n2, p0, p1, p2, p3, DIMS)
+        t_offset = offsets(index, n0, n1, n2, t0, t1, t2, t3, DIMS)
         goal = _load_target(target, t_offset, inside, first, key, alpha, sigma, KIND, ACC, BLOCK)
         difference = tl.load(prediction + p_offset, mask=inside, other=0.0).to(ACC) - goal
         square = difference * difference
         if mask_w is not None:
-            m_offset = _offsets(index, n0, n1, n2, m0, m1, m2, m3, DIMS)
+            m_offset = offsets(index, n0, n1, n2, m0, m1, m2, m3, DIMS)
             m = tl.load(mask + m_offset, mask=inside, other=0).to(ACC)
             square *= m
             mask_total += m
         total += square
         if reference_w is not None:
-            r_offset = _offsets(index, n0, n1, n2, r0, r1, r2, r3, DIMS)
+            r_offset = offsets(index, n0, n1, n2, r0, r1, r2, r3, DIMS)
             difference = tl.load(reference + r_offset, mask=inside, other=0.0).to(ACC) - goal
             square = difference * difference
             if mask_w is not None:
@@ -354,14 +336,14 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     start = part.to(tl.int64) * BLOCK if WIDE else part * BLOCK
     index = start + tl.arange(0, BLOCK)
     inside = index < numel
-    p_offset = _offsets(index, n0, n1, n2, p0, p1, p2, p3, DIMS)
-    t_offset = _offsets(index, n0, n1, n2, t0, t1, t2, t3, DIMS)
-    g_offset = _offsets(index, n0, n1, n2, g0, g1, g2, g3, DIMS)
+    p_offset = offsets(index, n0, n1, n2, p0, p1, p2, p3, DIMS)
+    t_offset = offsets(index, n0, n1, n2, t0, t1, t2, t3, DIMS)
+    g_offset = offsets(index, n0, n1, n2, g0, g1, g2, g3, DIMS)
     goal = _load_target(target, t_offset, inside, start, key, alpha, sigma, KIND, ACC, BLOCK)
     difference = tl.load(prediction + p_offset, mask=inside, other=0.0).to(ACC) - goal
     if mask_w is not None:
         mask = tl.where(rejected, mask_l, mask_w) + pair * row_m
-        m_offset = _offsets(index, n0, n1, n2, m0, m1, m2, m3, DIMS)
+        m_offset = offsets(index, n0, n1, n2, m0, m1, m2, m3, DIMS)
         difference *= tl.load(mask + m_offset, mask=inside, other=0).to(ACC)
     tl.store(grad + g_offset, (scale * difference).to(grad.dtype.element_ty), mask=inside)
 
@@ -422,7 +404,8 @@ def chunking(numel: int) -> tuple[int, int, int]:
     return block, chunk, -(-numel // chunk)
 
 
-def _triton_dtype(dtype: torch.dtype) -> Any:
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """The kernels' name of an accumulator."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
@@ -478,7 +461,7 @@ def launch_forward(operands: Operands, scalars: PairScalars, layout: Layout) -> 
             *layout.strides[3],
             *scalars.settings,
             KIND=target.kind,
-            ACC=_triton_dtype(acc),
+            ACC=triton_dtype(acc),
             DIMS=layout.dims,
             WIDE=numel + chunk >= 2**31,
             OBJECTIVE=scalars.objective,
@@ -528,7 +511,7 @@ def launch_backward(
             *layout.strides[2],
             *layout.strides[3],
             KIND=target.kind,
-            ACC=_triton_dtype(coefficients.dtype),
+            ACC=triton_dtype(coefficients.dtype),
             DIMS=layout.dims,
             WIDE=numel + block >= 2**31,
             BLOCK=block,

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mapo_kernels._launch import jit, tl
+
 
 class Halves(NamedTuple):
     """The chosen and the rejected samples of one operand, (B, …) each, with equal strides."""
@@ -124,3 +126,21 @@ def merge_layout(*operands: Halves | None, logical: bool = False) -> Layout | No
         strides=[(0, 0, 0, 0) if half is None else next(by_operand) for half in operands],
         rows=[0 if half is None else half.row for half in operands],
     )
+
+
+@jit
+def offsets(index, n0, n1, n2, s0, s1, s2, s3, DIMS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Element offsets of flat indices in a sample of DIMS dimensions, innermost first."""
+    if DIMS == 1:
+        offset = index.to(tl.int64) * s0
+    elif DIMS == 2:
+        offset = (index % n0).to(tl.int64) * s0 + (index // n0).to(tl.int64) * s1
+    else:
+        rest = index // n0
+        offset = (index % n0).to(tl.int64) * s0 + (rest % n1).to(tl.int64) * s1
+        rest = rest // n1
+        if DIMS == 3:
+            offset += rest.to(tl.int64) * s2
+        else:
+            offset += (rest % n2).to(tl.int64) * s2 + (rest // n2).to(tl.int64) * s3
+    return offset
