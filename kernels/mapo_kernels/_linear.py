@@ -273,7 +273,7 @@ def project(n: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, Tenso
     t = n.new_empty(n.shape[0], total_rank(projections))
     if t.shape[1]:
         torch.mm(n, _stacked_a(projections, dtype).t(), out=t)
-        for part, _, lora, t_part in _with_lora(y.split_with_sizes(sizes, 1), projections, t):
+        for part, lora, t_part in _with_lora(y.split_with_sizes(sizes, 1), projections, t):
             part.addmm_(t_part, lora.b.to(dtype).t(), alpha=lora.scale)
     return y, t
 
@@ -289,7 +289,7 @@ def input_gradients(
     dtype = grads[0].dtype
     dt = grads[0].new_empty(grads[0].shape[0], total_rank(projections))
     if with_dt or with_dn:
-        for dy, _, lora, dt_part in _with_lora(grads, projections, dt):
+        for dy, lora, dt_part in _with_lora(grads, projections, dt):
             dt_part.addmm_(dy, lora.b.to(dtype), beta=0, alpha=lora.scale)
     if not with_dn:
         return None, dt
@@ -362,14 +362,14 @@ def _with_lora(
     outputs: Sequence[Tensor],  # y_i or dy_i
     projections: Sequence[Projection],
     ranks: Tensor,  # (M, Σr)
-) -> Iterator[tuple[Tensor, Projection, Lora, Tensor]]:
-    """(output, projection, its adapter, its columns of `ranks`) of the projections that have an adapter."""
+) -> Iterator[tuple[Tensor, Lora, Tensor]]:
+    """(output, adapter, its columns of `ranks`) of the projections that have an adapter."""
     column = 0
     for output, projection in zip(outputs, projections, strict=True):
         lora = projection.lora
         if lora is not None:
             rank = lora.a.shape[0]
-            yield output, projection, lora, ranks[:, column : column + rank]
+            yield output, lora, ranks[:, column : column + rank]
             column += rank
 
 

@@ -94,6 +94,7 @@ def _geglu_linear_backward_op(
             dg = dg.view(*projected.shape[:-1], dg.shape[1])
             grad_projected, g = geglu_backward(projected, dg, with_output=with_g)
             found.append(grad_projected)
+            del dg  # its memory is free for dW
         elif with_g:
             g = geglu_forward(projected)
         if g is not None:

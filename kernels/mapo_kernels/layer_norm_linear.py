@@ -140,6 +140,7 @@ def _layer_norm_linear_backward_op(
                 with_params=any(of_norm[1:]),
             )
             found = [g for g, need in zip(of_inputs, of_norm, strict=True) if need and g is not None]
+            del dn  # its memory is free for the dW
         elif with_n:
             n = layer_norm_apply(*norm, grads[0].dtype)
         if n is not None:
