@@ -250,7 +250,7 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     source = as_rows(x)
     rows, channels = source.shape
-    acc = accumulator(x, weight, bias, residual)
+    acc = accumulator(x, weight, bias, residual, *(statistics or ()))
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     mean, rstd = statistics or (torch.empty(rows, dtype=acc, device=x.device) for _ in range(2))
     added = _rows_or_none(residual)

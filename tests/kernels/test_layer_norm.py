@@ -228,6 +228,7 @@ def test_fp64_is_fp64(device: str) -> None:
         mixed = layer_norm_forward(x.to(dtype), weight, bias, 1e-5, None, torch.float64)
         truth = layer_norm_reference(x.to(dtype), weight, bias)
         assert (mixed[0] - truth).norm() <= 1e-13 * truth.norm()
+    check(x.detach().float().requires_grad_(), residual=residual)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -240,12 +241,16 @@ def test_large_mean(device: str, dtype: torch.dtype, offset: float) -> None:
     check(residual.detach().to(dtype).requires_grad_(), weight, bias, residual=x)
 
 
-def test_large_mean_needs_the_correction(device: str) -> None:
-    """The bound that only a corrected mean keeps: each row's mean is right to half an ulp, or nearly."""
-    x = (1e3 + torch.randn(64, 640)).to(device)
-    _, mean, _, _ = layer_norm_forward(x, None, None, 1e-5, None)
-    ulp = 2.0**-14  # of fp32 in [512, 1024), half the one above
-    assert (mean.double() - x.double().mean(-1)).abs().max() <= 0.51 * 2 * ulp
+@pytest.mark.parametrize("offset", [1e3, 1e6])
+def test_statistics_are_corrected(device: str, offset: float) -> None:
+    """The mean is the nearest fp32 number, or nearly, and how far it is off does not show in rstd."""
+    x = (offset + torch.randn(64, 640)).to(device)
+    _, mean, rstd, _ = layer_norm_forward(x, None, None, 1e-5, None)
+    exact = x.double()
+    ulp = 2.0 ** (math.frexp(offset)[1] - 24)
+    assert (mean.double() - exact.mean(-1)).abs().max() <= 0.55 * ulp
+    truth = torch.rsqrt(exact.var(-1, correction=0) + 1e-5)
+    assert (rstd.double() / truth - 1).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
