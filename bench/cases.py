@@ -15,9 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
-from mapo_kernels import paired_loss
+from bench import peers
+from bench.dispatch import size, tensors
+from mapo_kernels._linear import Projection
+from mapo_kernels.adamw8bit import AdamW8bit
+from mapo_kernels.geglu import geglu
+from mapo_kernels.geglu_linear import geglu_linear
+from mapo_kernels.group_norm_silu import group_norm_silu
+from mapo_kernels.group_norm_silu_conv import group_norm_silu_conv
+from mapo_kernels.layer_norm import layer_norm
+from mapo_kernels.layer_norm_linear import layer_norm_linear
+from mapo_kernels.lora_linear import lora_linear
+from mapo_kernels.paired_loss import paired_loss
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 Provider = Callable[..., Callable[[], Any]]
 """Binds a case's inputs and returns the call to measure; what happens only once is done here."""
@@ -44,6 +56,9 @@ class New:
             x.normal_(0.0, scale)
         return x.requires_grad_(grad)
 
+    def parameter(self, *shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
+        return self(*shape, dtype=dtype, grad=grad, scale=shape[-1] ** -0.5)
+
     def like(self, outputs: list[Tensor]) -> list[Tensor]:
         """Gradients that arrive at these outputs."""
         return [torch.randn_like(y) if self.fill else torch.empty_like(y) for y in outputs]
@@ -65,8 +80,12 @@ class Case:
     """What `torch.compile` is given; usually the eager function."""
     measured: bool = True
     """False: only its kernels are compiled."""
+    launches_alike: bool = False
+    """True: its kernels' specialisations are another case's; it is only measured."""
     headline: bool = False
     """Measured first; the README shows these."""
+    floor: Mapping[str, int] | None = None
+    """Least bytes by pass, where `floor` below does not know them."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -78,28 +97,27 @@ def dtype_name(dtype: torch.dtype) -> str:
     return names[dtype]
 
 
-def tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def differentiable(tree: Any) -> list[Tensor]:
     return [x for x in tensors(tree) if x.requires_grad]
 
 
-def size(tree: Any) -> int:
-    """Bytes of the tensors in a tree; a broadcast dimension counts once."""
-    total = 0
-    for x in tensors(tree):
-        elements = 1
-        for n, stride in zip(x.shape, x.stride(), strict=True):
-            elements *= n if stride else 1
-        total += elements * x.element_size() if x.numel() else 0
-    return total
+def floors(case: Case, inputs: Any, outputs: Any) -> dict[str, int]:
+    """Least bytes by pass: each input read once, each output and each gradient read or written once."""
+    if case.floor is not None:
+        return dict(case.floor)
+    least = {"forward": size(inputs) + size(outputs)}
+    if differentiable(outputs):
+        least["backward"] = size(inputs) + size(differentiable(outputs)) + size(differentiable(inputs))
+    return least
 
 
 def _plain(f: Callable[..., Any]) -> Provider:
     """Provider of an op that is a function of its inputs."""
     return functools.partial(functools.partial, f)
+
+
+def _times(*sizes: int) -> str:
+    return "×".join(map(str, sizes))
 
 
 # --- paired_loss ---
@@ -121,7 +139,7 @@ def _paired_loss(
 
     return Case(
         op="paired_loss",
-        shape="×".join(map(str, shape)) + (f", {dtype_name(target)} target" if target else ""),
+        shape=_times(*shape) + (f", {dtype_name(target)} target" if target else ""),
         dtype=dtype,
         inputs=inputs,
         providers={
@@ -142,23 +160,21 @@ def _paired_loss_corner(name: str, inputs: Callable[[New], tuple[Any, ...]], **s
 
 
 def _paired_loss_cases() -> Iterator[Case]:
-    bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
     for side in (128, 64, 32):
         for batch in (4, 8, 2):
-            headline = (side, batch) == (128, 4)
-            yield _paired_loss((batch, 4, side, side), bf16, headline=headline)
+            yield _paired_loss((batch, 4, side, side), BF16, headline=(side, batch) == (128, 4))
     for batch in (64, 1024):
-        yield _paired_loss((batch, 4, 128, 128), bf16)
-    yield _paired_loss((8, 4, 128, 128), bf16, target=fp32)
-    yield _paired_loss((8, 4, 128, 128), fp32)
+        yield _paired_loss((batch, 4, 128, 128), BF16)
+    yield _paired_loss((8, 4, 128, 128), BF16, target=FP32)
+    yield _paired_loss((8, 4, 128, 128), FP32)
 
     yield _paired_loss_corner(
         "strided, channels_last target, bool mask, weights, per pair",
         lambda new: (
-            new(6, 5, 9, 14, dtype=fp32)[..., ::2].requires_grad_(),
-            new(6, 5, 9, 7, dtype=fp32, channels_last=True),
-            torch.empty(3, 1, 9, 7, dtype=torch.bool, device=new.device),
-            new(3, dtype=fp32),
+            new(6, 5, 9, 14, dtype=FP32)[..., ::2].requires_grad_(),
+            new(6, 5, 9, 7, dtype=FP32, channels_last=True),
+            torch.ones(3, 1, 9, 7, dtype=torch.bool, device=new.device),
+            new(3, dtype=FP32),
         ),
         objective="mapo_paper_power",
         reduction="none",
@@ -166,36 +182,426 @@ def _paired_loss_cases() -> Iterator[Case]:
     yield _paired_loss_corner(
         "four walked dimensions",
         lambda new: (
-            new(4, 3, 6, 5, 8, dtype=fp16, grad=True),
-            new(4, 6, 3, 8, 5, dtype=fp32).permute(0, 2, 1, 4, 3),
+            new(4, 3, 6, 5, 8, dtype=FP16, grad=True),
+            new(4, 6, 3, 8, 5, dtype=FP32).permute(0, 2, 1, 4, 3),
         ),
         objective="mapo_paper_scale",
     )
     yield _paired_loss_corner(
         "one element",
-        lambda new: (new(2, 1, dtype=fp32, grad=True), new(2, 1, dtype=fp32)),
+        lambda new: (new(2, 1, dtype=FP32, grad=True), new(2, 1, dtype=FP32)),
         objective="sft",
     )
     yield _paired_loss_corner(
         "fp64 prediction, bf16 target",
-        lambda new: (new(4, 4, 16, 16, dtype=fp64, grad=True), new(4, 4, 16, 16, dtype=bf16)),
+        lambda new: (new(4, 4, 16, 16, dtype=FP64, grad=True), new(4, 4, 16, 16, dtype=BF16)),
     )
     yield _paired_loss_corner(
         "2^31 elements a sample",
         lambda new: (
-            new(1, dtype=bf16).expand(2, 2**31).requires_grad_(),
-            new(1, dtype=bf16).expand(2, 2**31),
+            new(1, dtype=BF16).expand(2, 2**31).requires_grad_(),
+            new(1, dtype=BF16).expand(2, 2**31),
         ),
+    )
+
+
+# --- geglu ---
+
+FEED_FORWARD = ((64, 640), (32, 1280))
+"""(Side of the feature map, channels) of SDXL's transformer blocks; the feed-forward has 4 × the channels."""
+
+
+def _eager_geglu(projected: Tensor) -> Tensor:
+    value, gate = projected.chunk(2, -1)
+    return value * F.gelu(gate)
+
+
+def _geglu(shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> Case:
+    return Case(
+        op="geglu",
+        shape=_times(*shape),
+        dtype=dtype,
+        inputs=lambda new: (new(*shape, dtype=dtype, grad=True),),
+        providers={"ours": _plain(geglu), "eager": _plain(_eager_geglu), "liger": peers.liger_geglu},
+        compiled=_eager_geglu,
+        **options,
+    )
+
+
+def _geglu_cases() -> Iterator[Case]:
+    for side, channels in FEED_FORWARD:
+        for batch in (4, 8, 2):
+            yield _geglu((batch, side * side, 8 * channels), BF16, headline=batch == 4)
+    for dtype in (FP16, FP32, FP64):
+        yield _geglu((2, 1024, 10240), dtype, measured=False)
+    yield _geglu((3, 5, 2 * 97), BF16, measured=False)
+    yield _geglu((1, 2), FP32, measured=False)
+
+
+def _geglu_linear(batch: int, side: int, channels: int, **options: Any) -> Case:
+    def inputs(new: New) -> tuple[Any, ...]:
+        return (
+            new(batch, side * side, 8 * channels, dtype=BF16, grad=True),
+            new.parameter(channels, 4 * channels, dtype=BF16),
+            new.parameter(channels, dtype=BF16),
+        )
+
+    def eager(projected: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(_eager_geglu(projected), weight, bias)
+
+    return Case(
+        op="geglu_linear",
+        shape=f"{_times(batch, side * side, 8 * channels)} → {channels}",
+        dtype=BF16,
+        inputs=inputs,
+        providers={
+            "ours": _plain(lambda x, weight, bias: geglu_linear(x, Projection(weight, bias))),
+            "eager": _plain(eager),
+        },
+        compiled=eager,
+        **options,
+    )
+
+
+def _geglu_linear_cases() -> Iterator[Case]:
+    for side, channels in FEED_FORWARD:
+        for batch in (4, 8, 2):
+            yield _geglu_linear(batch, side, channels, headline=batch == 4)
+
+
+# --- layer_norm ---
+
+
+def _eager_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def _layer_norm(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    parameters: torch.dtype | None = None,
+    frozen: bool = False,
+    **options: Any,
+) -> Case:
+    def inputs(new: New) -> tuple[Any, ...]:
+        trained = [new.parameter(shape[-1], dtype=parameters or dtype, grad=not frozen) for _ in range(2)]
+        return new(*shape, dtype=dtype, grad=True), *trained
+
+    notes = [f"{dtype_name(parameters)} parameters"] if parameters else []
+    notes += ["frozen"] if frozen else []
+    return Case(
+        op="layer_norm",
+        shape=", ".join([_times(*shape), *notes]),
+        dtype=dtype,
+        inputs=inputs,
+        providers={
+            "ours": _plain(layer_norm),
+            "eager": _plain(_eager_layer_norm),
+            "liger": peers.liger_layer_norm,
+        },
+        compiled=_eager_layer_norm,
+        **options,
+    )
+
+
+def _add_layer_norm(batch: int, side: int, channels: int, **options: Any) -> Case:
+    def inputs(new: New) -> tuple[Any, ...]:
+        x, residual = (new(batch, side * side, channels, dtype=BF16, grad=True) for _ in range(2))
+        return x, residual, new.parameter(channels, dtype=BF16), new.parameter(channels, dtype=BF16)
+
+    def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        added = x + residual
+        return _eager_layer_norm(added, weight, bias), added
+
+    def ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return layer_norm(x, weight, bias, residual=residual)
+
+    tensor, parameters = 2 * batch * side * side * channels, 2 * 2 * channels
+    return Case(
+        op="layer_norm",
+        shape=f"{_times(batch, side * side, channels)} + residual",
+        dtype=BF16,
+        inputs=inputs,
+        providers={"ours": _plain(ours), "eager": _plain(eager)},
+        compiled=eager,
+        # Backward reads the sum and both gradients and writes one, that of x and of the residual.
+        floor={"forward": 4 * tensor + parameters, "backward": 4 * tensor + 2 * parameters},
+        **options,
+    )
+
+
+def _layer_norm_cases() -> Iterator[Case]:
+    for side, channels in FEED_FORWARD:
+        for batch in (4, 8, 2):
+            yield _layer_norm((batch, side * side, channels), BF16, headline=batch == 4)
+        yield _layer_norm((4, side * side, channels), BF16, frozen=True)
+        yield _add_layer_norm(4, side, channels)
+    yield _layer_norm((4, 4096, 640), BF16, parameters=FP32)
+    for dtype in (FP16, FP32, FP64):
+        yield _layer_norm((2, 1024, 1280), dtype, measured=False)
+    yield _layer_norm((3, 7, 97), BF16, measured=False)
+    yield _layer_norm((5, 1), FP32, measured=False)
+    yield _layer_norm((64, 2048), BF16, measured=False)
+
+
+def _layer_norm_linear(batch: int, side: int, channels: int, widths: list[int], **options: Any) -> Case:
+    def inputs(new: New) -> tuple[Any, ...]:
+        x = new(batch, side * side, channels, dtype=BF16, grad=True)
+        norm = [new.parameter(channels, dtype=BF16) for _ in range(2)]
+        return x, *norm, *(new.parameter(width, channels, dtype=BF16) for width in widths)
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
+        normal = _eager_layer_norm(x, weight, bias)
+        return tuple(F.linear(normal, matrix) for matrix in matrices)
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
+        return layer_norm_linear(x, weight, bias, [Projection(matrix) for matrix in matrices])
+
+    return Case(
+        op="layer_norm_linear",
+        shape=f"{_times(batch, side * side, channels)} → {' + '.join(map(str, widths))}",
+        dtype=BF16,
+        inputs=inputs,
+        providers={"ours": _plain(ours), "eager": _plain(eager)},
+        compiled=eager,
+        **options,
+    )
+
+
+def _layer_norm_linear_cases() -> Iterator[Case]:
+    for side, channels in FEED_FORWARD:
+        for batch in (4, 8, 2):
+            yield _layer_norm_linear(batch, side, channels, [channels] * 3, headline=batch == 4)
+        yield _layer_norm_linear(4, side, channels, [8 * channels])
+
+
+# --- lora_linear ---
+
+
+def _lora_linear(batch: int, side: int, channels: int, *, factors: torch.dtype, **options: Any) -> Case:
+    rank = 16
+
+    def inputs(new: New) -> tuple[Any, ...]:
+        return (
+            new(batch, side * side, channels, dtype=BF16, grad=True),
+            new.parameter(channels, channels, dtype=BF16, grad=False),
+            new.parameter(channels, dtype=BF16, grad=False),
+            new.parameter(rank, channels, dtype=factors),
+            new.parameter(channels, rank, dtype=factors),
+        )
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """As peft computes it."""
+        return F.linear(x, weight, bias) + F.linear(F.linear(x.to(a.dtype), a), b).to(x.dtype)
+
+    return Case(
+        op="lora_linear",
+        shape=f"{_times(batch, side * side, channels)}, rank {rank}, {dtype_name(factors)} factors",
+        dtype=BF16,
+        inputs=inputs,
+        providers={
+            "ours": _plain(lambda *inputs: lora_linear(*inputs, scale=1.0)),
+            "eager": _plain(eager),
+            "peft": peers.peft_lora,
+        },
+        compiled=eager,
+        **options,
+    )
+
+
+def _lora_linear_cases() -> Iterator[Case]:
+    for side, channels in FEED_FORWARD:
+        for batch in (4, 8, 2):
+            yield _lora_linear(batch, side, channels, factors=FP32, headline=batch == 4)
+        yield _lora_linear(4, side, channels, factors=BF16)
+
+
+# --- group_norm_silu ---
+
+RESNETS = ((128, 320), (64, 640), (32, 1280))
+"""(Side of the feature map, channels) of SDXL's resnet blocks; the up blocks also have more channels."""
+
+
+def _eager_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.silu(F.group_norm(x, 32, weight, bias))
+
+
+def _group_norm_silu(
+    batch: int,
+    side: int,
+    channels: int,
+    dtype: torch.dtype = BF16,
+    *,
+    channels_last: bool = False,
+    frozen: bool = False,
+    parameters: torch.dtype | None = None,
+    **options: Any,
+) -> Case:
+    def inputs(new: New) -> tuple[Any, ...]:
+        x = new(batch, channels, side, side, dtype=dtype, grad=True, channels_last=channels_last)
+        trained = [new.parameter(channels, dtype=parameters or dtype, grad=not frozen) for _ in range(2)]
+        return x, *trained
+
+    notes = ["channels_last"] if channels_last else []
+    notes += [f"{dtype_name(parameters)} parameters"] if parameters else []
+    notes += ["frozen"] if frozen else []
+    return Case(
+        op="group_norm_silu",
+        shape=", ".join([_times(batch, channels, side, side), *notes]),
+        dtype=dtype,
+        inputs=inputs,
+        providers={
+            "ours": _plain(lambda x, weight, bias: group_norm_silu(x, 32, weight, bias)),
+            "eager": _plain(_eager_group_norm_silu),
+            "liger": peers.liger_group_norm_silu,
+        },
+        compiled=_eager_group_norm_silu,
+        **options,
+    )
+
+
+def _group_norm_silu_cases() -> Iterator[Case]:
+    for side, channels in RESNETS:
+        for batch in (4, 8, 2):
+            yield _group_norm_silu(batch, side, channels, headline=batch == 4)
+        yield _group_norm_silu(4, side, channels, channels_last=True, headline=side == 128)
+    yield _group_norm_silu(4, 128, 320, frozen=True)
+    for side, channels in ((128, 960), (64, 1920), (32, 2560)):  # behind a skip connection
+        yield _group_norm_silu(4, side, channels)
+    for side, channels in ((128, 640), (64, 960), (64, 320), (32, 640), (32, 1920)):
+        yield _group_norm_silu(4, side, channels, measured=False)
+        yield _group_norm_silu(4, side, channels, channels_last=True, measured=False)
+    for dtype in (FP16, FP32, FP64):
+        for channels_last in (False, True):
+            yield _group_norm_silu(2, 32, 1280, dtype, channels_last=channels_last, measured=False)
+    yield _group_norm_silu(2, 64, 640, parameters=FP32, measured=False)
+    yield _group_norm_silu(3, 7, 96, measured=False)
+    yield _group_norm_silu(3, 7, 96, FP32, channels_last=True, measured=False)
+
+
+def _group_norm_silu_conv(batch: int, side: int, channels: int, **options: Any) -> Case:
+    def inputs(new: New) -> tuple[Any, ...]:
+        return (
+            new(batch, channels, side, side, dtype=BF16, grad=True),
+            *(new.parameter(channels, dtype=BF16) for _ in range(2)),
+            new(channels, channels, 3, 3, dtype=BF16, grad=True, scale=(9 * channels) ** -0.5),
+            new.parameter(channels, dtype=BF16),
+        )
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, kernel_bias: Tensor) -> Tensor:
+        return F.conv2d(_eager_group_norm_silu(x, weight, bias), kernel, kernel_bias, padding=1)
+
+    return Case(
+        op="group_norm_silu_conv",
+        shape=f"{_times(batch, channels, side, side)}, 3×3",
+        dtype=BF16,
+        inputs=inputs,
+        providers={
+            "ours": _plain(lambda x, *rest: group_norm_silu_conv(x, 32, *rest)),
+            "eager": _plain(eager),
+        },
+        compiled=eager,
+        **options,
+    )
+
+
+def _group_norm_silu_conv_cases() -> Iterator[Case]:
+    for side, channels in RESNETS:
+        for batch in (4, 8, 2):
+            yield _group_norm_silu_conv(batch, side, channels, headline=batch == 4)
+
+
+# --- adamw8bit ---
+
+
+def _transformer_block(channels: int) -> list[tuple[int, ...]]:
+    """Shapes of the parameters of one SDXL transformer block."""
+    square, context, narrow = (channels, channels), (channels, 2048), (channels,)
+    attention = [square, square, square, square, narrow, square, context, context, square, narrow]
+    feed_forward = [(8 * channels, channels), (8 * channels,), (channels, 4 * channels), narrow]
+    return [narrow] * 6 + attention + feed_forward
+
+
+def _unet() -> list[tuple[int, ...]]:
+    """Shapes of all parameters of SDXL's UNet."""
+    from diffusers import UNet2DConditionModel
+
+    from bench.sdxl import SDXL_UNET
+
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in UNet2DConditionModel(**SDXL_UNET).parameters()]
+
+
+def _adamw8bit(
+    name: str,
+    shapes: Callable[[], list[tuple[int, ...]]],
+    dtype: torch.dtype = BF16,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Case:
+    def inputs(new: New) -> tuple[Any, ...]:
+        parameters = [new.parameter(*shape, dtype=dtype) for shape in shapes()]
+        for p in parameters:
+            (p.grad,) = new.like([p])
+        return (parameters,)
+
+    def ours(parameters: list[Tensor]) -> Callable[[], Any]:
+        return peers.stepping(AdamW8bit(parameters, **(settings or {})))
+
+    elements = [torch.Size(shape).numel() for shape in shapes()]
+    states = sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in elements)
+    return Case(
+        op="adamw8bit",
+        shape=name,
+        dtype=dtype,
+        inputs=inputs,
+        providers={
+            "ours": ours,
+            "eager": peers.torch_adamw,
+            "bitsandbytes": peers.bitsandbytes_adamw8bit,
+            "torchao": peers.torchao_adamw8bit,
+        },
+        # Parameter read and written, gradient read, states read and written.
+        floor={"step": 3 * dtype.itemsize * sum(elements) + 2 * states},
+        **options,
+    )
+
+
+def _adamw8bit_cases() -> Iterator[Case]:
+    def block() -> list[tuple[int, ...]]:
+        return _transformer_block(1280)
+
+    yield _adamw8bit("a transformer block, 1280 channels", block, headline=True)
+    yield _adamw8bit("SDXL's UNet", _unet, headline=True, launches_alike=True)
+    yield _adamw8bit("a transformer block, 640 channels", lambda: _transformer_block(640))
+    yield _adamw8bit("a transformer block, 1280 channels", block, FP32)
+    yield _adamw8bit("odd sizes", lambda: [(97, 101), (5003,), (3,)], measured=False)
+    yield _adamw8bit("odd sizes", lambda: [(97, 101), (5003,), (3,)], FP16, measured=False)
+    yield _adamw8bit(
+        "clipped, to nearest",
+        lambda: [(64, 64), (3,)],
+        settings={"max_update_rms": 1.0, "stochastic_rounding": False},
+        measured=False,
     )
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paired_loss": _paired_loss_cases,
+    "geglu": _geglu_cases,
+    "geglu_linear": _geglu_linear_cases,
+    "layer_norm": _layer_norm_cases,
+    "layer_norm_linear": _layer_norm_linear_cases,
+    "lora_linear": _lora_linear_cases,
+    "group_norm_silu": _group_norm_silu_cases,
+    "group_norm_silu_conv": _group_norm_silu_conv_cases,
+    "adamw8bit": _adamw8bit_cases,
 }
 
 
 def cases(op: str = "all") -> list[Case]:
-    """Cases of one op, or of all of them, in the order in which they are measured."""
+    """Cases of one op, or of all of them."""
     if op != "all" and op not in CASES:
         raise ValueError(f"op: {op!r} is unknown; choose one of all, {', '.join(CASES)}")
     return [case for name, make in CASES.items() if op in ("all", name) for case in make()]

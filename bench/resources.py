@@ -38,6 +38,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from bench.cases import CASES, Case, New, cases, differentiable, dtype_name
+from bench.dispatch import Untouched
 from mapo_kernels._launch import INTERPRETING, Card, assume_card
 
 RESULTS = Path(__file__).parent / "results" / "resources.jsonl"
@@ -144,8 +145,8 @@ def launches(selected: Iterable[Case], ccs: Iterable[int] = tuple(CARDS)) -> lis
     with mock.patch.object(JITFunction, "_do_compile", record), mock.patch.object(driver, "_active", None):
         for cc in ccs:
             driver.set_active(_AbsentGpu(cc))
-            with assume_card(CARDS[cc]):
-                for case in selected:
+            with assume_card(CARDS[cc]), Untouched():
+                for case in (case for case in selected if not case.launches_alike):
                     label = f"{dtype_name(case.dtype)} {case.shape}"
                     run_forward_and_backward(case, new)
     return _named_apart(jobs.values())
