@@ -111,7 +111,8 @@ class OptimConfig(Section):
     """`[optim]`: optimizer and learning-rate schedule."""
 
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """torch's fused AdamW, or bitsandbytes' 8-bit AdamW (paged: states may move to system RAM)."""
+    """torch's fused AdamW; AdamW with 8-bit states and stochastic rounding of bf16 weights; or bitsandbytes'
+    8-bit AdamW whose states may move to system RAM."""
     lr: float = Field(1e-5, gt=0.0, lt=1.0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -151,7 +152,8 @@ class TrainConfig(Section):
     """Micro-batches per optimizer step."""
     precision: Literal["fp32", "bf16", "fp16", "pure_bf16"] = "bf16"
     """`bf16`: bf16 arithmetic with fp32 trainable weights; `fp16`: the same with a gradient scaler, LoRA
-    only; `pure_bf16`: bf16 weights without fp32 masters, which loses small updates."""
+    only; `pure_bf16`: bf16 weights without fp32 masters, for optim.name = "adamw8bit"; other optimizers lose
+    small updates."""
     layout: Literal["joint", "split"] = "split"
     """`joint`: both halves of the pair in one batch; `split`: inside each checkpointed block one after the
     other, so that transient memory is one image's."""
@@ -172,8 +174,8 @@ class TrainConfig(Section):
     caption_dropout: float = Field(0.0, ge=0.0, le=1.0)
     """Chance that a pair's prompt is dropped, for both halves together."""
     log_every: int = Field(10, ge=1)
-    """Optimizer steps between log lines. With `adamw` the host waits for the GPU only there; bitsandbytes'
-    optimizers make it wait once a step."""
+    """Optimizer steps between log lines. The host waits for the GPU only there; `paged_adamw8bit` makes it
+    wait once a step."""
     checkpoint_every: int = Field(500, ge=0)
     """Optimizer steps between checkpoints; 0 writes one at the end only."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -32,7 +32,7 @@ _PACKAGES: tuple[tuple[str, str], ...] = (
     ("transformers", _TRAIN),
     ("peft", f"{_TRAIN}, for LoRA"),
     ("accelerate", _TRAIN),
-    ("bitsandbytes", f"{_TRAIN}, for 8-bit optimizers"),
+    ("bitsandbytes", f"{_TRAIN}, for optim.name = 'paged_adamw8bit'"),
     ("tensorboard", f"{_TRAIN}; without it figures go to log.jsonl only"),
     ("pyarrow", f"{_TRAIN}, for parquet data"),
     ("datasets", f"{_TRAIN}, for Hugging Face dataset folders"),
@@ -91,7 +91,8 @@ def _choices(device: str) -> list[tuple[str, Callable[[], str]]]:
         ("bf16", lambda: _bf16(device)),
         ("attention", lambda: _attention(device)),
         ("xformers attention", lambda: _xformers(device)),
-        ("8-bit optimizers", lambda: _eight_bit(device)),
+        ("8-bit AdamW", lambda: _eight_bit(device)),
+        ("paged 8-bit AdamW", lambda: _paged(device)),
     ]
 
 
@@ -236,18 +237,37 @@ def _xformers(device: str) -> str:
 
 
 def _eight_bit(device: str) -> str:
-    """One step of an 8-bit AdamW, on a tensor large enough to have 8-bit states."""
+    """One step of AdamW8bit, on a tensor large enough to have 8-bit states."""
+    from mapo_kernels._launch import backend
+    from mapo_kernels.adamw8bit import AdamW8bit
+
+    if not _takes_a_step(AdamW8bit, device):
+        return "cannot be used: it took a step without changing the weights as it should"
+    return f"works on this {_place(device)} (optim.name = 'adamw8bit'): {backend(device).reason}"
+
+
+def _paged(device: str) -> str:
+    if device == "cpu":
+        return "no: it needs an NVIDIA GPU; optim.name = 'adamw8bit' does not"
     if importlib.util.find_spec("bitsandbytes") is None:
-        return f"no: bitsandbytes is not installed ({_TRAIN}); optim.name = 'adamw' needs nothing"
+        return f"no: bitsandbytes is not installed ({_TRAIN}); optim.name = 'adamw8bit' needs nothing"
     import bitsandbytes
 
+    if not _takes_a_step(bitsandbytes.optim.PagedAdamW8bit, device):
+        return "cannot be used: bitsandbytes took a step without changing the weights as it should"
+    return f"works on this {_place(device)} (optim.name = 'paged_adamw8bit')"
+
+
+def _takes_a_step(kind: Callable[..., torch.optim.Optimizer], device: str) -> bool:
     weight = torch.nn.Parameter(torch.zeros(4096, device=device))
     weight.grad = torch.ones_like(weight)
-    optimizer = bitsandbytes.optim.AdamW8bit([weight], lr=1e-3)
+    optimizer = kind([weight], lr=1e-3)
     optimizer.step()
-    if optimizer.state[weight]["state1"].dtype != torch.uint8 or not bool((weight < 0).all()):
-        return "cannot be used: bitsandbytes took a step without changing the weights as it should"
-    return f"bitsandbytes works on this {'GPU' if device == 'cuda' else 'CPU'} (optim.name = 'adamw8bit')"
+    return optimizer.state[weight]["state1"].dtype == torch.uint8 and bool((weight < 0).all())
+
+
+def _place(device: str) -> str:
+    return "GPU" if device == "cuda" else "CPU"
 
 
 def _first_line(error: Exception) -> str:

@@ -90,10 +90,10 @@ def _notes(config: Config, cache: PairCache, checkpoint: Checkpoint | None, resu
             f"checkpoint {path.name} is damaged ({reason}): falling back to {checkpoint.path.name}"
             for path, reason in checkpoint.damaged
         ]
-    if config.train.precision == "pure_bf16":
+    if config.train.precision == "pure_bf16" and config.optim.name != "adamw8bit":
         notes.append(
             f"train.precision = 'pure_bf16' rounds updates to bf16: at lr {config.optim.lr:g} many are lost; "
-            "'bf16' keeps fp32 weights"
+            "optim.name = 'adamw8bit' rounds stochastically and keeps them on average"
         )
     if config.optim.warmup_steps >= config.train.steps:
         notes.append(

@@ -2,8 +2,8 @@
 
 A step is `train.accumulation` micro-batches. Everything random is a function of (seed, epoch, pair id) and
 the data order a function of (seed, position), so a checkpoint needs weights, optimizer and the step count
-and nothing else to continue bit for bit. With AdamW the host waits for the device once per logging interval;
-bitsandbytes' optimizers need it once per step.
+and nothing else to continue bit for bit. The host waits for the device once per logging interval; with
+bitsandbytes' paged optimizer once per step.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Trainer:
         self.learning_rate = learning_rate(config.optim, config.train.steps)
         trainable = [p for p in unet.parameters() if p.requires_grad]
         self.optimizer = GuardedOptimizer(
-            build_optimizer(config.optim, trainable),
+            build_optimizer(config.optim, trainable, seed=config.train.seed),
             trainable,
             max_grad_norm=config.optim.max_grad_norm,
             scaler=torch.amp.GradScaler(device.type) if precision.scaled else None,

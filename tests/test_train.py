@@ -457,6 +457,28 @@ def test_every_layout_and_precision_trains(
     assert any("never reaches optim.lr" in e.get("message", "") for e in entries)
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_pure_bf16_with_stochastic_rounding_resumes_bit_for_bit(
+    make: Callable[..., Config], tmp_path: Path, kind: str
+) -> None:
+    """Step and seed go into the checkpoint; so the weights after it have the same random bits."""
+    common: dict[str, Any] = {
+        "adapter": {"kind": kind, "rank": 4},
+        "optim": {"name": "adamw8bit", "lr": 1e-5, "warmup_steps": 0},
+    }
+    settings = {"precision": "pure_bf16", "steps": 4}
+    whole = train(make(tmp_path / "whole", train=settings, **common))
+    assert not any("rounds updates" in e.get("message", "") for e in read_log(whole.output / "log.jsonl"))
+    train(make(tmp_path / "parts", train={**settings, "steps": 2}, **common))
+    parts = train(make(tmp_path / "parts", train=settings, **common), resume=True)
+    expected, found = (load_file(run.output / RESULT[kind]) for run in (whole, parts))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    start = load_file(tmp_path / "parts" / "checkpoints" / "step-00000002" / "model.safetensors")
+    end = load_file(tmp_path / "parts" / "checkpoints" / "step-00000004" / "model.safetensors")
+    assert {value.dtype for value in end.values()} == {torch.bfloat16}
+    assert any(not torch.equal(start[name], end[name]) for name in end)
+
+
 def test_v_prediction_with_zero_terminal_snr_and_an_fp16_only_folder(cache: Path, tmp_path: Path) -> None:
     """The scheduler config is read; the same VAE and encoders keep the cache valid."""
     model = make_tiny_sdxl(tmp_path / "v", prediction_type="v_prediction", zero_terminal_snr=True)

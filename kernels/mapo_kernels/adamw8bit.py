@@ -826,7 +826,9 @@ class AdamW8bit(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    """What `torch.amp.GradScaler` asks for."""
+    """What `torch.amp.GradScaler` asks for before it sets the next two."""
+    found_inf: Tensor
+    grad_scale: Tensor
 
     def __init__(
         self,

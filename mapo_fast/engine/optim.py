@@ -1,8 +1,8 @@
 """Optimizers behind one guard: a step whose gradients are not finite changes nothing and is counted.
 
-The flag stays on the device. torch's fused AdamW takes it as `found_inf` and turns the update into a no-op
-without the host ever waiting; bitsandbytes has no such input, so there the host reads the flag once per
-step.
+The flag stays on the device. torch's fused AdamW and our AdamW8bit take it as `found_inf` and turn the update
+into a no-op without the host ever waiting; bitsandbytes has no such input, so there the host reads the flag
+once per step.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from torch import Tensor
 
 from mapo_fast.config import OptimConfig
 from mapo_fast.errors import UserError
+from mapo_kernels.adamw8bit import AdamW8bit
 
 
-def build_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of a config over these parameters.
+def build_optimizer(
+    config: OptimConfig, parameters: list[torch.nn.Parameter], *, seed: int = 0
+) -> torch.optim.Optimizer:
+    """The optimizer of a config over these parameters; `seed` is for stochastic rounding.
 
     Raises:
         UserError: bitsandbytes is chosen and not installed, or a paged optimizer without an NVIDIA GPU.
@@ -33,15 +36,16 @@ def build_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -
     }
     if config.name == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)
+    if config.name == "adamw8bit":
+        return AdamW8bit(parameters, seed=seed, **settings)
     try:
         import bitsandbytes
     except ImportError as error:
         raise UserError(
             f"optim.name = {config.name!r} needs bitsandbytes ({error}): "
-            "pip install bitsandbytes, or use 'adamw'"
+            "pip install bitsandbytes, or use 'adamw8bit'"
         ) from None
-    kind = bitsandbytes.optim.AdamW8bit if config.name == "adamw8bit" else bitsandbytes.optim.PagedAdamW8bit
-    return kind(parameters, **settings)  # type: ignore[no-any-return]
+    return bitsandbytes.optim.PagedAdamW8bit(parameters, **settings)  # type: ignore[no-any-return]
 
 
 class GuardedOptimizer:
@@ -74,15 +78,20 @@ class GuardedOptimizer:
         """Apply the accumulated gradients and clear them; returns the 0-d gradient norm before clipping."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        if isinstance(self.optimizer, AdamW8bit):
+            # It divides as it reads the gradients: no pass over them, and no rounding of what is clipped.
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            self.optimizer.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         bad = (~torch.isfinite(norm)).to(torch.float32)
         self.skipped += bad
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bad
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        elif isinstance(self.optimizer, torch.optim.AdamW):
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        elif isinstance(self.optimizer, (torch.optim.AdamW, AdamW8bit)):
+            self.optimizer.found_inf = bad  # type: ignore[union-attr]
             self.optimizer.step()
         elif not bad.item():
             self.optimizer.step()

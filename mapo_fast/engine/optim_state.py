@@ -1,9 +1,10 @@
 """Optimizer states as named tensors plus JSON, and back, without pickle and bit for bit.
 
-Works for torch optimizers and for bitsandbytes' 8-bit and paged ones. Tensors are named `<parameter
-index>.<state name>`, the index counting through all parameter groups in order; a tensor that several
-parameters share (bitsandbytes' code books) is stored once. `load_state_dict` is not used: torch's casts
-states to the parameter's dtype, bitsandbytes' deep-copies them all and forgets that they were paged.
+Works for torch optimizers, for our AdamW8bit and for bitsandbytes' 8-bit and paged ones; a state of
+bitsandbytes' AdamW8bit goes on in ours. Tensors are named `<parameter index>.<state name>`, the index counting
+through all parameter groups in order; a tensor that several parameters share (the code books) is stored once.
+`load_state_dict` is not used: torch's casts states to the parameter's dtype, bitsandbytes' deep-copies them all
+and forgets that they were paged.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mapo_fast.errors import UserError
+from mapo_kernels.adamw8bit import AdamW8bit
 
 _IMPLEMENTATION_KEYS = ("params", "fused", "foreach", "capturable", "differentiable", "maximize")
 """Group entries that say how a step is computed: those of the new optimizer count."""
@@ -124,12 +126,13 @@ def _split(name: str) -> tuple[int, str]:
 
 
 def _by_memory_order(optimizer: Optimizer) -> bool:
-    """Whether states belong to the parameter's elements by their order in memory (bitsandbytes).
+    """Whether states belong to the parameter's elements by their order in memory (the 8-bit optimizers).
 
     bitsandbytes makes parameters contiguous at each step but lets states keep the strides of the parameter's
-    first day, so these strides are part of the state. torch's states follow the parameter's own layout.
+    first day; ours lays a parameter out like its state. Either way these strides are part of the state.
+    torch's states follow the parameter's own layout.
     """
-    return hasattr(optimizer, "get_state_buffer")
+    return isinstance(optimizer, AdamW8bit) or hasattr(optimizer, "get_state_buffer")
 
 
 def _allocate(
@@ -142,7 +145,8 @@ def _allocate(
 ) -> Tensor:
     """An uninitialised tensor for one state, where the optimizer would have made it."""
     device = parameter.device
-    if key == "step" and not (group.get("fused") or group.get("capturable")):
+    on_device = isinstance(optimizer, AdamW8bit) or group.get("fused") or group.get("capturable")
+    if key == "step" and not on_device:
         device = torch.device("cpu")
     if key in _PAGEABLE and getattr(optimizer, "is_paged", False) and device.type == "cuda":
         buffer: Tensor = optimizer.get_state_buffer(parameter, dtype=saved.dtype)  # type: ignore[attr-defined]

@@ -5,7 +5,10 @@
 | `fp32`      | fp32                              | fp32                                     |
 | `bf16`      | fp32 weights, bf16 arithmetic     | bf16 base, fp32 factors, bf16 arithmetic |
 | `fp16`      | refused                           | fp16 base, fp32 factors, gradient scaler |
-| `pure_bf16` | bf16 weights: loses small updates | bf16 base and factors                    |
+| `pure_bf16` | bf16                              | bf16 base and factors                    |
+
+`pure_bf16` needs optim.name = 'adamw8bit', whose stochastic rounding keeps updates that are smaller than the
+distance of two bf16 numbers; the other optimizers lose them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""A step that is not finite changes nothing, is counted, and costs AdamW no host wait."""
+"""A step that is not finite changes nothing, is counted, and needs no host wait."""
 
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -55,8 +57,10 @@ def test_paged_states_need_a_gpu() -> None:
 
 def test_a_missing_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match=r"needs bitsandbytes.*or use 'adamw'"):
-        build_optimizer(OptimConfig(name="adamw8bit"), [torch.nn.Parameter(torch.zeros(3))])
+    on_a_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    with pytest.raises(UserError, match=r"needs bitsandbytes.*or use 'adamw8bit'"):
+        build_optimizer(OptimConfig(name="paged_adamw8bit"), [on_a_gpu])
+    build_optimizer(OptimConfig(name="adamw8bit"), [torch.nn.Parameter(torch.zeros(3))])
 
 
 def test_the_norm_is_the_one_before_clipping_and_zero_means_no_clipping() -> None:
@@ -69,6 +73,28 @@ def test_the_norm_is_the_one_before_clipping_and_zero_means_no_clipping() -> Non
         gradient[0], gradient[1] = 3.0, 4.0
         assert float(guarded.step()) == pytest.approx(5.0)
         assert float(gradient.norm()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0.5, 0.0])
+def test_clipping_inside_the_step_is_clipping(limit: float) -> None:
+    """adamw8bit reads the gradients once: they stay as they are, and the update is that of clipped ones."""
+    guarded, parameters = _guarded("adamw8bit", max_grad_norm=limit)
+    plain, expected = _guarded("adamw8bit", max_grad_norm=0.0)
+    for p, q in zip(parameters, expected, strict=True):
+        q.data.copy_(p.data)
+    for _ in range(2):
+        gradients = [torch.randn_like(p) for p in parameters]
+        for p, q, g in zip(parameters, expected, gradients, strict=True):
+            p.grad, q.grad = g, g.clone()
+        if limit:
+            torch.nn.utils.clip_grad_norm_(expected, limit)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        kept = [g.clone() for g in gradients]
+        assert torch.equal(guarded.step(), norm)
+        plain.step()
+        assert all(torch.equal(a, b) for a, b in zip(gradients, kept, strict=True))
+    for p, q in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
 
 
 def test_learning_rate_follows_the_schedule() -> None:

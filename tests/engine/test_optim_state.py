@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mapo_fast.checkpoint import CheckpointStore
 from mapo_fast.engine.optim_state import flatten_optimizer_state, restore_optimizer_state
 from mapo_fast.errors import UserError
+from mapo_kernels.adamw8bit import AdamW8bit
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -25,7 +26,8 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "fused": lambda p: torch.optim.AdamW(p, fused=True, **SETTINGS),
     "foreach": lambda p: torch.optim.AdamW(p, foreach=True, **SETTINGS),
     "amsgrad": lambda p: torch.optim.AdamW(p, amsgrad=True, **SETTINGS),
-    "adamw8bit": lambda p: bitsandbytes.optim.AdamW8bit(p, **SETTINGS),
+    "adamw8bit": lambda p: AdamW8bit(p, seed=3, **SETTINGS),
+    "bitsandbytes": lambda p: bitsandbytes.optim.AdamW8bit(p, **SETTINGS),
     "paged_adamw8bit": lambda p: bitsandbytes.optim.PagedAdamW8bit(p, **SETTINGS),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
@@ -108,16 +110,34 @@ def test_restored_state_is_the_same_and_shares_nothing(name: str) -> None:
         }
 
 
-def test_shared_code_books_are_stored_once() -> None:
+@pytest.mark.parametrize("name", ["adamw8bit", "bitsandbytes"])
+def test_shared_code_books_are_stored_once(name: str) -> None:
     weights = parameters(torch.float32)
-    optimizer = OPTIMIZERS["adamw8bit"](weights)
+    optimizer = OPTIMIZERS[name](weights)
     train(optimizer, weights, range(1))
     tensors, description = flatten_optimizer_state(optimizer)
     assert description["aliases"] == {"1.qmap1": "0.qmap1", "1.qmap2": "0.qmap2"}
     assert "1.qmap1" not in tensors
-    fresh = OPTIMIZERS["adamw8bit"](weights)
+    fresh = OPTIMIZERS[name](weights)
     restore_optimizer_state(fresh, tensors.items(), description)
     assert fresh.state[weights[1]]["qmap1"] is fresh.state[weights[0]]["qmap1"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_checkpoint_of_bitsandbytes_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
+    """Its class has the same name, its states the same layout; only stochastic rounding is new."""
+    straight, weights = parameters(dtype), parameters(dtype)
+    for group in (straight, weights):
+        group[1].data = group[1].data.contiguous()
+    train(OPTIMIZERS["bitsandbytes"](groups(straight)), straight, range(5))
+    optimizer = OPTIMIZERS["bitsandbytes"](groups(weights))
+    train(optimizer, weights, range(3))
+    tensors, description = flatten_optimizer_state(optimizer)
+    resumed = AdamW8bit(groups(weights), stochastic_rounding=False, **SETTINGS)
+    restore_optimizer_state(resumed, tensors.items(), json.loads(json.dumps(description)))
+    train(resumed, weights, range(3, 5))
+    for expected, found in zip(straight, weights, strict=True):
+        assert torch.equal(expected, found)
 
 
 def test_the_new_optimizer_keeps_its_own_implementation() -> None:
