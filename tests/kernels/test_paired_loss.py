@@ -248,7 +248,7 @@ def tricky_errors() -> tuple[list[float], list[float]]:
     """fp32 pairs over [0, 300], most of them equal to within an ulp."""
     up = torch.tensor(math.inf)
     values = torch.cat(
-        [torch.tensor([0.0, 1e-45, 1e-30, 0.5, 1.0, 300.0]), 10 ** torch.linspace(-9, 2.47, 20)]
+        [torch.tensor([0.0, 1e-45, 1e-30, 0.5, 1.0, 300.0]), 10 ** torch.linspace(-9, 2.47, 10)]
     )
     near = torch.nextafter(values, up)
     far = (values * 1.01).clamp(max=300)
@@ -458,8 +458,8 @@ def test_opcheck(device: str) -> None:
     for arguments in (
         op_arguments(last, t, weights=pairs, per_pair=True),
         op_arguments(halves[0], t[:2], prediction_rejected=halves[1], target_rejected=t[2:],
-                     mask=torch.rand(2, 1, 4, 4, device=device), objective="mapo_paper_power"),
-        op_arguments(p, t, reference=t + 0.1, labels=pairs, objective="dpo", settings=[5000.0, 0.0, 0.0]),
+                     mask=torch.rand(2, 1, 4, 4, device=device), reference=t + 0.1, labels=pairs,
+                     objective="dpo", settings=[5000.0, 0.0, 0.0]),
         op_arguments(p, None, keys=torch.arange(2, device=device), target_kind="epsilon", objective="kto",
                      reference_error=pairs, reference_error_rejected=pairs, settings=[1000.0, 1.0, 1.0],
                      baseline=torch.zeros((), device=device)),
@@ -479,8 +479,8 @@ def test_gradcheck(device: str, objective: str) -> None:
         return paired_loss(prediction, target, objective=objective, beta=2.0, snr=0.7, num_train_timesteps=3,
                            weights=weights, mask=mask, reduction="none").loss  # fmt: skip
 
-    prediction, target = make((4, 1, 1, 2), device, torch.float64, gap=1.5)
-    weights = torch.rand(2, device=device).double()
+    prediction, target = make((2, 1, 1, 2), device, torch.float64, gap=1.5)
+    weights = torch.rand(1, device=device).double()
     mask = torch.rand(2, 1, 1, 2, device=device).double()
     assert torch.autograd.gradcheck(loss, (prediction,))
 
