@@ -1,10 +1,10 @@
 """Optimizer states as named tensors plus JSON, and back, without pickle and bit for bit.
 
 Works for torch optimizers, for our AdamW8bit and for bitsandbytes' 8-bit and paged ones; a state of
-bitsandbytes' AdamW8bit goes on in ours. Tensors are named `<parameter index>.<state name>`, the index counting
-through all parameter groups in order; a tensor that several parameters share (the code books) is stored once.
-`load_state_dict` is not used: torch's casts states to the parameter's dtype, bitsandbytes' deep-copies them all
-and forgets that they were paged.
+bitsandbytes' AdamW8bit goes on in ours. Tensors are named `<parameter index>.<state name>`, the index
+counting through all parameter groups in order; a tensor that several parameters share (the code books) is
+stored once. `load_state_dict` is not used: torch's casts states to the parameter's dtype, bitsandbytes'
+deep-copies them all and forgets that they were paged.
 """
 
 from __future__ import annotations
