@@ -549,15 +549,15 @@ def _cut(x: Tensor, num_groups: int, acc: torch.dtype) -> _Cut:
     """A function of a sample's shape, memory order and dtype."""
     channels, positions = x.shape[1], x[0, 0].numel()
     group = channels // num_groups
-    tile = block_size(TILE if acc == torch.float32 else TILE // 2, channels * positions)
+    sample = _power_of_two(channels) * _power_of_two(positions)
+    tile = block_size(TILE if acc == torch.float32 else TILE // 2, sample)
     if _channel_is_innermost(x):
-        span, lanes = _span(group), MOST_LANES
+        span, lanes = min(_span(group), channels), MOST_LANES
         tile_positions = min(_power_of_two(positions), max(1, tile // _power_of_two(min(span, lanes))))
     else:
         tile_positions = min(_power_of_two(positions), tile // min(group & -group, 4))
         lanes = tile // tile_positions
-        span = max(1, lanes // group) * group
-    span = min(span, channels)
+        span = min(max(1, lanes // group) * group, channels)
     used = min(span, lanes)
     parts = -(-span // used)
     tiles = -(-positions // tile_positions)
