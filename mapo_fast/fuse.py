@@ -37,14 +37,21 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mapo_kernels._linear import Lora, Projection, frozen_or_dense, join_weights
-from mapo_kernels.geglu import geglu
-from mapo_kernels.geglu_linear import geglu_linear
-from mapo_kernels.group_norm_silu import GroupNormSilu, group_norm_silu
-from mapo_kernels.group_norm_silu_conv import group_norm_silu_conv
-from mapo_kernels.layer_norm import LayerNorm, layer_norm
-from mapo_kernels.layer_norm_linear import layer_norm_linear
-from mapo_kernels.lora_linear import lora_linear
+from mapo_kernels import (
+    GroupNormSilu,
+    LayerNorm,
+    Lora,
+    Projection,
+    frozen_or_dense,
+    geglu,
+    geglu_linear,
+    group_norm_silu,
+    group_norm_silu_conv,
+    join_weights,
+    layer_norm,
+    layer_norm_linear,
+    lora_linear,
+)
 
 __all__ = ["patch_unet", "unpatch_unet"]
 

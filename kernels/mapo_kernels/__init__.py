@@ -1,24 +1,62 @@
-"""Fused Triton kernels for MaPO training; needs torch, uses Triton where it is installed.
+"""Fused Triton kernels for training diffusion UNets on preferences; needs torch, uses Triton if it is there.
 
 Nothing here imports `mapo_fast`. An operator's module holds its kernels, launchers, registration, public
 function and fp64 reference; modules with an underscore are shared between operators.
 """
 
 from mapo_kernels._launch import Backend, backend
+from mapo_kernels._linear import FrozenWeight, Lora, Projection, frozen_or_dense, join_weights
+from mapo_kernels.adamw8bit import AdamW8bit
+from mapo_kernels.geglu import geglu, geglu_reference
+from mapo_kernels.geglu_linear import geglu_linear, geglu_linear_reference
+from mapo_kernels.group_norm_silu import GroupNormSilu, group_norm_silu, group_norm_silu_reference
+from mapo_kernels.group_norm_silu_conv import group_norm_silu_conv, group_norm_silu_conv_reference
+from mapo_kernels.layer_norm import LayerNorm, layer_norm, layer_norm_reference
+from mapo_kernels.layer_norm_linear import layer_norm_linear, layer_norm_linear_reference
+from mapo_kernels.lora_linear import lora_linear, lora_linear_reference
 from mapo_kernels.objectives import OBJECTIVES
 from mapo_kernels.paired_loss import (
+    NoiseTarget,
     PairedLoss,
     paired_loss,
     paired_loss_from_errors,
     paired_loss_reference,
 )
+from mapo_kernels.paired_noise import noise_key, paired_noise, paired_noise_epsilon, paired_noise_reference
 
 __all__ = [
     "OBJECTIVES",
+    "AdamW8bit",
     "Backend",
+    "FrozenWeight",
+    "GroupNormSilu",
+    "LayerNorm",
+    "Lora",
+    "NoiseTarget",
     "PairedLoss",
+    "Projection",
     "backend",
+    "frozen_or_dense",
+    "geglu",
+    "geglu_linear",
+    "geglu_linear_reference",
+    "geglu_reference",
+    "group_norm_silu",
+    "group_norm_silu_conv",
+    "group_norm_silu_conv_reference",
+    "group_norm_silu_reference",
+    "join_weights",
+    "layer_norm",
+    "layer_norm_linear",
+    "layer_norm_linear_reference",
+    "layer_norm_reference",
+    "lora_linear",
+    "lora_linear_reference",
+    "noise_key",
     "paired_loss",
     "paired_loss_from_errors",
     "paired_loss_reference",
+    "paired_noise",
+    "paired_noise_epsilon",
+    "paired_noise_reference",
 ]
