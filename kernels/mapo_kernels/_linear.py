@@ -131,8 +131,7 @@ def dense_weight(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
         codes, scales = weight.tensors
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
         return torch.mul(codes, scales[:, None] / 127, out=out)  # one pass, computed in fp32
-    import bitsandbytes  # noqa: F401  its operators; needed only where a 4-bit weight is met
-
+    # bitsandbytes, which made this weight, has registered its operators.
     packed, absmax, *nested = weight.tensors
     stored, block, nested_block = getattr(torch, rest[0]), int(rest[1]), int(rest[2])
     if nested:
