@@ -62,7 +62,7 @@ def _load(pointer, mask, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @jit
 def _affine(n, w, b):  # type: ignore[no-untyped-def]
-    """n · w + b, in one form everywhere, so that a recomputed y has the bits of the first."""
+    """n · w + b, whichever of them there are."""
     if w is not None:
         n = n * w
     if b is not None:
@@ -453,7 +453,7 @@ def layer_norm_apply(
     rstd: Tensor,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Compute y again from the saved statistics: the same bits as forward's. No autograd."""
+    """Compute y again from the saved statistics; equal to forward's to a rounding. No autograd."""
     if _is_eager(x):
         return _eager_apply(x, weight, bias, mean, rstd, out_dtype or x.dtype)
     return _launch_forward(x, weight, bias, 0.0, None, out_dtype or x.dtype, (mean, rstd))[0]
