@@ -1,22 +1,23 @@
-"""bitsandbytes' 8-bit dynamic code book, in closed form for kernels and as a table for plain torch.
+"""bitsandbytes' 8-bit dynamic code book, and the code of a value in closed form.
 
-The book has seven decades, (0.1, 1], (0.01, 0.1], … down to 1e-7. A decade holds twice as many values as
-the one below it, in the middles of equal intervals: FINEST of them in the highest, 64 positive ones if
-signed, 128 if unsigned. With 0 and 1 that makes 256. Number the positive values m = n + j, with n of them
-in the decade and j the place in it:
+The book has seven decades, (0.1, 1], (0.01, 0.1], … down to 1e-7. A decade holds twice as many values as the
+one below it, in the middles of equal intervals: FINEST of them in the highest, 64 positive ones if signed,
+128 if unsigned. With 0 and 1 that makes 256. Number the positive values m = n + j, with n = FINEST / 2^d of
+them in decade d = 0 … 6 and j the place in it. Then the nearest value to x has the number
 
-    value(m) = max over decades of  10^-d · (0.9 · (m + ½)/n − 0.8)         n = FINEST / 2^d, d = 0 … 6
-    m(x)     = ⌊ min over decades of  n · (10^d · x + 0.8)/0.9 ⌋
+    m(x) = ⌊ min over decades of  n · (10^d · x + 0.8)/0.9 ⌋
 
-because each decade is a straight line, neighbours meet at the power of ten, and the slope changes there in
-one sense only. So neither direction searches or loads a table: seven multiply-adds and seven comparisons.
-Two things remain. At the foot of a decade the intervals grow fivefold, so the first fifth of its first
-interval, a line at [2^k, 2^k + 0.2), is nearer to the value below. And 1 is not the middle of an interval:
-it begins halfway from the last value.
+because each decade is a straight line, neighbours meet at the power of ten, and the line of the lower one is
+always steeper there. So a kernel searches no table: seven multiply-adds and as many comparisons. Two things
+remain. At the foot of a decade the intervals grow fivefold, so the first fifth of its first interval, a line
+at [2^k, 2^k + 0.2), is nearer to the value below. And 1 is not the middle of an interval: it begins halfway
+from the last value.
 
-`m(x)` is the nearest code, except for a few in a million values, which lie within fp32 rounding of the
-middle between two, and between 0 and the smallest value (1.6e-7 … 2.8e-7), where 0 reaches a little too
-far.
+m(x) is the nearest code, except for a few in a million values, which lie within fp32 rounding of the middle
+between two, and between 0 and the smallest value (1.6e-7 … 2.8e-7), where 0 reaches a little too far.
+
+The other way, value(m) would be the maximum of seven lines. But a table of 256 numbers in shared memory gives
+bitsandbytes' own bits for two instructions instead of sixteen, and arithmetic is what the kernel is short of.
 """
 
 from __future__ import annotations
@@ -55,16 +56,6 @@ def _number(y, one, FINEST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _value(m, FINEST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The value with the number m, a float; 0 below the first, 1 after the last."""
-    middle = m + 0.5
-    line = tl.maximum(middle * (0.9 / FINEST) - 0.8, 0.0)
-    for d in tl.static_range(1, 7):
-        line = tl.maximum(line, middle * (0.9 / (FINEST / 2**d * 10**d)) - 0.8 / 10**d)
-    return tl.minimum(line, 1.0)
-
-
-@jit
 def signed_code(y):  # type: ignore[no-untyped-def]
     """Code, int32 in [0, 255], of x = 0.9 y in [−1, 1], fp32; −1 has none and takes the one above."""
     m = _number(tl.abs(y), y >= (1 - 0.9 / 256) / 0.9, 64)
@@ -75,20 +66,6 @@ def signed_code(y):  # type: ignore[no-untyped-def]
 def unsigned_code(y):  # type: ignore[no-untyped-def]
     """Code, int32 in [0, 255], of x = 0.9 y in [0, 1], fp32."""
     return _number(y, y >= (1 - 0.9 / 512) / 0.9, 128) - 1
-
-
-@jit
-def signed_value(code):  # type: ignore[no-untyped-def]
-    """fp32 value in [−0.993, 1] of codes."""
-    m = code.to(tl.float32) - 127.0
-    value = _value(tl.abs(m), 64)
-    return tl.where(m < 0, -value, value)
-
-
-@jit
-def unsigned_value(code):  # type: ignore[no-untyped-def]
-    """fp32 value in [0, 1] of codes."""
-    return _value(code.to(tl.float32) + 1.0, 128)
 
 
 # --- In torch ---
@@ -105,6 +82,12 @@ def code_book(signed: bool, device: torch.device) -> Tensor:
         if signed:
             values += (-middles).tolist()
     return torch.tensor(sorted(values), device=device)
+
+
+@functools.cache
+def both_books(device: torch.device) -> Tensor:
+    """The signed and the unsigned book in one tensor, (512,)."""
+    return torch.cat([code_book(True, device), code_book(False, device)])
 
 
 def nearest_code(x: Tensor, signed: bool) -> Tensor:
