@@ -82,6 +82,8 @@ class Case:
     """False: only its kernels are compiled."""
     launches_alike: bool = False
     """True: its kernels' specialisations are another case's; it is only measured."""
+    sweep: bool = False
+    """True: a size that only `bench.ops` looks at."""
     headline: bool = False
     """Measured first; the README shows these."""
     floor: Mapping[str, int] | None = None
@@ -164,7 +166,7 @@ def _paired_loss_cases() -> Iterator[Case]:
         for batch in (4, 8, 2):
             yield _paired_loss((batch, 4, side, side), BF16, headline=(side, batch) == (128, 4))
     for batch in (64, 1024):
-        yield _paired_loss((batch, 4, 128, 128), BF16)
+        yield _paired_loss((batch, 4, 128, 128), BF16, sweep=True)
     yield _paired_loss((8, 4, 128, 128), BF16, target=FP32)
     yield _paired_loss((8, 4, 128, 128), FP32)
 

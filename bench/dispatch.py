@@ -77,6 +77,8 @@ class Untouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def memory(x: Tensor) -> Tensor:
             return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
+        if kwargs.get("device") is not None:
+            kwargs = kwargs | {"device": "meta"}
         result = func(*tree_map_only(Tensor, shape, args), **tree_map_only(Tensor, shape, kwargs))
         return tree_map_only(Tensor, memory, result)
 
