@@ -14,9 +14,14 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter
+
+_data_ptr = Tensor.data_ptr
+_LOWEST, _HIGHEST = 2**40, 2**47
+"""Where a process's memory lies on 64-bit Linux."""
 
 
 class Watcher:
@@ -29,6 +34,9 @@ class Watcher:
     def finished(self) -> Sequence[int] | None:
         """Those programs have run: others to run, or None, and the launch is over."""
         return None
+
+    def addressed(self, x: Tensor) -> None:
+        """Somebody asks for a tensor's address, to pass it on in a table."""
 
     def program(self, number: int) -> None: ...
 
@@ -94,8 +102,13 @@ def watching(watcher: Watcher) -> Iterator[None]:
         if any(isinstance(a, Tensor) and a.device.type != "cpu" for a in args):
             stock_restore(self, args, host, *rest)
 
+    def data_ptr(self: Tensor) -> int:
+        watcher.addressed(self)
+        return _data_ptr(self)
+
     with contextlib.ExitStack() as stack:
         for owner, name, new in (
+            (Tensor, "data_ptr", data_ptr),
             (executor, "__call__", call),
             (executor, "_restore_args_dev", restore),
             (builder, "set_grid_dim", set_grid_dim),
@@ -126,7 +139,9 @@ class MemoryAccessError(AssertionError):
 class MemoryChecker(Watcher):
     """Raises `MemoryAccessError` for an access outside the arguments, and for a race between two programs.
 
-    Bounds are those of the tensors that the kernel was given, not of their storages.
+    Bounds are those of the tensors that the kernel was given, not of their storages; and of those whose
+    addresses stand in an int64 tensor that it was given (a test may put false ones there: then nothing is
+    checked, and the launch counted as unchecked).
 
     A race is two accesses of different programs to one element, at least one of them a write, that nothing
     orders, whatever order the interpreter ran them in. Only atomic operations order programs: one that
@@ -142,11 +157,17 @@ class MemoryChecker(Watcher):
 
     def __init__(self) -> None:
         self.launches = self.unchecked = 0
+        self.known: dict[int, tuple[int, int]] = {}
+
+    def addressed(self, x: Tensor) -> None:
+        start, end = _extent(x)
+        self.known[start] = end, x.element_size()
 
     def launch(self, kernel: Callable[..., Any], arguments: dict[str, Any], programs: int) -> Sequence[int]:
         self.kernel = kernel.__name__
         self.launches += 1
-        spans = sorted(_spans(arguments))
+        self.everywhere = False
+        spans = sorted(self._spans(arguments))
         merged: list[tuple[int, int, int, str]] = []
         for start, end, width, name in spans:
             if merged and start < merged[-1][1]:
@@ -161,9 +182,8 @@ class MemoryChecker(Watcher):
         sizes = -(-(self.ends - self.starts) // self.widths)
         self.offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         total = int(sizes.sum())
-        self.races = programs > 1 and total <= self.LARGEST
-        if programs > 1 and not self.races:
-            self.unchecked += 1
+        self.races = programs > 1 and total <= self.LARGEST and not self.everywhere
+        self.unchecked += self.everywhere or (programs > 1 and not self.races)
         if self.races:
             # By element; programs are numbered from 1 here, 0 is nobody.
             self.writer, self.reader, self.lane = (np.zeros(total, dtype=np.int32) for _ in range(3))
@@ -172,6 +192,21 @@ class MemoryChecker(Watcher):
             self.released: dict[int, np.ndarray] = {}
             self.programs = programs
         return range(programs)
+
+    def _spans(self, arguments: dict[str, Any]) -> Iterator[tuple[int, int, int, str]]:
+        """(start, end, bytes of an element, name) of the memory that the arguments lead to."""
+        for name, value in arguments.items():
+            for x in value if isinstance(value, tuple) else (value,):
+                if not isinstance(x, Tensor) or not x.numel():
+                    continue
+                yield *_extent(x), x.element_size(), name
+                if x.dtype == torch.int64:
+                    values = set(x.flatten().tolist())
+                    known = values & self.known.keys()
+                    for address in known:
+                        yield address, *self.known[address], f"a tensor in {name}"
+                    if known and any(_LOWEST < value < _HIGHEST for value in values - known):
+                        self.everywhere = True
 
     def program(self, number: int) -> None:
         if self.races:
@@ -256,7 +291,7 @@ class MemoryChecker(Watcher):
 
     def _elements(self, addresses: np.ndarray, width: int, done: str) -> np.ndarray | None:
         """Bounds check; numbers of the elements in shadow memory, or None where races are not looked for."""
-        if not addresses.size:
+        if not addresses.size or self.everywhere:
             return None
         at = addresses.astype(np.int64)
         low, high = int(at.min()), int(at.max()) + width
@@ -280,7 +315,11 @@ class MemoryChecker(Watcher):
             key=lambda s: max(s[0] - address, address + width - s[1]),
             default=(0, 0, 0, "nothing"),
         )
-        where = f"{address - end} bytes past the end" if address >= end else f"{start - address} bytes before"
+        where = (
+            f"{address - end} bytes past the end"
+            if address >= end
+            else f"{start - address} bytes before the start"
+        )
         return f"{self._where()}: {width} bytes {done} outside the arguments, {where} of `{name}`"
 
     def _where(self) -> str:
@@ -294,10 +333,8 @@ class MemoryChecker(Watcher):
         return f"{self.kernel} ({place}){program}"
 
 
-def _spans(arguments: dict[str, Any]) -> Iterator[tuple[int, int, int, str]]:
-    """(start, end, bytes of an element, name) of the memory that each tensor argument covers."""
-    for name, value in arguments.items():
-        for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, Tensor) and x.numel():
-                last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-                yield x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size(), x.element_size(), name
+def _extent(x: Tensor) -> tuple[int, int]:
+    """First address of a tensor's elements, and the one behind the last."""
+    start = _data_ptr(x)
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return start, start + (last + 1) * x.element_size() if x.numel() else start

@@ -4,7 +4,7 @@
 
 - Casts to bf16 round to nearest even; the stock interpreter truncates.
 - Arithmetic, comparisons and reductions on bf16 raise; the stock interpreter computes on the raw bits.
-- NumPy's floating-point warnings are silent inside kernels: a GPU divides by zero without comment.
+- An access outside the arguments raises, and so does a race between programs: `bench.watch.MemoryChecker`.
 - Triton 3.6 with NumPy ≥ 2.4: a tensor can again be a loop bound.
 """
 
@@ -79,14 +79,18 @@ def install() -> None:
 
     interpreter._patch_lang_tensor = patch_lang_tensor
 
-    run = interpreter.GridExecutor.__call__
-
-    def quiet_run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with np.errstate(all="ignore"):
-            return run(self, *args, **kwargs)
-
-    interpreter.GridExecutor.__call__ = quiet_run
-
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    from bench.watch import MemoryChecker, watching
+
     install()
+    checker = MemoryChecker()
+    _checking = watching(checker)  # kept: a collected context manager would undo itself
+    _checking.__enter__()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say how much was checked."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        some = f"{checker.launches} launches checked for bounds and races"
+        terminalreporter.write_line(f"{some}, {checker.unchecked} of them only in part or not at all")
