@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from mapo_kernels import PairedLoss, paired_loss, paired_loss_from_errors
+from mapo_kernels import NoiseTarget, PairedLoss, paired_loss, paired_loss_from_errors
 
 TensorOrPair = Tensor | tuple[Tensor, Tensor]
 
@@ -39,7 +39,7 @@ class _PairLoss(nn.Module):
     def forward(
         self,
         prediction: TensorOrPair,
-        target: TensorOrPair,
+        target: TensorOrPair | NoiseTarget,
         weights: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> PairedLoss:
@@ -49,7 +49,8 @@ class _PairLoss(nn.Module):
             prediction: (2B, C, H, W), the chosen half first, or a (chosen, rejected) tuple of (B, C, H, W);
                 fp16, bf16, fp32 or fp64, any strides, any number of sample dimensions.
             target: as `prediction`, in either form and its own dtype; what the denoiser should have predicted
-                (ε, v, or ε − x₀). It gets no gradient.
+                (ε, v, or ε − x₀). It gets no gradient. Or a `NoiseTarget`, which makes it again from the
+                noise's keys.
             weights: (B,); multiplies each pair's whole loss. The mean still divides by B.
             mask: bool or floating, (2B or B or 1, C or 1, H or 1, W or 1); errors become Σ m·d² / Σ m.
                 A sample with an all-zero mask has error NaN.

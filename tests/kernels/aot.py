@@ -26,7 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mapo_kernels import _pair_kernels as op
-from mapo_kernels._pair_layout import Operands, Target, mask_halves, split_halves
+from mapo_kernels import paired_noise
+from mapo_kernels._pair_layout import Halves, Operands, Target, mask_halves, merge_layout, split_halves
 from mapo_kernels.objectives import OBJECTIVES
 
 TYPES = {
@@ -178,6 +179,16 @@ def launches() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
     last = bf16.to(memory_format=torch.channels_last)
     yield from case("flow target, channels_last", last, bf16, "mapo_code", "flow")
     yield from case("2^31 elements a sample, epsilon", huge, None, "mapo_code", "epsilon")
+
+    noise = sys.modules[paired_noise.__module__]
+    for name, latents in (("bf16", bf16[:4]), ("channels_last", last[:4]), ("2^31", huge[:2])):
+        noisy = Halves(latents, latents)
+        layout = merge_layout(noisy, noisy, logical=True)
+        ones = torch.ones(len(latents))
+        with mock.patch.object(noise, "_noise_kernel", Recorder()) as recorder:
+            noise._launch(noisy, ones.long(), ones, ones, noisy, layout)
+        assert recorder.launch is not None
+        yield f"noise {name}", noise._noise_kernel, *recorder.launch
 
 
 def main() -> None:

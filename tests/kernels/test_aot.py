@@ -29,7 +29,7 @@ def compiled() -> list[dict[str, Any]]:
 
 def test_compiles_without_spills(compiled: list[dict[str, Any]]) -> None:
     assert {row["capability"] for row in compiled} == set(SHARED_MEMORY)
-    assert len(compiled) == 4 * len(SHARED_MEMORY) + (8 + 8 + 10) * 2
+    assert len(compiled) == 4 * len(SHARED_MEMORY) + (8 + 8 + 10 + 3) * 2
     for row in compiled:
         where = (row["case"], row["capability"])
         assert row["shared"] <= SHARED_MEMORY[row["capability"]], where

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mapo_kernels import PairedLoss, backend, paired_loss, paired_loss_reference
+from mapo_kernels import (
+    NoiseTarget,
+    PairedLoss,
+    backend,
+    noise_key,
+    paired_loss,
+    paired_loss_reference,
+    paired_noise,
+    paired_noise_epsilon,
+)
 from mapo_kernels import _launch as launch
 from tests.kernels.pairs import tensors
 
@@ -95,6 +104,45 @@ def test_graph_replay_beside_eager_work() -> None:
         want = run(prediction, target)
         torch.cuda.synchronize()
         assert all(equal(got, want) for got in captured)
+
+
+def noisy_step(latents: Tensor, keys: Tensor, scales: Tensor) -> tuple[Tensor, PairedLoss, Tensor]:
+    """Noise a batch, pretend to denoise it, and take the loss against the target made again."""
+    chosen, rejected = latents.chunk(2)
+    noisy = paired_noise(chosen, rejected, keys, scales, 1 - scales)
+    target = NoiseTarget(keys, "v", (chosen, rejected), scales, 1 - scales)
+    prediction = (0.5 * noisy).requires_grad_()
+    out = paired_loss(prediction, target)
+    return noisy, out, torch.autograd.grad(out.loss, prediction)[0]
+
+
+def test_the_card_draws_the_same_noise_as_torch() -> None:
+    keys = torch.tensor([noise_key(0, 0, str(i)) for i in range(4)])
+    zero, one = torch.zeros(4, 4, 128, 128, device="cuda"), torch.ones(4, device="cuda")
+    noisy, again = paired_noise(zero, zero, keys.cuda(), one, one).chunk(2)
+    assert torch.equal(noisy, again)
+    want = paired_noise_epsilon(keys, (4, 128, 128))
+    assert ((noisy.cpu() - want).abs() <= 4 * 2**-23 * want.abs().clamp(min=0.1)).all()
+
+
+def test_a_replayed_graph_takes_new_keys() -> None:
+    latents = torch.randn(8, 4, 64, 64, device="cuda").to(torch.bfloat16)
+    keys, scales = torch.arange(4, device="cuda"), torch.rand(4, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        noisy_step(latents, keys, scales)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        noisy, out, grad = noisy_step(latents, keys, scales)
+    for _ in range(3):
+        keys.add_(4)
+        scales.uniform_()
+        graph.replay()
+        want = noisy_step(latents, keys, scales)
+        assert torch.equal(noisy, want[0])
+        assert equal((out, grad), want[1:])
 
 
 @pytest.mark.filterwarnings("ignore")  # Inductor's own

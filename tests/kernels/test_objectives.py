@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mapo_kernels import OBJECTIVES, backend, paired_loss, paired_loss_from_errors, paired_loss_reference
 from mapo_kernels import _pair_kernels as kernels
-from tests.kernels.pairs import check, gradient, make, needs, tensors
+from tests.kernels.pairs import Counting, check, gradient, make, needs, tensors
+from tests.saved import saved_bytes
 
 FAMILY = [name for name in OBJECTIVES if not name.startswith("mapo") and name != "sft"]
 """All but MaPO's forms and their control, which test_paired_loss.py runs."""
@@ -303,32 +304,16 @@ def test_swapped_halves_are_npo(device: str) -> None:
 def test_a_reference_costs_no_launch_and_is_not_saved(
     device: str, given: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launches = []
-
-    class Counting:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            launches.append(self.kernel)
-            return self.kernel[grid]
-
-    forward, backward = kernels._forward_kernel, kernels._backward_kernel
-    monkeypatch.setattr(kernels, "_forward_kernel", Counting(forward))
-    monkeypatch.setattr(kernels, "_backward_kernel", Counting(backward))
+    forward, backward = Counting(kernels._forward_kernel), Counting(kernels._backward_kernel)
+    monkeypatch.setattr(kernels, "_forward_kernel", forward)
+    monkeypatch.setattr(kernels, "_backward_kernel", backward)
     p, t = make((6, 4, 8, 8), device)
     extra = needs("dpo", 3, device) if given else {"reference_prediction": t + 0.1}
-    saved: list[Tensor] = []
-
-    def keep(x: Tensor) -> Tensor:
-        saved.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        out = paired_loss(p, t, objective="dpo", **extra)
-    gradient(out, p)
-    assert launches == ([] if backend(device).name == "eager" else [forward, backward])
-    assert sum(x.nbytes for x in saved) == p.nbytes + t.nbytes + 6 * 4  # and the coefficients
+    gradient(paired_loss(p, t, objective="dpo", **extra), p)
+    once = 0 if backend(device).name == "eager" else 1
+    assert (forward.launches, backward.launches) == (once, once)
+    saved = saved_bytes(lambda: paired_loss(p, t, objective="dpo", **extra).loss, [p, t])
+    assert saved == 6 * 4  # the coefficients
 
 
 # --- Soft labels ---

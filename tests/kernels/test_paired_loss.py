@@ -7,21 +7,24 @@ import math
 import shutil
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import mpmath
 import pytest
 import torch
 from torch import Tensor
 
-from mapo_kernels import _launch as launch
-from mapo_kernels import _pair_kernels as kernels
 from mapo_kernels import (
+    OBJECTIVES,
     backend,
     paired_loss,
     paired_loss_from_errors,
     paired_loss_reference,
 )
+from mapo_kernels import _launch as launch
+from mapo_kernels import _pair_kernels as kernels
 from mapo_kernels._pair_layout import Halves, mask_halves, merge_layout, split_halves
-from tests.kernels.pairs import check, gradient, make, tensors
+from tests.kernels.pairs import Counting, check, gradient, make, needs, tensors
 
 MAPO = ["mapo_code", "mapo_paper_power", "mapo_paper_scale", "sft"]
 """The objectives without a reference model's errors; test_objectives.py runs the whole family."""
@@ -45,6 +48,25 @@ def test_matches_fp64(device: str, objective: str, dtype: torch.dtype) -> None:
 )
 def test_any_shape(device: str, shape: tuple[int, ...]) -> None:
     check(*make(shape, device), objective="mapo_code", reduction="none")
+
+
+@hypothesis.settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(
+    sample=st.lists(st.integers(1, 13), min_size=1, max_size=5),
+    pairs=st.integers(1, 4),
+    objective=st.sampled_from([*OBJECTIVES]),
+    half=st.booleans(),
+)
+def test_shapes_that_nobody_thought_of(
+    device: str, sample: list[int], pairs: int, objective: str, half: bool
+) -> None:
+    dtype = torch.bfloat16 if half else torch.float32
+    check(*make((2 * pairs, *sample), device, dtype), objective=objective, **needs(objective, pairs, device))
 
 
 @pytest.mark.parametrize("pairs", [1, 3, 11])
@@ -395,17 +417,6 @@ def test_an_error_does_not_depend_on_the_rest_of_the_batch(device: str) -> None:
         assert one.chosen_error == whole.chosen_error[i]
         assert one.rejected_error == whole.rejected_error[i]
         assert one.logits == whole.logits[i]
-
-
-class Counting:
-    """Counts the launches of a kernel."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel, self.launches = kernel, 0
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        self.launches += 1
-        return self.kernel[grid]
 
 
 @pytest.mark.parametrize("halves", [False, True])

@@ -27,7 +27,8 @@ from mapo_kernels.paired_noise import (
     paired_noise_epsilon,
     paired_noise_reference,
 )
-from tests.kernels.pairs import gradient, needs, tensors
+from tests.kernels.pairs import Counting, gradient, needs, tensors
+from tests.saved import compiled, saved_bytes
 from tests.tolerances import assert_three_way
 
 ROOT = Path(__file__).parents[2]
@@ -268,9 +269,13 @@ def test_flow_matching_scales(device: str) -> None:
     check_noise(chosen, rejected, keys, 1 - sigmas, sigmas)
 
 
-def test_bitwise_reproducible(device: str) -> None:
+def test_one_launch_and_the_same_bits_every_time(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[paired_noise.__module__]
+    kernel = Counting(module._noise_kernel)
+    monkeypatch.setattr(module, "_noise_kernel", kernel)
     arguments = batch((4, 33, 31), 2, device)
     first = paired_noise(*arguments)
+    assert kernel.launches == (0 if backend(device).name == "eager" else 1)
     for _ in range(3):
         assert torch.equal(paired_noise(*arguments), first)
 
@@ -382,19 +387,18 @@ def test_gradcheck(device: str) -> None:
     assert torch.autograd.gradcheck(loss, (prediction,))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")  # inside Inductor
 def test_only_keys_are_saved_for_epsilon(device: str) -> None:
     target, stored = targets("epsilon", (4, 16, 16), 2, device)
     prediction = (stored + 0.1).requires_grad_()
-    saved: list[Tensor] = []
 
-    def keep(x: Tensor) -> Tensor:
-        saved.append(x)
-        return x
+    def step(prediction: Tensor, keys: Tensor) -> Tensor:
+        return paired_loss(prediction, NoiseTarget(keys)).loss
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        paired_loss(prediction, target)
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
-    assert sum(storages.values()) == prediction.nbytes + 2 * 8 + 4 * 4  # keys, coefficients
+    torch.use_deterministic_algorithms(False)
+    for function in (step, compiled(step)):
+        saved = saved_bytes(lambda function=function: function(prediction, target.keys), [prediction])
+        assert saved == 2 * 8 + 4 * 4  # keys, coefficients
 
 
 # --- The operators ---
@@ -419,8 +423,7 @@ def test_compiles_into_one_graph(device: str) -> None:
 
     weight = torch.tensor(0.5, device=device, requires_grad=True)
     arguments = batch((3, 4, 4), 2, device)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    got, want = compiled(*arguments), step(*arguments)
+    got, want = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments), step(*arguments)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, weight), torch.autograd.grad(want, weight))
 
