@@ -398,7 +398,7 @@ class _Plan(NamedTuple):
     scalars: Tensor  # (tensors, 16) fp32
 
 
-class Settings(NamedTuple):
+class _Settings(NamedTuple):
     """What all tensors of a step share."""
 
     lr: Tensor  # one element, on the device, like the next three
@@ -412,7 +412,7 @@ class Settings(NamedTuple):
     max_update_rms: float | None
 
 
-class Tensors(NamedTuple):
+class _Tensors(NamedTuple):
     """The tensors of a step, lists of equal length; all of one parameter lie in memory in one order."""
 
     params: Sequence[Tensor]
@@ -425,12 +425,16 @@ class Tensors(NamedTuple):
     ids: Sequence[int]
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table on the device, without a wait for it."""
     host = torch.as_tensor(values, dtype=dtype)
     if device.type != "cuda":
         return host
-    if torch.cuda.is_current_stream_capturing():
+    if _capturing(device):
         raise RuntimeError(
             "AdamW8bit: the gradients moved, and a CUDA graph cannot keep the memory their addresses come "
             "from; take one step with the same .grad tensors first (zero_grad(set_to_none=False))"
@@ -438,7 +442,7 @@ def _upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-def _plan(tensors: Tensors, last: _Plan | None = None) -> _Plan:
+def _plan(tensors: _Tensors, last: _Plan | None = None) -> _Plan:
     """The plan of these tensors, as far as possible with the tables of the last one."""
     where = [t.data_ptr() for values in tensors[:7] for t in values]
     device = tensors.params[0].device
@@ -479,7 +483,7 @@ def _triton_dtype(dtype: torch.dtype) -> Any:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def _launch(plan: _Plan, settings: Settings) -> None:
+def _launch(plan: _Plan, settings: _Settings) -> None:
     """One step of all tensors of a plan."""
     table, scalars = plan.table, plan.scalars
     books = both_books(table.device)
@@ -585,7 +589,7 @@ def _round_stochastically_torch(x: Tensor, random: Tensor, dtype: torch.dtype) -
     return torch.where(magnitude < 0x7F800000, rounded, x).to(dtype)
 
 
-def _eager_step(tensors: Tensors, settings: Settings) -> None:
+def _eager_step(tensors: _Tensors, settings: _Settings) -> None:
     """One step in plain torch. It reads the device's scalars, so it waits for the device once."""
     lr, b1, b2 = float(settings.lr), settings.beta1, settings.beta2
     if settings.found_inf is not None and bool(settings.found_inf):
@@ -661,8 +665,8 @@ def _adamw8bit_op(
     max_update_rms: float | None,
 ) -> None:
     _step(
-        Tensors(params, grads, state1, state2, absmax1, absmax2, steps, ids),
-        Settings(lr, seed, found_inf, grad_scale, beta1, beta2, eps, weight_decay, max_update_rms),
+        _Tensors(params, grads, state1, state2, absmax1, absmax2, steps, ids),
+        _Settings(lr, seed, found_inf, grad_scale, beta1, beta2, eps, weight_decay, max_update_rms),
         _plan,
     )
 
@@ -672,7 +676,7 @@ def _(*_: Any) -> None:
     return None
 
 
-def _step(tensors: Tensors, settings: Settings, plan: Callable[[Tensors], _Plan]) -> None:
+def _step(tensors: _Tensors, settings: _Settings, plan: Callable[[_Tensors], _Plan]) -> None:
     """One step: fp64 parameters and everything without Triton in plain torch, the rest by kernels."""
     eager = [backend(p.device).name == "eager" or p.dtype == torch.float64 for p in tensors.params]
     for rest in (False, True):
@@ -681,7 +685,7 @@ def _step(tensors: Tensors, settings: Settings, plan: Callable[[Tensors], _Plan]
             continue
         part = tensors
         if len(chosen) < len(eager):
-            part = Tensors._make([values[i] for i in chosen] for values in tensors)
+            part = _Tensors._make([values[i] for i in chosen] for values in tensors)
         if rest:
             _eager_step(part, settings)
         else:
@@ -698,7 +702,7 @@ def _same_order(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _check(tensors: Tensors) -> None:
+def _check(tensors: _Tensors) -> None:
     if len({len(values) for values in tensors}) > 1:
         raise ValueError(
             f"adamw8bit_: the lists have different lengths: {[len(values) for values in tensors]}"
@@ -778,7 +782,7 @@ def adamw8bit_(
     Raises:
         ValueError, TypeError: a tensor does not fit; the message names it.
     """
-    tensors = Tensors(params, grads, state1, state2, absmax1, absmax2, steps, ids or range(len(params)))
+    tensors = _Tensors(params, grads, state1, state2, absmax1, absmax2, steps, ids or range(len(params)))
     if not params:
         return
     _check(tensors)
@@ -886,8 +890,18 @@ class AdamW8bit(torch.optim.Optimizer):
             "max_update_rms": max_update_rms,
         }
         super().__init__(params, defaults)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start without tables: they hold addresses."""
         self._plans: dict[int, _Plan] = {}
+        self._captured: list[_Plan] = []
         self._scalars: dict[tuple[int, str], tuple[float, Tensor]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, which has parameters, settings and states and nothing else."""
+        super().__setstate__(state)
+        self._forget()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -909,7 +923,7 @@ class AdamW8bit(torch.optim.Optimizer):
         params = [p for _, p in members]
         device = params[0].device
         nothing = torch.empty(0, device=device)
-        tensors = Tensors(
+        tensors = _Tensors(
             params=params,
             grads=[_in_order(p.grad, p) for p in params if p.grad is not None],
             state1=[state["state1"] for state in states],
@@ -919,7 +933,7 @@ class AdamW8bit(torch.optim.Optimizer):
             steps=[state["step"] for state in states],
             ids=[i for i, _ in members],
         )
-        settings = Settings(
+        settings = _Settings(
             self._scalar(index, group, "lr", torch.float64, device),
             self._scalar(index, group, "seed", torch.int64, device) if group["stochastic_rounding"] else None,
             getattr(self, "found_inf", None),
@@ -931,7 +945,7 @@ class AdamW8bit(torch.optim.Optimizer):
             max_update_rms=group["max_update_rms"],
         )
 
-        def plan(part: Tensors) -> _Plan:
+        def plan(part: _Tensors) -> _Plan:
             """The last one, unless a tensor lies elsewhere or is another."""
             last = self._plans.get(index)
             where = [t.data_ptr() for values in part[:3] for t in values]
@@ -942,6 +956,8 @@ class AdamW8bit(torch.optim.Optimizer):
             ):
                 _check(part)
                 self._plans[index] = last = _plan(part, last)
+            if _capturing(device):
+                self._captured.append(last)  # a graph needs its tables as long as it lives
             return last
 
         _step(tensors, settings, plan)

@@ -7,6 +7,7 @@ test_adamw8bit_bitsandbytes.py.
 from __future__ import annotations
 
 import math
+import pickle
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mapo_kernels import _dynamic_code as book
 from mapo_kernels import _launch as launch
@@ -394,7 +396,7 @@ def test_more_than_2_31_elements(device: str) -> None:
     case.step()
 
     state = twin.states[0]
-    tensors = op.Tensors(
+    tensors = op._Tensors(
         twin.params,
         twin.grads,
         *([state[k]] for k in ("state1", "state2", "absmax1", "absmax2", "step")),
@@ -409,7 +411,7 @@ def test_more_than_2_31_elements(device: str) -> None:
     options = case.options
     op._launch(
         plan,
-        op.Settings(
+        op._Settings(
             torch.tensor(options["lr"], dtype=torch.float64, device=device),
             None, None, None, *options["betas"], options["eps"], options["weight_decay"], None,
         ),
@@ -551,6 +553,34 @@ def test_few_launches_and_tables_that_stay(device: str, monkeypatch: pytest.Monk
     assert [int(optimizer.state[p]["step"]) for p in params] == [3] * 5
 
 
+class _NoSync(TorchDispatchMode):
+    """Fails on the operations by which a host reads a device tensor."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.name() not in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"), (
+            func.name()
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_nothing(device: str) -> None:
+    """Neither the flag nor step, lr and seed; the plain path has to, and the mode notices."""
+    p = torch.nn.Parameter(torch.ones(4096, device=device).bfloat16())
+    optimizer = AdamW8bit([p], max_update_rms=0.1)
+    optimizer.found_inf = torch.zeros((), device=device)
+    optimizer.grad_scale = torch.ones((), device=device)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.5
+    if backend(device).name == "eager":
+        with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoSync():
+            optimizer.step()
+    else:
+        with _NoSync():
+            optimizer.step()
+        assert int(optimizer.state[p]["step"]) == 2
+
+
 # --- What stochastic rounding is for ---
 
 
@@ -617,6 +647,21 @@ def test_resumed_equals_uninterrupted(device: str) -> None:
     again, optimizer = build()
     run(again, optimizer, range(1))
     assert not torch.equal(other[0], again[0])
+
+
+def test_a_copy_goes_on_by_itself(device: str) -> None:
+    p = torch.nn.Parameter(torch.ones(4100, device=device).bfloat16())
+    p.grad = torch.ones_like(p)
+    optimizer = AdamW8bit([p], lr=1e-2)
+    optimizer.step()
+    copy = pickle.loads(pickle.dumps(optimizer))
+    (q,) = copy.param_groups[0]["params"]
+    q.grad = p.grad.clone()
+    before = p.detach().clone()
+    copy.step()
+    assert torch.equal(p, before)
+    optimizer.step()
+    assert torch.equal(p, q)
 
 
 # --- Registration ---
