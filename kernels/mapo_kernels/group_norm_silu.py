@@ -43,8 +43,8 @@ from torch import Tensor
 from mapo_kernels._launch import backend, block_size, jit, on_device, tl
 
 TILE = 2048
-"""Elements of a tile: two 16-byte loads per thread of bf16, four of fp32, with 4 warps."""
-WARPS = 4
+"""Elements of a tile: one 16-byte load per thread of bf16, two of fp32, with 8 warps."""
+WARPS = 8
 MOST_STEPS = 8
 """Most tiles per program, except to keep the number of regions per group small."""
 PROGRAMS_PER_SAMPLE = 256
@@ -100,8 +100,10 @@ def _offsets(channel, position, channels, positions, CHANNELS_LAST: tl.constexpr
         channel = channel.to(tl.int64)
         position = position.to(tl.int64)
     if CHANNELS_LAST:
-        return channel[:, None] + position[None, :] * channels
-    return channel[:, None] * positions + position[None, :]
+        offset = channel[:, None] + position[None, :] * channels
+    else:
+        offset = channel[:, None] * positions + position[None, :]
+    return offset
 
 
 @jit
@@ -122,8 +124,10 @@ def _before_activation(grad, z, SILU: tl.constexpr):  # type: ignore[no-untyped-
 def _per_channel(parameter, channel, present, DEFAULT: tl.constexpr, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
     """A (C,) parameter's values as a column, DEFAULT where there is no parameter."""
     if parameter is None:
-        return tl.full([channel.shape[0], 1], DEFAULT, ACC)
-    return tl.load(parameter + channel, mask=present, other=0.0).to(ACC)[:, None]
+        values = tl.full([channel.shape[0]], DEFAULT, ACC)
+    else:
+        values = tl.load(parameter + channel, mask=present, other=0.0).to(ACC)
+    return values[:, None]
 
 
 @jit
@@ -295,10 +299,12 @@ def _apply_kernel(  # type: ignore[no-untyped-def]
     shift = _per_channel(bias, channel, present, 0.0, ACC)
 
     start = sample.to(tl.int64) * channels * positions
+    x += start
+    y += start
     for step in range(STEPS):
         position = (chunk * STEPS + step) * POSITIONS + tl.arange(0, POSITIONS)
         inside = present[:, None] & (position < positions)[None, :]
-        offset = start + _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
+        offset = _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
         # As in the first pass of backward, so that y comes out there with the same bits.
         normed = (tl.load(x + offset, mask=inside, other=0.0).to(ACC) - m) * r
         result = _activation(normed * scale + shift, SILU)
@@ -351,12 +357,16 @@ def _gradient_sums_kernel(  # type: ignore[no-untyped-def]
     shift = _per_channel(bias, channel, present, 0.0, ACC)
 
     start = sample.to(tl.int64) * channels * positions
+    x += start
+    grad_y += start
+    if y is not None:
+        y += start
     sum_g = tl.zeros([CHANNELS, POSITIONS], dtype=ACC)
     sum_gx = tl.zeros([CHANNELS, POSITIONS], dtype=ACC)
     for step in range(STEPS):
         position = (chunk * STEPS + step) * POSITIONS + tl.arange(0, POSITIONS)
         inside = present[:, None] & (position < positions)[None, :]
-        offset = start + _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
+        offset = _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
         normed = (tl.load(x + offset, mask=inside, other=0.0).to(ACC) - m) * r
         z = normed * scale + shift
         g = _before_activation(tl.load(grad_y + offset, mask=inside, other=0.0).to(ACC), z, SILU)
@@ -447,10 +457,13 @@ def _input_gradient_kernel(  # type: ignore[no-untyped-def]
     mean_gx = tl.sum(tl.where(member, mean_gx[:, None], 0.0), axis=0)[:, None]
 
     start = sample.to(tl.int64) * channels * positions
+    x += start
+    grad_y += start
+    grad_x += start
     for step in range(STEPS):
         position = (chunk * STEPS + step) * POSITIONS + tl.arange(0, POSITIONS)
         inside = present[:, None] & (position < positions)[None, :]
-        offset = start + _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
+        offset = _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
         normed = (tl.load(x + offset, mask=inside, other=0.0).to(ACC) - m) * r
         grad = tl.load(grad_y + offset, mask=inside, other=0.0).to(ACC)
         g = _before_activation(grad, normed * scale + shift, SILU) * scale
