@@ -367,7 +367,7 @@ def test_huge_finite_errors_are_finite(device: str, objective: str, error: float
 
 @pytest.mark.parametrize("objective", MAPO)
 @pytest.mark.parametrize("sample", [1, 4])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_and_inf_stay_in_their_pair_and_show(
     device: str, objective: str, sample: int, value: float
 ) -> None:
