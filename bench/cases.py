@@ -27,12 +27,22 @@ from mapo_kernels.group_norm_silu_conv import group_norm_silu_conv
 from mapo_kernels.layer_norm import layer_norm
 from mapo_kernels.layer_norm_linear import layer_norm_linear
 from mapo_kernels.lora_linear import lora_linear
-from mapo_kernels.paired_loss import paired_loss
+from mapo_kernels.objectives import OBJECTIVES
+from mapo_kernels.paired_loss import NoiseTarget, paired_loss
+from mapo_kernels.paired_noise import paired_noise
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 Provider = Callable[..., Callable[[], Any]]
 """Binds a case's inputs and returns the call to measure; what happens only once is done here."""
+
+
+MEASURED = frozenset({"compile", "count", "measure"})
+SWEEP = frozenset({"compile", "measure"})
+"""Another size of a case that is counted."""
+CORNER = frozenset({"compile"})
+TINY = frozenset({"compile", "try"})
+"""Small enough for a CPU and for the interpreter, but of several programs."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +66,16 @@ class New:
             x.normal_(0.0, scale)
         return x.requires_grad_(grad)
 
-    def parameter(self, *shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
-        return self(*shape, dtype=dtype, grad=grad, scale=shape[-1] ** -0.5)
+    def parameter(self, *shape: int, dtype: torch.dtype, grad: bool = True) -> torch.nn.Parameter:
+        fan_in = torch.Size(shape[1:] or shape).numel()
+        return torch.nn.Parameter(self(*shape, dtype=dtype, scale=fan_in**-0.5), requires_grad=grad)
 
     def like(self, outputs: list[Tensor]) -> list[Tensor]:
         """Gradients that arrive at these outputs."""
         return [torch.randn_like(y) if self.fill else torch.empty_like(y) for y in outputs]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One op on one shape."""
 
@@ -78,12 +89,7 @@ class Case:
     """`ours` and `eager` always; another library's returns None where it is not installed."""
     compiled: Callable[..., Any] | None = None
     """What `torch.compile` is given; usually the eager function."""
-    measured: bool = True
-    """False: only its kernels are compiled."""
-    launches_alike: bool = False
-    """True: its kernels' specialisations are another case's; it is only measured."""
-    sweep: bool = False
-    """True: a size that only `bench.ops` looks at."""
+    uses: frozenset[str] = MEASURED
     headline: bool = False
     """Measured first; the README shows these."""
     floor: Mapping[str, int] | None = None
@@ -116,6 +122,11 @@ def floors(case: Case, inputs: Any, outputs: Any) -> dict[str, int]:
 def _plain(f: Callable[..., Any]) -> Provider:
     """Provider of an op that is a function of its inputs."""
     return functools.partial(functools.partial, f)
+
+
+def _size(batch: int, headline: bool = True) -> dict[str, Any]:
+    """Options of one of several batch sizes: two pairs, four images, stand for all where one will do."""
+    return {"headline": headline} if batch == 4 else {"uses": SWEEP}
 
 
 def _times(*sizes: int) -> str:
@@ -153,22 +164,82 @@ def _paired_loss(
     )
 
 
+def _dpo() -> Case:
+    """Diffusion-DPO with the reference's prediction, reduced in the same launch."""
+    shape = (4, 4, 128, 128)
+
+    def inputs(new: New) -> tuple[Any, ...]:
+        return new(*shape, dtype=BF16, grad=True), new(*shape, dtype=BF16), new(*shape, dtype=BF16)
+
+    def ours(prediction: Tensor, target: Tensor, reference: Tensor) -> Tensor:
+        return paired_loss(prediction, target, objective="dpo", reference_prediction=reference).loss
+
+    def eager(prediction: Tensor, target: Tensor, reference: Tensor) -> Tensor:
+        error, before = (
+            F.mse_loss(x.float(), target.float(), reduction="none").flatten(1).mean(1)
+            for x in (prediction, reference)
+        )
+        gain_w, gain_l = (before - error).chunk(2)
+        return -F.logsigmoid(0.5 * OBJECTIVES["dpo"].settings["beta"].default * (gain_w - gain_l)).mean()
+
+    tensor = 2 * torch.Size(shape).numel()
+    return Case(
+        op="paired_loss",
+        shape=f"{_times(*shape)}, dpo, reference prediction",
+        dtype=BF16,
+        inputs=inputs,
+        providers={"ours": _plain(ours), "eager": _plain(eager)},
+        compiled=eager,
+        floor={"forward": 3 * tensor, "backward": 3 * tensor},  # the reference is not needed again
+    )
+
+
+def _from_keys(kind: str, shape: tuple[int, ...], uses: frozenset[str]) -> Case:
+    """The target made again from the keys of its noise, against storing it and reading it."""
+
+    def inputs(new: New) -> tuple[Any, ...]:
+        pairs = shape[0] // 2
+        keys = torch.arange(pairs, device=new.device)
+        level = (None, None) if kind != "v" else (new(pairs, dtype=FP32), new(pairs, dtype=FP32))
+        latents = None if kind == "epsilon" else new(*shape, dtype=BF16)
+        return new(*shape, dtype=BF16, grad=True), NoiseTarget(keys, kind, latents, *level)
+
+    def ours(prediction: Tensor, target: NoiseTarget) -> Tensor:
+        return paired_loss(prediction, target).loss
+
+    def eager(prediction: Tensor, target: NoiseTarget) -> Callable[[], Tensor]:
+        return functools.partial(_released_loss, prediction, torch.zeros_like(prediction))
+
+    return Case(
+        op="paired_loss",
+        shape=f"{_times(*shape)}, {kind} from keys",
+        dtype=BF16,
+        inputs=inputs,
+        providers={"ours": _plain(ours), "eager": eager},
+        uses=uses,
+    )
+
+
 def _paired_loss_corner(name: str, inputs: Callable[[New], tuple[Any, ...]], **settings: Any) -> Case:
     def ours(p: Tensor, t: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         return paired_loss(p, t, mask=mask, weights=weights, **settings).loss
 
     dtype = inputs(New(torch.device("meta")))[0].dtype
-    return Case("paired_loss", name, dtype, inputs, {"ours": _plain(ours)}, measured=False)
+    return Case("paired_loss", name, dtype, inputs, {"ours": _plain(ours)}, uses=CORNER)
 
 
 def _paired_loss_cases() -> Iterator[Case]:
     for side in (128, 64, 32):
         for batch in (4, 8, 2):
-            yield _paired_loss((batch, 4, side, side), BF16, headline=(side, batch) == (128, 4))
+            yield _paired_loss((batch, 4, side, side), BF16, **_size(batch, headline=side == 128))
     for batch in (64, 1024):
-        yield _paired_loss((batch, 4, 128, 128), BF16, sweep=True)
+        yield _paired_loss((batch, 4, 128, 128), BF16, uses=SWEEP)
     yield _paired_loss((8, 4, 128, 128), BF16, target=FP32)
     yield _paired_loss((8, 4, 128, 128), FP32)
+    yield _dpo()
+    yield _from_keys("epsilon", (4, 4, 128, 128), MEASURED)
+    yield _from_keys("v", (4, 4, 40, 30), TINY)
+    yield _paired_loss((4, 4, 40, 30), BF16, uses=TINY)
 
     yield _paired_loss_corner(
         "strided, channels_last target, bool mask, weights, per pair",
@@ -207,6 +278,45 @@ def _paired_loss_cases() -> Iterator[Case]:
     )
 
 
+# --- paired_noise ---
+
+
+def _paired_noise(pairs: int, side: int, dtype: torch.dtype = BF16, **options: Any) -> Case:
+    shape = (pairs, 4, side, side)
+
+    def inputs(new: New) -> tuple[Any, ...]:
+        keys = torch.arange(pairs, device=new.device)
+        levels = (torch.full((pairs,), 0.6, device=new.device) for _ in range(2))
+        return new(*shape, dtype=dtype), new(*shape, dtype=dtype), keys, *levels
+
+    def eager(chosen: Tensor, rejected: Tensor, keys: Tensor, alphas: Tensor, sigmas: Tensor) -> Tensor:
+        """Noise from torch's own generator, kept for the target."""
+        noise = torch.randn_like(chosen).repeat(2, 1, 1, 1)
+        alpha, sigma = (x.to(dtype).repeat(2).view(-1, 1, 1, 1) for x in (alphas, sigmas))
+        return alpha * torch.cat([chosen, rejected]) + sigma * noise
+
+    return Case(
+        op="paired_noise",
+        shape=f"2 of {_times(*shape)}",
+        dtype=dtype,
+        inputs=inputs,
+        providers={"ours": _plain(paired_noise), "eager": _plain(eager)},
+        compiled=eager,
+        **options,
+    )
+
+
+def _paired_noise_cases() -> Iterator[Case]:
+    for side in (128, 64, 32):
+        for pairs in (2, 4, 1):
+            yield _paired_noise(pairs, side, **_size(2 * pairs, headline=side == 128))
+    for dtype in (FP16, FP32):
+        yield _paired_noise(4, 128, dtype)
+    yield _paired_noise(64, 128, uses=SWEEP)
+    yield _paired_noise(2, 30, uses=TINY)
+    yield _paired_noise(1, 1, FP64, uses=CORNER)
+
+
 # --- geglu ---
 
 FEED_FORWARD = ((64, 640), (32, 1280))
@@ -233,11 +343,12 @@ def _geglu(shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> Case:
 def _geglu_cases() -> Iterator[Case]:
     for side, channels in FEED_FORWARD:
         for batch in (4, 8, 2):
-            yield _geglu((batch, side * side, 8 * channels), BF16, headline=batch == 4)
+            yield _geglu((batch, side * side, 8 * channels), BF16, **_size(batch))
+    yield _geglu((2, 37, 2 * 160), BF16, uses=TINY)
     for dtype in (FP16, FP32, FP64):
-        yield _geglu((2, 1024, 10240), dtype, measured=False)
-    yield _geglu((3, 5, 2 * 97), BF16, measured=False)
-    yield _geglu((1, 2), FP32, measured=False)
+        yield _geglu((2, 1024, 10240), dtype, uses=CORNER)
+    yield _geglu((3, 5, 2 * 97), BF16, uses=CORNER)
+    yield _geglu((1, 2), FP32, uses=CORNER)
 
 
 def _geglu_linear(batch: int, side: int, channels: int, **options: Any) -> Case:
@@ -268,7 +379,8 @@ def _geglu_linear(batch: int, side: int, channels: int, **options: Any) -> Case:
 def _geglu_linear_cases() -> Iterator[Case]:
     for side, channels in FEED_FORWARD:
         for batch in (4, 8, 2):
-            yield _geglu_linear(batch, side, channels, headline=batch == 4)
+            yield _geglu_linear(batch, side, channels, **_size(batch))
+    yield _geglu_linear(2, 5, 48, uses=TINY)
 
 
 # --- layer_norm ---
@@ -336,15 +448,17 @@ def _add_layer_norm(batch: int, side: int, channels: int, **options: Any) -> Cas
 def _layer_norm_cases() -> Iterator[Case]:
     for side, channels in FEED_FORWARD:
         for batch in (4, 8, 2):
-            yield _layer_norm((batch, side * side, channels), BF16, headline=batch == 4)
+            yield _layer_norm((batch, side * side, channels), BF16, **_size(batch))
         yield _layer_norm((4, side * side, channels), BF16, frozen=True)
         yield _add_layer_norm(4, side, channels)
     yield _layer_norm((4, 4096, 640), BF16, parameters=FP32)
+    yield _layer_norm((2, 50, 80), BF16, parameters=FP32, uses=TINY)
+    yield _add_layer_norm(2, 5, 80, uses=TINY)
     for dtype in (FP16, FP32, FP64):
-        yield _layer_norm((2, 1024, 1280), dtype, measured=False)
-    yield _layer_norm((3, 7, 97), BF16, measured=False)
-    yield _layer_norm((5, 1), FP32, measured=False)
-    yield _layer_norm((64, 2048), BF16, measured=False)
+        yield _layer_norm((2, 1024, 1280), dtype, uses=CORNER)
+    yield _layer_norm((3, 7, 97), BF16, uses=CORNER)
+    yield _layer_norm((5, 1), FP32, uses=CORNER)
+    yield _layer_norm((64, 2048), BF16, uses=CORNER)
 
 
 def _layer_norm_linear(batch: int, side: int, channels: int, widths: list[int], **options: Any) -> Case:
@@ -374,8 +488,9 @@ def _layer_norm_linear(batch: int, side: int, channels: int, widths: list[int], 
 def _layer_norm_linear_cases() -> Iterator[Case]:
     for side, channels in FEED_FORWARD:
         for batch in (4, 8, 2):
-            yield _layer_norm_linear(batch, side, channels, [channels] * 3, headline=batch == 4)
+            yield _layer_norm_linear(batch, side, channels, [channels] * 3, **_size(batch))
         yield _layer_norm_linear(4, side, channels, [8 * channels])
+    yield _layer_norm_linear(2, 5, 48, [48] * 3, uses=TINY)
 
 
 # --- lora_linear ---
@@ -415,8 +530,9 @@ def _lora_linear(batch: int, side: int, channels: int, *, factors: torch.dtype, 
 def _lora_linear_cases() -> Iterator[Case]:
     for side, channels in FEED_FORWARD:
         for batch in (4, 8, 2):
-            yield _lora_linear(batch, side, channels, factors=FP32, headline=batch == 4)
+            yield _lora_linear(batch, side, channels, factors=FP32, **_size(batch))
         yield _lora_linear(4, side, channels, factors=BF16)
+    yield _lora_linear(2, 5, 48, factors=FP32, uses=TINY)
 
 
 # --- group_norm_silu ---
@@ -466,20 +582,20 @@ def _group_norm_silu(
 def _group_norm_silu_cases() -> Iterator[Case]:
     for side, channels in RESNETS:
         for batch in (4, 8, 2):
-            yield _group_norm_silu(batch, side, channels, headline=batch == 4)
+            yield _group_norm_silu(batch, side, channels, **_size(batch))
         yield _group_norm_silu(4, side, channels, channels_last=True, headline=side == 128)
     yield _group_norm_silu(4, 128, 320, frozen=True)
     for side, channels in ((128, 960), (64, 1920), (32, 2560)):  # behind a skip connection
         yield _group_norm_silu(4, side, channels)
     for side, channels in ((128, 640), (64, 960), (64, 320), (32, 640), (32, 1920)):
-        yield _group_norm_silu(4, side, channels, measured=False)
-        yield _group_norm_silu(4, side, channels, channels_last=True, measured=False)
+        yield _group_norm_silu(4, side, channels, uses=CORNER)
+        yield _group_norm_silu(4, side, channels, channels_last=True, uses=CORNER)
     for dtype in (FP16, FP32, FP64):
         for channels_last in (False, True):
-            yield _group_norm_silu(2, 32, 1280, dtype, channels_last=channels_last, measured=False)
-    yield _group_norm_silu(2, 64, 640, parameters=FP32, measured=False)
-    yield _group_norm_silu(3, 7, 96, measured=False)
-    yield _group_norm_silu(3, 7, 96, FP32, channels_last=True, measured=False)
+            yield _group_norm_silu(2, 32, 1280, dtype, channels_last=channels_last, uses=CORNER)
+    yield _group_norm_silu(2, 64, 640, parameters=FP32, uses=CORNER)
+    for channels_last in (False, True):
+        yield _group_norm_silu(2, 15, 96, channels_last=channels_last, uses=TINY)
 
 
 def _group_norm_silu_conv(batch: int, side: int, channels: int, **options: Any) -> Case:
@@ -487,7 +603,7 @@ def _group_norm_silu_conv(batch: int, side: int, channels: int, **options: Any) 
         return (
             new(batch, channels, side, side, dtype=BF16, grad=True),
             *(new.parameter(channels, dtype=BF16) for _ in range(2)),
-            new(channels, channels, 3, 3, dtype=BF16, grad=True, scale=(9 * channels) ** -0.5),
+            new.parameter(channels, channels, 3, 3, dtype=BF16),
             new.parameter(channels, dtype=BF16),
         )
 
@@ -511,7 +627,8 @@ def _group_norm_silu_conv(batch: int, side: int, channels: int, **options: Any) 
 def _group_norm_silu_conv_cases() -> Iterator[Case]:
     for side, channels in RESNETS:
         for batch in (4, 8, 2):
-            yield _group_norm_silu_conv(batch, side, channels, headline=batch == 4)
+            yield _group_norm_silu_conv(batch, side, channels, **_size(batch))
+    yield _group_norm_silu_conv(2, 9, 32, uses=TINY)
 
 
 # --- adamw8bit ---
@@ -576,21 +693,22 @@ def _adamw8bit_cases() -> Iterator[Case]:
         return _transformer_block(1280)
 
     yield _adamw8bit("a transformer block, 1280 channels", block, headline=True)
-    yield _adamw8bit("SDXL's UNet", _unet, headline=True, launches_alike=True)
+    yield _adamw8bit("SDXL's UNet", _unet, headline=True, uses=frozenset({"measure"}))
     yield _adamw8bit("a transformer block, 640 channels", lambda: _transformer_block(640))
     yield _adamw8bit("a transformer block, 1280 channels", block, FP32)
-    yield _adamw8bit("odd sizes", lambda: [(97, 101), (5003,), (3,)], measured=False)
-    yield _adamw8bit("odd sizes", lambda: [(97, 101), (5003,), (3,)], FP16, measured=False)
+    yield _adamw8bit("three tensors of odd sizes", lambda: [(97, 101), (5003,), (3,)], uses=TINY)
+    yield _adamw8bit("three tensors of odd sizes", lambda: [(97, 101), (5003,), (3,)], FP16, uses=CORNER)
     yield _adamw8bit(
         "clipped, to nearest",
         lambda: [(64, 64), (3,)],
         settings={"max_update_rms": 1.0, "stochastic_rounding": False},
-        measured=False,
+        uses=CORNER,
     )
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paired_loss": _paired_loss_cases,
+    "paired_noise": _paired_noise_cases,
     "geglu": _geglu_cases,
     "geglu_linear": _geglu_linear_cases,
     "layer_norm": _layer_norm_cases,
@@ -602,8 +720,9 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
 }
 
 
-def cases(op: str = "all") -> list[Case]:
-    """Cases of one op, or of all of them."""
+def cases(op: str = "all", use: str | None = None) -> list[Case]:
+    """Cases of one op, or of all of them; those with a use, or all."""
     if op != "all" and op not in CASES:
         raise ValueError(f"op: {op!r} is unknown; choose one of all, {', '.join(CASES)}")
-    return [case for name, make in CASES.items() if op in ("all", name) for case in make()]
+    found = (case for name, make in CASES.items() if op in ("all", name) for case in make())
+    return [case for case in found if use is None or use in case.uses]

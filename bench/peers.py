@@ -63,8 +63,9 @@ def peft_lora(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> 
     base.weight, base.bias = (torch.nn.Parameter(p, requires_grad=False) for p in (weight, bias))
     config = _library("peft").LoraConfig(r=len(a), lora_alpha=len(a))
     layer = peft.Linear(base, "default", config, r=len(a), lora_alpha=len(a))
-    layer.lora_A["default"].weight = torch.nn.Parameter(a.detach())
-    layer.lora_B["default"].weight = torch.nn.Parameter(b.detach())
+    for part, factor in ((layer.lora_A["default"], a), (layer.lora_B["default"], b)):
+        del part.weight
+        part.weight = factor
     return functools.partial(layer, x)
 
 

@@ -146,7 +146,7 @@ def launches(selected: Iterable[Case], ccs: Iterable[int] = tuple(CARDS)) -> lis
         for cc in ccs:
             driver.set_active(_AbsentGpu(cc))
             with assume_card(CARDS[cc]), Untouched():
-                for case in (case for case in selected if not case.launches_alike):
+                for case in selected:
                     label = f"{dtype_name(case.dtype)} {case.shape}"
                     run_forward_and_backward(case, new)
     return _named_apart(jobs.values())
@@ -261,7 +261,7 @@ def _show(row: dict[str, Any], as_json: bool) -> None:
 def check(processes: int) -> list[str]:
     """What is wrong with the committed table: rows of other kernels than today's, or today's are worse."""
     table = committed()
-    jobs = launches(cases())
+    jobs = launches(cases(use="compile"))
     wrong = outdated(table, jobs)
     if {row["triton"] for row in table} != {triton.__version__}:
         table = []  # another compiler: its registers are not comparable, its failures and spills are
@@ -272,7 +272,7 @@ def update(processes: int, accept: bool) -> list[str]:
     """Compile what the table does not have and write it, unless it got worse and that is not accepted."""
     table = committed()
     known = {row["digest"]: row for row in table if row["ok"] and row["triton"] == triton.__version__}
-    jobs = launches(cases())
+    jobs = launches(cases(use="compile"))
     new = [job for job in jobs if job.digest not in known]
     for done, row in enumerate(compile_all(new, processes), 1):
         known[row["digest"]] = row
@@ -305,7 +305,7 @@ def main() -> int:
         wrong = update(args.processes, args.accept)
     else:
         wrong = []
-        for row in compile_all(launches(cases(args.op), args.cc), args.processes):
+        for row in compile_all(launches(cases(args.op, "compile"), args.cc), args.processes):
             _show(row, args.json)
             wrong += worse([], [row])
     for line in wrong:

@@ -22,7 +22,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ def committed() -> list[dict[str, Any]]:
 def check() -> list[str]:
     """What differs from the committed table: its rows' names, or the figures of the rows that count fast."""
     table = {(row["op"], row["shape"], row["dtype"], row["pass"]): row for row in committed()}
-    selected = _counted(cases())
+    selected = cases(use="count")
     wrong = [
         f"{' '.join(case.key)}: not in the table"
         for case in selected
@@ -184,10 +184,6 @@ def check() -> list[str]:
             if row != was:
                 wrong.append(f"counted {row}, the table has {was}")
     return wrong
-
-
-def _counted(selected: Iterable[Case]) -> list[Case]:
-    return [case for case in selected if case.measured and not case.sweep]
 
 
 def _show(row: dict[str, Any], as_json: bool) -> None:
@@ -225,7 +221,7 @@ def main() -> int:
             print("After a deliberate change: python -m bench.traffic --write", file=sys.stderr)
         return 1 if wrong else 0
     rows = []
-    for case in _counted(cases(args.op)):
+    for case in cases(args.op, "count"):
         for row in count(case):
             _show(row, args.json)
             rows.append(row)
