@@ -135,7 +135,7 @@ def test_empty(device: str, shape: tuple[int, ...]) -> None:
 
 
 @settings(
-    max_examples=6,
+    max_examples=5,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -174,7 +174,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch, tile: int, lanes: int = 256) -
 @pytest.mark.parametrize(
     ("shape", "groups", "last", "lanes", "tile"),
     [
-        ((1, 6, 11, 11), 2, False, 256, 32),  # one channel at a time
+        ((1, 3, 11, 11), 1, False, 256, 32),  # one channel at a time
         ((1, 14, 2, 3), 2, False, 256, 32),  # four channels of a group, then the other three
         ((2, 6, 3, 3), 3, False, 256, 64),  # several whole groups, one group left over
         ((1, 24, 5, 5), 12, True, 16, 64),  # as many groups as fill the lanes, the rest by themselves
@@ -220,14 +220,14 @@ def test_a_mean_far_from_zero_costs_no_digits(
     assert ((naive / variance).sqrt() - 1).nan_to_num(1.0).abs().max() > 4 * tolerance
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("channels", [320, 640, 2560])
-def test_channels_of_sdxl(device: str, channels: int, last: bool) -> None:
-    """Groups of 10, 20 and 80 channels; with the channel innermost 12, 6 and 3 of them at a time."""
-    x, weight, bias = make((1, channels, 2, 3), device, torch.bfloat16, last=last)
-    if last:
-        assert op._cut(x, 32, torch.float32).used == {320: 120, 640: 120, 2560: 240}[channels]
-    check(x, 32, weight, bias)
+@pytest.mark.parametrize(("groups", "group", "used"), [(32, 10, 120), (8, 20, 120), (4, 80, 240)])
+def test_groups_of_sdxl(device: str, groups: int, group: int, used: int) -> None:
+    """Groups of 10, 20 and 80 channels, channels_last: 12, 6 and 3 at a time, and what is left over."""
+    x, weight, bias = make((1, groups * group, 1, 3), device, torch.bfloat16, last=True)
+    cut = op._cut(x, groups, torch.float32)
+    assert cut.used == used
+    assert cut.blocks > 1
+    check(x, groups, weight, bias)
 
 
 @pytest.mark.parametrize(("weighted", "biased"), [(False, False), (True, False), (False, True)])
@@ -249,7 +249,6 @@ def test_layouts(device: str) -> None:
     layouts = {
         "every second": torch.cat([x, x], 3)[..., ::2],
         "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
-        "samples innermost": x.movedim(0, 3).contiguous().movedim(3, 0),
         "half of the channels": torch.cat([x, x], 1)[:, :8],
         "second sample": torch.cat([x, x])[1:],
         "channels of a channels_last tensor": channel_innermost(torch.cat([x, x], 1))[:, :8],
@@ -271,16 +270,15 @@ def test_gradients_arrive_in_any_layout(device: str, last: bool) -> None:
     y = group_norm_silu(leaves[0], 2, *leaves[1:])
     grad = torch.randn(y.shape, device=device)
     want = torch.autograd.grad(y, leaves, grad, retain_graph=True)
-    for other in (channel_innermost(grad), grad.transpose(2, 3).contiguous().transpose(2, 3)):
-        got = torch.autograd.grad(y, leaves, other, retain_graph=True)
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    other = grad.contiguous() if last else channel_innermost(grad)
+    got = torch.autograd.grad(y, leaves, other, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     expanded = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
     ones = torch.autograd.grad(y, leaves, torch.ones_like(y))
     assert all(torch.equal(a, b) for a, b in zip(expanded, ones, strict=True))
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("value", "last"), [(math.nan, False), (math.inf, True)])
 def test_nan_and_inf_stay_in_their_group(device: str, value: float, last: bool) -> None:
     x, weight, bias = make((2, 12, 5, 5), device, last=last)
     grad = torch.randn(x.shape, device=device)
@@ -422,8 +420,7 @@ def test_the_regions_statistics_are_cheap_to_read(shape: tuple[int, ...], last: 
 # --- For other operators ---
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("out_dtype", "last"), [(torch.bfloat16, False), (torch.float32, True)])
 def test_the_output_again(device: str, out_dtype: torch.dtype, last: bool) -> None:
     """y from the statistics, and from backward's first pass, has the forward's bits."""
     x, weight, bias = (t.detach() for t in make((2, 20, 6, 7), device, torch.bfloat16, last=last))
@@ -432,8 +429,6 @@ def test_the_output_again(device: str, out_dtype: torch.dtype, last: bool) -> No
     assert y.stride() == x.stride()
     assert mean.shape == rstd.shape == (2, 4)
     assert torch.equal(group_norm_silu_apply(x, weight, bias, mean, rstd, True, out_dtype), y)
-    plain = group_norm_silu_backward(torch.randn_like(y), x, weight, bias, mean, rstd, True)
-    assert plain.y is None
     again = group_norm_silu_backward(
         torch.randn_like(y), x, weight, bias, mean, rstd, True,
         with_input=False, with_weight=False, with_bias=False, with_output=True,
@@ -454,7 +449,7 @@ def test_frozen_parameters(device: str) -> None:
     leaves = make((1, 8, 6, 7), device)
     grad = torch.randn(1, 8, 6, 7, device=device)
     want = torch.autograd.grad(group_norm_silu(leaves[0], 2, *leaves[1:]), leaves, grad)
-    for wanted in ((0,), (1,), (2,), (0, 2)):
+    for wanted in ((0,), (1,), (0, 2)):
         some = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(leaves)]
         y = group_norm_silu(some[0], 2, *some[1:])
         got = torch.autograd.grad(y, [some[i] for i in wanted], grad)
