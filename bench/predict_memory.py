@@ -69,19 +69,12 @@ def trace(row: dict[str, str], side: int = 128) -> dict[str, Any]:
             seed=0,
             dtype=precision.trainable,
         )
-    _make_fake(unet, mode)
+    make_fake(unet, mode)
     unet.train()
     apply_layout(unet, config.train.layout, gradient_checkpointing=True)
     trainable = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     with mode:
-        inputs = PairInputs(
-            noisy=torch.zeros(2, 4, side, side),
-            timesteps=torch.zeros(2, dtype=torch.int64),
-            prompt_embeds=torch.zeros(2, 77, 2048),
-            pooled_embeds=torch.zeros(2, 1280),
-            time_ids=torch.zeros(2, 6),
-            target=torch.zeros(2, 4, side, side),
-        )
+        inputs = fake_pair(side)
         with _cuda_norms(precision.autocast is not None), LiveMemory(unet.parameters()) as memory:
             parameters = memory.live
             saved = []
@@ -108,7 +101,19 @@ def trace(row: dict[str, str], side: int = 128) -> dict[str, Any]:
     }
 
 
-def _make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
+def fake_pair(side: int) -> PairInputs:
+    """What SDXL's UNet is given for one pair of latents (4, side, side)."""
+    return PairInputs(
+        noisy=torch.zeros(2, 4, side, side),
+        timesteps=torch.zeros(2, dtype=torch.int64),
+        prompt_embeds=torch.zeros(2, 77, 2048),
+        pooled_embeds=torch.zeros(2, 1280),
+        time_ids=torch.zeros(2, 6),
+        target=torch.zeros(2, 4, side, side),
+    )
+
+
+def make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
     """Replace meta parameters and buffers by fake tensors that claim the CPU."""
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
