@@ -1,11 +1,11 @@
-"""What forward keeps for backward: per operator, per block beside torch.compile's choice, for the whole SDXL UNet.
+"""What forward keeps for backward: per operator, per block (torch.compile beside it), for the whole UNet.
 
     python -m bench.saved_memory             prints the rows and writes bench/results/saved_memory.jsonl
     python -m bench.saved_memory --json      prints them as JSON lines, writes nothing
 
 - `op`: every operator of `bench.cases` at SDXL's shapes, ours and PyTorch eager. Fake tensors.
-- `block`: one plain block of SDXL in bf16, the same under `torch.compile`'s min-cut partitioner, and patched by
-  `mapo_fast.patch_unet`. Real tensors on fewer positions than SDXL has; what is saved scales with them.
+- `block`: one plain block of SDXL in bf16, the same under `torch.compile`'s min-cut partitioner, and patched
+  by `mapo_fast.patch_unet`. Real tensors on fewer positions than SDXL has; what is saved scales with them.
 - `unet`: one pair at 1024² through the full UNet in bf16, no checkpointing, plain and patched. Fake tensors;
   live bytes after forward less those before, and the peak up to the end of backward with all gradients kept.
 
