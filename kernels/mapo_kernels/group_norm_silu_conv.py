@@ -13,11 +13,13 @@ One opaque operator with its own backward operator: torch.compile would merge a 
 with the forward, and save y after all.
 
 Shapes. x (N, C, H, W), contiguous or channels_last; conv_weight (O, C, kh, kw); out as `torch.conv2d` lays it
-out. Dtypes: fp16, bf16, fp32, fp64; x may differ from the weights. Under autocast the convolution's operands
-are cast, x stays as it is and y is written in autocast's dtype. y is rounded once.
+out. Dtypes: fp16, bf16, fp32, fp64; x may differ from the weights. Under autocast x stays as it is, y is
+written in autocast's dtype, and the convolution's weight and bias are cast to it inside the operator, in
+forward and again in backward. y is rounded once. A gradient has its parameter's dtype.
 
-Saved for backward: x, mean and rstd (N, groups). Least traffic besides the convolution: forward reads x and
-writes y; backward reads x and grad_y and writes grad_x, and y if conv_weight trains.
+Saved for backward: x, mean and rstd (N, groups); of weights only the parameters. Least traffic besides the
+convolution: forward reads x and writes y; backward reads x and grad_y and writes grad_x, and y if conv_weight
+trains.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapo_kernels._autocast import autocast_off, cast_operands
+from mapo_kernels._autocast import autocast_dtype, autocast_off
 from mapo_kernels.group_norm_silu import (
     FLOATING,
     check_group_norm,
@@ -50,8 +52,11 @@ def _convolution(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
+    """In y's dtype, which weight and bias are cast to."""
+    weight, bias = weight.to(y.dtype), None if bias is None else bias.to(y.dtype)
     out: Tensor
-    out = torch.ops.aten.convolution.default(y, weight, bias, stride, padding, dilation, False, [0, 0], 1)
+    with autocast_off(y.device):
+        out = torch.ops.aten.convolution.default(y, weight, bias, stride, padding, dilation, False, [0, 0], 1)
     return out
 
 
@@ -59,7 +64,8 @@ def _convolution(
     "mapo::group_norm_silu_conv",
     mutates_args=(),
     schema="(Tensor x, int num_groups, Tensor? norm_weight, Tensor? norm_bias, Tensor conv_weight, "
-    "Tensor? conv_bias, float eps, int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor, Tensor)",
+    "Tensor? conv_bias, float eps, ScalarType dtype, int[] stride, int[] padding, int[] dilation)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 def _group_norm_silu_conv_op(
     x: Tensor,
@@ -69,15 +75,13 @@ def _group_norm_silu_conv_op(
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     eps: float,
+    dtype: torch.dtype,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = group_norm_silu_forward(
-        x, num_groups, norm_weight, norm_bias, eps, True, out_dtype=conv_weight.dtype
-    )
-    with autocast_off(x.device):
-        return _convolution(y, conv_weight, conv_bias, stride, padding, dilation), mean, rstd
+    y, mean, rstd = group_norm_silu_forward(x, num_groups, norm_weight, norm_bias, eps, True, out_dtype=dtype)
+    return _convolution(y, conv_weight, conv_bias, stride, padding, dilation), mean, rstd
 
 
 @_group_norm_silu_conv_op.register_fake
@@ -89,6 +93,7 @@ def _(
     conv_weight: Tensor,
     conv_bias: Tensor | None,
     eps: float,
+    dtype: torch.dtype,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -97,9 +102,8 @@ def _(
     mean, rstd = (
         x.new_empty(x.shape[0], num_groups, dtype=torch.float64 if wide else torch.float32) for _ in range(2)
     )
-    y = torch.empty_like(x, dtype=conv_weight.dtype)
-    with autocast_off(x.device):
-        return _convolution(y, conv_weight, conv_bias, stride, padding, dilation), mean, rstd
+    y = torch.empty_like(x, dtype=dtype)
+    return _convolution(y, conv_weight, conv_bias, stride, padding, dilation), mean, rstd
 
 
 @torch.library.custom_op(
@@ -124,18 +128,20 @@ def _group_norm_silu_conv_backward_op(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Those of the gradients of x, norm weight, norm bias, conv weight and conv bias that are needed."""
+    dtype = grad.dtype  # the convolution's
+    weight = conv_weight.to(dtype)
 
     def convolution_backward(y: Tensor, *mask: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
         gradients = torch.ops.aten.convolution_backward.default(
-            grad, y, conv_weight, [len(conv_weight)], stride, padding, dilation, False, [0, 0], 1, mask
+            grad, y, weight, [len(weight)], stride, padding, dilation, False, [0, 0], 1, mask
         )
         return gradients
 
     need_x, need_norm_weight, need_norm_bias, need_weight, need_bias = needs
     found: list[Tensor | None] = []
     # Without a weight gradient, torch looks only at y's shape, layout and dtype.
-    y = x if x.dtype == conv_weight.dtype else torch.empty_like(x, dtype=conv_weight.dtype)
+    y = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
     with autocast_off(x.device):
         if need_x or need_norm_weight or need_norm_bias:
             grad_y, _, _ = convolution_backward(y, True, False, False)
@@ -149,12 +155,16 @@ def _group_norm_silu_conv_backward_op(
             found += norm[:3]
             y = y if norm.y is None else norm.y
         elif need_weight:
-            y = group_norm_silu_apply(x, norm_weight, norm_bias, mean, rstd, True, conv_weight.dtype)
+            y = group_norm_silu_apply(x, norm_weight, norm_bias, mean, rstd, True, dtype)
         if need_weight or need_bias:
             _, grad_weight, grad_bias = convolution_backward(y, False, need_weight, need_bias)
-            if grad_weight is not None and grad_weight.stride() != conv_weight.stride():
-                # cuDNN and oneDNN lay it out like y.
+            if grad_weight is not None and (grad_weight.dtype, grad_weight.stride()) != (
+                conv_weight.dtype,
+                conv_weight.stride(),  # cuDNN and oneDNN lay it out like y
+            ):
                 grad_weight = torch.empty_like(conv_weight).copy_(grad_weight)
+            if grad_bias is not None and conv_bias is not None:
+                grad_bias = grad_bias.to(conv_bias.dtype)
             found += [grad_weight, grad_bias]
     return [g for g in found if g is not None]
 
@@ -179,7 +189,7 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, norm_weight, norm_bias, conv_weight, conv_bias, _, *ctx.geometry = inputs
+    x, _, norm_weight, norm_bias, conv_weight, conv_bias, _, _, *ctx.geometry = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, conv_weight, conv_bias)
@@ -189,7 +199,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5)]
     gradients = iter(_group_norm_silu_conv_backward_op(grad, *ctx.saved_tensors, *ctx.geometry, needs))
     grad_x, *parameters = (next(gradients) if need else None for need in needs)
-    return grad_x, None, *parameters, None, None, None, None
+    return grad_x, None, *parameters, None, None, None, None, None
 
 
 _group_norm_silu_conv_op.register_autograd(_backward, setup_context=_save_for_backward)
@@ -258,9 +268,11 @@ def group_norm_silu_conv(
         if parameter is not None and parameter.device != x.device:
             raise ValueError(f"{name}: is on {parameter.device} but x is on {x.device}; move one of them")
     geometry = (_pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1))
-    operands = cast_operands(conv_weight, conv_bias)
+    dtype = conv_weight.dtype
+    if dtype != torch.float64:
+        dtype = autocast_dtype(x.device) or dtype
     out: Tensor = _group_norm_silu_conv_op(
-        walkable(x), num_groups, norm_weight, norm_bias, *operands, float(eps), *geometry
+        walkable(x), num_groups, norm_weight, norm_bias, conv_weight, conv_bias, float(eps), dtype, *geometry
     )[0]
     return out
 

@@ -237,18 +237,21 @@ class Saved:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")  # inside Inductor
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("compiler", [None, "aot_eager_decomp_partition"])
-def test_saves_the_norms_input_only(device: str, compiler: str | None) -> None:
+def test_saves_the_norms_input_only(device: str, compiler: str | None, autocast: bool) -> None:
+    """Under autocast too: the cast weights are made again, what is saved of them is the parameters."""
     torch.use_deterministic_algorithms(False)
-    leaves = make(device, torch.bfloat16)
+    leaves = make(device, torch.bfloat16, conv_dtype=torch.float32 if autocast else None)
     step = group_norm_silu_conv if compiler is None else torch.compile(group_norm_silu_conv, backend=compiler)
     saved = Saved(*leaves[1:])
-    with saved.hooks:
+    with saved.hooks, torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
         out = step(leaves[0], 2, *leaves[1:])
+    assert out.dtype == torch.bfloat16
     assert saved.bytes == 2 * leaves[0].numel() + 2 * (2 * 2) * 4
     assert all(g is not None for g in torch.autograd.grad(out.sum(), leaves))
     three = Saved(*leaves[1:])  # the test can tell: plain PyTorch saves the norm's output and y as well
-    with three.hooks:
+    with three.hooks, torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
         plain(leaves[0], 2, *leaves[1:])
     assert three.bytes >= 3 * 2 * leaves[0].numel()
 
@@ -268,8 +271,8 @@ def test_gradcheck(device: str) -> None:
 def test_opcheck(device: str, x_last: bool, weight_last: bool) -> None:
     torch.use_deterministic_algorithms(False)  # opcheck compares with its own fresh tensors
     x, *rest = make(device, shape=(1, 8, 3, 4), x_last=x_last, weight_last=weight_last)
-    geometry = ([1, 1], [1, 1], [1, 1])
-    torch.library.opcheck(torch.ops.mapo.group_norm_silu_conv.default, (x, 2, *rest, 1e-5, *geometry))
+    settings = (1e-5, torch.bfloat16 if weight_last else x.dtype, [1, 1], [1, 1], [1, 1])
+    torch.library.opcheck(torch.ops.mapo.group_norm_silu_conv.default, (x, 2, *rest, *settings))
 
 
 @pytest.mark.parametrize("x_last", [False, True])
