@@ -92,8 +92,8 @@ class Case:
     uses: frozenset[str] = MEASURED
     headline: bool = False
     """Measured first; the README shows these."""
-    floor: Mapping[str, int] | None = None
-    """Least bytes by pass, where `floor` below does not know them."""
+    floor: Callable[[Any], dict[str, int]] | None = None
+    """Least bytes by pass from the inputs, where `floors` below does not know them."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -112,7 +112,7 @@ def differentiable(tree: Any) -> list[Tensor]:
 def floors(case: Case, inputs: Any, outputs: Any) -> dict[str, int]:
     """Least bytes by pass: each input read once, each output and each gradient read or written once."""
     if case.floor is not None:
-        return dict(case.floor)
+        return case.floor(inputs)
     least = {"forward": size(inputs) + size(outputs)}
     if differentiable(outputs):
         least["backward"] = size(inputs) + size(differentiable(outputs)) + size(differentiable(inputs))
@@ -182,7 +182,6 @@ def _dpo() -> Case:
         gain_w, gain_l = (before - error).chunk(2)
         return -F.logsigmoid(0.5 * OBJECTIVES["dpo"].settings["beta"].default * (gain_w - gain_l)).mean()
 
-    tensor = 2 * torch.Size(shape).numel()
     return Case(
         op="paired_loss",
         shape=f"{_times(*shape)}, dpo, reference prediction",
@@ -190,7 +189,8 @@ def _dpo() -> Case:
         inputs=inputs,
         providers={"ours": _plain(ours), "eager": _plain(eager)},
         compiled=eager,
-        floor={"forward": 3 * tensor, "backward": 3 * tensor},  # the reference is not needed again
+        # Backward reads prediction and target and writes the gradient: the reference is not needed again.
+        floor=lambda inputs: {"forward": size(inputs), "backward": size(inputs)},
     )
 
 
@@ -431,7 +431,11 @@ def _add_layer_norm(batch: int, side: int, channels: int, **options: Any) -> Cas
     def ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         return layer_norm(x, weight, bias, residual=residual)
 
-    tensor, parameters = 2 * batch * side * side * channels, 2 * 2 * channels
+    def floor(inputs: tuple[Tensor, ...]) -> dict[str, int]:
+        """Backward reads the sum and both gradients and writes one, that of x and of the residual."""
+        x, _, *parameters = inputs
+        return {"forward": 4 * size(x) + size(parameters), "backward": 4 * size(x) + 2 * size(parameters)}
+
     return Case(
         op="layer_norm",
         shape=f"{_times(batch, side * side, channels)} + residual",
@@ -439,8 +443,7 @@ def _add_layer_norm(batch: int, side: int, channels: int, **options: Any) -> Cas
         inputs=inputs,
         providers={"ours": _plain(ours), "eager": _plain(eager)},
         compiled=eager,
-        # Backward reads the sum and both gradients and writes one, that of x and of the residual.
-        floor={"forward": 4 * tensor + parameters, "backward": 4 * tensor + 2 * parameters},
+        floor=floor,
         **options,
     )
 
@@ -669,8 +672,12 @@ def _adamw8bit(
     def ours(parameters: list[Tensor]) -> Callable[[], Any]:
         return peers.stepping(AdamW8bit(parameters, **(settings or {})))
 
-    elements = [torch.Size(shape).numel() for shape in shapes()]
-    states = sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in elements)
+    def floor(inputs: tuple[list[Tensor]]) -> dict[str, int]:
+        """Parameters read and written, gradients read, states read and written."""
+        elements = [p.numel() for p in inputs[0]]
+        states = sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in elements)
+        return {"step": 3 * size(inputs) + 2 * states}
+
     return Case(
         op="adamw8bit",
         shape=name,
@@ -682,8 +689,7 @@ def _adamw8bit(
             "bitsandbytes": peers.bitsandbytes_adamw8bit,
             "torchao": peers.torchao_adamw8bit,
         },
-        # Parameter read and written, gradient read, states read and written.
-        floor={"step": 3 * dtype.itemsize * sum(elements) + 2 * states},
+        floor=floor,
         **options,
     )
 

@@ -121,8 +121,10 @@ def ordered(selected: Sequence[Case]) -> Iterator[tuple[Case, str]]:
                         yield case, provider
 
 
-def passed(file: Path, device: str, stamp: dict[str, Any], results: Path = TESTED) -> bool:
-    """Whether a file's tests pass on the device; asked once for a GPU and a commit."""
+def passed(
+    file: Path, device: str, stamp: dict[str, Any], *, deadline: float, results: Path = TESTED
+) -> bool:
+    """Whether a file's tests pass on the device, before the deadline; asked once for a GPU and a commit."""
     name = file.name
     if device == "cuda":
         for row in _rows(results):
@@ -131,7 +133,12 @@ def passed(file: Path, device: str, stamp: dict[str, Any], results: Path = TESTE
     marker = "gpu" if device == "cuda" else "not gpu"
     command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-p", "no:cacheprovider", str(file)]
     started = time.monotonic()
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = None if deadline == float("inf") else max(1.0, deadline - started)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        print(f"{name}: the time is up; run again to go on", file=sys.stderr)
+        return False
     ok = result.returncode == 0
     summary = (result.stdout.splitlines() or ["no output"])[-1]
     print(f"{name}: {summary}", file=sys.stderr, flush=True)
@@ -179,7 +186,7 @@ def run(op: str, device: str, *, tested: bool, deadline: float, results: Path = 
         if (*case.key, name) not in done and (device == "cuda" or name != "compile")
     ]
     green = {
-        name: tested or passed(TESTS / f"test_{name}.py", device, stamp)
+        name: tested or passed(TESTS / f"test_{name}.py", device, stamp, deadline=deadline)
         for name in dict.fromkeys(case.op for case, _ in todo)
     }
     copy = measure.copy_gbps(target) if device == "cuda" else None

@@ -1,12 +1,14 @@
 """See what kernels do in Triton's interpreter: every program, load, store and atomic operation.
 
 `watching(watcher)` calls the watcher from inside the interpreter. Two uses: `bench.traffic` counts bytes, and
-`MemoryChecker` finds accesses outside the arguments and races between programs.
+`MemoryChecker` finds accesses outside the arguments and races between programs. It also takes a third of the
+interpreter's time away, by patching the language once a launch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+from triton import language as tl
 from triton.runtime import interpreter
 
 _data_ptr = Tensor.data_ptr
@@ -55,7 +58,20 @@ def watching(watcher: Watcher) -> Iterator[None]:
     stock_load, stock_store = builder.create_masked_load, builder.create_masked_store
     stock_rmw, stock_cas = builder.create_atomic_rmw, builder.create_atomic_cas
     stock_restore = executor._restore_args_dev
+    stock_patch = interpreter._patch_lang
     grid, order = (1, 1, 1), range(1)
+    patched: set[frozenset[str]] = set()
+
+    @functools.cache
+    def languages(kernel: Callable[..., Any]) -> frozenset[str]:
+        return frozenset(v.__name__ for v in kernel.__globals__.values() if v is tl or v is tl.core)
+
+    def patch_once(kernel: Callable[..., Any]) -> Any:
+        """Not again at every call of one jitted function by another."""
+        if languages(kernel) in patched:
+            return interpreter._LangPatchScope()
+        patched.add(languages(kernel))
+        return stock_patch(kernel)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
         nonlocal grid, order
@@ -65,6 +81,7 @@ def watching(watcher: Watcher) -> Iterator[None]:
         programs: Sequence[int] | None = watcher.launch(self.fn, arguments, grid[0] * grid[1] * grid[2])
         while programs is not None:
             order, self.grid = programs, (len(programs),)
+            patched.clear()  # the launch before has put the language back
             # The interpreter's own tensor operations are nobody's business; a GPU divides by zero in silence.
             with _disable_current_modes(), np.errstate(all="ignore"):
                 stock_call(self, *args, **kwargs)
@@ -111,6 +128,7 @@ def watching(watcher: Watcher) -> Iterator[None]:
             (Tensor, "data_ptr", data_ptr),
             (executor, "__call__", call),
             (executor, "_restore_args_dev", restore),
+            (interpreter, "_patch_lang", patch_once),
             (builder, "set_grid_dim", set_grid_dim),
             (builder, "set_grid_idx", set_grid_idx),
             (builder, "create_masked_load", load),

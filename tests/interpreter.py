@@ -5,14 +5,11 @@
 - Casts to bf16 round to nearest even; the stock interpreter truncates.
 - Arithmetic, comparisons and reductions on bf16 raise; the stock interpreter computes on the raw bits.
 - An access outside the arguments raises, and so does a race between programs: `bench.watch.MemoryChecker`.
-- The language is patched once per launch, not again at every call of one jitted function by another: a third
-  of the time.
 - Triton 3.6 with NumPy ≥ 2.4: a tensor can again be a loop bound.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -81,27 +78,6 @@ def install() -> None:
             scope[0].set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     interpreter._patch_lang_tensor = patch_lang_tensor
-
-    patch_lang = interpreter._patch_lang
-    run = interpreter.GridExecutor.__call__
-    patched: set[frozenset[str]] = set()
-
-    @functools.cache
-    def languages(kernel: Callable[..., Any]) -> frozenset[str]:
-        return frozenset(v.__name__ for v in kernel.__globals__.values() if v is tl or v is tl.core)
-
-    def patch_lang_once(kernel: Callable[..., Any]) -> Any:
-        if languages(kernel) in patched:
-            return interpreter._LangPatchScope()
-        patched.add(languages(kernel))
-        return patch_lang(kernel)
-
-    def run_patched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patched.clear()  # the launch before has put the language back
-        return run(self, *args, **kwargs)
-
-    interpreter._patch_lang = patch_lang_once
-    interpreter.GridExecutor.__call__ = run_patched
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
