@@ -40,6 +40,7 @@ from mapo_fast.lora import add_lora
 
 RESULTS = Path(__file__).parent / "results" / "saved_memory.jsonl"
 MIB, GIB = 2**20, 2**30
+WITHOUT_BACKWARD = ("adamw8bit", "paired_noise")
 
 
 def op_row(case: Case) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def unet_row(kind: str, *, patched: bool, side: int = 128) -> dict[str, Any]:
 
 def rows() -> Iterator[dict[str, Any]]:
     for case in cases(use="count"):
-        if case.headline and case.op not in ("adamw8bit", "paired_noise"):  # nothing to differentiate
+        if case.headline and case.op not in WITHOUT_BACKWARD:
             yield op_row(case)
     for name in BLOCKS:
         yield block_row(name)
