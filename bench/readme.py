@@ -71,10 +71,29 @@ def photographs() -> str:
     return "\n".join(lines)
 
 
+def saved_memory() -> str:
+    """What forward keeps for backward: the whole UNet, then blocks."""
+    rows = _rows("saved_memory")
+    lines = ["| | plain | patched | saved less |", "|---|---|---|---|"]
+    unets = [row for row in rows if row["what"] == "unet"]
+    for plain, patched in zip(unets[::2], unets[1::2], strict=True):
+        before, after = plain["saved_gib"], patched["saved_gib"]
+        lines.append(f"| {plain['name']} | {before:.2f} GiB | {after:.2f} GiB | {before - after:.2f} GiB |")
+    lines += ["", "| one pair, one block | plain | plain, compiled | patched |", "|---|---|---|---|"]
+    for row in rows:
+        if row["what"] == "block":
+            lines.append(
+                f"| {row['name']}, {row['shape']} | {row['plain_mib']:.1f} MiB "
+                f"| {row['plain_compiled_mib']:.1f} MiB | {row['patched_mib']:.1f} MiB |"
+            )
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "photographs": photographs,
     "memory": memory,
+    "saved_memory": saved_memory,
 }
 
 
