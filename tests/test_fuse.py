@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,15 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], bound: float = 
 
 
 def rounding_ratios(
-    dtype: torch.dtype, context: AbstractContextManager[Any], channels_last: bool = False
+    dtype: torch.dtype,
+    context: AbstractContextManager[Any],
+    prepare: Callable[[Any], object] = lambda unet: None,
 ) -> tuple[dict[str, float], float]:
     """Root-mean-square error of the patched UNet over the plain one's, per tensor and over all."""
     squares: dict[str, list[float]] = {}
     for seed in range(6):
         unet = make_unet("sdxl", dtype=dtype, seed=seed)
-        if channels_last:
-            unet.to(memory_format=torch.channels_last)
+        prepare(unet)
         truth = run(copy.deepcopy(unet).double(), "sdxl", dtype, compute=torch.float64)
         with context:
             plain = relative(run(unet, "sdxl", dtype), truth)
@@ -87,7 +89,8 @@ def test_rounding_is_at_most_twice_the_plain_one(dtype: torch.dtype, channels_la
     A tensor's error is one draw from a distribution, mostly of what the layers around it rounded: root mean
     squares over several UNets are compared, not single draws.
     """
-    ratios, overall = rounding_ratios(dtype, nullcontext(), channels_last)
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    ratios, overall = rounding_ratios(dtype, nullcontext(), lambda unet: unet.to(memory_format=order))
     assert max(ratios.values()) <= 2, sorted(ratios.items(), key=lambda item: -item[1])[:5]
     assert overall <= 1.1
 
@@ -153,9 +156,19 @@ def test_gradient_checkpointing(layout: Any) -> None:
     assert_same(run(unet, "sdxl", torch.float64), want)
 
 
-def test_autocast() -> None:
-    """fp32 weights and bf16 arithmetic, as the trainer's `bf16`: no further from fp64 than the plain UNet."""
-    ratios, overall = rounding_ratios(torch.float32, torch.autocast("cpu", dtype=torch.bfloat16))
+def add_fp32_lora(unet: Any) -> None:
+    add_lora(unet, ATTENTION)
+    for name, parameter in unet.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "prepare"), [(torch.float32, lambda unet: None), (torch.bfloat16, add_fp32_lora)]
+)
+def test_autocast(dtype: torch.dtype, prepare: Callable[[Any], object]) -> None:
+    """As the trainer's `bf16`: fp32 weights, or fp32 LoRA factors on a bf16 base, and bf16 arithmetic."""
+    ratios, overall = rounding_ratios(dtype, torch.autocast("cpu", dtype=torch.bfloat16), prepare)
     assert max(ratios.values()) <= 2, sorted(ratios.items(), key=lambda item: -item[1])[:5]
     assert overall <= 1.1
 
