@@ -31,8 +31,9 @@ import torch
 from torch import Tensor
 
 from mapo_kernels._autocast import autocast_dtype, autocast_off
+from mapo_kernels._pair_checks import FLOATING
+from mapo_kernels._rows import accumulator
 from mapo_kernels.group_norm_silu import (
-    FLOATING,
     check_group_norm,
     group_norm_silu_apply,
     group_norm_silu_backward,
@@ -98,10 +99,8 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.float64 in {t.dtype for t in (x, norm_weight, norm_bias) if t is not None}
-    mean, rstd = (
-        x.new_empty(x.shape[0], num_groups, dtype=torch.float64 if wide else torch.float32) for _ in range(2)
-    )
+    acc = accumulator(x, norm_weight, norm_bias)
+    mean, rstd = (x.new_empty(x.shape[0], num_groups, dtype=acc) for _ in range(2))
     y = torch.empty_like(x, dtype=dtype)
     return _convolution(y, conv_weight, conv_bias, stride, padding, dilation), mean, rstd
 

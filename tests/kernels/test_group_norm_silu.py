@@ -6,7 +6,6 @@ This file runs in every implementation: see conftest.py.
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import pytest
@@ -15,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mapo_kernels import _group_norm_launch as cutting
 from mapo_kernels import _launch as launch
 from mapo_kernels import backend
+from mapo_kernels._group_norm_kernels import _offsets
 from mapo_kernels._launch import jit, tl
 from mapo_kernels.group_norm_silu import (
     GroupNormSilu,
@@ -27,8 +28,6 @@ from mapo_kernels.group_norm_silu import (
     group_norm_silu_reference,
 )
 from tests.tolerances import assert_three_way
-
-op = sys.modules["mapo_kernels.group_norm_silu"]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 pytestmark = pytest.mark.usefixtures("_nan_in_fresh_memory")
@@ -164,10 +163,10 @@ def test_shapes_at_random(
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch, tile: int, lanes: int = 256) -> None:
     """Cut small tensors as production cuts large ones."""
-    monkeypatch.setattr(op, "TILE", tile)
-    monkeypatch.setattr(op, "MOST_LANES", lanes)
-    monkeypatch.setattr(op, "SPLIT_BLOCK", 4)
-    monkeypatch.setattr(op, "REGION_SHARE", 4)
+    monkeypatch.setattr(cutting, "TILE", tile)
+    monkeypatch.setattr(cutting, "MOST_LANES", lanes)
+    monkeypatch.setattr(cutting, "SPLIT_BLOCK", 4)
+    monkeypatch.setattr(cutting, "REGION_SHARE", 4)
     monkeypatch.setattr(launch, "LARGEST_INTERPRETED_BLOCK", tile)
 
 
@@ -192,7 +191,7 @@ def test_many_regions(
 ) -> None:
     small_blocks(monkeypatch, tile, lanes)
     x, weight, bias = make(shape, device, last=last)
-    cut = op._cut(x, groups, torch.float32)
+    cut = cutting._cut(x, groups, torch.float32)
     if shape[2] > 3:
         assert cut.chunks > 1
         assert cut.steps > 1
@@ -224,7 +223,7 @@ def test_a_mean_far_from_zero_costs_no_digits(
 def test_groups_of_sdxl(device: str, groups: int, group: int, used: int) -> None:
     """Groups of 10, 20 and 80 channels, channels_last: 12, 6 and 3 at a time, and what is left over."""
     x, weight, bias = make((1, groups * group, 1, 3), device, torch.bfloat16, last=True)
-    cut = op._cut(x, groups, torch.float32)
+    cut = cutting._cut(x, groups, torch.float32)
     assert cut.used == used
     assert cut.blocks > 1
     check(x, groups, weight, bias)
@@ -350,8 +349,8 @@ def test_launches(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("nothing is launched without Triton; test_interpreted.py runs this")
     counts: list[str] = []
     for name in ("statistics", "apply", "gradient_sums", "parameter_gradients", "input_gradient"):
-        kernel = f"_{name}_kernel"
-        monkeypatch.setattr(op, kernel, Counting(getattr(op, kernel), counts, name))
+        kernel = f"{name}_kernel"
+        monkeypatch.setattr(cutting, kernel, Counting(getattr(cutting, kernel), counts, name))
     x, weight, bias = make((2, 8, 4, 4), device)
     y = group_norm_silu(x, 2, weight, bias)
     assert counts == ["statistics", "apply"]
@@ -365,9 +364,6 @@ def test_launches(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counts.clear()
     group_norm_silu(x.detach(), 2, weight, bias.detach()).sum().backward()
     assert counts == ["statistics", "apply", "gradient_sums", "parameter_gradients"]
-
-
-_offsets = op._offsets
 
 
 @jit
@@ -386,7 +382,7 @@ def test_offsets_past_32_bits(device: str, channels: int, height: int, last: boo
     elements = channels * height**2
     if backend(device).name == "eager":
         pytest.skip("torch's own addressing; test_interpreted.py runs this")
-    wide = op._plan(x, 32, torch.float32).constants["WIDE"]
+    wide = cutting._plan(x, 32, torch.float32).constants["WIDE"]
     assert wide == (elements >= 2**31)
     out = torch.zeros(1, dtype=torch.int64, device=device)
     _corner_kernel[(1,)](out, channels, height**2, LAST=last, WIDE=wide)
@@ -408,7 +404,7 @@ def test_the_regions_statistics_are_cheap_to_read(shape: tuple[int, ...], last: 
     x = torch.empty(2, *shape, device="meta", dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last) if last else x
     with launch.assume_card(launch.Card(89, 128)):
-        (programs,), (*_, splits), constants = op._plan(x, 32, torch.float32)
+        (programs,), (*_, splits), constants = cutting._plan(x, 32, torch.float32)
     groups = constants["SPAN"] // constants["GROUP"]
     merged = programs * groups * splits * 2 * 4
     parameters = programs * constants["USED"] * 2 * 2

@@ -1,0 +1,453 @@
+"""The kernels of group normalisation with SiLU; what they compute stands in `group_norm_silu.py`.
+
+A program works on one region of a sample, as `_group_norm_launch.py` cuts it.
+
+Forward. Pass 1 reads x: each lane of a tile follows its own mean and sum of squared deviations (Welford),
+and the lanes are merged into one pair per group and region (Chan et al.). Pass 2 reads x again: each program
+first merges the pairs of its groups in a fixed order, at most a tenth of its reads, then writes y. No
+difference of large sums is taken, so a mean far from zero costs no digits.
+
+Backward. Pass 1 reads x and grad_y and sums weight·g and weight·g·x̂ per group and region, and g and g·x̂ per
+channel and region where the parameters train (a small third kernel adds these up). Pass 2 reads both again
+and writes grad_x. Pass 1 can also write y. No float atomics: results are bitwise reproducible.
+"""
+
+from __future__ import annotations
+
+from mapo_kernels._launch import jit, tl
+
+
+@jit
+def _region(  # type: ignore[no-untyped-def]
+    channels,
+    chunks,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
+    PARTS: tl.constexpr,
+    USED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """This program's sample, chunk of positions, region within its groups, first group, and channels."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(channels, SPAN) * PARTS
+    sample = program // (blocks * chunks)
+    if CHANNELS_LAST:  # neighbouring programs read neighbouring memory
+        block = program % blocks
+        chunk = program // blocks % chunks
+    else:
+        block = program // chunks % blocks
+        chunk = program % chunks
+    span = block // PARTS
+    part = block % PARTS
+    channel = span * SPAN + part * USED + tl.arange(0, CHANNELS)
+    present = (channel < channels) & (tl.arange(0, CHANNELS) < USED)
+    if PARTS > 1:
+        present = present & (channel < span * SPAN + SPAN)
+    return sample, chunk, part * chunks + chunk, span * (SPAN // GROUP), channel, present
+
+
+@jit
+def _offsets(channel, position, channels, positions, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Element offsets of a tile within its sample."""
+    if WIDE:
+        channel = channel.to(tl.int64)
+        position = position.to(tl.int64)
+    if CHANNELS_LAST:
+        offset = channel[:, None] + position[None, :] * channels
+    else:
+        offset = channel[:, None] * positions + position[None, :]
+    return offset
+
+
+@jit
+def _activation(z, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+    return z * tl.sigmoid(z) if SILU else z
+
+
+@jit
+def _before_activation(grad, z, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The gradient of z from that of y."""
+    if SILU:
+        s = tl.sigmoid(z)
+        grad = grad * (s * (1.0 + z * (1.0 - s)))
+    return grad
+
+
+@jit
+def _per_channel(parameter, channel, present, DEFAULT: tl.constexpr, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A (C,) parameter's values as a column, DEFAULT where there is no parameter."""
+    if parameter is None:
+        values = tl.full([channel.shape[0]], DEFAULT, ACC)
+    else:
+        values = tl.load(parameter + channel, mask=present, other=0.0).to(ACC)
+    return values[:, None]
+
+
+@jit
+def statistics_kernel(  # type: ignore[no-untyped-def]
+    x,
+    means,  # (N, groups, splits)
+    deviations,  # (N, groups, splits): sums of squared deviations from these means
+    channels,
+    positions,
+    chunks,
+    splits,
+    ACC: tl.constexpr,
+    GROUP: tl.constexpr,  # channels of a group
+    SPAN: tl.constexpr,  # channels after which the pattern of regions repeats: whole groups
+    PARTS: tl.constexpr,  # regions along a span
+    USED: tl.constexpr,  # channels of a region
+    GROUPS: tl.constexpr,  # power of two ≥ groups of a region
+    CHANNELS: tl.constexpr,  # power of two ≥ USED
+    POSITIONS: tl.constexpr,
+    STEPS: tl.constexpr,
+    UNIT: tl.constexpr,  # divides the innermost size: how wide loads may be
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,  # offsets within a sample need 64 bits
+):
+    if CHANNELS_LAST:
+        channels = channels // UNIT * UNIT
+    else:
+        positions = positions // UNIT * UNIT
+    sample, chunk, split, first_group, channel, present = _region(
+        channels, chunks, GROUP, SPAN, PARTS, USED, CHANNELS, CHANNELS_LAST
+    )
+    x += sample.to(tl.int64) * channels * positions
+    first = chunk * (STEPS * POSITIONS)
+    lane = tl.arange(0, POSITIONS)
+
+    mean = tl.zeros([CHANNELS, POSITIONS], dtype=ACC)
+    deviation = tl.zeros([CHANNELS, POSITIONS], dtype=ACC)
+    number = tl.zeros([1, 1], dtype=ACC)
+    for step in range(STEPS):
+        position = first + step * POSITIONS + lane
+        inside = present[:, None] & (position < positions)[None, :]
+        offset = _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
+        value = tl.load(x + offset, mask=inside, other=0.0).to(ACC)
+        number += 1.0
+        difference = tl.where(inside, value - mean, 0.0)
+        mean += difference * (1.0 / number)
+        deviation += tl.where(inside, difference * (value - mean), 0.0)
+
+    # Lanes into channels, channels into groups.
+    steps = tl.minimum((positions - first - lane + POSITIONS - 1) // POSITIONS, STEPS)
+    count = tl.where(present[:, None], tl.maximum(steps, 0)[None, :], 0).to(ACC)
+    channel_count = tl.sum(count, axis=1)
+    channel_mean = tl.sum(count * mean, axis=1) / channel_count
+    distance = mean - channel_mean[:, None]
+    channel_deviation = tl.sum(deviation + count * distance * distance, axis=1)
+    group = first_group + tl.arange(0, GROUPS)
+    member = (channel // GROUP == group[:, None]) & present[None, :]
+    group_count = tl.sum(tl.where(member, channel_count[None, :], 0.0), axis=1)
+    total = tl.sum(tl.where(member, (channel_count * channel_mean)[None, :], 0.0), axis=1)
+    group_mean = total / group_count
+    distance = channel_mean[None, :] - group_mean[:, None]
+    deviations_of = channel_deviation[None, :] + channel_count[None, :] * distance * distance
+    group_deviation = tl.sum(tl.where(member, deviations_of, 0.0), axis=1)
+    slot = (sample * (channels // GROUP) + group).to(tl.int64) * splits + split
+    tl.store(means + slot, group_mean, mask=group_count > 0)
+    tl.store(deviations + slot, group_deviation, mask=group_count > 0)
+
+
+@jit
+def _merge_statistics(  # type: ignore[no-untyped-def]
+    means,
+    deviations,
+    row,  # [GROUPS] indices of (sample, group)
+    exists,
+    positions,
+    chunks,
+    splits,
+    eps,
+    ACC: tl.constexpr,
+    GROUP: tl.constexpr,
+    USED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """[GROUPS] mean and rstd from the regions' statistics, merged in a fixed order (Chan et al.)."""
+    count = tl.zeros_like(row).to(ACC)
+    mean = tl.zeros_like(count)
+    deviation = tl.zeros_like(count)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        width = tl.minimum(GROUP - split // chunks * USED, USED)
+        length = tl.minimum(positions - split % chunks * CHUNK, CHUNK)
+        n = tl.where(split < splits, width * length, 0).to(ACC)[None, :]
+        slot = row.to(tl.int64)[:, None] * splits + split[None, :]
+        inside = exists[:, None] & (split < splits)[None, :]
+        m = tl.load(means + slot, mask=inside, other=0.0)
+        d = tl.load(deviations + slot, mask=inside, other=0.0)
+        more = tl.sum(n, axis=1)
+        more_mean = tl.sum(n * m, axis=1) / more
+        distance = m - more_mean[:, None]
+        more_deviation = tl.sum(d + n * distance * distance, axis=1)
+        share = more / (count + more)
+        distance = more_mean - mean
+        mean += distance * share
+        deviation += more_deviation + distance * distance * count * share
+        count += more
+    return mean, 1.0 / tl.sqrt((deviation / count + eps).to(ACC))
+
+
+@jit
+def apply_kernel(  # type: ignore[no-untyped-def]
+    x,
+    y,
+    weight,  # (C,) or None
+    bias,  # (C,) or None
+    mean,  # (N, groups): written from means and deviations, or read where these are None
+    rstd,
+    means,
+    deviations,
+    channels,
+    positions,
+    chunks,
+    splits,
+    eps: tl.float64,
+    SILU: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ACC: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
+    PARTS: tl.constexpr,
+    USED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    STEPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    if CHANNELS_LAST:
+        channels = channels // UNIT * UNIT
+    else:
+        positions = positions // UNIT * UNIT
+    sample, chunk, split, first_group, channel, present = _region(
+        channels, chunks, GROUP, SPAN, PARTS, USED, CHANNELS, CHANNELS_LAST
+    )
+    groups = channels // GROUP
+    if means is None:
+        row = sample * groups + channel // GROUP
+        m = tl.load(mean + row, mask=present, other=0.0)
+        r = tl.load(rstd + row, mask=present, other=0.0)
+    else:
+        group = first_group + tl.arange(0, GROUPS)
+        exists = (tl.arange(0, GROUPS) < SPAN // GROUP) & (group < groups)
+        row = sample * groups + group
+        group_mean, group_rstd = _merge_statistics(
+            means, deviations, row, exists, positions, chunks, splits, eps,
+            ACC, GROUP, USED, STEPS * POSITIONS, SPLITS,
+        )  # fmt: skip
+        if split == 0:
+            tl.store(mean + row, group_mean, mask=exists)
+            tl.store(rstd + row, group_rstd, mask=exists)
+        member = channel // GROUP == group[:, None]
+        m = tl.sum(tl.where(member, group_mean[:, None], 0.0), axis=0)
+        r = tl.sum(tl.where(member, group_rstd[:, None], 0.0), axis=0)
+    m = m[:, None]
+    r = r[:, None]
+    scale = _per_channel(weight, channel, present, 1.0, ACC)
+    shift = _per_channel(bias, channel, present, 0.0, ACC)
+
+    start = sample.to(tl.int64) * channels * positions
+    x += start
+    y += start
+    for step in range(STEPS):
+        position = (chunk * STEPS + step) * POSITIONS + tl.arange(0, POSITIONS)
+        inside = present[:, None] & (position < positions)[None, :]
+        offset = _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
+        # As in the first pass of backward, so that y comes out there with the same bits.
+        normed = (tl.load(x + offset, mask=inside, other=0.0).to(ACC) - m) * r
+        result = _activation(normed * scale + shift, SILU)
+        tl.store(y + offset, result.to(y.dtype.element_ty), mask=inside)
+
+
+@jit
+def gradient_sums_kernel(  # type: ignore[no-untyped-def]
+    grad_y,
+    x,
+    weight,
+    bias,
+    mean,  # (N, groups)
+    rstd,
+    sums,  # (N, groups, splits): Σ weight·g
+    products,  # (N, groups, splits): Σ weight·g·x̂
+    weight_sums,  # (N, chunks, C) or None: Σ g·x̂
+    bias_sums,  # (N, chunks, C) or None: Σ g
+    y,  # or None
+    channels,
+    positions,
+    chunks,
+    splits,
+    SILU: tl.constexpr,
+    ACC: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
+    PARTS: tl.constexpr,
+    USED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    STEPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    if CHANNELS_LAST:
+        channels = channels // UNIT * UNIT
+    else:
+        positions = positions // UNIT * UNIT
+    sample, chunk, split, first_group, channel, present = _region(
+        channels, chunks, GROUP, SPAN, PARTS, USED, CHANNELS, CHANNELS_LAST
+    )
+    groups = channels // GROUP
+    row = sample * groups + channel // GROUP
+    m = tl.load(mean + row, mask=present, other=0.0)[:, None]
+    r = tl.load(rstd + row, mask=present, other=0.0)[:, None]
+    scale = _per_channel(weight, channel, present, 1.0, ACC)
+    shift = _per_channel(bias, channel, present, 0.0, ACC)
+
+    start = sample.to(tl.int64) * channels * positions
+    x += start
+    grad_y += start
+    if y is not None:
+        y += start
+    sum_g = tl.zeros([CHANNELS, POSITIONS], dtype=ACC)
+    sum_gx = tl.zeros([CHANNELS, POSITIONS], dtype=ACC)
+    for step in range(STEPS):
+        position = (chunk * STEPS + step) * POSITIONS + tl.arange(0, POSITIONS)
+        inside = present[:, None] & (position < positions)[None, :]
+        offset = _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
+        normed = (tl.load(x + offset, mask=inside, other=0.0).to(ACC) - m) * r
+        z = normed * scale + shift
+        g = _before_activation(tl.load(grad_y + offset, mask=inside, other=0.0).to(ACC), z, SILU)
+        if y is not None:
+            tl.store(y + offset, _activation(z, SILU).to(y.dtype.element_ty), mask=inside)
+        sum_g += g
+        sum_gx += g * normed
+
+    channel_g = tl.sum(sum_g, axis=1)
+    channel_gx = tl.sum(sum_gx, axis=1)
+    if weight_sums is not None:
+        slot = (sample * chunks + chunk).to(tl.int64) * channels + channel
+        tl.store(weight_sums + slot, channel_gx, mask=present)
+        tl.store(bias_sums + slot, channel_g, mask=present)
+    group = first_group + tl.arange(0, GROUPS)
+    exists = (tl.arange(0, GROUPS) < SPAN // GROUP) & (group < groups)
+    member = (channel // GROUP == group[:, None]) & present[None, :]
+    scale = tl.sum(scale, axis=1)
+    group_g = tl.sum(tl.where(member, (scale * channel_g)[None, :], 0.0), axis=1)
+    group_gx = tl.sum(tl.where(member, (scale * channel_gx)[None, :], 0.0), axis=1)
+    slot = (sample * groups + group).to(tl.int64) * splits + split
+    tl.store(sums + slot, group_g, mask=exists)
+    tl.store(products + slot, group_gx, mask=exists)
+
+
+@jit
+def _mean_of_splits(sums, row, exists, splits, size, SPLITS: tl.constexpr, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[GROUPS] sums over the regions, added in a fixed order, divided by the group's size."""
+    total = tl.zeros_like(row).to(ACC)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        inside = exists[:, None] & (split < splits)[None, :]
+        slot = row.to(tl.int64)[:, None] * splits + split[None, :]
+        total += tl.sum(tl.load(sums + slot, mask=inside, other=0.0), axis=1)
+    return total / size
+
+
+@jit
+def input_gradient_kernel(  # type: ignore[no-untyped-def]
+    grad_y,
+    x,
+    weight,
+    bias,
+    mean,
+    rstd,
+    sums,
+    products,
+    grad_x,
+    channels,
+    positions,
+    chunks,
+    splits,
+    size,  # elements of a group
+    SILU: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ACC: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
+    PARTS: tl.constexpr,
+    USED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    STEPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    if CHANNELS_LAST:
+        channels = channels // UNIT * UNIT
+    else:
+        positions = positions // UNIT * UNIT
+    sample, chunk, _, first_group, channel, present = _region(
+        channels, chunks, GROUP, SPAN, PARTS, USED, CHANNELS, CHANNELS_LAST
+    )
+    groups = channels // GROUP
+    row = sample * groups + channel // GROUP
+    m = tl.load(mean + row, mask=present, other=0.0)[:, None]
+    r = tl.load(rstd + row, mask=present, other=0.0)[:, None]
+    scale = _per_channel(weight, channel, present, 1.0, ACC)
+    shift = _per_channel(bias, channel, present, 0.0, ACC)
+    group = first_group + tl.arange(0, GROUPS)
+    exists = (tl.arange(0, GROUPS) < SPAN // GROUP) & (group < groups)
+    member = channel // GROUP == group[:, None]
+    mean_g = _mean_of_splits(sums, sample * groups + group, exists, splits, size, SPLITS, ACC)
+    mean_gx = _mean_of_splits(products, sample * groups + group, exists, splits, size, SPLITS, ACC)
+    mean_g = tl.sum(tl.where(member, mean_g[:, None], 0.0), axis=0)[:, None]
+    mean_gx = tl.sum(tl.where(member, mean_gx[:, None], 0.0), axis=0)[:, None]
+
+    start = sample.to(tl.int64) * channels * positions
+    x += start
+    grad_y += start
+    grad_x += start
+    for step in range(STEPS):
+        position = (chunk * STEPS + step) * POSITIONS + tl.arange(0, POSITIONS)
+        inside = present[:, None] & (position < positions)[None, :]
+        offset = _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
+        normed = (tl.load(x + offset, mask=inside, other=0.0).to(ACC) - m) * r
+        grad = tl.load(grad_y + offset, mask=inside, other=0.0).to(ACC)
+        g = _before_activation(grad, normed * scale + shift, SILU) * scale
+        result = r * (g - mean_g - normed * mean_gx)
+        tl.store(grad_x + offset, result.to(grad_x.dtype.element_ty), mask=inside)
+
+
+@jit
+def parameter_gradients_kernel(  # type: ignore[no-untyped-def]
+    weight_sums,  # (rows, C)
+    bias_sums,
+    grad_weight,  # (C,) or None
+    grad_bias,  # (C,) or None
+    rows,
+    channels,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    for_weight = tl.zeros([ROWS, CHANNELS], dtype=weight_sums.dtype.element_ty)
+    for_bias = tl.zeros([ROWS, CHANNELS], dtype=weight_sums.dtype.element_ty)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (channel < channels)[None, :]
+        offset = row.to(tl.int64)[:, None] * channels + channel[None, :]
+        for_weight += tl.load(weight_sums + offset, mask=inside, other=0.0)
+        for_bias += tl.load(bias_sums + offset, mask=inside, other=0.0)
+    if grad_weight is not None:
+        total = tl.sum(for_weight, axis=0).to(grad_weight.dtype.element_ty)
+        tl.store(grad_weight + channel, total, mask=channel < channels)
+    if grad_bias is not None:
+        total = tl.sum(for_bias, axis=0).to(grad_bias.dtype.element_ty)
+        tl.store(grad_bias + channel, total, mask=channel < channels)
