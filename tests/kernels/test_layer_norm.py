@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import grad as gradient
 
 from mapo_kernels import _launch as launch
+from mapo_kernels import _layer_norm_kernels as kernels
 from mapo_kernels import backend
 from mapo_kernels.layer_norm import (
     LayerNorm,
@@ -133,9 +134,9 @@ def test_many_tiles_and_programs(
 ) -> None:
     """As in production: several programs, several tiles each, several rows each, the last ones ragged."""
     monkeypatch.setattr(launch, "LARGEST_INTERPRETED_BLOCK", 128)
-    monkeypatch.setattr(op, "SUM_ROWS", 2)
+    monkeypatch.setattr(kernels, "SUM_ROWS", 2)
     if backend(device).name == "interpreter":
-        tiling = op._tiling(rows, channels, torch.device(device), op.FORWARD_TILE)
+        tiling = kernels._tiling(rows, channels, torch.device(device), kernels.FORWARD_TILE)
         assert tiling.programs == 4
         assert rows > 2 * tiling.programs * tiling.height
     x, weight, bias, residual = make((rows, channels), device)
@@ -144,9 +145,9 @@ def test_many_tiles_and_programs(
 
 def test_longest_rows(device: str) -> None:
     """The longest row of the kernels, and one that is longer: there plain torch runs."""
-    for channels in (op.MOST_CHANNELS, op.MOST_CHANNELS + 1):
+    for channels in (kernels.MOST_CHANNELS, kernels.MOST_CHANNELS + 1):
         x, weight, bias, _ = make((2, channels), device)
-        assert op._is_eager(x) == (channels > op.MOST_CHANNELS or backend(device).name == "eager")
+        assert op._is_eager(x) == (channels > kernels.MOST_CHANNELS or backend(device).name == "eager")
         check(x, weight, bias)
 
 
@@ -397,9 +398,9 @@ class Counting:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_launches(device: str, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel", "_layer_norm_params_kernel")
-    counters = [Counting(getattr(op, name)) for name in names]
+    counters = [Counting(getattr(kernels, name)) for name in names]
     for name, counter in zip(names, counters, strict=True):
-        monkeypatch.setattr(op, name, counter)
+        monkeypatch.setattr(kernels, name, counter)
     x, weight, bias, residual = make((6, 20), device)
     out = layer_norm(x, weight.requires_grad_(not frozen), bias.requires_grad_(not frozen), residual=residual)
     gradient((out[0] * out[1]).sum(), x)
@@ -413,8 +414,8 @@ def test_launches(device: str, frozen: bool, monkeypatch: pytest.MonkeyPatch) ->
 def test_programs_on_a_4090(rows: int, channels: int, programs: int) -> None:
     """Weight, bias and partial sums move once per program; that bounds what they add to the least traffic."""
     with launch.assume_card(launch.Card(89, 128)):
-        assert op._tiling(rows, channels, torch.device("cpu"), op.FORWARD_TILE).programs == programs
-        tiling = op._tiling(rows, channels, torch.device("cpu"), op.BACKWARD_TILE)
+        assert kernels._tiling(rows, channels, torch.device("cpu"), kernels.FORWARD_TILE).programs == programs
+        tiling = kernels._tiling(rows, channels, torch.device("cpu"), kernels.BACKWARD_TILE)
     floor = 5 * rows * channels * 2  # bytes of bf16, both passes
     parameters = (programs + programs + tiling.programs) * channels * 2
     partial_sums = 2 * 2 * tiling.programs * channels * 4
