@@ -19,9 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mapo_kernels import _adamw8bit_eager as eager
+from mapo_kernels import _adamw8bit_kernels as kernels
 from mapo_kernels import _dynamic_code as book
 from mapo_kernels import _launch as launch
+from mapo_kernels._adamw8bit_tensors import Settings, Tensors, in_order
 from mapo_kernels._launch import backend, jit, tl
+from mapo_kernels._philox import philox_torch
 from mapo_kernels.adamw8bit import AdamW8bit, adamw8bit_, adamw8bit_reference
 from tests.tolerances import assert_three_way
 
@@ -89,15 +93,15 @@ def test_every_code_is_its_own_values(device: str, signed: bool) -> None:
 @jit
 def _round(x, random, out, DTYPE: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.arange(0, N)
-    rounded = op._round_stochastically(tl.load(x + i), tl.load(random + i), DTYPE)
+    rounded = kernels._round_stochastically(tl.load(x + i), tl.load(random + i), DTYPE)
     tl.store(out + i, rounded.to(DTYPE))
 
 
 def rounded(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
     if backend(x.device).name == "eager":
-        return op._round_stochastically_torch(x, random, dtype)  # type: ignore[no-any-return]
+        return eager._round_stochastically_torch(x, random, dtype)  # type: ignore[no-any-return]
     out = torch.empty(len(x), dtype=dtype, device=x.device)
-    _round[(1,)](x, random, out, op._triton_dtype(dtype), len(x))
+    _round[(1,)](x, random, out, kernels._triton_dtype(dtype), len(x))
     return out
 
 
@@ -136,7 +140,7 @@ def test_every_result_is_a_neighbour_and_right_on_average(device: str, dtype: to
 def test_rounding_is_unbiased_with_its_own_random_numbers(device: str, dtype: torch.dtype) -> None:
     count = 2**18
     x = all_magnitudes(count, dtype)
-    random = op._random_bits_torch(7, 3, 11, count)
+    random = eager._random_bits_torch(7, 3, 11, count)
     got = rounded(x.to(device), random.to(device), dtype).cpu().double()
     low, high = neighbours(x, dtype)
     assert bool(((got == low) | (got == high)).all())
@@ -172,7 +176,7 @@ def test_numbers_of_the_type_stay_and_nothing_finite_becomes_inf(device: str, dt
 
 @jit
 def _bits(seed, step, out, first: tl.int64, number: tl.int64):  # type: ignore[no-untyped-def]
-    bits = op._random_bits(tl.load(seed), number, tl.load(step), first, 4)
+    bits = kernels._random_bits(tl.load(seed), number, tl.load(step), first, 4)
     i = tl.arange(0, 4)[:, None] * 256 + tl.arange(0, 256)[None, :]
     tl.store(out + i, bits)
 
@@ -185,13 +189,13 @@ def test_kernels_draw_the_same_bits_as_torch(
 ) -> None:
     got = torch.empty(1024, dtype=torch.int32, device=device)
     if backend(device).name == "eager":
-        got = op._random_bits_torch(seed, number, step, first + 1024)[first:] if first < 2**20 else None
+        got = eager._random_bits_torch(seed, number, step, first + 1024)[first:] if first < 2**20 else None
     else:
         _bits[(1,)](
             torch.tensor([seed], device=device), torch.tensor([step], device=device), got, first, number
         )
     counter = torch.arange(first // 8, first // 8 + 128)
-    words = torch.stack(op.philox_torch(seed, counter, number, step & 0xFFFFFFFF, step >> 32), 1)
+    words = torch.stack(philox_torch(seed, counter, number, step & 0xFFFFFFFF, step >> 32), 1)
     want = torch.stack([words & 0xFFFF, words >> 16], 2).view(-1).to(torch.int32)
     assert got is None or torch.equal(got.cpu(), want)
     assert 0.45 < float(want.float().mean()) / 65535 < 0.55
@@ -231,9 +235,9 @@ class Case:
         for key, signed in (("1", True), ("2", False)):
             moment = self.states[i][f"state{key}"]
             if moment.dtype == torch.uint8:
-                flat = op._dequantise(moment, self.states[i][f"absmax{key}"], signed)
+                flat = eager._dequantise(moment, self.states[i][f"absmax{key}"], signed)
                 moment = torch.empty_like(moment, dtype=torch.float32)
-                op._flat(moment).copy_(flat)
+                eager._flat(moment).copy_(flat)
             result.append(moment.clone())
         return result[0], result[1]
 
@@ -281,12 +285,12 @@ def check(case: Case) -> None:
             if state[f"state{key}"].dtype == torch.float32:
                 assert_three_way(got, want, want.float(), name=f"{name} state{key}")
                 continue
-            blocks = op._blocks(op._flat(want.contiguous() if want.is_contiguous() else want))
+            blocks = eager._blocks(eager._flat(want.contiguous() if want.is_contiguous() else want))
             torch.testing.assert_close(
                 state[f"absmax{key}"].double(), blocks.abs().amax(1), rtol=1e-6, atol=0
             )
             # The widest interval of the book is 0.014 of the maximum, on the CPU plus the table's spacing.
-            off = (op._blocks(op._flat(got)).double() - blocks).abs().amax(1) / blocks.abs().amax(1)
+            off = (eager._blocks(eager._flat(got)).double() - blocks).abs().amax(1) / blocks.abs().amax(1)
             assert float(off.max()) <= 0.0071 + 1e-4
 
 
@@ -346,8 +350,8 @@ def test_memory_order(device: str, layout: str) -> None:
         other = plain.detach().transpose(0, 1).contiguous().transpose(0, 1)
     else:
         other = torch.cat([plain.detach().new_zeros(1), plain.detach().flatten()])[1:].view(plain.shape)
-    flat = torch.nn.Parameter(op._flat(other).clone())  # the same memory without a shape
-    flat.grad = op._flat(op._in_order(grad, other)).clone()
+    flat = torch.nn.Parameter(eager._flat(other).clone())  # the same memory without a shape
+    flat.grad = eager._flat(in_order(grad, other)).clone()
     other = torch.nn.Parameter(other)
     other.grad = grad
     for p in (other, flat):
@@ -355,7 +359,7 @@ def test_memory_order(device: str, layout: str) -> None:
         optimizer.step()
         optimizer.step()
         assert optimizer.state[p]["state1"].stride() == p.stride()
-    assert torch.equal(op._flat(other.detach()), flat.detach())
+    assert torch.equal(eager._flat(other.detach()), flat.detach())
     assert other.stride() == (plain.stride() if layout == "unaligned" else other.stride())
 
 
@@ -396,22 +400,22 @@ def test_more_than_2_31_elements(device: str) -> None:
     case.step()
 
     state = twin.states[0]
-    tensors = op._Tensors(
+    tensors = Tensors(
         twin.params,
         twin.grads,
         *([state[k]] for k in ("state1", "state2", "absmax1", "absmax2", "step")),
         [0],
     )
-    plan = op._plan(tensors)
+    plan = kernels.make_plan(tensors)
     sizes = torch.tensor([4, 2, 1, 1, 4, 4], device=device)
     far = torch.tensor([2**31] * 4 + [2**31 // 256] * 2, device=device)
     plan.table[0, :6] -= sizes * far
     plan.table[0, 7] += 2**31
     plan.buckets[0].chunks[:, 1] += 2**31 // plan.buckets[0].chunk
     options = case.options
-    op._launch(
+    kernels.launch(
         plan,
-        op._Settings(
+        Settings(
             torch.tensor(options["lr"], dtype=torch.float64, device=device),
             None, None, None, *options["betas"], options["eps"], options["weight_decay"], None,
         ),
@@ -514,7 +518,7 @@ def test_repeats_are_equal_bits_whatever_the_grouping(device: str, monkeypatch: 
     assert equal(together, run(split=False))
     assert equal(together, run(split=True))
     monkeypatch.setattr(launch, "LARGEST_INTERPRETED_BLOCK", 1024)
-    monkeypatch.setattr(op, "CHUNK", 2048)
+    monkeypatch.setattr(kernels, "CHUNK", 2048)
     assert equal(together, run(split=False))
 
 
@@ -523,7 +527,7 @@ def test_few_launches_and_tables_that_stay(device: str, monkeypatch: pytest.Monk
         return  # nothing is launched
     launches = []
     for name in ("_advance_kernel", "_update_kernel", "_squares_kernel", "_clip_kernel"):
-        kernel = getattr(op, name)
+        kernel = getattr(kernels, name)
 
         class Counted:
             def __init__(self, name: str, kernel: Any) -> None:
@@ -533,10 +537,10 @@ def test_few_launches_and_tables_that_stay(device: str, monkeypatch: pytest.Monk
                 launches.append(self.name)
                 return self.kernel[grid]  # type: ignore[no-any-return]
 
-        monkeypatch.setattr(op, name, Counted(name, kernel))
+        monkeypatch.setattr(kernels, name, Counted(name, kernel))
     uploads = []
-    upload = op._upload
-    monkeypatch.setattr(op, "_upload", lambda *args: uploads.append(args) or upload(*args))
+    upload = kernels._upload
+    monkeypatch.setattr(kernels, "_upload", lambda *args: uploads.append(args) or upload(*args))
 
     params = [torch.nn.Parameter(torch.randn(n, device=device).bfloat16()) for n in (4096, 9, 4112, 31, 5)]
     optimizer = AdamW8bit(params)

@@ -1,0 +1,106 @@
+"""A step of AdamW8bit in plain torch: bitsandbytes' operations in bitsandbytes' order, see `adamw8bit.py`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mapo_kernels._adamw8bit_tensors import QUANTISED_BLOCK, Settings, Tensors
+from mapo_kernels._dynamic_code import code_book, cpu_code, nearest_code
+from mapo_kernels._philox import philox_torch
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A dense tensor's elements in memory order, as a view."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """(blocks, 256) of a flat tensor, the last one filled with zeros."""
+    missing = -x.numel() % QUANTISED_BLOCK
+    return torch.nn.functional.pad(x, (0, missing)).view(-1, QUANTISED_BLOCK)
+
+
+def _dequantise(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    """fp32 moments, flat."""
+    values = code_book(signed, codes.device)[_blocks(_flat(codes)).int()] * absmax[:, None]
+    return values.view(-1)[: codes.numel()]
+
+
+def _quantise(moments: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
+    """Write the codes and block maxima of flat moments."""
+    blocks = _blocks(moments.to(torch.float32))
+    absmax.copy_(blocks.abs().nan_to_num(0.0, posinf=math.inf).amax(1))
+    choose = cpu_code if codes.device.type == "cpu" else nearest_code
+    chosen = choose(blocks * (1 / absmax)[:, None], signed)
+    chosen = torch.where(absmax[:, None] == 0, 0, chosen)  # as bitsandbytes; 0 · anything is 0
+    _flat(codes).copy_(chosen.view(-1)[: codes.numel()])
+
+
+def _random_bits_torch(seed: int, tensor_id: int, step: int, numel: int) -> Tensor:
+    """16 bits for each element, int32."""
+    counter = torch.arange(-(-numel // 8), dtype=torch.int64)
+    words = torch.stack(philox_torch(seed, counter, tensor_id, step & 0xFFFFFFFF, step >> 32), 1)
+    return torch.stack([words & 0xFFFF, words >> 16], 2).view(-1)[:numel].to(torch.int32)
+
+
+def _round_stochastically_torch(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 x, rounded to bf16 or fp16 by 16 random bits; NaN and Inf stay."""
+    bits = x.view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    if dtype == torch.bfloat16:
+        random = torch.where(magnitude < 0x7F7F0000, random, 0)
+        rounded = ((bits + random) & -65536).view(torch.float32)
+    else:
+        exponent = (magnitude & 0x7F800000).clamp(min=0x38800000)
+        spacing = (exponent - 0x05000000).view(torch.float32)
+        whole = (x.abs() / spacing + (random >> 3) / 8192).floor()
+        rounded = torch.copysign((whole * spacing).clamp(max=65504.0), x)
+    return torch.where(magnitude < 0x7F800000, rounded, x).to(dtype)
+
+
+def eager_step(tensors: Tensors, settings: Settings) -> None:
+    """One step in plain torch. It reads the device's scalars, so it waits for the device once."""
+    lr, b1, b2 = float(settings.lr), settings.beta1, settings.beta2
+    if settings.found_inf is not None and bool(settings.found_inf):
+        return
+    for p, g, state1, state2, absmax1, absmax2, count, tensor_id in zip(*tensors, strict=True):
+        step = int(count.add_(1))
+        acc = torch.float64 if p.dtype == torch.float64 else torch.float32
+        quantised = state1.dtype == torch.uint8
+        grad, weight = _flat(g).to(acc), _flat(p).to(acc)
+        if settings.grad_scale is not None:
+            grad = grad * (1 / float(settings.grad_scale))
+        if quantised:
+            m, v = _dequantise(state1, absmax1, True).to(acc), _dequantise(state2, absmax2, False).to(acc)
+        else:
+            m, v = _flat(state1).to(acc), _flat(state2).to(acc)
+        # From here on bitsandbytes' operations in bitsandbytes' order, which differs between the two kinds.
+        m.mul_(b1).add_(grad, alpha=1.0 - b1)
+        v.mul_(b2).addcmul_(grad, grad, value=1.0 - b2)
+        correction1, correction2 = 1.0 - b1**step, math.sqrt(1.0 - b2**step)
+        if settings.weight_decay > 0.0:
+            weight = weight.mul_(1.0 - lr * settings.weight_decay)
+        if quantised:
+            size, denominator = -lr / correction1, (v.sqrt() / correction2).add_(settings.eps)
+        else:
+            size, denominator = -lr * correction2 / correction1, v.sqrt() + settings.eps * correction2
+        if settings.max_update_rms is not None and p.numel():
+            square = (m / denominator).square().mean(dtype=torch.float64)
+            rms = float(square.sqrt()) * (1.0 if quantised else correction2) / correction1
+            if rms > settings.max_update_rms:
+                size *= settings.max_update_rms / rms
+        if quantised:
+            weight.addcdiv_(m, denominator, value=size)
+            _quantise(m, state1, absmax1, True)
+            _quantise(v, state2, absmax2, False)
+        else:
+            weight.add_(m / denominator, alpha=size)
+            _flat(state1).copy_(m)
+            _flat(state2).copy_(v)
+        if settings.seed is not None and p.dtype in (torch.bfloat16, torch.float16):
+            random = _random_bits_torch(int(settings.seed), tensor_id, step, p.numel()).to(p.device)
+            weight = _round_stochastically_torch(weight, random, p.dtype)
+        _flat(p).copy_(weight)
