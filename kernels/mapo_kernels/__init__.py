@@ -1,7 +1,8 @@
 """Fused Triton kernels for training diffusion UNets on preferences; needs torch, uses Triton if it is there.
 
-Nothing here imports `mapo_fast`. An operator's module holds its kernels, launchers, registration, public
-function and fp64 reference; modules with an underscore are shared between operators.
+Nothing here imports `mapo_fast`. An operator's module holds its registration, public function and fp64
+reference, and its kernels and launchers, unless these are long: then they are in a module with an underscore
+beside it. Other modules with an underscore are shared between operators.
 """
 
 from mapo_kernels._launch import Backend, backend
