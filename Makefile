@@ -1,8 +1,10 @@
 # Everything a newcomer or CI runs. Each target makes the environment first if it is missing.
 #
 #   make demo              the whole product on a tiny SDXL: prepare, train, compare, report
-#   make test              all tests
+#   make test              all tests, in two processes (WORKERS=0: in one)
 #   make lint              ruff, ruff format, mypy
+#   make races             the kernels under two checkers for races and bounds, without a GPU
+#   make gpu-check PART=ops  what needs an NVIDIA GPU: kernel tests, then microbenchmarks
 #   make test-base         the loss in an environment with the base install only
 #
 # PIP_ARGS is handed to pip, for instance to choose the CPU build of torch:
@@ -12,16 +14,21 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-out
 PIP_ARGS ?=
+WORKERS ?= 2
+PART ?= ops
 
 BIN := $(VENV)/bin
+TTSEM := $(VENV)/ttsem
 
-.PHONY: demo test test-base lint format clean
+.PHONY: install demo test test-base lint format races gpu-check clean
+
+install: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/mapo-fast demo --out $(OUT)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -31,6 +38,18 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+races: $(TTSEM)/.installed
+	$(BIN)/python -m bench.races
+	PYTHONPATH=$(TTSEM) $(BIN)/python -m bench.races --ttsem
+
+# ttsem asks for Python 3.12; what is used of it also runs on 3.11, and needs nothing that the environment lacks.
+$(TTSEM)/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --target $(TTSEM) ttsem==0.1.0
+	touch $@
+
+gpu-check: $(VENV)/.installed
+	$(BIN)/python -m bench.gpu_check $(PART)
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -194,15 +194,14 @@ def _round_stochastically(x, random, DTYPE: tl.constexpr):  # type: ignore[no-un
         random = tl.where(magnitude < 0x7F7F0000, random, 0)  # nothing above the largest number but Inf
         rounded = ((bits + random) & -65536).to(tl.float32, bitcast=True)
     else:
-        exponent = tl.maximum(
-            magnitude & 0x7F800000, 0x38800000
-        )  # subnormals lie as near as 2^-14's neighbours
+        exponent = tl.maximum(magnitude & 0x7F800000, 0x38800000)  # subnormals lie as near as 2^-14's
         spacing = (exponent - 0x05000000).to(tl.float32, bitcast=True)
         inverse = (0x7F000000 - (exponent - 0x05000000)).to(tl.float32, bitcast=True)
         scaled = magnitude.to(tl.float32, bitcast=True) * inverse  # < 2^11, with 13 bits behind the point
         whole = tl.floor(scaled + (random >> 3).to(tl.float32) * (1 / 8192))
         rounded = tl.minimum(whole * spacing, 65504.0)
-        rounded = tl.where(bits < 0, -rounded, rounded)
+        # The sign as a bit: −x may be 0 − x, which is not −0 at 0.
+        rounded = (rounded.to(tl.int32, bitcast=True) | (bits & -2147483648)).to(tl.float32, bitcast=True)
     return tl.where(magnitude < 0x7F800000, rounded, x)
 
 
