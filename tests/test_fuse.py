@@ -156,6 +156,19 @@ def test_gradient_checkpointing(layout: Any) -> None:
     assert_same(run(unet, "sdxl", torch.float64), want)
 
 
+@pytest.mark.parametrize("layout", ["joint", "split"])
+def test_checkpointing_what_takes_the_plain_way(layout: Any) -> None:
+    """LoRA dropout leaves LayerNorm alone in front of peft's layers: recomputed like everything else."""
+    unet = make_unet("sdxl")
+    add_lora(unet, ATTENTION, lora_dropout=0.5)
+    for module in unet.modules():
+        if isinstance(module, nn.Dropout) and module.p == 0.5:
+            module.p = 1e-12  # in effect, but the same whatever is drawn
+    want = run(unet, "sdxl", torch.float64)
+    apply_layout(patch_unet(unet), layout, gradient_checkpointing=True)
+    assert_same(run(unet, "sdxl", torch.float64), want)
+
+
 def add_fp32_lora(unet: Any) -> None:
     add_lora(unet, ATTENTION)
     for name, parameter in unet.named_parameters():

@@ -61,6 +61,7 @@ SMALLEST_QUANTISED = 4096
     "Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, Tensor(f!)[] steps, int[] ids, Tensor lr, Tensor? seed, "
     "Tensor? found_inf, Tensor? grad_scale, float beta1, float beta2, float eps, float weight_decay, "
     "float? max_update_rms) -> ()",
+    tags=(torch.Tag.cudagraph_unsafe,),  # uploads a table when gradients have moved
 )
 def _adamw8bit_op(
     params: list[Tensor],

@@ -121,10 +121,13 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     _, t = output
     ctx.save_for_backward(projected, t, *tensors)
     ctx.mark_non_differentiable(t)
+    ctx.set_materialize_grads(False)  # else zeros are made for t
     ctx.formats, ctx.scales = formats, scales
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, [None] * len(ctx.needs_input_grad[2]), None, None
     projected, t, *tensors = ctx.saved_tensors
     needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2]]
     found = iter(_geglu_linear_backward_op(grad, projected, t, tensors, ctx.formats, ctx.scales, needed))

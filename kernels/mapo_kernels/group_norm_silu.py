@@ -259,10 +259,13 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     x, _, weight, bias, _, ctx.silu = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # else zeros are made for them
     ctx.save_for_backward(x, weight, bias, mean, rstd)
 
 
-def _backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 6
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
     gradients = iter(_group_norm_silu_backward_op(grad_y, *ctx.saved_tensors, ctx.silu, *needs))
     grad_x, grad_weight, grad_bias = (next(gradients) if needed else None for needed in needs)

@@ -191,10 +191,13 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     x, _, norm_weight, norm_bias, conv_weight, conv_bias, _, _, *ctx.geometry = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # else zeros are made for them
     ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, conv_weight, conv_bias)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 11
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5)]
     gradients = iter(_group_norm_silu_conv_backward_op(grad, *ctx.saved_tensors, *ctx.geometry, needs))
     grad_x, *parameters = (next(gradients) if need else None for need in needs)

@@ -257,9 +257,10 @@ def _gradients(
     """Gradients of what was normalised, of weight and of bias; None where there is or needs to be none."""
     if grad_y is None:  # at most the sum was used
         return grad_sum, None, None
-    _, weight, bias, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: non-reentrant checkpointing lets them be unpacked a single time
+    _, weight, bias, *_ = saved
     with_params = any(ctx.needs_input_grad[ctx.first_param : ctx.first_param + 2])
-    grad, *rest = _layer_norm_backward_op(grad_y, *ctx.saved_tensors, grad_sum, with_params)
+    grad, *rest = _layer_norm_backward_op(grad_y, *saved, grad_sum, with_params)
     grad_weight = rest.pop(0) if with_params and weight is not None else None
     return grad, grad_weight, rest.pop(0) if with_params and bias is not None else None
 

@@ -111,10 +111,13 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     of_weight, of_a = tensors[0].requires_grad, tensors[-2].requires_grad
     ctx.save_for_backward(x if of_weight or of_a else None, t, *tensors)
     ctx.mark_non_differentiable(t)
+    ctx.set_materialize_grads(False)  # else zeros are made for t
     ctx.formats, ctx.scales = formats, scales
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return None, [None] * len(ctx.needs_input_grad[1]), None, None
     x, t, *tensors = ctx.saved_tensors
     needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
     found = iter(_lora_linear_backward_op(grad, x, t, tensors, ctx.formats, ctx.scales, needed))

@@ -227,9 +227,12 @@ def _(
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[5], *inputs[:8])  # not the reference, which has no gradient
     ctx.target_kind = inputs[15]
+    ctx.set_materialize_grads(False)  # else zeros are made for the outputs that carry no gradient
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return (None,) * 19
     grads = _paired_loss_backward_op(grad_loss, *ctx.saved_tensors, ctx.target_kind)
     return (grads[0], grads[1] if len(grads) > 1 else None, *[None] * 17)
 

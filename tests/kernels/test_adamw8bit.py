@@ -735,6 +735,7 @@ def test_a_gradient_scaler_needs_no_host_read(device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode", "ignore:The CUDA Graph is empty")
 def test_a_cuda_graph_replays_the_schedule() -> None:
     """Step, lr and random bits advance in replays; and the whole step waits for nothing."""
     torch.use_deterministic_algorithms(False)
@@ -753,9 +754,11 @@ def test_a_cuda_graph_replays_the_schedule() -> None:
     for step in range(3):
         lr.fill_(1e-2 / (1 + step))
         torch.cuda.set_sync_debug_mode("error")
-        eager.step()
-        graph.replay()
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            eager.step()
+            graph.replay()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
     copies[0].grad = torch.randn_like(copies[0])
     with pytest.raises(RuntimeError, match="the gradients moved"), torch.cuda.graph(torch.cuda.CUDAGraph()):

@@ -58,6 +58,7 @@ def test_ten_thousand_programs_race_to_the_same_bits(pairs: int) -> None:
         assert equal(run(prediction, target), first)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_waits_for_the_gpu() -> None:
     prediction, target = batch()
     run(prediction, target)  # compiles

@@ -58,6 +58,7 @@ def plain(
     x: Tensor, groups: int, norm_weight: Tensor, norm_bias: Tensor, *convolution: Any, **geometry: Any
 ) -> Tensor:
     y = torch.nn.functional.silu(torch.nn.functional.group_norm(x, groups, norm_weight, norm_bias))
+    y = torch.empty_like(x, dtype=y.dtype).copy_(y)  # CUDA's group_norm forgets channels_last
     return torch.nn.functional.conv2d(y, *convolution, **({"padding": 1} | geometry))
 
 
