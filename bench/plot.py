@@ -114,7 +114,7 @@ def plot(measured: Iterable[Row], folder: Path = RESULTS) -> list[Path]:
 
 
 def main() -> None:
-    from bench import readme
+    from bench import readme  # which imports this module
 
     measured = rows()
     print(table(measured, headlines=False))

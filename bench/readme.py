@@ -1,4 +1,4 @@
-"""The README's tables, made from the results files: `python -m bench.readme` rewrites them in place.
+"""The READMEs' tables, made from the results files: `python -m bench.readme` rewrites them in place.
 
 Between `<!-- results: NAME -->` and `<!-- end -->` nothing is typed by hand; a test compares the two.
 """
@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import plot
+
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
 
 
 def _rows(name: str) -> list[dict[str, Any]]:
@@ -89,24 +90,73 @@ def saved_memory() -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {
-    "demo": demo,
-    "photographs": photographs,
-    "memory": memory,
-    "saved_memory": saved_memory,
+def traffic() -> str:
+    """Bytes that loads and stores move, over the least possible: ours and PyTorch eager's."""
+    by_case: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in _rows("traffic"):
+        by_case.setdefault((row["op"], row["shape"], row["dtype"]), {})[row["pass"]] = row
+    lines = [
+        "| operator | shape | forward: ours | eager | backward: ours | eager |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (op, shape, dtype), passes in by_case.items():
+        cells = []
+        for name in ("forward", "backward"):
+            one = passes.get(name)
+            for moved in ("bytes", "eager_bytes"):
+                cells.append("" if one is None else f"{one[moved] / one['floor_bytes']:.2f} ×")
+        lines.append(f"| `{op}` | {shape} {dtype} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def resources() -> str:
+    """What the kernels of each file need, over all cards and configurations."""
+    by_file: dict[str, list[dict[str, Any]]] = {}
+    for row in _rows("resources"):
+        by_file.setdefault(row["kernel"].partition(".")[0], []).append(row)
+    lines = [
+        "| kernels of | compiled | most registers | spills, sm_80 and newer | largest shared memory |",
+        "|---|---|---|---|---|",
+    ]
+    for name, rows in by_file.items():
+        spills = sum(row["spill_bytes"] > 0 for row in rows if row["cc"] >= 80)
+        lines.append(
+            f"| `{name}` | {len(rows)} | {max(row['registers'] for row in rows)} | {spills or 'none'} "
+            f"| {max(row['shared_bytes'] for row in rows)} B |"
+        )
+    return "\n".join(lines)
+
+
+def ops() -> str:
+    """The microbenchmarks on a GPU, or that there are none yet."""
+    return plot.table(plot.rows())
+
+
+README = Path(__file__).parents[1] / "README.md"
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {"demo": demo, "photographs": photographs, "memory": memory, "saved_memory": saved_memory},
+    README.parent / "kernels" / "README.md": {"ops": ops, "traffic": traffic, "resources": resources},
 }
+"""Which sections stand on which page."""
 
 
-def render(text: str) -> str:
-    """The README's text with every results section made anew."""
-    for name, make in SECTIONS.items():
+def render(page: Path) -> str:
+    """A page's text with every results section made anew."""
+    text = page.read_text(encoding="utf-8")
+    for name, make in PAGES[page].items():
         begin = f"<!-- results: {name} -->\n"
         if text.count(begin) != 1:
-            raise ValueError(f"README.md has {text.count(begin)} sections {begin.strip()}, expected 1")
+            raise ValueError(f"{page} has {text.count(begin)} sections {begin.strip()}, expected 1")
         before, rest = text.split(begin)
         text = before + begin + make() + "\n" + rest[rest.index("<!-- end -->") :]
     return text
 
 
+def update() -> None:
+    """Rewrite the tables of every page."""
+    for page in PAGES:
+        page.write_text(render(page), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    update()
