@@ -78,6 +78,13 @@ def _cuda_backend(index: int) -> Backend:
         return Backend(
             "eager", f"compute capability {have} is below {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
         )
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except (
+        Exception
+    ) as error:  # of many kinds: no C compiler, with which Triton builds its launcher, or no driver
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        return Backend("eager", f"Triton cannot start: {first}")
     return Backend("triton", f"Triton {triton.__version__} on {torch.cuda.get_device_name(index)}")
 
 
