@@ -8,7 +8,7 @@ time is that of the plain call from Python, which is what an eager training step
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -139,13 +139,13 @@ def peak_bytes(call: Call) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def saved_bytes(forward: Call, held: Sequence[Tensor] = ()) -> int:
-    """Bytes that a forward pass keeps for backward, each storage once; those of `held` do not count.
+def saved_bytes(forward: Call, besides: Iterable[Tensor] = ()) -> int:
+    """Bytes that a forward pass keeps for backward, each storage once; those of `besides` do not count.
 
     Works on fake tensors too.
     """
-    known = {x.untyped_storage()._cdata for x in held}
     kept: dict[int, int] = {}
+    known = {x.untyped_storage()._cdata for x in besides}
 
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -154,7 +154,7 @@ def saved_bytes(forward: Call, held: Sequence[Tensor] = ()) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        result = forward()
+        result = forward()  # kept alive: else storages are freed and their addresses used again
     del result
     return sum(kept.values())
 

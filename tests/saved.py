@@ -1,29 +1,15 @@
-"""How many bytes a call keeps for its backward pass, eagerly and under torch.compile's partitioner."""
+"""What a call keeps for backward under torch.compile's partitioner; `saved_bytes` counts it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from bench.measure import saved_bytes
 
-def saved_bytes(function: Callable[[], Any], besides: Iterable[Tensor] = ()) -> int:
-    """Bytes of the distinct storages that the call saves for backward; those of `besides` do not count."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function()  # kept alive: else storages are freed and their addresses used again
-    for tensor in besides:
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    del result
-    return sum(kept.values())
+__all__ = ["compiled", "saved_bytes"]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
