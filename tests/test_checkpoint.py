@@ -304,6 +304,7 @@ while True:
     step += 1
     weights = {f"w{i}": torch.full((50_000,), float(step)) for i in range(20)}
     store.save(step, {"model": weights}, {"at": step})
+    print("saved", flush=True)
 """
 
 
@@ -319,7 +320,7 @@ def test_killed_at_any_moment_it_stays_loadable(tmp_path: Path) -> None:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert process.stdout is not None
-        process.stdout.readline()
+        assert [process.stdout.readline() for _ in range(2)] == [b"ready\n", b"saved\n"]
         time.sleep(moments.uniform(0.05, 0.3))
         process.kill()
         process.wait()
