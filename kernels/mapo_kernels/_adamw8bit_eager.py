@@ -62,11 +62,16 @@ def _round_stochastically_torch(x: Tensor, random: Tensor, dtype: torch.dtype) -
 
 
 def eager_step(tensors: Tensors, settings: Settings) -> None:
-    """One step in plain torch. It reads the device's scalars, so it waits for the device once."""
+    """One step in plain torch. It reads the device's scalars, so it waits for the device."""
     lr, b1, b2 = float(settings.lr), settings.beta1, settings.beta2
-    if settings.found_inf is not None and bool(settings.found_inf):
-        return
-    for p, g, state1, state2, absmax1, absmax2, count, tensor_id in zip(*tensors, strict=True):
+    flags = [False] if settings.found_inf is None else settings.found_inf.flatten().tolist()
+    if len(flags) == 1:
+        flags *= len(tensors.params)
+    for skip, (p, g, state1, state2, absmax1, absmax2, count, tensor_id) in zip(
+        flags, zip(*tensors, strict=True), strict=True
+    ):
+        if skip:
+            continue
         step = int(count.add_(1))
         acc = torch.float64 if p.dtype == torch.float64 else torch.float32
         quantised = state1.dtype == torch.uint8

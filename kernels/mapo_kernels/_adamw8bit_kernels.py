@@ -35,13 +35,14 @@ def _advance_kernel(  # type: ignore[no-untyped-def]
     table,  # (tensors, 10) int64, see make_plan
     scalars,  # (tensors, 16) fp32
     lr,  # (1,)
-    found_inf,  # (1,) or None
+    found_inf,  # (1,), (tensors,) or None
     grad_scale,  # (1,) or None
     tensors,
     beta1: tl.float64,
     beta2: tl.float64,
     eps: tl.float64,
     weight_decay: tl.float64,
+    FLAG_STRIDE: tl.constexpr,  # 1 where found_inf has a value for each tensor, else 0
     TENSORS_PER_PROGRAM: tl.constexpr,
 ):
     """Count the step of every tensor and write what its elements need."""
@@ -51,7 +52,7 @@ def _advance_kernel(  # type: ignore[no-untyped-def]
     step = tl.load(steps, mask=valid, other=0) + 1
     counts = valid
     if found_inf is not None:
-        counts = counts & (tl.load(found_inf + tensor * 0) == 0)
+        counts = counts & (tl.load(found_inf + tensor * FLAG_STRIDE, mask=valid, other=0) == 0)
     tl.store(steps, step, mask=counts)
 
     rate = tl.load(lr).to(tl.float64)
@@ -78,16 +79,16 @@ def _advance_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _place(  # type: ignore[no-untyped-def]
-    table, scalars, chunks, found_inf, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
+    table, scalars, chunks, found_inf, FLAG_STRIDE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """This program's rows of the tables, its first element, and how many it has: none in a bad step."""
+    """This program's rows of the tables, its first element, and how many it has: none of a skipped tensor."""
     program = tl.program_id(0)
     tensor = tl.load(chunks + program * 2)
     first = tl.load(chunks + program * 2 + 1).to(tl.int64) * CHUNK
     row = table + tensor * 10
     count = tl.minimum(tl.load(row + 7) - first, CHUNK).to(tl.int32)
     if found_inf is not None:
-        count = tl.where(tl.load(found_inf) == 0, count, 0)
+        count = tl.where(tl.load(found_inf + tensor * FLAG_STRIDE) == 0, count, 0)
     if ALIGNED:
         count = tl.multiple_of(count, 16)
     return row, scalars + tensor * 16, first, count
@@ -212,7 +213,8 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     chunks,  # (programs, 2) int32: tensor, and which chunk of it
     books,  # (512,) fp32: the values of signed and unsigned codes
     seed,  # (1,) int64, or None to round to nearest
-    found_inf,  # (1,) or None
+    found_inf,  # (1,), (tensors,) or None
+    FLAG_STRIDE: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     STATE: tl.constexpr,
@@ -221,7 +223,7 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     QUANTISED: tl.constexpr = tl.uint8 == STATE
-    row, scalar, first, count = _place(table, scalars, chunks, found_inf, ALIGNED, CHUNK)
+    row, scalar, first, count = _place(table, scalars, chunks, found_inf, FLAG_STRIDE, ALIGNED, CHUNK)
     grads, state1, state2, absmax1, absmax2 = _pointers(row, first, GRAD, STATE, ALIGNED)
     params = tl.load(row).to(tl.pointer_type(PARAM)) + first
     if ALIGNED:
@@ -276,7 +278,7 @@ def _squares_kernel(  # type: ignore[no-untyped-def]
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, scalar, first, count = _place(table, scalars, chunks, None, ALIGNED, CHUNK)
+    row, scalar, first, count = _place(table, scalars, chunks, None, 0, ALIGNED, CHUNK)
     grads, state1, state2, absmax1, absmax2 = _pointers(row, first, GRAD, STATE, ALIGNED)
     root2 = tl.load(scalar + 2)
     scale = tl.load(scalar + 3)
@@ -417,18 +419,21 @@ def launch(plan: Plan, settings: Settings) -> None:
     table, scalars = plan.table, plan.scalars
     books = both_books(table.device)
     options = {"num_warps": WARPS, "enable_fp_fusion": True}
+    flags = settings.found_inf
+    stride = int(flags is not None and flags.numel() > 1)
     with on_device(table):
         _advance_kernel[(-(-len(table) // TENSORS_PER_PROGRAM),)](
             table,
             scalars,
             settings.lr,
-            settings.found_inf,
+            flags,
             settings.grad_scale,
             len(table),
             settings.beta1,
             settings.beta2,
             settings.eps,
             settings.weight_decay,
+            FLAG_STRIDE=stride,
             TENSORS_PER_PROGRAM=TENSORS_PER_PROGRAM,
             **options,
         )
@@ -457,7 +462,8 @@ def launch(plan: Plan, settings: Settings) -> None:
                 bucket.chunks,
                 books,
                 settings.seed if param in (tl.bfloat16, tl.float16) else None,
-                settings.found_inf,
+                flags,
+                FLAG_STRIDE=stride,
                 PARAM=param,
                 GRAD=grad,
                 STATE=state,

@@ -19,7 +19,7 @@ class Settings(NamedTuple):
 
     lr: Tensor  # one element, on the device, like the next three
     seed: Tensor | None  # int64; None rounds to nearest
-    found_inf: Tensor | None
+    found_inf: Tensor | None  # or one for each tensor
     grad_scale: Tensor | None
     beta1: float
     beta2: float
@@ -95,3 +95,13 @@ def check(tensors: Tensors) -> None:
             raise TypeError(
                 f"{name}: its step is {step.dtype} {tuple(step.shape)}; pass int64 with one element"
             )
+
+
+def check_flags(found_inf: Tensor | None, tensors: int) -> None:
+    if found_inf is None or found_inf.numel() == 1:
+        return
+    if found_inf.shape != (tensors,) or not found_inf.is_contiguous():
+        raise ValueError(
+            f"found_inf: {tuple(found_inf.shape)} for {tensors} tensors; pass one value, or ({tensors},) "
+            "contiguous"
+        )

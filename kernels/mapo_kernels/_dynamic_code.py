@@ -26,6 +26,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from mapo_kernels._launch import jit, tl
 
@@ -72,6 +73,7 @@ def unsigned_code(y):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
+@unset_fake_temporarily()  # a fake one would be kept
 def code_book(signed: bool, device: torch.device) -> Tensor:
     """The 256 values in ascending order, fp32, with the bits of bitsandbytes' `create_dynamic_map`."""
     values = [0.0, 1.0]

@@ -16,7 +16,7 @@ key and (element // 8, id, step) as counter, word (element % 8) // 2, low half f
 on launches, blocks or the other tensors.
 
 Nothing is read by the host: lr, seed, steps, grad_scale and found_inf are tensors on the device. Where
-found_inf is not 0, nothing is written and no step is counted.
+found_inf, one value or one for each tensor, is not 0, nothing is written and no step is counted.
 
 One launch counts steps, and one updates all tensors of a combination of dtypes: 3 for an SDXL UNet; clipping
 adds two passes. See `_adamw8bit_kernels.py`.
@@ -40,15 +40,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mapo_kernels._adamw8bit_eager import eager_step
 from mapo_kernels._adamw8bit_kernels import Plan, capturing, launch, make_plan
-from mapo_kernels._adamw8bit_tensors import QUANTISED_BLOCK, Settings, Tensors, check, in_order, same_order
+from mapo_kernels._adamw8bit_tensors import (
+    QUANTISED_BLOCK,
+    Settings,
+    Tensors,
+    check,
+    check_flags,
+    in_order,
+    same_order,
+)
 from mapo_kernels._dynamic_code import code_book
 from mapo_kernels._launch import backend
 
 SMALLEST_QUANTISED = 4096
 """Tensors with fewer elements keep fp32 moments, as in bitsandbytes."""
+
+MOST_PLANS = 256
+"""Sets of parameters whose tables are kept: a step that is taken in parts finds each part's again."""
 
 
 # --- Operator ---
@@ -95,19 +107,26 @@ def _(*_: Any) -> None:
 
 
 def _step(tensors: Tensors, settings: Settings, plan: Callable[[Tensors], Plan]) -> None:
-    """One step: fp64 parameters and everything without Triton in plain torch, the rest by kernels."""
+    """One step: fp64 parameters and everything without Triton in plain torch, the rest by kernels.
+
+    Of fake tensors nothing: they have no addresses, and tables and partial sums are small.
+    """
+    if isinstance(tensors.params[0], FakeTensor):
+        return
     eager = [backend(p.device).name == "eager" or p.dtype == torch.float64 for p in tensors.params]
     for rest in (False, True):
         chosen = [i for i, plain in enumerate(eager) if plain == rest]
         if not chosen:
             continue
-        part = tensors
+        part, flags = tensors, settings.found_inf
         if len(chosen) < len(eager):
             part = Tensors._make([values[i] for i in chosen] for values in tensors)
+            if flags is not None and flags.numel() > 1:
+                flags = torch.stack([flags[i] for i in chosen])
         if rest:
-            eager_step(part, settings)
+            eager_step(part, settings._replace(found_inf=flags))
         else:
-            launch(plan(part), settings)
+            launch(plan(part), settings._replace(found_inf=flags))
 
 
 # --- Public ---
@@ -144,7 +163,7 @@ def adamw8bit_(
         betas, eps, weight_decay: as in `torch.optim.AdamW`.
         seed: int64; rounds bf16 and fp16 parameters stochastically. None rounds to nearest.
         ids: each tensor's number for its random bits; its place in the list if not given.
-        found_inf: where it is not 0, nothing is changed.
+        found_inf: where it is not 0, nothing is changed; or one value for each tensor, contiguous.
         grad_scale: what the gradients are divided by.
         max_update_rms: largest root mean square of a tensor's update, see the top of this file.
 
@@ -155,6 +174,7 @@ def adamw8bit_(
     if not params:
         return
     check(tensors)
+    check_flags(found_inf, len(params))
     _adamw8bit_op(
         *(list(values) for values in tensors),
         lr,
@@ -210,7 +230,8 @@ class AdamW8bit(torch.optim.Optimizer):
     whose memory order changed after the first step is laid out again as it was.
 
     `found_inf` and `grad_scale`, if set as attributes before `step()`, are tensors on the device as for
-    torch's fused AdamW, so `torch.amp.GradScaler` skips bad steps without a host wait.
+    torch's fused AdamW, so `torch.amp.GradScaler` skips bad steps without a host wait. `found_inf` may also
+    have a value for each parameter with a gradient, in order: those where it is not 0 are skipped.
 
     CUDA graphs: capture `step()` after one step with the same `.grad` tensors; pass `lr` as a tensor and
     change it in place.
@@ -263,7 +284,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Start without tables: they hold addresses."""
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[tuple[int, ...], Plan] = {}
         self._captured: list[Plan] = []
         self._scalars: dict[tuple[int, str], tuple[float, Tensor]] = {}
 
@@ -280,14 +301,26 @@ class AdamW8bit(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         first = 0
+        work = []
         for index, group in enumerate(self.param_groups):
             members = [(i, p) for i, p in enumerate(group["params"], first) if p.grad is not None]
             first += len(group["params"])
             if members:
-                self._step_group(index, group, members)
+                work.append((index, group, members))
+        flags = getattr(self, "found_inf", None)
+        check_flags(flags, sum(len(members) for *_, members in work))
+        done = 0
+        for index, group, members in work:
+            own = flags
+            if flags is not None and flags.numel() > 1:
+                own = flags[done : done + len(members)]
+            self._step_group(index, group, members, own)
+            done += len(members)
         return loss
 
-    def _step_group(self, index: int, group: dict[str, Any], members: list[tuple[int, Tensor]]) -> None:
+    def _step_group(
+        self, index: int, group: dict[str, Any], members: list[tuple[int, Tensor]], found_inf: Tensor | None
+    ) -> None:
         states = [self._state(p, i) for i, p in members]
         params = [p for _, p in members]
         device = params[0].device
@@ -305,7 +338,7 @@ class AdamW8bit(torch.optim.Optimizer):
         settings = Settings(
             self._scalar(index, group, "lr", torch.float64, device),
             self._scalar(index, group, "seed", torch.int64, device) if group["stochastic_rounding"] else None,
-            getattr(self, "found_inf", None),
+            found_inf,
             getattr(self, "grad_scale", None),
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -315,8 +348,9 @@ class AdamW8bit(torch.optim.Optimizer):
         )
 
         def plan(part: Tensors) -> Plan:
-            """The last one, unless a tensor lies elsewhere or is another."""
-            last = self._plans.get(index)
+            """The last one of these parameters, unless a tensor lies elsewhere or is another."""
+            key = (index, *part.ids)
+            last = self._plans.pop(key, None)
             where = [t.data_ptr() for values in part[:3] for t in values]
             if (
                 last is None
@@ -324,7 +358,10 @@ class AdamW8bit(torch.optim.Optimizer):
                 or any(a is not b for a, b in zip(last.steps, part.steps, strict=True))
             ):
                 check(part)
-                self._plans[index] = last = make_plan(part, last)
+                last = make_plan(part, last)
+            self._plans[key] = last
+            if len(self._plans) > MOST_PLANS:
+                del self._plans[next(iter(self._plans))]  # the one not used for longest
             if capturing(device):
                 self._captured.append(last)  # a graph needs its tables as long as it lives
             return last

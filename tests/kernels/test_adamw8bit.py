@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mapo_kernels import _adamw8bit_eager as eager
@@ -450,6 +451,35 @@ def test_found_inf_changes_nothing(device: str, dtype: torch.dtype) -> None:
     assert not bool(case.params[1].isnan().any())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
+def test_found_inf_of_each_tensor(device: str, dtype: torch.dtype) -> None:
+    """Tensors of several kinds, some skipped: the others take the step they take alone."""
+    shapes: list[tuple[int, ...]] = [(4100,), (9,), (4112,), (5000,), (7,)]
+    flags = torch.tensor([1, 0, 0, 1, 1], device=device).to(dtype)
+    seed = torch.tensor(1, device=device)
+    torch.manual_seed(4)
+    case = Case(shapes, device, torch.bfloat16, torch.bfloat16)
+    torch.manual_seed(4)
+    whole = Case(shapes, device, torch.bfloat16, torch.bfloat16)
+    case.grads[0][5] = case.grads[4][2] = math.nan
+    before = snapshot(case)
+    case.step(found_inf=flags, seed=seed, max_update_rms=0.1)
+    whole.step(seed=seed, max_update_rms=0.1)
+    count = len(shapes)
+    after, stepped = snapshot(case), snapshot(whole)
+    for i, flag in enumerate(flags.tolist()):
+        assert torch.equal(after[i], before[i] if flag else stepped[i])
+        assert not torch.equal(after[i], before[i]) or flag
+        for key, value in case.states[i].items():
+            if not flag:
+                assert torch.equal(value, whole.states[i][key])
+        assert int(case.states[i]["step"]) == 1 - flag
+    names = [f"{i}.{key}" for i in range(count) for key in case.states[i]]
+    for name, old, new in zip(names, before[count:], after[count:], strict=True):
+        if flags[int(name[0])]:
+            assert torch.equal(old, new), name
+
+
 def test_grad_scale_divides(device: str) -> None:
     torch.manual_seed(3)
     plain = Case([(4100,), (9,)], device, torch.float32, torch.float32)
@@ -481,6 +511,21 @@ def test_the_optimizer_and_the_function_agree(device: str) -> None:
         torch.testing.assert_close(p, q, rtol=2e-2, atol=1e-3)
         assert float((p == q).float().mean()) > 0.99
     assert [int(by_number.state[p]["step"]) for p in params] == [3, 3, 2]
+
+
+def test_the_optimizer_takes_a_flag_for_each_gradient(device: str) -> None:
+    """Over several groups and dtypes, counting only parameters that have a gradient."""
+    params = [torch.nn.Parameter(torch.ones(n, device=device)) for n in (4100, 9, 30, 4096, 8)]
+    params[1] = torch.nn.Parameter(params[1].detach().double())  # takes the plain path everywhere
+    optimizer = AdamW8bit([{"params": params[:3]}, {"params": params[3:]}], lr=0.1)
+    for i in (0, 1, 2, 4):
+        params[i].grad = torch.ones_like(params[i])
+    optimizer.found_inf = torch.tensor([1.0, 0.0, 1.0, 0.0], device=device)
+    optimizer.step()
+    assert [bool((p == 1).all()) for p in params] == [True, False, True, True, False]
+    optimizer.found_inf = torch.zeros(5, device=device)
+    with pytest.raises(ValueError, match=r"found_inf: \(5,\) for 4 tensors; pass one value, or \(4,\)"):
+        optimizer.step()
 
 
 # --- Clipping, determinism, launches ---
@@ -555,6 +600,65 @@ def test_few_launches_and_tables_that_stay(device: str, monkeypatch: pytest.Monk
     optimizer.step()
     assert len(uploads) == 6  # addresses only
     assert [int(optimizer.state[p]["step"]) for p in params] == [3] * 5
+
+
+def test_parts_that_come_back_keep_their_tables(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step taken part by part; the parts of longest ago are forgotten."""
+    if backend(device).name == "eager":
+        return  # no tables
+    params = [torch.nn.Parameter(torch.randn(n, device=device).bfloat16()) for n in (4096, 9, 4112, 31)]
+    optimizer = AdamW8bit(params)
+    grads = [torch.randn_like(p) for p in params]
+    made = []
+    make_plan = op.make_plan
+    monkeypatch.setattr(op, "make_plan", lambda *args: made.append(args) or make_plan(*args))
+    monkeypatch.setattr(op, "MOST_PLANS", 2)
+
+    def step(*part: int) -> None:
+        for i, p in enumerate(params):
+            p.grad = grads[i] if i in part else None
+        optimizer.step()
+
+    for _ in range(3):
+        step(0, 1)
+        step(2, 3)
+    assert len(made) == 2
+    step(0, 2)
+    step(2, 3)
+    assert len(made) == 3
+    step(0, 1)
+    assert len(made) == 4
+    assert [int(optimizer.state[p]["step"]) for p in params] == [5, 4, 5, 4]
+
+
+def test_fake_tensors_are_stepped_without_being_computed(device: str) -> None:
+    """What a memory trace sees: the states, made at the first step, and nothing else of their size."""
+    book.code_book.cache_clear()
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.ones(1 << 20, dtype=torch.bfloat16))
+        p.grad = torch.ones_like(p)
+        optimizer = AdamW8bit([p], max_update_rms=1.0)
+        optimizer.found_inf = torch.zeros(1)
+        made = _Made()
+        with made:
+            optimizer.step()
+            assert made.bytes < 2.1 * 2**20
+            made.bytes = 0
+            optimizer.step()
+        assert made.bytes < 1000
+    assert not isinstance(book.code_book(True, torch.device("cpu")), FakeTensor)
+
+
+class _Made(TorchDispatchMode):
+    """Adds up the bytes of new tensors."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view:
+            self.bytes += out.numel() * out.element_size()
+        return out
 
 
 class _NoSync(TorchDispatchMode):
