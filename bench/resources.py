@@ -2,7 +2,7 @@
 
     python -m bench.resources             compiles everything and prints a line each
     python -m bench.resources --json      the same as JSON rows
-    python -m bench.resources --write     replaces bench/results/resources.jsonl, unless something got worse
+    python -m bench.resources --write     brings bench/results/resources.jsonl up to date, but for what got worse
     python -m bench.resources --check     what CI runs: the table is of today's kernels, and none is worse
 
 The public ops really run, forward and backward, on untouched CPU memory, as on each card in turn. Triton's
@@ -269,7 +269,7 @@ def check(processes: int) -> list[str]:
 
 
 def update(processes: int, accept: bool) -> list[str]:
-    """Compile what the table does not have and write it, unless it got worse and that is not accepted."""
+    """Compile what the table does not have and write it, except rows that got worse and are not accepted."""
     table = committed()
     known = {row["digest"]: row for row in table if row["ok"] and row["triton"] == triton.__version__}
     jobs = launches(cases(use="compile"))
@@ -279,11 +279,11 @@ def update(processes: int, accept: bool) -> list[str]:
         print(f"{done}/{len(new)} ", end="", file=sys.stderr)
         _show(row, as_json=False)
     rows = [known[job.digest] | job.row for job in jobs]
-    wrong = worse(table, rows)
-    if not wrong or accept:
-        rows.sort(key=lambda row: (row["kernel"], row["config"], row["cc"]))
-        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return wrong
+    wrong = {row["digest"]: found for row in rows if (found := worse(table, [row]))}
+    rows = [row for row in rows if accept or row["digest"] not in wrong]
+    rows.sort(key=lambda row: (row["kernel"], row["config"], row["cc"]))
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [line for lines in wrong.values() for line in lines]
 
 
 def main() -> int:

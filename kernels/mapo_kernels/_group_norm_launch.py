@@ -98,7 +98,7 @@ def _cut(x: Tensor, num_groups: int, acc: torch.dtype) -> _Cut:
     channels, positions = x.shape[1], x[0, 0].numel()
     group = channels // num_groups
     sample = _power_of_two(channels) * _power_of_two(positions)
-    tile = block_size(TILE if acc == torch.float32 else TILE // 2, sample)
+    tile = block_size(TILE if acc == torch.float32 else TILE // 4, sample)  # fp64 would spill
     if channel_is_innermost(x):
         span, lanes = min(_span(group), channels), MOST_LANES
         tile_positions = min(_power_of_two(positions), max(1, tile // _power_of_two(min(span, lanes))))
@@ -226,6 +226,8 @@ def launch_backward(
         *plan.sizes,
         SILU=silu,
         **plan.constants,
+        # Of its own accord ptxas stops at 80 registers for some widths, and spills.
+        maxnreg=96 if plan.constants["CHANNELS_LAST"] and acc == torch.float32 else None,
     )
     if per_channel[0] is not None:
         parameter_gradients_kernel[(-(-channels // PARAMETER_CHANNELS),)](

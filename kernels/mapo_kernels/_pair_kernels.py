@@ -397,9 +397,9 @@ def empty_terms(like: Tensor, pairs: int, acc: torch.dtype, *, per_pair: bool, r
     )
 
 
-def chunking(numel: int) -> tuple[int, int, int]:
-    """Return (block, elements per program, programs per sample); a function of the sample's size alone."""
-    block = block_size(BLOCK, numel)
+def chunking(numel: int, acc: torch.dtype = torch.float32) -> tuple[int, int, int]:
+    """Return (block, elements per program, programs per sample); a function of the sample's size and dtype."""
+    block = block_size(BLOCK if acc == torch.float32 else BLOCK // 2, numel)  # fp64 would spill
     chunk = block * -(-numel // (block * MOST_CHUNKS))
     return block, chunk, -(-numel // chunk)
 
@@ -425,7 +425,7 @@ def launch_forward(operands: Operands, scalars: PairScalars, layout: Layout) -> 
     given = scalars.reference_errors
     has_reference = reference is not None or given is not None
     out = empty_terms(like, pairs, acc, per_pair=scalars.per_pair, reference=has_reference)
-    block, chunk, chunks = chunking(numel)
+    block, chunk, chunks = chunking(numel, acc)
     programs = 2 * pairs * chunks
     partials = torch.empty(3 * programs, dtype=acc, device=like.device)
     with on_device(like):
