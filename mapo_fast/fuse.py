@@ -37,6 +37,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mapo_fast.engine.quantise import QuantisedConv2d, QuantisedLinear
 from mapo_kernels import (
     GroupNormSilu,
     LayerNorm,
@@ -146,8 +147,8 @@ def _lora_class(plain: type[nn.Module]) -> type[nn.Module]:
 def projection_of(module: Any) -> Projection | None:
     """The linear map that a module computes, or None where it computes more than one product and an adapter.
 
-    Understands `nn.Linear`, bitsandbytes' 4-bit and 8-bit linears, and peft's LoRA over any of these with one
-    active adapter: no dropout in effect, no DoRA or another variant, no bias of its own.
+    Understands `nn.Linear`, `QuantisedLinear`, bitsandbytes' 4-bit and 8-bit linears, and peft's LoRA over
+    any of these with one active adapter: no dropout in effect, no DoRA or other variant, no bias of its own.
     """
     if _hooked(module):
         return None
@@ -172,7 +173,7 @@ def projection_of(module: Any) -> Projection | None:
             return None
     if type(base) is nn.Linear:
         return Projection(base.weight, base.bias, lora)
-    if type(base).__name__ in ("Linear4bit", "Linear8bitLt"):
+    if type(base) is QuantisedLinear or type(base).__name__ in ("Linear4bit", "Linear8bitLt"):
         return Projection(frozen_or_dense(base), base.bias, lora)
     return None
 
@@ -323,7 +324,7 @@ def _norm_silu_conv(norm: nn.GroupNorm, conv: Any, x: Tensor) -> Tensor:
         norm.num_groups,
         norm.weight,
         norm.bias,
-        conv.weight,
+        frozen_or_dense(conv),
         conv.bias,
         eps=norm.eps,
         stride=conv.stride,
@@ -400,7 +401,7 @@ def _plain_attention(attn: Any) -> bool:
 
 def _plain_convolution(conv: Any) -> bool:
     return (
-        type(conv) is nn.Conv2d
+        type(conv) in (nn.Conv2d, QuantisedConv2d)
         and conv.groups == 1
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)

@@ -8,6 +8,12 @@ beside it. Other modules with an underscore are shared between operators.
 from mapo_kernels._launch import Backend, backend
 from mapo_kernels._linear import FrozenWeight, Lora, Projection, frozen_or_dense, join_weights
 from mapo_kernels.adamw8bit import AdamW8bit
+from mapo_kernels.frozen import (
+    frozen_conv2d,
+    frozen_conv2d_reference,
+    frozen_linear,
+    frozen_linear_reference,
+)
 from mapo_kernels.geglu import geglu, geglu_reference
 from mapo_kernels.geglu_linear import geglu_linear, geglu_linear_reference
 from mapo_kernels.group_norm_silu import GroupNormSilu, group_norm_silu, group_norm_silu_reference
@@ -37,6 +43,10 @@ __all__ = [
     "PairedLoss",
     "Projection",
     "backend",
+    "frozen_conv2d",
+    "frozen_conv2d_reference",
+    "frozen_linear",
+    "frozen_linear_reference",
     "frozen_or_dense",
     "geglu",
     "geglu_linear",

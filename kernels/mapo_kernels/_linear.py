@@ -13,8 +13,9 @@ dtype; on CUDA an fp32 one leaves the matrix product in fp32, elsewhere it is ro
 is accumulated in one buffer: no gradients are concatenated.
 
 Quantised weights are frozen. They are dequantised inside the operator, in forward and again in backward, and
-never saved: nf4 and fp4 by bitsandbytes to the dtype that was quantised, int8 as CB · (SCB / 127). Unlike
-bitsandbytes' own int8 layer, activations are not quantised and there are no outlier columns.
+never saved: nf4 and fp4 by bitsandbytes to the dtype that was quantised, int8 as CB · (SCB / 127), with one
+SCB per row or per group of columns. Unlike bitsandbytes' own int8 layer, activations are not quantised and
+there are no outlier columns.
 
 Custom operators take tensors, numbers and strings. `pack` turns projections into a list of tensors and one
 format each, such as `nf4 640 320 bfloat16 64 256+bias+lora`; `unpack` turns them back.
@@ -55,11 +56,12 @@ class Lora(NamedTuple):
 
 
 class FrozenWeight(NamedTuple):
-    """A weight that bitsandbytes has quantised; `frozen_or_dense` makes it from a layer."""
+    """A quantised weight; `frozen_or_dense` makes it from a layer of bitsandbytes."""
 
     tensors: tuple[Tensor, ...]
-    """int8: CB (N, C) and SCB (N,). nf4, fp4: packed, absmax, and for nested statistics, where absmax is
-    quantised itself, the inner absmax, code and offset."""
+    """int8: CB (N, C), or (O, C, kh, kw) of a convolution, and SCB (N,) or (N, G), see `from_int8`. nf4, fp4:
+    packed, absmax, and for nested statistics, where absmax is quantised itself, the inner absmax, code and
+    offset."""
     format: str
     """`int8 N C` or `nf4 N C dtype blocksize nested_blocksize`, the last 0 without nested statistics."""
 
@@ -85,13 +87,16 @@ def frozen_or_dense(layer: Any) -> Tensor | FrozenWeight:
     """The weight of a linear layer, for a `Projection`.
 
     Args:
-        layer: `torch.nn.Linear`, or bitsandbytes' `Linear4bit` or `Linear8bitLt` (told by their weight's
-            `quant_state` and `SCB`). Ask in every forward pass: moving a layer replaces its tensors.
+        layer: `torch.nn.Linear`, bitsandbytes' `Linear4bit` or `Linear8bitLt` (told by their weight's
+            `quant_state` and `SCB`), or one that has a `frozen_weight`. Ask in every forward pass: moving a
+            layer replaces its tensors.
 
     Raises:
         ValueError: the layer is to be quantised but is not yet, or bitsandbytes has repacked it for inference
             on the CPU.
     """
+    if hasattr(layer, "frozen_weight"):
+        return layer.frozen_weight  # type: ignore[no-any-return]
     weight = layer.weight
     if hasattr(weight, "quant_state"):
         return _frozen_4bit(weight.data, weight.quant_state)
@@ -129,8 +134,7 @@ def dense_weight(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
     kind, _, _, *rest = weight.format.split()
     if kind == "int8":
         codes, scales = weight.tensors
-        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        return torch.mul(codes, scales[:, None] / 127, out=out)  # one pass, computed in fp32
+        return from_int8(codes, scales, dtype)
     # bitsandbytes, which made this weight, has registered its operators.
     packed, absmax, *nested = weight.tensors
     stored, block, nested_block = getattr(torch, rest[0]), int(rest[1]), int(rest[2])
@@ -141,6 +145,20 @@ def dense_weight(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
         )
     values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, block, kind, weight.shape, stored)
     return values.to(dtype)
+
+
+def from_int8(
+    codes: Tensor,  # (N, C) of a linear layer, (O, C, kh, kw) of a convolution; any memory format
+    absmax: Tensor,  # (N,), or (N, G): one for each of G groups of neighbouring columns
+    dtype: torch.dtype,
+) -> Tensor:
+    """codes · absmax / 127 in `dtype` and the codes' memory format, rounded once."""
+    out = torch.empty_like(codes, dtype=dtype)
+    groups = 1 if absmax.ndim == 1 else absmax.shape[1]
+    scales = (absmax / 127).view(len(codes), groups, *[1] * (codes.ndim - 1))
+    split, into = (torch.unflatten(x, 1, (groups, -1)) for x in (codes, out))
+    torch.mul(split, scales, out=into)  # one pass, computed in fp32
+    return out
 
 
 # --- Weights in one storage ---

@@ -17,9 +17,12 @@ out. Dtypes: fp16, bf16, fp32, fp64; x may differ from the weights. Under autoca
 written in autocast's dtype, and the convolution's weight and bias are cast to it inside the operator, in
 forward and again in backward. y is rounded once. A gradient has its parameter's dtype.
 
-Saved for backward: x, mean and rstd (N, groups); of weights only the parameters. Least traffic besides the
-convolution: forward reads x and writes y; backward reads x and grad_y and writes grad_x, and y if conv_weight
-trains.
+A quantised convolution weight is frozen: int8 codes and one absmax per group of input channels, see
+`_linear.from_int8`. It is made dense in y's dtype inside the operator, in forward and again in backward.
+
+Saved for backward: x, mean and rstd (N, groups); of weights only the parameters, or the codes. Least traffic
+besides the convolution: forward reads x and writes y; backward reads x and grad_y and writes grad_x, and y if
+conv_weight trains.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import torch
 from torch import Tensor
 
 from mapo_kernels._autocast import autocast_dtype, autocast_off
+from mapo_kernels._linear import FrozenWeight, dense_weight, from_int8
 from mapo_kernels._pair_checks import FLOATING
 from mapo_kernels._rows import accumulator
 from mapo_kernels.group_norm_silu import (
@@ -45,16 +49,21 @@ from mapo_kernels.group_norm_silu import (
 # --- Operators ---
 
 
+def _dense(weight: Tensor, absmax: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if absmax is None else from_int8(weight, absmax, dtype)
+
+
 def _convolution(
     y: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    absmax: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
     """In y's dtype, which weight and bias are cast to."""
-    weight, bias = weight.to(y.dtype), None if bias is None else bias.to(y.dtype)
+    weight, bias = _dense(weight, absmax, y.dtype), None if bias is None else bias.to(y.dtype)
     out: Tensor
     with autocast_off(y.device):
         out = torch.ops.aten.convolution.default(y, weight, bias, stride, padding, dilation, False, [0, 0], 1)
@@ -65,8 +74,8 @@ def _convolution(
     "mapo::group_norm_silu_conv",
     mutates_args=(),
     schema="(Tensor x, int num_groups, Tensor? norm_weight, Tensor? norm_bias, Tensor conv_weight, "
-    "Tensor? conv_bias, float eps, ScalarType dtype, int[] stride, int[] padding, int[] dilation)"
-    " -> (Tensor, Tensor, Tensor)",
+    "Tensor? conv_bias, Tensor? conv_absmax, float eps, ScalarType dtype, int[] stride, int[] padding, "
+    "int[] dilation) -> (Tensor, Tensor, Tensor)",
 )
 def _group_norm_silu_conv_op(
     x: Tensor,
@@ -75,6 +84,7 @@ def _group_norm_silu_conv_op(
     norm_bias: Tensor | None,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
+    conv_absmax: Tensor | None,
     eps: float,
     dtype: torch.dtype,
     stride: Sequence[int],
@@ -82,7 +92,7 @@ def _group_norm_silu_conv_op(
     dilation: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, mean, rstd = group_norm_silu_forward(x, num_groups, norm_weight, norm_bias, eps, True, out_dtype=dtype)
-    return _convolution(y, conv_weight, conv_bias, stride, padding, dilation), mean, rstd
+    return _convolution(y, conv_weight, conv_bias, conv_absmax, stride, padding, dilation), mean, rstd
 
 
 @_group_norm_silu_conv_op.register_fake
@@ -93,6 +103,7 @@ def _(
     norm_bias: Tensor | None,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
+    conv_absmax: Tensor | None,
     eps: float,
     dtype: torch.dtype,
     stride: Sequence[int],
@@ -102,15 +113,15 @@ def _(
     acc = accumulator(x, norm_weight, norm_bias)
     mean, rstd = (x.new_empty(x.shape[0], num_groups, dtype=acc) for _ in range(2))
     y = torch.empty_like(x, dtype=dtype)
-    return _convolution(y, conv_weight, conv_bias, stride, padding, dilation), mean, rstd
+    return _convolution(y, conv_weight, conv_bias, conv_absmax, stride, padding, dilation), mean, rstd
 
 
 @torch.library.custom_op(
     "mapo::group_norm_silu_conv_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor mean, Tensor rstd, "
-    "Tensor conv_weight, Tensor? conv_bias, int[] stride, int[] padding, int[] dilation, bool[] needs)"
-    " -> Tensor[]",
+    "Tensor conv_weight, Tensor? conv_bias, Tensor? conv_absmax, int[] stride, int[] padding, "
+    "int[] dilation, bool[] needs) -> Tensor[]",
 )
 def _group_norm_silu_conv_backward_op(
     grad: Tensor,
@@ -121,6 +132,7 @@ def _group_norm_silu_conv_backward_op(
     rstd: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
+    conv_absmax: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -128,10 +140,13 @@ def _group_norm_silu_conv_backward_op(
 ) -> list[Tensor]:
     """Those of the gradients of x, norm weight, norm bias, conv weight and conv bias that are needed."""
     dtype = grad.dtype  # the convolution's
-    weight = conv_weight.to(dtype)
 
     def convolution_backward(y: Tensor, *mask: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
+        if mask[0]:
+            weight = _dense(conv_weight, conv_absmax, dtype)  # not kept: it may be larger than all the rest
+        else:  # then torch looks only at its shape and layout
+            weight = torch.empty_like(conv_weight, dtype=dtype) if conv_weight.dtype != dtype else conv_weight
         gradients = torch.ops.aten.convolution_backward.default(
             grad, y, weight, [len(weight)], stride, padding, dilation, False, [0, 0], 1, mask
         )
@@ -155,9 +170,10 @@ def _group_norm_silu_conv_backward_op(
             y = y if norm.y is None else norm.y
         elif need_weight:
             y = group_norm_silu_apply(x, norm_weight, norm_bias, mean, rstd, True, dtype)
-        if need_weight or need_bias:
-            _, grad_weight, grad_bias = convolution_backward(y, False, need_weight, need_bias)
-            if grad_weight is not None and (grad_weight.dtype, grad_weight.stride()) != (
+        if need_weight:
+            _, grad_weight, grad_bias = convolution_backward(y, False, True, need_bias)
+            assert grad_weight is not None
+            if (grad_weight.dtype, grad_weight.stride()) != (
                 conv_weight.dtype,
                 conv_weight.stride(),  # cuDNN and oneDNN lay it out like y
             ):
@@ -165,6 +181,8 @@ def _group_norm_silu_conv_backward_op(
             if grad_bias is not None and conv_bias is not None:
                 grad_bias = grad_bias.to(conv_bias.dtype)
             found += [grad_weight, grad_bias]
+        elif need_bias and conv_bias is not None:
+            found.append(grad.sum((0, 2, 3), dtype=conv_bias.dtype))  # oneDNN would return both
     return [g for g in found if g is not None]
 
 
@@ -178,6 +196,7 @@ def _(
     rstd: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
+    conv_absmax: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -188,20 +207,20 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, norm_weight, norm_bias, conv_weight, conv_bias, _, _, *ctx.geometry = inputs
+    x, _, norm_weight, norm_bias, conv_weight, conv_bias, conv_absmax, _, _, *ctx.geometry = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)  # else zeros are made for them
-    ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, conv_weight, conv_bias)
+    ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, conv_weight, conv_bias, conv_absmax)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 11
+        return (None,) * 12
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5)]
     gradients = iter(_group_norm_silu_conv_backward_op(grad, *ctx.saved_tensors, *ctx.geometry, needs))
     grad_x, *parameters = (next(gradients) if need else None for need in needs)
-    return grad_x, None, *parameters, None, None, None, None, None
+    return grad_x, None, *parameters, None, None, None, None, None, None
 
 
 _group_norm_silu_conv_op.register_autograd(_backward, setup_context=_save_for_backward)
@@ -222,7 +241,7 @@ def group_norm_silu_conv(
     num_groups: int,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    conv_weight: Tensor,
+    conv_weight: Tensor | FrozenWeight,
     conv_bias: Tensor | None = None,
     *,
     eps: float = 1e-5,
@@ -238,8 +257,9 @@ def group_norm_silu_conv(
         num_groups: divides C.
         norm_weight: (C,), or None for 1; its dtype may differ from x's.
         norm_bias: (C,), or None for 0.
-        conv_weight: (O, C, kh, kw), one group. The convolution runs in its dtype, or in autocast's.
-        conv_bias: (O,) in conv_weight's dtype, or None.
+        conv_weight: (O, C, kh, kw), one group. The convolution runs in its dtype, or in autocast's. Or a
+            quantised one, int8 codes of that shape: then it runs in x's dtype, or in autocast's.
+        conv_bias: (O,) in conv_weight's dtype (any floating dtype beside a quantised one), or None.
         eps: added to the biased variance.
         stride: of the convolution, as are `padding` and `dilation`: a number, or two for height and width.
         padding: zeros on each side.
@@ -254,28 +274,29 @@ def group_norm_silu_conv(
     check_group_norm(x, num_groups, norm_weight, norm_bias, prefix="norm_")
     if x.ndim != 4:
         raise ValueError(f"x: shape {tuple(x.shape)} is not (N, C, H, W)")
-    if conv_weight.ndim != 4 or conv_weight.shape[1] != x.shape[1] or conv_weight.dtype not in FLOATING:
+    weight, absmax = conv_weight.tensors if isinstance(conv_weight, FrozenWeight) else (conv_weight, None)
+    stored = FLOATING if absmax is None else (torch.int8,)
+    if weight.ndim != 4 or weight.shape[1] != x.shape[1] or weight.dtype not in stored:
         raise ValueError(
-            f"conv_weight: {tuple(conv_weight.shape)} of {conv_weight.dtype} does not fit x of shape "
+            f"conv_weight: {tuple(weight.shape)} of {weight.dtype} does not fit x of shape "
             f"{tuple(x.shape)}; pass floating-point numbers, (O, {x.shape[1]}, kh, kw)"
         )
+    dtype = weight.dtype if absmax is None else x.dtype
     if conv_bias is not None and (
-        conv_bias.shape != conv_weight.shape[:1] or conv_bias.dtype != conv_weight.dtype
+        conv_bias.shape != weight.shape[:1] or (absmax is None and conv_bias.dtype != dtype)
     ):
         raise ValueError(
             f"conv_bias: {tuple(conv_bias.shape)} of {conv_bias.dtype} does not fit conv_weight; pass "
-            f"({len(conv_weight)},) of {conv_weight.dtype}, or None"
+            f"({len(weight)},) of {dtype}, or None"
         )
-    for name, parameter in (("conv_weight", conv_weight), ("conv_bias", conv_bias)):
+    for name, parameter in (("conv_weight", weight), ("conv_bias", conv_bias)):
         if parameter is not None and parameter.device != x.device:
             raise ValueError(f"{name}: is on {parameter.device} but x is on {x.device}; move one of them")
     geometry = (_pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1))
-    dtype = conv_weight.dtype
     if dtype != torch.float64:
         dtype = autocast_dtype(x.device) or dtype
-    out: Tensor = _group_norm_silu_conv_op(
-        walkable(x), num_groups, norm_weight, norm_bias, conv_weight, conv_bias, float(eps), dtype, *geometry
-    )[0]
+    norm = (walkable(x), num_groups, norm_weight, norm_bias)
+    out: Tensor = _group_norm_silu_conv_op(*norm, weight, conv_bias, absmax, float(eps), dtype, *geometry)[0]
     return out
 
 
@@ -284,7 +305,7 @@ def group_norm_silu_conv_reference(
     num_groups: int,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    conv_weight: Tensor,
+    conv_weight: Tensor | FrozenWeight,
     conv_bias: Tensor | None = None,
     *,
     eps: float = 1e-5,
@@ -295,4 +316,5 @@ def group_norm_silu_conv_reference(
     """The definition of `group_norm_silu_conv`, in fp64 throughout. For tests."""
     y = group_norm_silu_reference(x, num_groups, norm_weight, norm_bias, eps)
     bias = None if conv_bias is None else conv_bias.double()
-    return torch.nn.functional.conv2d(y, conv_weight.double(), bias, stride, padding, dilation)
+    weight = dense_weight(conv_weight, torch.float64)
+    return torch.nn.functional.conv2d(y, weight, bias, stride, padding, dilation)

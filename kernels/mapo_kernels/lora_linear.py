@@ -108,8 +108,8 @@ def _(
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, tensors, formats, scales = inputs
     _, t = output
-    of_weight, of_a = tensors[0].requires_grad, tensors[-2].requires_grad
-    ctx.save_for_backward(x if of_weight or of_a else None, t, *tensors)
+    with_x = needs([tensor.requires_grad for tensor in tensors], formats, "weight", "a")
+    ctx.save_for_backward(x if with_x else None, t, *tensors)
     ctx.mark_non_differentiable(t)
     ctx.set_materialize_grads(False)  # else zeros are made for t
     ctx.formats, ctx.scales = formats, scales

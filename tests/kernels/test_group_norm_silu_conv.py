@@ -272,7 +272,7 @@ def test_gradcheck(device: str) -> None:
 def test_opcheck(device: str, x_last: bool, weight_last: bool) -> None:
     torch.use_deterministic_algorithms(False)  # opcheck compares with its own fresh tensors
     x, *rest = make(device, shape=(1, 8, 3, 4), x_last=x_last, weight_last=weight_last)
-    settings = (1e-5, torch.bfloat16 if weight_last else x.dtype, [1, 1], [1, 1], [1, 1])
+    settings = (None, 1e-5, torch.bfloat16 if weight_last else x.dtype, [1, 1], [1, 1], [1, 1])
     torch.library.opcheck(torch.ops.mapo.group_norm_silu_conv.default, (x, 2, *rest, *settings))
 
 

@@ -1,0 +1,244 @@
+"""A frozen UNet in fewer bits: linear layers in nf4 or int8 by bitsandbytes, convolutions in grouped int8.
+
+| layer       | base   | stored                                                    | bits per weight |
+|-------------|--------|-----------------------------------------------------------|-----------------|
+| linear      | `nf4`  | blocks of 64, their maxima in 8 bits again (QLoRA)        | 4.13            |
+| linear      | `int8` | int8, one maximum per row (LLM.int8)                      | 8.0             |
+| convolution | both   | int8, one maximum per output and group of input channels  | 8.4             |
+
+A group is the smallest number of input channels that divides all and has at least 64 weights: 8 channels of a
+3 × 3 kernel. Of the 8-bit codes tried it leaves the smallest error (bench/results/quantised_base.jsonl).
+
+Only weights are quantised. A layer makes its weight dense inside the operator, in forward and again in
+backward, so neither dense weights nor inputs are saved; the fused operators of `patch_unet` take the codes as
+they are. bitsandbytes quantises the weights, but its layers are not used: Linear8bitLt quantises activations
+too, Linear4bit repacks itself for inference on some CPUs, and neither can be traced on fake tensors. Here
+codes are a Parameter and scales are buffers, which move, load and copy like those of any other layer.
+
+Left dense: `conv_in` and `conv_out`, everything with fewer than 4,096 weights, norms and biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from mapo_fast.errors import UserError
+from mapo_kernels import FrozenWeight, frozen_conv2d, frozen_linear
+
+__all__ = ["Quantised", "QuantisedConv2d", "QuantisedLinear", "quantise_base"]
+
+SMALLEST = 4096
+"""Weights below which a layer stays dense."""
+DENSE = ("conv_in", "conv_out")
+"""Layers that stay dense: 23,000 of SDXL's weights, through which everything passes."""
+GROUP = 64
+"""Least weights that share a scale in a convolution."""
+NF4_BLOCK, NESTED_BLOCK = 64, 256
+"""bitsandbytes' own defaults."""
+
+Base = Literal["int8", "nf4"]
+
+
+class Quantised(NamedTuple):
+    """What became of one layer."""
+
+    name: str
+    kind: str
+    """`int8` or `nf4` of a linear layer, `int8 conv` of a convolution."""
+    dense_bytes: int
+    """Its weight before."""
+    stored_bytes: int
+    """Codes and scales."""
+
+
+class _Quantised(nn.Module):
+    """Codes as the Parameter `weight`, scales as buffers; what it stands for is `frozen_weight`."""
+
+    weight: Tensor
+    bias: Any
+    format: str
+    _scales: tuple[str, ...]
+
+    def _store(self, frozen: FrozenWeight, bias: Tensor | None) -> None:
+        codes, *scales = frozen.tensors
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.bias = bias
+        self.format = frozen.format
+        self._scales = ("absmax", "nested_absmax", "nested_code", "nested_offset")[: len(scales)]
+        for name, scale in zip(self._scales, scales, strict=True):
+            self.register_buffer(name, scale)
+
+    @property
+    def frozen_weight(self) -> FrozenWeight:
+        """For the operators of `mapo_kernels`."""
+        return FrozenWeight((self.weight, *(getattr(self, name) for name in self._scales)), self.format)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move the scales, never cast them."""
+        exact = {name: getattr(self, name) for name in self._scales}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, scale in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != scale.dtype:
+                setattr(self, name, scale.to(moved.device))
+        return self
+
+
+class QuantisedLinear(_Quantised, nn.Linear):
+    """A frozen linear layer, (…, C) → (…, N)."""
+
+    def __init__(self, frozen: FrozenWeight, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = frozen.shape
+        self._store(frozen, bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """In the input's dtype, or autocast's."""
+        return frozen_linear(input, self.frozen_weight, self.bias)
+
+
+class QuantisedConv2d(_Quantised, nn.Conv2d):
+    """A frozen convolution, (N, C, H, W) → (N, O, H', W'); `weight` has the shape of the dense one."""
+
+    def __init__(self, frozen: FrozenWeight, like: nn.Conv2d) -> None:
+        nn.Module.__init__(self)
+        for name in (*nn.Conv2d.__constants__, "transposed"):
+            setattr(self, name, getattr(like, name))
+        self._store(frozen, like.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """In the input's dtype, or autocast's."""
+        padding: Any = self.padding
+        return frozen_conv2d(
+            input,
+            self.frozen_weight,
+            self.bias,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+        )
+
+
+def quantise_base(unet: Any, base: Base, device: torch.device) -> list[Quantised]:
+    """Replace the UNet's large layers by quantised ones and move all of it to the device.
+
+    Layer by layer, so that the device never holds more than one dense weight beside the quantised ones, and
+    the dense one is freed where it came from. Add adapters afterwards.
+
+    Args:
+        unet: diffusers `UNet2DConditionModel`, dense, changed in place. On meta or fake tensors only sizes
+            are made; such a UNet stays where it is.
+        base: how linear layers are stored.
+        device: where to, and where to quantise.
+
+    Returns:
+        The replaced layers in the UNet's order.
+
+    Raises:
+        UserError: bitsandbytes cannot be imported.
+    """
+    names = [name for name, layer in unet.named_modules() if _large(layer) and name not in DENSE]
+    done = []
+    for name in names:
+        path, _, last = name.rpartition(".")
+        parent = unet.get_submodule(path)
+        layer = getattr(parent, last)
+        weight = layer.weight.detach()
+        traced = weight.is_meta or isinstance(weight, FakeTensor)
+        new: _Quantised
+        if isinstance(layer, nn.Linear):
+            kind: str = base
+            quantise = {"int8": _int8, "nf4": _nf4}[base]
+            new = QuantisedLinear(_sizes(weight, base) if traced else quantise(weight.to(device)), layer.bias)
+        else:
+            kind = "int8 conv"
+            new = QuantisedConv2d(_grouped_int8(weight if traced else weight.to(device)), layer)
+        setattr(parent, last, new.train(layer.training))
+        stored = sum(t.nbytes for t in new.frozen_weight.tensors)
+        done.append(Quantised(name, kind, weight.nbytes, stored))
+    if not traced:
+        unet.to(device)
+    return done
+
+
+def _large(layer: nn.Module) -> bool:
+    if type(layer) is nn.Conv2d:
+        plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        return plain and layer.weight.numel() >= SMALLEST
+    return type(layer) is nn.Linear and layer.weight.numel() >= SMALLEST
+
+
+def _bitsandbytes(base: str) -> Any:
+    try:
+        from bitsandbytes import functional
+    except Exception as error:  # of many kinds: not there, or its library does not load
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"adapter.base = {base!r} needs bitsandbytes, which cannot be imported ({first}): install it, or "
+            "use adapter.base = 'dense'"
+        ) from None
+    return functional
+
+
+def _int8(weight: Tensor) -> FrozenWeight:  # (N, C)
+    codes, absmax, _ = _bitsandbytes("int8").int8_vectorwise_quant(weight.to(torch.float16))
+    return FrozenWeight((codes, absmax), _format("int8", weight))
+
+
+def _nf4(weight: Tensor) -> FrozenWeight:  # (N, C)
+    packed, state = _bitsandbytes("nf4").quantize_4bit(
+        weight.contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
+    )
+    nested = state.state2
+    return FrozenWeight(
+        (packed, state.absmax, nested.absmax, nested.code, state.offset), _format("nf4", weight)
+    )
+
+
+def _grouped_int8(weight: Tensor) -> FrozenWeight:  # (O, C, kh, kw)
+    channels, window = weight.shape[1], weight[0, 0].numel()
+    group = next(
+        g for g in range(1, channels + 1) if channels % g == 0 and (g * window >= GROUP or g == channels)
+    )
+    grouped = torch.unflatten(weight.float(), 1, (-1, group))  # (O, G, group, kh, kw)
+    absmax = grouped.abs().amax((2, 3, 4))  # (O, G)
+    steps = 127 / absmax.clamp_min(torch.finfo(torch.float32).tiny)
+    codes = (grouped * steps[:, :, None, None, None]).round_().to(torch.int8).flatten(1, 2)
+    return FrozenWeight((codes, absmax), _format("int8", weight.flatten(1)))
+
+
+def _sizes(weight: Tensor, base: Base) -> FrozenWeight:
+    """What bitsandbytes would make of a meta or fake (N, C), unwritten."""
+
+    def new(*shape: int, dtype: torch.dtype) -> Tensor:
+        return weight.new_empty(shape, dtype=dtype)
+
+    rows = weight.shape[0]
+    if base == "int8":
+        tensors: tuple[Tensor, ...] = (
+            new(*weight.shape, dtype=torch.int8),
+            new(rows, dtype=torch.float32),
+        )
+    else:
+        blocks = -(-weight.numel() // NF4_BLOCK)
+        tensors = (
+            new(-(-weight.numel() // 2), 1, dtype=torch.uint8),
+            new(blocks, dtype=torch.uint8),
+            new(-(-blocks // NESTED_BLOCK), dtype=torch.float32),
+            new(256, dtype=torch.float32),
+            new(dtype=torch.float32),
+        )
+    return FrozenWeight(tensors, _format(base, weight))
+
+
+def _format(kind: str, weight: Tensor) -> str:
+    rows, columns = weight.shape
+    if kind == "int8":
+        return f"int8 {rows} {columns}"
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return f"nf4 {rows} {columns} {dtype} {NF4_BLOCK} {NESTED_BLOCK}"
