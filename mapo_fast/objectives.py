@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from mapo_fast.config import ObjectiveConfig
 from mapo_fast.loss import MaPOLoss, SFTLoss
 
@@ -11,7 +9,7 @@ DEFAULT_BETA = 0.1
 """β of the `code` form as the authors released it; the `paper` form has no default."""
 
 
-def build_loss(config: ObjectiveConfig, num_train_timesteps: int) -> nn.Module:
+def build_loss(config: ObjectiveConfig, num_train_timesteps: int) -> MaPOLoss | SFTLoss:
     """`MaPOLoss` or `SFTLoss`: both take (prediction, target), chosen half first, and return `loss`,
     `chosen_error`, `rejected_error`, `logits` and `correct`.
     """

@@ -6,28 +6,57 @@ A batch holds B pairs as 2B samples, chosen half first.
 - `split`: inside each checkpointed block the halves run one after the other. Each half is a checkpoint of
   its own, so backward recomputes, differentiates and frees one half before it touches the other: the
   block's transient memory is that of B images, not 2B, and no forward pass is added. What stays between
-  blocks is the same as in `joint`.
+  blocks is the same as in `joint`. Blocks that are not checkpointed run as in `joint`.
+- `sequential`: one half at a time through the whole UNet, see `sequential.py`; a block sees one half only.
 
-No layer of a diffusion UNet mixes samples, so the halves are independent and both layouts give the same
+No layer of a diffusion UNet mixes samples, so the halves are independent and all layouts give the same
 gradients. Checkpointing has to be non-reentrant: there a parameter used by both halves still reaches its
 gradient hook once, with the sum; reentrant checkpointing would fire the hook once a half.
+
+`split` copies a block's output once, where the halves are joined. Writing them into one output made before
+holds more memory while the second half runs, needs the same copies, and a copy of the gradient in backward.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import difflib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Layout = Literal["joint", "split"]
+from mapo_fast.errors import UserError
+
+Layout = Literal["joint", "split", "sequential"]
 
 
-def apply_layout(unet: Any, layout: Layout, *, gradient_checkpointing: bool) -> None:
+class Offload(Protocol):
+    """What moves the saved inputs of checkpointed blocks to host memory: `ActivationOffload`."""
+
+    def around(self) -> AbstractContextManager[Any]:
+        """Context of one `checkpoint` call."""
+
+
+def apply_layout(
+    unet: Any,
+    layout: Layout,
+    *,
+    gradient_checkpointing: bool | tuple[str, ...],
+    offload: Offload | None = None,
+) -> None:
     """Set a diffusers UNet's checkpointing to the layout.
 
+    Args:
+        gradient_checkpointing: all blocks of `checkpoint_blocks`, none, or those at or below one of these
+            names, such as "down_blocks.2" or "mid_block.attentions.0.transformer_blocks".
+        offload: where the inputs of checkpointed blocks wait for backward; None leaves them on the device.
+
     Raises:
+        UserError: a name that is no block and holds none.
         ValueError: `split` without gradient checkpointing.
     """
     if not gradient_checkpointing:
@@ -37,33 +66,89 @@ def apply_layout(unet: Any, layout: Layout, *, gradient_checkpointing: bool) -> 
             )
         unet.disable_gradient_checkpointing()
         return
-    unet.enable_gradient_checkpointing(_checkpointed if layout == "joint" else _split_block)
+    blocks = checkpoint_blocks(unet)
+    if isinstance(gradient_checkpointing, tuple):
+        _check_names(gradient_checkpointing, list(blocks))
+        chosen = {b for name, b in blocks.items() if _below(name, gradient_checkpointing)}
+    else:
+        chosen = set(blocks.values())
+    unet.enable_gradient_checkpointing(_BlockRunner(chosen, layout == "split", offload))
 
 
-def _checkpointed(block: Any, *args: Any) -> Any:
-    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=_has_dropout(block))
+def checkpoint_blocks(unet: Any) -> dict[str, nn.Module]:
+    """The blocks that diffusers can checkpoint, by name: residual blocks and transformer blocks.
+
+    The first residual block of the middle always runs plainly.
+    """
+    return {
+        f"{name}.{kind}.{index}": block
+        for name, parent in unet.named_modules()
+        if hasattr(parent, "gradient_checkpointing")
+        for kind in ("resnets", "transformer_blocks")
+        for index, block in enumerate(getattr(parent, kind, ()))
+        if parent is not unet.mid_block or index > 0
+    }
 
 
-def _split_block(
-    block: Any,
-    hidden: Tensor,  # (2B, …)
-    *args: Any,  # tensors with 2B samples are halved, everything else is passed on
-) -> Tensor:
-    samples = hidden.shape[0]
-    if samples % 2:
-        raise ValueError(
-            f"layout 'split' needs a chosen and a rejected half, got a batch of {samples} samples"
+@dataclass(eq=False)
+class _BlockRunner:
+    """What diffusers calls in place of every block while gradients are on."""
+
+    checkpointed: set[nn.Module]
+    split: bool
+    offload: Offload | None
+
+    def __call__(self, block: nn.Module, *args: Any) -> Any:
+        if block not in self.checkpointed:
+            return block(*args)
+        if not self.split:
+            return self._checkpoint(block, *args)
+        samples = args[0].shape[0]
+        if samples % 2:
+            raise ValueError(
+                f"layout 'split' needs a chosen and a rejected half, got a batch of {samples} samples"
+            )
+        halves = zip(*(_halves(value, samples) for value in args), strict=True)
+        return torch.cat([self._checkpoint(block, *half) for half in halves])
+
+    def _checkpoint(self, block: nn.Module, *args: Any) -> Any:
+        if not any(x.requires_grad for x in (*args, *block.parameters()) if isinstance(x, Tensor)):
+            return block(*args)  # in front of the first adapter: no backward, so no inputs to keep or move
+        with nullcontext() if self.offload is None else self.offload.around():
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=has_dropout(block))
+
+
+def _halves(value: Any, samples: int) -> tuple[Any, Any]:
+    """Both halves of a tensor with one row per sample; everything else serves both as it is.
+
+    One `chunk` for both: backward then joins their gradients once and fills nothing with zeros.
+    """
+    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == samples:
+        chosen, rejected = value.chunk(2)
+        return chosen, rejected
+    return value, value
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether running it again has to replay the random state; saving that costs a copy."""
+    return any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in module.modules())
+
+
+def _below(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _check_names(prefixes: tuple[str, ...], blocks: list[str]) -> None:
+    known = sorted({part for name in blocks for part in accumulate(name.split("."), "{}.{}".format)})
+    for prefix in prefixes:
+        if prefix in known:
+            continue
+        near = difflib.get_close_matches(prefix, known, n=3, cutoff=0.4)
+        hint = (
+            f"did you mean {', '.join(near)}?"
+            if near
+            else f"names start with {', '.join(name for name in known if '.' not in name)}"
         )
-
-    def half_of(value: Any, index: int) -> Any:
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == samples:
-            return value.chunk(2)[index]
-        return value
-
-    halves = [_checkpointed(block, *(half_of(value, i) for value in (hidden, *args))) for i in (0, 1)]
-    return torch.cat(halves)
-
-
-def _has_dropout(block: torch.nn.Module) -> bool:
-    """Whether recomputation has to replay the random state; saving it costs a copy per block."""
-    return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in block.modules())
+        raise UserError(
+            f"train.gradient_checkpointing: {prefix!r} names no block that can be checkpointed; {hint}"
+        )

@@ -1,18 +1,35 @@
-"""`joint` and `split` give the same gradients; `split` needs less memory inside a block."""
+"""`joint` and `split` give the same gradients, whatever is checkpointed; `split` needs less memory inside."""
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.live_memory import LiveMemory
 from mapo_fast import MaPOLoss
-from mapo_fast.engine.layouts import apply_layout
+from mapo_fast.engine import layouts
+from mapo_fast.engine.layouts import apply_layout, checkpoint_blocks
+from mapo_fast.errors import UserError
+from mapo_fast.fuse import patch_unet
 from mapo_fast.model import open_sdxl
+from tests import unets
+from tests.engine.pair_steps import (
+    MODELS,
+    SOME_BLOCKS,
+    add_lora,
+    gradients,
+    joint_backward,
+    pair_of_inputs,
+    worst,
+)
 from tests.tiny import POOLED_WIDTH, TEXT_WIDTH
 
 PAIRS = 3
@@ -153,3 +170,139 @@ def test_split_refuses_an_odd_batch(unet: Any) -> None:
     odd["added_cond_kwargs"] = {key: value[:5] for key, value in inputs["added_cond_kwargs"].items()}
     with pytest.raises(ValueError, match="batch of 5 samples"):
         unet(**odd)
+
+
+# --- Per block ---
+
+
+@pytest.mark.parametrize("layout", ["joint", "split"])
+@pytest.mark.parametrize(("kind", "patched", "checkpointing"), [m for m in MODELS if m[2]], ids=str)
+def test_every_model(kind: str, patched: bool, checkpointing: Any, layout: Any) -> None:
+    model, inputs = unets.make_unet("sdxl"), pair_of_inputs()
+    if kind == "lora":
+        add_lora(model)
+    truth = gradients(model, lambda: joint_backward(model, inputs, MaPOLoss()))
+    if patched:
+        patch_unet(model)
+    apply_layout(model, layout, gradient_checkpointing=checkpointing)
+    assert worst(gradients(model, lambda: joint_backward(model, inputs, MaPOLoss())), truth) <= 1e-10
+
+
+@pytest.mark.parametrize("family", unets.FAMILIES)
+def test_blocks_are_what_diffusers_hands_over(family: str) -> None:
+    model = unets.make_unet(family)
+    seen = []
+
+    def recorded(block: Any, *args: Any) -> Any:
+        seen.append(block)
+        return block(*args)
+
+    model.enable_gradient_checkpointing(recorded)
+    latents, others = unets.inputs(family, torch.float64)
+    model(latents, **others)
+    blocks = checkpoint_blocks(model)
+    assert set(seen) == set(blocks.values())
+    assert len(seen) == len(blocks)
+    assert all(model.get_submodule(name) is block for name, block in blocks.items())
+
+
+@pytest.mark.parametrize(("layout", "calls"), [("joint", 2), ("split", 4)])
+@pytest.mark.parametrize("copied", [False, True])
+def test_only_the_named_blocks_are_recomputed(layout: Any, calls: int, copied: bool) -> None:
+    """The others run once, with both halves; a copy of the UNet makes the same choice."""
+    model = unets.make_unet("sdxl")
+    apply_layout(model, layout, gradient_checkpointing=SOME_BLOCKS)
+    if copied:
+        model = copy.deepcopy(model)
+    ran: Counter[str] = Counter()
+    blocks = checkpoint_blocks(model)
+    for name, block in blocks.items():
+
+        def count(*_: Any, name: str = name) -> None:
+            ran[name] += 1
+
+        block.register_forward_pre_hook(count)
+    joint_backward(model, pair_of_inputs(), MaPOLoss())
+    assert ran == {name: calls if name.startswith(SOME_BLOCKS) else 1 for name in blocks}
+    assert len(set(ran.values())) == 2
+
+
+def test_a_name_is_not_the_beginning_of_another() -> None:
+    model = unets.make_unet("sdxl")
+    apply_layout(model, "joint", gradient_checkpointing=("up_blocks.0.resnets.1",))
+    runner = model.mid_block._gradient_checkpointing_func
+    assert runner.checkpointed == {model.up_blocks[0].resnets[1]}
+    with pytest.raises(UserError, match=r"'up_blocks\.0\.res' names no block"):
+        apply_layout(model, "joint", gradient_checkpointing=("up_blocks.0.res",))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("down_block.1", "did you mean .*down_blocks.1"),
+        ("mid_block.resnets.0", "did you mean .*mid_block.resnets.1"),
+        ("x", "names start with down_blocks, mid_block, up_blocks$"),
+    ],
+)
+def test_unknown_names(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        apply_layout(unets.make_unet("sdxl"), "joint", gradient_checkpointing=("down_blocks.0", name))
+
+
+# --- Dropout, offload ---
+
+
+@pytest.mark.parametrize("layout", ["joint", "split"])
+@pytest.mark.parametrize("lora", [False, True], ids=["dropout", "lora_dropout"])
+def test_recomputed_dropout_drops_the_same(layout: Any, lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = unets.make_unet("sdxl"), pair_of_inputs()
+    if lora:
+        add_lora(model, dropout=0.3)
+    else:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.3
+    apply_layout(model, layout, gradient_checkpointing=True)
+    torch.manual_seed(5)
+    found = gradients(model, lambda: joint_backward(model, inputs, MaPOLoss()))
+    monkeypatch.setattr(layouts, "checkpoint", lambda block, *args, **_: block(*args))
+    torch.manual_seed(5)
+    assert worst(found, gradients(model, lambda: joint_backward(model, inputs, MaPOLoss()))) <= 1e-10
+
+
+class SavedInputs:
+    """Stands where an `ActivationOffload` would; counts what is saved for the checkpoints around it."""
+
+    def __init__(self) -> None:
+        self.entered = self.saved = self.unpacked = 0
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        self.entered += 1
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            yield
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        self.saved += 1
+        return tensor.clone()
+
+    def _unpack(self, tensor: Tensor) -> Tensor:
+        self.unpacked += 1
+        return tensor
+
+
+@pytest.mark.parametrize(("layout", "halves"), [("joint", 1), ("split", 2)])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_inputs_of_checkpoints_pass_through_the_offload(layout: Any, halves: int, lora: bool) -> None:
+    """Two tensors a block, those of the checkpointed blocks only, and not in front of the first adapter."""
+    model, inputs, offload = unets.make_unet("sdxl"), pair_of_inputs(), SavedInputs()
+    if lora:
+        add_lora(model)
+    truth = gradients(model, lambda: joint_backward(model, inputs, MaPOLoss()))
+    names = (*SOME_BLOCKS, "down_blocks.0")
+    apply_layout(model, layout, gradient_checkpointing=names, offload=offload)
+    assert worst(gradients(model, lambda: joint_backward(model, inputs, MaPOLoss())), truth) <= 1e-10
+    blocks = [name for name in checkpoint_blocks(model) if name.startswith(names)]
+    frozen = [name for name in blocks if lora and name.startswith("down_blocks.0")]
+    assert offload.entered == halves * (len(blocks) - len(frozen))
+    assert offload.saved == offload.unpacked == 2 * offload.entered
