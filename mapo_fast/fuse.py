@@ -126,7 +126,7 @@ class _FusedLora:
     """A peft LoRA layer over a linear; what this cannot fuse goes through peft's own forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        projection = None if args or kwargs else projection_of(self)
+        projection = None if args or kwargs else _projection(self)  # hooks of its own run around this call
         if projection is None or projection.lora is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
         lora = projection.lora
@@ -150,8 +150,10 @@ def projection_of(module: Any) -> Projection | None:
     Understands `nn.Linear`, `QuantisedLinear`, bitsandbytes' 4-bit and 8-bit linears, and peft's LoRA over
     any of these with one active adapter: no dropout in effect, no DoRA or other variant, no bias of its own.
     """
-    if _hooked(module):
-        return None
+    return None if _hooked(module) else _projection(module)
+
+
+def _projection(module: Any) -> Projection | None:
     lora: Lora | None = None
     base = getattr(module, "base_layer", None)
     if base is None:
