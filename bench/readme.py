@@ -135,7 +135,7 @@ def ops() -> str:
 README = Path(__file__).parents[1] / "README.md"
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: {"demo": demo, "photographs": photographs, "memory": memory, "saved_memory": saved_memory},
-    README.parent / "kernels" / "README.md": {"ops": ops},
+    README.parent / "kernels" / "README.md": {"ops": ops, "resources": resources},
 }
 """Which sections stand on which page."""
 

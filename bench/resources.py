@@ -84,7 +84,8 @@ class Job:
     @property
     def digest(self) -> str:
         """Of everything the compiler is given: source with all it calls, specialisation, options, card."""
-        parts = (self.signature, self.constants, self.attributes, self.options)
+        options = self.options | {"extern_libs": [name for name, _ in self.options["extern_libs"]]}  # no paths
+        parts = (self.signature, self.constants, self.attributes, options)
         text = repr((self.name, self.kernel.cache_key, self.cc, *parts))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

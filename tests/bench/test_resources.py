@@ -1,6 +1,8 @@
 """Every kernel compiles for every card, fits its shared memory and spills nothing; and none got worse."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,14 @@ def test_the_table_is_good(table: list[dict[str, Any]]) -> None:
         assert row["ok"], row
         assert row["shared_bytes"] <= resources.SHARED_MEMORY[row["cc"]], row
         assert row["spill_bytes"] == 0 or row["cc"] < 80, row
+
+
+@pytest.mark.timeout(600)
+def test_the_table_is_of_these_kernels_and_none_is_worse() -> None:
+    """Compiles one configuration of each kernel on each card; of the others it compares the digests."""
+    command = [sys.executable, "-m", "bench.resources", "--check", "--json"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
 
 
 def row(**changes: Any) -> dict[str, Any]:
