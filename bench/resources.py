@@ -2,7 +2,7 @@
 
     python -m bench.resources             compiles everything and prints a line each
     python -m bench.resources --json      the same as JSON rows
-    python -m bench.resources --write     brings bench/results/resources.jsonl up to date, but for what got worse
+    python -m bench.resources --write     updates bench/results/resources.jsonl, except what got worse
     python -m bench.resources --check     what CI runs: the table is of today's kernels, and none is worse
 
 The public ops really run, forward and backward, on untouched CPU memory, as on each card in turn. Triton's
@@ -84,7 +84,8 @@ class Job:
     @property
     def digest(self) -> str:
         """Of everything the compiler is given: source with all it calls, specialisation, options, card."""
-        options = self.options | {"extern_libs": [name for name, _ in self.options["extern_libs"]]}  # no paths
+        names = [name for name, _ in self.options["extern_libs"]]  # their paths depend on the machine
+        options = self.options | {"extern_libs": names}
         parts = (self.signature, self.constants, self.attributes, options)
         text = repr((self.name, self.kernel.cache_key, self.cc, *parts))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
