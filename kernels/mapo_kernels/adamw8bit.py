@@ -59,7 +59,7 @@ from mapo_kernels._launch import backend
 SMALLEST_QUANTISED = 4096
 """Tensors with fewer elements keep fp32 moments, as in bitsandbytes."""
 
-MOST_PLANS = 256
+MOST_PLANS = 1024
 """Sets of parameters whose tables are kept: a step that is taken in parts finds each part's again."""
 
 
@@ -215,6 +215,20 @@ def adamw8bit_reference(
     if max_update_rms is not None and rms > max_update_rms:
         update = update * (max_update_rms / rms)
     return param.double() * (1 - lr * weight_decay) - lr * update, m, v
+
+
+def new_state(p: Tensor) -> dict[str, Any]:
+    """What `AdamW8bit` keeps for a parameter, as it is before its first step."""
+    quantised = p.numel() >= SMALLEST_QUANTISED
+    state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.int64, device=p.device)}
+    for key, signed in (("1", True), ("2", False)):
+        state[f"state{key}"] = torch.zeros_like(
+            p, dtype=torch.uint8 if quantised else torch.float32, requires_grad=False
+        )
+        if quantised:
+            state[f"qmap{key}"] = code_book(signed, p.device)
+            state[f"absmax{key}"] = torch.zeros(-(-p.numel() // QUANTISED_BLOCK), device=p.device)
+    return state
 
 
 _WRAPPED = "__bnb_optimizer_quant_state__"
@@ -387,14 +401,7 @@ class AdamW8bit(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[p]
         name = f"parameter {tensor_id} of shape {tuple(p.shape)}"
         if not state:
-            quantised = p.numel() >= SMALLEST_QUANTISED
-            state["step"] = torch.zeros((), dtype=torch.int64, device=p.device)
-            for key, signed in (("1", True), ("2", False)):
-                state[f"state{key}"] = torch.zeros_like(p, dtype=torch.uint8 if quantised else torch.float32)
-                if quantised:
-                    state[f"qmap{key}"] = code_book(signed, p.device)
-                    blocks = -(-p.numel() // QUANTISED_BLOCK)
-                    state[f"absmax{key}"] = torch.zeros(blocks, device=p.device)
+            state.update(new_state(p))
         elif not isinstance(state["step"], Tensor):
             for key, signed in (("1", True), ("2", False)):
                 book = state.get(f"qmap{key}")

@@ -1,19 +1,22 @@
 """Optimizers behind one guard: a step whose gradients are not finite changes nothing and is counted.
 
 The flag stays on the device. torch's fused AdamW and our AdamW8bit take it as `found_inf` and turn the update
-into a no-op without the host ever waiting; bitsandbytes has no such input, so there the host reads the flag
-once per step.
+into a no-op without the host ever waiting; bitsandbytes and torch's Adafactor have no such input, so there
+the host reads the flag once per step.
+
+`fused_step.FusedStep` has the same interface and takes the step during backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mapo_fast.config import OptimConfig
+from mapo_fast.engine.optim_state import flatten_optimizer_state, restore_optimizer_state
 from mapo_fast.errors import UserError
 from mapo_kernels.adamw8bit import AdamW8bit
 
@@ -22,6 +25,9 @@ def build_optimizer(
     config: OptimConfig, parameters: list[torch.nn.Parameter], *, seed: int = 0
 ) -> torch.optim.Optimizer:
     """The optimizer of a config over these parameters; `seed` is for stochastic rounding.
+
+    Adafactor is torch's with its own settings except lr and weight decay: it has no first moment, clips each
+    tensor's update to RMS 1, and multiplies lr by the weights' RMS, so it needs a far larger lr than AdamW.
 
     Raises:
         UserError: bitsandbytes is chosen and not installed, or a paged optimizer without an NVIDIA GPU.
@@ -37,7 +43,9 @@ def build_optimizer(
     if config.name == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)
     if config.name == "adamw8bit":
-        return AdamW8bit(parameters, seed=seed, **settings)
+        return AdamW8bit(parameters, seed=seed, max_update_rms=config.max_update_rms, **settings)
+    if config.name == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=config.lr, weight_decay=config.weight_decay)
     try:
         import bitsandbytes
     except ImportError as error:
@@ -97,3 +105,23 @@ class GuardedOptimizer:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint needs: tensors by name, not copied, and a dict for JSON."""
+        tensors, description = flatten_optimizer_state(self.optimizer)
+        return tensors, {
+            "optimizer": description,
+            "skipped": float(self.skipped),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+        }
+
+    def restore(self, tensors: Iterable[tuple[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Take over what `state` gave, or a `FusedStep`'s.
+
+        Raises:
+            UserError: of another optimizer or other parameters.
+        """
+        restore_optimizer_state(self.optimizer, tensors, state["optimizer"])
+        self.skipped.fill_(state["skipped"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])

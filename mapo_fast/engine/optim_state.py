@@ -9,7 +9,7 @@ deep-copies them all and forgets that they were paged.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,13 +17,33 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mapo_fast.errors import UserError
-from mapo_kernels.adamw8bit import AdamW8bit
+from mapo_kernels.adamw8bit import AdamW8bit, new_state
 
 _IMPLEMENTATION_KEYS = ("params", "fused", "foreach", "capturable", "differentiable", "maximize")
 """Group entries that say how a step is computed: those of the new optimizer count."""
 
 _PAGEABLE = ("state1", "state2")
 """bitsandbytes' moments, which its paged optimizers keep in memory that CUDA may move to the host."""
+
+
+def initial_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """The state that the first step would make for a parameter: what a run needs is allocated before it runs.
+
+    Empty for optimizers that `build_optimizer` does not build with the step fused into backward.
+    """
+    if isinstance(optimizer, AdamW8bit):
+        return new_state(parameter)
+    zeros = parameter.detach().new_zeros
+    if isinstance(optimizer, torch.optim.AdamW):
+        moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+        return {"step": zeros((), dtype=torch.float32), **moments}
+    if isinstance(optimizer, torch.optim.Adafactor):
+        step = torch.tensor(0.0)  # torch reads it on the host
+        if parameter.dim() < 2:
+            return {"step": step, "variance": torch.zeros_like(parameter, requires_grad=False)}
+        *others, rows, columns = parameter.shape
+        return {"step": step, "row_var": zeros((*others, rows, 1)), "col_var": zeros((*others, 1, columns))}
+    return {}
 
 
 def flatten_optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -67,7 +87,11 @@ def flatten_optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], di
 
 
 def restore_optimizer_state(
-    optimizer: Optimizer, tensors: Iterable[tuple[str, Tensor]], description: Mapping[str, Any]
+    optimizer: Optimizer,
+    tensors: Iterable[tuple[str, Tensor]],
+    description: Mapping[str, Any],
+    *,
+    place: Callable[[Tensor, str], Tensor | None] = lambda parameter, key: None,
 ) -> None:
     """Give a freshly built optimizer the state that `flatten_optimizer_state` took.
 
@@ -78,6 +102,7 @@ def restore_optimizer_state(
         optimizer: just built, over the same parameters in the same groups.
         tensors: (name, tensor) pairs, used one by one: `checkpoint.views("optimizer")`.
         description: the dict that went with them.
+        place: memory that is there for the state of this name of a parameter; used if shape and dtype fit.
 
     Raises:
         UserError: made by another optimizer class or for parameters of other shapes.
@@ -103,7 +128,14 @@ def restore_optimizer_state(
     placed: dict[str, Tensor] = {}
     for name, tensor in tensors:
         index, key = _split(name)
-        fresh = _allocate(optimizer, *owners[index], key, tensor, description["strides"].get(name))
+        strides = description["strides"].get(name)
+        fresh = place(owners[index][0], key)
+        if fresh is None or fresh.shape != tensor.shape or fresh.dtype != tensor.dtype:
+            fresh = _allocate(optimizer, *owners[index], key, tensor, strides)
+        elif _by_memory_order(optimizer):
+            fresh = fresh.as_strided(
+                tensor.shape, strides or torch.empty_like(tensor, device="meta").stride()
+            )
         with torch.no_grad():
             placed[name] = fresh.copy_(tensor)
     entries: dict[str, Any] = {

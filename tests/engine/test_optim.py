@@ -22,7 +22,7 @@ def _guarded(name: str, max_grad_norm: float = 1.0) -> tuple[GuardedOptimizer, l
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor"])
 def test_a_bad_step_is_skipped_and_counted(name: str) -> None:
     guarded, parameters = _guarded(name)
 
@@ -48,6 +48,13 @@ def test_a_bad_step_is_skipped_and_counted(name: str) -> None:
     step(bad=False)
     assert not torch.equal(before[0], parameters[0])
     assert (float(guarded.skipped), float(guarded.skipped_in_a_row)) == (2, 0)
+
+
+def test_the_update_is_clipped_as_configured() -> None:
+    p = torch.nn.Parameter(torch.zeros(5000))
+    p.grad = torch.ones_like(p)
+    build_optimizer(OptimConfig(name="adamw8bit", lr=0.5, max_update_rms=0.25), [p]).step()
+    torch.testing.assert_close(p.detach(), torch.full_like(p, -0.125))
 
 
 def test_paged_states_need_a_gpu() -> None:

@@ -1,0 +1,255 @@
+"""The optimizer step, fused into backward: weights are updated as soon as their gradients are complete.
+
+A hook on each parameter collects completed gradients. When they have 64 MB (or a unit of streamed weights is
+complete) they are applied and freed, so that all gradients never exist at once: of SDXL's 5.1 GB in bf16 at
+most 0.13 are alive. A complete gradient means that backward needs the weight no more: the node that made it
+has also made its input's gradient. Checkpointing has to be non-reentrant, where a weight that a block uses
+twice completes once.
+
+What differs from a step after backward:
+
+- Clipping. A global norm is known only when backward ends, after the first updates. So `max_grad_norm`
+  scales by the norm of the step before, the newest one that was finite; the first step is not clipped (Adam's
+  first update does not depend on the gradient's scale). `optim.max_update_rms` instead clips each tensor's
+  update by itself and is the same in both.
+- What is not finite. If the loss is not, the whole step changes nothing, as without fusing. If the loss is
+  and a gradient is not, its tensor is skipped and the others are updated. Both are counted on the device.
+
+Everything else is equal bit by bit: AdamW8bit's random bits depend on the parameter's number and its step.
+
+The host waits for nothing with AdamW8bit and AdamW. torch's Adafactor reads norms of every tensor on the host
+by itself; the flags are read there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mapo_fast.engine.optim_state import flatten_optimizer_state, initial_state, restore_optimizer_state
+from mapo_fast.engine.stream_states import GROUP_BYTES, StateStreaming
+from mapo_kernels.adamw8bit import AdamW8bit
+
+if TYPE_CHECKING:
+    from mapo_fast.engine.stream_weights import WeightStreaming
+
+
+class FusedStep:
+    """Applies gradients during backward; the same interface as `GuardedOptimizer`.
+
+    `skipped` counts steps whose loss was not finite, `skipped_tensors` the tensors skipped in other steps,
+    `skipped_in_a_row` the newest steps in a row with either: 0-d fp32 tensors on the device.
+
+    Args:
+        optimizer: AdamW8bit, torch's fused AdamW or Adafactor, just built.
+        parameters: the optimizer's, on one device.
+        max_grad_norm: see the top of this file; 0 is no clipping.
+        states: where the optimizer's states are streamed from.
+        weights: where weights are streamed from; it is told when a unit has its new values.
+        group_bytes: of gradients, or of states if they are larger, that are applied together.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        parameters: Iterable[torch.nn.Parameter],
+        *,
+        max_grad_norm: float,
+        states: StateStreaming | None = None,
+        weights: WeightStreaming | None = None,
+        group_bytes: int = GROUP_BYTES,
+    ) -> None:
+        self.optimizer, self.states, self.weights = optimizer, states, weights
+        self.max_grad_norm, self.group_bytes = max_grad_norm, group_bytes
+        self.parameters = list(parameters)
+        self._settings = {p: group for group in optimizer.param_groups for p in group["params"]}
+        self._number = {p: i for i, p in enumerate(self._settings)}
+        self._bytes: dict[Tensor, int] = {p: p.numel() * p.element_size() for p in self.parameters}
+        self._unit: dict[Tensor, Any] = {}
+        for p in self.parameters:
+            if states is None:
+                optimizer.state[p].update(initial_state(optimizer, p))
+            else:
+                self._bytes[p] = max(self._bytes[p], states.nbytes(p))
+            if weights is not None and (unit := weights.unit_of(p)) is not None:
+                self._unit[p] = unit
+            p.register_post_accumulate_grad_hook(self._completed)  # type: ignore[no-untyped-call]
+
+        device = self.parameters[0].device
+        self.skipped = torch.zeros((), device=device)
+        self.skipped_in_a_row = torch.zeros((), device=device)
+        self.skipped_tensors = torch.zeros((), device=device)
+        self._norm = torch.zeros((), device=device)
+        """Of the newest step with a finite one."""
+        self._running = False
+        self._start()
+
+    def _start(self) -> None:
+        """Prepare for a step."""
+        device = self.skipped.device
+        self._pending: list[Tensor] = []
+        self._pending_bytes = 0
+        self._open: Any = None
+        """The unit of streamed weights whose gradients are coming."""
+        self._missing: dict[int, int] = {}
+        for unit in self._unit.values():
+            self._missing[id(unit)] = self._missing.get(id(unit), 0) + 1
+        self._bad_loss = torch.zeros((), dtype=torch.bool, device=device)
+        self._bad_tensors = torch.zeros((), dtype=torch.int64, device=device)
+        self._squares = torch.zeros((), dtype=torch.float64, device=device)
+        self._scale: Tensor | None = None
+        if self.max_grad_norm > 0:
+            self._scale = ((self._norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
+
+    def backward(self, loss: Tensor) -> None:
+        """Differentiate a 0-d loss and update every parameter on the way.
+
+        Raises:
+            RuntimeError: called twice before `step`.
+        """
+        if self._running:
+            raise RuntimeError("FusedStep: one backward a step: its gradients are applied as they come")
+        self._running = True
+        self._bad_loss = ~torch.isfinite(loss.detach())
+        if self.states is not None:
+            self.states.begin()
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> Tensor:
+        """Apply what is left; returns the 0-d norm of all gradients before clipping."""
+        self._apply()
+        self._close_unit()
+        if self.states is not None:
+            self.states.end()
+        norm = self._squares.sqrt().float()
+        norm = torch.where(self._bad_loss, torch.nan, norm)
+        tensors = torch.where(self._bad_loss, 0, self._bad_tensors)
+        self.skipped += self._bad_loss
+        self.skipped_tensors += tensors
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * (self._bad_loss | (tensors > 0))
+        self._norm = torch.where(torch.isfinite(norm), norm, self._norm)
+        self._running = False
+        self._start()
+        return norm
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint needs: tensors by name, not copied, and a dict for JSON."""
+        if self.states is not None:
+            self.states.transfers.synchronize()
+        tensors, description = flatten_optimizer_state(self.optimizer)
+        return tensors, {
+            "optimizer": description,
+            "skipped": float(self.skipped),
+            "skipped_tensors": float(self.skipped_tensors),
+            "norm": float(self._norm),
+        }
+
+    def restore(self, tensors: Iterable[tuple[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Take over what `state` gave, or a `GuardedOptimizer`'s.
+
+        Raises:
+            UserError: of another optimizer or other parameters.
+        """
+        if self.states is not None:
+            self.states.restore(tensors, state["optimizer"])
+        else:
+            restore_optimizer_state(self.optimizer, tensors, state["optimizer"])
+            for p in self.parameters:
+                if not self.optimizer.state[p]:  # without fusing, it had no gradient yet
+                    self.optimizer.state[p].update(initial_state(self.optimizer, p))
+        self.skipped.fill_(state["skipped"])
+        self.skipped_tensors.fill_(state.get("skipped_tensors", 0.0))
+        self._norm.fill_(state.get("norm", 0.0))
+        self._start()
+
+    def _completed(self, parameter: Tensor) -> None:
+        """Take a parameter whose gradient is complete."""
+        unit = self._unit.get(parameter)
+        # Of the unit before, a parameter has no gradient.
+        next_unit = unit is not None and self._open is not None and unit is not self._open
+        if next_unit or self._pending_bytes + self._bytes[parameter] > self.group_bytes:
+            gradient, parameter.grad = parameter.grad, None  # optimizers update all that have one
+            self._apply()
+            parameter.grad = gradient
+        if next_unit:
+            self._close_unit()
+        if unit is not None:
+            self._open = unit
+            self._missing[id(unit)] -= 1
+        self._pending.append(parameter)
+        self._pending_bytes += self._bytes[parameter]
+        if unit is not None and self._missing[id(unit)] == 0:
+            self._apply()
+            self._close_unit()
+        elif self._pending_bytes >= self.group_bytes:
+            self._apply()
+
+    def _close_unit(self) -> None:
+        if self._open is not None and self.weights is not None:
+            self.weights.updated(self._open)
+        self._open = None
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        """Update the parameters whose gradients are complete, and free those."""
+        group = sorted(self._pending, key=self._number.__getitem__)
+        self._pending, self._pending_bytes = [], 0
+        if not group:
+            return
+        gradients = [p.grad for p in group if p.grad is not None]
+        dtype = torch.promote_types(
+            torch.float32, max((g.dtype for g in gradients), key=lambda d: d.itemsize)
+        )
+        norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=dtype))
+        bad = ~torch.isfinite(norms)
+        self._squares += norms.double().square().sum()
+        self._bad_tensors += bad.sum()
+        skip = (bad | self._bad_loss).float()
+        with self.states.visiting(group) if self.states is not None else nullcontext():
+            self._update(group, gradients, skip)
+        for p in group:
+            p.grad = None
+
+    def _update(self, group: list[Tensor], gradients: list[Tensor], skip: Tensor) -> None:
+        """Step with the gradients whose `skip` is 0."""
+        if isinstance(self.optimizer, AdamW8bit):
+            self.optimizer.found_inf, self.optimizer.grad_scale = skip, self._scale  # type: ignore[assignment]
+            self.optimizer.step()
+        elif isinstance(self.optimizer, torch.optim.AdamW):
+            self._adamw(group, gradients, skip)
+        else:
+            if self._scale is not None:
+                torch._foreach_div_(gradients, self._scale)
+            for p, skipped in zip(group, skip.tolist(), strict=True):
+                if skipped:
+                    p.grad = None
+            self.optimizer.step()
+
+    def _adamw(self, group: list[Tensor], gradients: list[Tensor], skip: Tensor) -> None:
+        """What torch's fused AdamW does, tensor by tensor, as it takes one flag for all that it is given."""
+        states = [self.optimizer.state[p] for p in group]
+        torch._foreach_add_([state["step"] for state in states], list((1 - skip).unbind()))
+        for p, gradient, state, flag in zip(group, gradients, states, skip.unbind(), strict=True):
+            settings = self._settings[p]
+            torch._fused_adamw_(
+                [p],
+                [gradient],
+                [state["exp_avg"]],
+                [state["exp_avg_sq"]],
+                [],
+                [state["step"]],
+                lr=settings["lr"],
+                beta1=settings["betas"][0],
+                beta2=settings["betas"][1],
+                weight_decay=settings["weight_decay"],
+                eps=settings["eps"],
+                amsgrad=False,
+                maximize=False,
+                grad_scale=self._scale,
+                found_inf=flag,
+            )
