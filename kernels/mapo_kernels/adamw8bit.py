@@ -35,7 +35,7 @@ bytes per 256 elements for the block maxima: 10.06 bytes with bf16. The kernel m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from itertools import chain, count, groupby
 from typing import Any
 
 import torch
@@ -301,6 +301,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._captured: list[Plan] = []
         self._scalars: dict[tuple[int, str], tuple[float, Tensor]] = {}
+        self._places: dict[Tensor, tuple[int, int]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, which has parameters, settings and states and nothing else."""
@@ -314,23 +315,32 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        first = 0
-        work = []
-        for index, group in enumerate(self.param_groups):
-            members = [(i, p) for i, p in enumerate(group["params"], first) if p.grad is not None]
-            first += len(group["params"])
-            if members:
-                work.append((index, group, members))
+        self.step_part([p for group in self.param_groups for p in group["params"] if p.grad is not None])
+        return loss
+
+    @torch.no_grad()
+    def step_part(self, params: Sequence[Tensor]) -> None:
+        """Take one step with some parameters that have a gradient, without a look at the others.
+
+        They come in the optimizer's order. `found_inf` may have a value for each of them.
+        """
+        if len(self._places) != sum(len(group["params"]) for group in self.param_groups):
+            numbers = count()
+            self._places = {
+                p: (index, next(numbers))
+                for index, group in enumerate(self.param_groups)
+                for p in group["params"]
+            }
         flags = getattr(self, "found_inf", None)
-        check_flags(flags, sum(len(members) for *_, members in work))
+        check_flags(flags, len(params))
         done = 0
-        for index, group, members in work:
+        for index, part in groupby(params, key=lambda p: self._places[p][0]):
+            members = [(self._places[p][1], p) for p in part]
             own = flags
             if flags is not None and flags.numel() > 1:
                 own = flags[done : done + len(members)]
-            self._step_group(index, group, members, own)
+            self._step_group(index, self.param_groups[index], members, own)
             done += len(members)
-        return loss
 
     def _step_group(
         self, index: int, group: dict[str, Any], members: list[tuple[int, Tensor]], found_inf: Tensor | None

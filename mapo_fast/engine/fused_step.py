@@ -219,7 +219,7 @@ class FusedStep:
         """Step with the gradients whose `skip` is 0."""
         if isinstance(self.optimizer, AdamW8bit):
             self.optimizer.found_inf, self.optimizer.grad_scale = skip, self._scale  # type: ignore[assignment]
-            self.optimizer.step()
+            self.optimizer.step_part(group)
         elif isinstance(self.optimizer, torch.optim.AdamW):
             self._adamw(group, gradients, skip)
         else:

@@ -8,7 +8,7 @@ else. The order of copies and updates in both memories is `Transfers`' business.
 
 Outside of an update `optimizer.state` holds the host tensors, so that a checkpoint takes and gives them as
 any others. A parameter's states lie in one piece of memory: one copy brings them all. States below 64 KiB
-stay on the device, where they cost less than their copies would: 6 MB of a whole SDXL UNet's.
+stay on the device, where they cost less than their copies would: 9 MB of a whole SDXL UNet's.
 
 The lifetime of a device view is one update. Optimizers may keep its address (AdamW8bit does, in tables): the
 same group finds its states at the same place every step.

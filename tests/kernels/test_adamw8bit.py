@@ -602,6 +602,24 @@ def test_few_launches_and_tables_that_stay(device: str, monkeypatch: pytest.Monk
     assert [int(optimizer.state[p]["step"]) for p in params] == [3] * 5
 
 
+def test_a_part_of_the_parameters(device: str) -> None:
+    """The same bits as in a step of all, whatever gradients the others have."""
+    params = [torch.nn.Parameter(torch.ones(n, device=device).bfloat16()) for n in (4100, 9, 30, 4096)]
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    parted, whole = (
+        AdamW8bit([{"params": of[:2]}, {"params": of[2:], "lr": 0.2}], lr=0.1) for of in (params, copies)
+    )
+    for p, q in zip(params, copies, strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    parted.found_inf = torch.tensor([0.0, 1.0], device=device)
+    parted.step_part([params[1], params[3]])
+    parted.found_inf = torch.zeros(3, device=device)
+    parted.step_part([params[0], params[2], params[3]])
+    whole.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
+
+
 def test_parts_that_come_back_keep_their_tables(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step taken part by part; the parts of longest ago are forgotten."""
     if backend(device).name == "eager":
