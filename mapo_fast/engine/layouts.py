@@ -13,6 +13,9 @@ No layer of a diffusion UNet mixes samples, so the halves are independent and al
 gradients. Checkpointing has to be non-reentrant: there a parameter used by both halves still reaches its
 gradient hook once, with the sum; reentrant checkpointing would fire the hook once a half.
 
+In every layout the norm in front of a transformer's blocks is computed again in backward where what it feeds
+saves its output: element-wise work, for 0.08 GiB of an SDXL pair at 1024².
+
 `split` copies a block's output once, where the halves are joined. Writing them into one output made before
 holds more memory while the second half runs, needs the same copies, and a copy of the gradient in backward.
 """
@@ -20,25 +23,20 @@ holds more memory while the second half runs, needs the same copies, and a copy 
 from __future__ import annotations
 
 import difflib
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mapo_fast.engine.offload_activations import ActivationOffload
 from mapo_fast.errors import UserError
 
 Layout = Literal["joint", "split", "sequential"]
-
-
-class Offload(Protocol):
-    """What moves the saved inputs of checkpointed blocks to host memory: `ActivationOffload`."""
-
-    def around(self) -> AbstractContextManager[Any]:
-        """Context of one `checkpoint` call."""
 
 
 def apply_layout(
@@ -46,7 +44,7 @@ def apply_layout(
     layout: Layout,
     *,
     gradient_checkpointing: bool | tuple[str, ...],
-    offload: Offload | None = None,
+    offload: ActivationOffload | None = None,
 ) -> None:
     """Set a diffusers UNet's checkpointing to the layout.
 
@@ -59,6 +57,9 @@ def apply_layout(
         UserError: a name that is no block and holds none.
         ValueError: `split` without gradient checkpointing.
     """
+    for module in unet.modules():
+        if type(module) is Transformer2DModel:
+            module.__class__ = _RecomputedNorm
     if not gradient_checkpointing:
         if layout == "split":
             raise ValueError(
@@ -90,13 +91,27 @@ def checkpoint_blocks(unet: Any) -> dict[str, nn.Module]:
     }
 
 
+class _RecomputedNorm(Transformer2DModel):  # type: ignore[misc]
+    """diffusers' transformer, whose blocks see proj_in(norm(x)); x is saved and norm(x) is not.
+
+    Recomputation ends where the last saved tensor is there: in front of proj_in's matrix product.
+    """
+
+    def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> Any:
+        run = super()._operate_on_continuous_inputs
+        if not any(p.requires_grad for p in self.proj_in.parameters()):
+            return run(hidden_states)  # a frozen projection does not save its input
+        dropout = has_dropout(self.proj_in)
+        return checkpoint(run, hidden_states, use_reentrant=False, preserve_rng_state=dropout)
+
+
 @dataclass(eq=False)
 class _BlockRunner:
     """What diffusers calls in place of every block while gradients are on."""
 
     checkpointed: set[nn.Module]
     split: bool
-    offload: Offload | None
+    offload: ActivationOffload | None
 
     def __call__(self, block: nn.Module, *args: Any) -> Any:
         if block not in self.checkpointed:

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from bench.live_memory import LiveMemory
 from mapo_fast import MaPOLoss
 from mapo_fast.engine import layouts
 from mapo_fast.engine.layouts import apply_layout, checkpoint_blocks
+from mapo_fast.engine.step import predict
 from mapo_fast.errors import UserError
 from mapo_fast.fuse import patch_unet
 from mapo_fast.model import open_sdxl
@@ -247,6 +249,41 @@ def test_a_name_is_not_the_beginning_of_another() -> None:
 def test_unknown_names(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         apply_layout(unets.make_unet("sdxl"), "joint", gradient_checkpointing=("down_blocks.0", name))
+
+
+# --- The norm in front of a transformer's blocks ---
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_what_a_projection_reads_is_recomputed_where_it_would_be_saved(kind: str) -> None:
+    """One tensor a transformer less, and the norm run twice; a frozen projection saves nothing anyway."""
+    model, inputs = unets.make_unet("sdxl"), pair_of_inputs(side=32)
+    if kind == "lora":
+        add_lora(model)
+    normed: list[Tensor] = []
+
+    def saved_bytes() -> int:
+        normed.clear()
+        with LiveMemory([*model.parameters(), *inputs]) as memory:
+            before = memory.live
+            loss = MaPOLoss()(predict(model, inputs), inputs.target).loss
+            saved = memory.live - before
+            loss.backward()
+        return saved
+
+    plain = saved_bytes()
+    apply_layout(model, "joint", gradient_checkpointing=False)
+    transformers = [m for m in model.modules() if isinstance(m, Transformer2DModel)]
+    for transformer in transformers:
+        transformer.norm.register_forward_hook(lambda *args: normed.append(args[2].nbytes))
+    less = plain - saved_bytes()
+    if kind == "lora":
+        assert less == 0
+        assert len(normed) == len(transformers)
+    else:
+        statistics = 2 * 512 * len(transformers)  # mean and rstd, as allocated
+        assert 2 * less == sum(normed) + 2 * statistics
+        assert len(normed) == 2 * len(transformers)
 
 
 # --- Dropout, offload ---

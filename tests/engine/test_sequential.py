@@ -12,13 +12,18 @@ from bench.live_memory import LiveMemory
 from mapo_fast import MaPOLoss, SFTLoss
 from mapo_fast.engine import sequential
 from mapo_fast.engine.layouts import apply_layout
+from mapo_fast.engine.offload_activations import ActivationOffload
 from mapo_fast.engine.sequential import sequential_backward
 from mapo_fast.engine.step import PairInputs
+from mapo_fast.engine.stream_weights import WeightStreaming
+from mapo_fast.engine.transfers import Transfers
 from mapo_fast.fuse import patch_unet
 from mapo_kernels import OBJECTIVES
+from tests.delayed_transfers import DelayedTransfers
 from tests.engine.pair_steps import (
     MODELS,
     PAIRS,
+    SOME_BLOCKS,
     ObjectiveLoss,
     add_lora,
     gradients,
@@ -182,6 +187,28 @@ def test_recomputed_dropout_drops_the_same(lora: bool, scratch: bool) -> None:
         torch.manual_seed(5)
         found.append(gradients(unet, lambda: backward(unet, inputs, MaPOLoss(), scratch)))
     assert worst(found[1], found[0]) <= 1e-10
+
+
+# --- With what moves between host and device ---
+
+
+@VARIANTS
+@pytest.mark.parametrize("copies", [Transfers, DelayedTransfers])
+def test_streamed_weights_and_offloaded_inputs(
+    copies: type[Transfers], scratch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mapo_fast.engine.stream_weights.STREAMED_BYTES", 1)
+    monkeypatch.setattr("mapo_fast.engine.offload_activations.OFFLOADED_BYTES", 1)
+    unet, inputs = make_unet("sdxl"), pair_of_inputs()
+    add_lora(unet)
+    truth = gradients(unet, lambda: joint_backward(unet, inputs, MaPOLoss()))
+    transfers = copies(torch.device("cpu"))
+    WeightStreaming(patch_unet(unet), transfers)
+    offload = ActivationOffload(transfers)
+    apply_layout(unet, "sequential", gradient_checkpointing=SOME_BLOCKS, offload=offload)
+    for _ in range(2):
+        assert worst(gradients(unet, lambda: backward(unet, inputs, MaPOLoss(), scratch)), truth) <= 1e-10
+        offload.reset()
 
 
 # --- Memory ---
