@@ -105,7 +105,8 @@ class WeightStreaming:
             self._watch(module, unit)
         self._at = 0
         self._direction = 1
-        unet.to(transfers.device)
+        for tensor in itertools.chain(unet.parameters(), unet.buffers()):  # not `.to`: it swaps fake tensors
+            tensor.data = tensor.data.to(transfers.device)
 
     def unit_of(self, parameter: Tensor) -> Unit | None:
         """The unit that streams a parameter; None if it stays on the device."""

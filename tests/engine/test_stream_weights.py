@@ -24,8 +24,8 @@ FORMS = ["plain", "checkpointed", "split"]
 
 
 @pytest.fixture(autouse=True)
-def _stream_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mapo_fast.engine.stream_weights.STREAMED_BYTES", 1)
+def _stream_all_but_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mapo_fast.engine.stream_weights.STREAMED_BYTES", 600)
 
 
 def _make(form: str = "plain", *, lora: bool = False, patched: bool = False, family: str = "sdxl") -> Any:
@@ -88,7 +88,9 @@ def test_units_are_in_order_of_execution(family: str) -> None:
     ran: list[str] = []
     for name, module in listed.items():
         module.register_forward_pre_hook(lambda module, args, name=name: ran.append(name))
-    run(unet, family, torch.float64)
+    latents, others = inputs(family, torch.float64)
+    with torch.no_grad():  # in training norms run again in backward
+        unet(latents, **others)
     assert ran == list(listed)
     missing = set(unet.parameters()) - {p for m in listed.values() for p in m.parameters()}
     assert not missing
@@ -178,7 +180,7 @@ def test_only_frozen_weights_stream_beside_an_adapter() -> None:
     for name, parameter in unet.named_parameters():
         if "lora_" in name:
             assert streaming.unit_of(parameter) is None, name
-        elif not name.startswith("conv_in."):
+        elif ".transformer_blocks." in name or ".resnets." in name:
             assert streaming.unit_of(parameter) is not None, name
 
 
