@@ -322,7 +322,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def step_part(self, params: Sequence[Tensor]) -> None:
         """Take one step with some parameters that have a gradient, without a look at the others.
 
-        They come in the optimizer's order. `found_inf` may have a value for each of them.
+        Those of one parameter group come together. `found_inf` may have a value for each, in their order.
         """
         if len(self._places) != sum(len(group["params"]) for group in self.param_groups):
             numbers = count()

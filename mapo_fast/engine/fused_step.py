@@ -68,7 +68,6 @@ class FusedStep:
         self.max_grad_norm, self.group_bytes = max_grad_norm, group_bytes
         self.parameters = list(parameters)
         self._settings = {p: group for group in optimizer.param_groups for p in group["params"]}
-        self._number = {p: i for i, p in enumerate(self._settings)}
         self._bytes: dict[Tensor, int] = {p: p.numel() * p.element_size() for p in self.parameters}
         self._unit: dict[Tensor, Any] = {}
         for p in self.parameters:
@@ -197,8 +196,7 @@ class FusedStep:
     @torch.no_grad()
     def _apply(self) -> None:
         """Update the parameters whose gradients are complete, and free those."""
-        group = sorted(self._pending, key=self._number.__getitem__)
-        self._pending, self._pending_bytes = [], 0
+        group, self._pending, self._pending_bytes = self._pending, [], 0
         if not group:
             return
         gradients = [p.grad for p in group if p.grad is not None]

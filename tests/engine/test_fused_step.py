@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,9 +15,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mapo_fast.config import OptimConfig
+from mapo_fast.engine import stream_states, stream_weights
 from mapo_fast.engine.fused_step import FusedStep
 from mapo_fast.engine.layouts import apply_layout
 from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
+from mapo_fast.engine.stream_states import StateStreaming
+from mapo_fast.engine.stream_weights import WeightStreaming
+from tests.delayed_transfers import DelayedTransfers
 from tests.unets import inputs, make_unet
 
 OPTIMIZERS = ["adamw", "adamw8bit", "adafactor"]
@@ -303,3 +308,38 @@ def test_the_host_reads_nothing() -> None:
     loss = simple_loss(parameters, 1)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoSync():
         float(loss)
+
+
+@pytest.mark.parametrize("group_bytes", [1, 3000, 1 << 30])
+def test_streamed_weights_go_back_unit_by_unit(group_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the groups: a unit is stored once a step, while its slot holds it, and so are its states."""
+    monkeypatch.setattr(stream_weights, "STREAMED_BYTES", 1)
+    monkeypatch.setattr(stream_states, "_SMALLEST", 1)
+    found = []
+    for streaming in (False, True):
+        unet = make_unet("sdxl", dtype=torch.float32)
+        transfers = DelayedTransfers()
+        weights = WeightStreaming(unet, transfers) if streaming else None
+        parameters = list(unet.parameters())
+        optimizer = optimizer_of("adamw", parameters)
+        states = StateStreaming(optimizer, transfers, group_bytes=group_bytes) if streaming else None
+        step = FusedStep(
+            optimizer,
+            parameters,
+            max_grad_norm=0.0,
+            states=states,
+            weights=weights,
+            group_bytes=group_bytes,
+        )
+        updated = mock.Mock(wraps=getattr(weights, "updated", None))
+        if weights is not None:
+            monkeypatch.setattr(weights, "updated", updated)
+        for i in range(2):
+            step.backward(loss_of(unet, i))
+            step.step()
+        if weights is not None:
+            stored = [call.args[0] for call in updated.call_args_list]
+            assert stored == 2 * weights.units[::-1]
+        found.append((weights or unet).state_dict())
+    plain, streamed = found
+    assert all(torch.equal(plain[name], streamed[name]) for name in plain)
