@@ -1,7 +1,8 @@
 """Previews: the same prompts and start noise sampled at several steps of a run.
 
-The text encoders are loaded once, before the UNet, and the VAE only while it decodes, so that training keeps
-nothing but the UNet in memory.
+The text encoders are loaded once, before the UNet, and the VAE only while it decodes, one image at a time and
+in tiles where it is larger than 512 × 512 pixels. Beside the UNet and its optimizer that takes 0.3 GiB of
+weights and 0.8 GiB to work in, whatever the image's size, and training keeps neither.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from mapo_fast.data.text import empty_prompt, encode_prompts
 from mapo_fast.files import disk_errors
 from mapo_fast.model import SDXLFolder
 from mapo_fast.sample import decode_latents, sample_latents
+from mapo_fast.vae import use_tiles
 
 
 class Previews:
@@ -47,9 +49,12 @@ class Previews:
                 guidance=preview.guidance,
                 batch_size=1,
             )
-        vae = self.folder.load_vae(torch.float32).to(self.device)
+        vae = use_tiles(self.folder.load_vae(torch.float32).to(self.device))
         target = self.config.train.output / "previews" / f"step-{step:08d}"
         with disk_errors(target):
             target.mkdir(parents=True, exist_ok=True)
             for index, image in enumerate(decode_latents(vae, latents, batch_size=1)):
                 image.save(target / f"{index:02d}.png")
+        del vae
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what decoding took, for the rest of the step

@@ -52,7 +52,16 @@ PAIR = np.dtype(
     ]
 )
 OPEN_SHARDS = 128
-_SETTINGS = ("resolution", "bucket_step", "max_crop", "flip", "size_conditioning", "max_tokens", "vae_dtype")
+_SETTINGS = (
+    "resolution",
+    "bucket_step",
+    "max_crop",
+    "flip",
+    "size_conditioning",
+    "max_tokens",
+    "vae_dtype",
+    "vae_tiling",
+)
 
 
 def cache_settings(folder: SDXLFolder, data: DataConfig) -> dict[str, Any]:
@@ -67,6 +76,7 @@ def cache_settings(folder: SDXLFolder, data: DataConfig) -> dict[str, Any]:
 
 def difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
     """The first difference between two settings in words, or None."""
+    have = {"vae_tiling": False, **have}  # caches from before this setting
     if have.get("format") != want["format"]:
         return f"has cache format {have.get('format')}, this version writes {want['format']}"
     for name in _SETTINGS:

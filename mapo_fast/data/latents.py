@@ -11,6 +11,7 @@ batches and gets the same bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs,
 from mapo_fast.data.scan import content_hash
 from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder
+from mapo_fast.vae import use_tiles
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -44,9 +46,21 @@ class ImageJob:
 
 
 class LatentEncoder:
-    """The VAE's encoder, with a second one in fp32 as soon as a latent comes out non-finite."""
+    """The VAE's encoder, with a second one in fp32 as soon as a latent comes out non-finite.
 
-    def __init__(self, folder: SDXLFolder, dtype: str, device: torch.device) -> None:
+    Args:
+        folder: the pipeline.
+        dtype: `fp32` or `bf16`.
+        device: where to encode.
+        tiles: side in pixels of the tiles that larger images are encoded in; None encodes them whole.
+
+    Raises:
+        UserError: the VAE cannot be loaded, or is not SDXL's.
+    """
+
+    def __init__(
+        self, folder: SDXLFolder, dtype: str, device: torch.device, *, tiles: int | None = None
+    ) -> None:
         config = folder.config("vae")
         if config.get("shift_factor"):
             raise UserError(
@@ -56,7 +70,8 @@ class LatentEncoder:
         self.folder, self.dtype, self.device = folder, DTYPES[dtype], device
         self.scale = float(config.get("scaling_factor", 0.18215))
         self.mean, self.std = (config.get(f"latents_{name}") for name in ("mean", "std"))
-        self.vae: Any = folder.load_vae(self.dtype).to(device)
+        self.tiles = tiles
+        self.vae = self._load(self.dtype)
         self._vae_fp32: Any = self.vae if self.dtype is torch.float32 else None
         self.retries = 0
 
@@ -68,10 +83,22 @@ class LatentEncoder:
             if latent is not None and not latent.isfinite().all():
                 self.retries += 1
                 if self._vae_fp32 is None:
-                    self._vae_fp32 = self.folder.load_vae(torch.float32).to(self.device)
+                    self._vae_fp32 = self._load(torch.float32)
                 again = self._encode(self._vae_fp32, pixels[index : index + 1])[0]
                 latents[index] = again if again.isfinite().all() else None
         return latents
+
+    def tiling_error(self, image: Image.Image) -> float:
+        """‖tiled − whole‖ / ‖whole‖ of an image's latent. Encodes it whole once, on the CPU."""
+        whole = LatentEncoder(self.folder, "fp32", torch.device("cpu"))([image])[0]
+        tiled = self([image])[0]
+        if whole is None or tiled is None:
+            return math.nan
+        return float((tiled.float() - whole).norm() / whole.norm())
+
+    def _load(self, dtype: torch.dtype) -> Any:
+        vae = self.folder.load_vae(dtype).to(self.device)
+        return vae if self.tiles is None else use_tiles(vae, self.tiles)
 
     @torch.no_grad()
     def _encode(self, vae: Any, pixels: Tensor) -> Tensor:
@@ -154,7 +181,7 @@ def encode_shard(
         progress(len(images))
         filling.waiting.clear()
 
-    for job, image in _images(jobs, source):
+    for job, image in images(jobs, source):
         filling = buckets.setdefault(job.bucket, _Filling())
         filling.waiting.append((job, image))
         if len(filling.waiting) == batch_size:
@@ -173,7 +200,12 @@ def encode_shard(
     return tensors
 
 
-def _images(jobs: Sequence[ImageJob], source: PreferencePairs) -> Iterator[tuple[ImageJob, Image.Image]]:
+def images(jobs: Sequence[ImageJob], source: PreferencePairs) -> Iterator[tuple[ImageJob, Image.Image]]:
+    """The jobs' images in source order, cropped and scaled to their buckets.
+
+    Raises:
+        UserError: the source changed since it was scanned.
+    """
     by_row: dict[int, list[ImageJob]] = {}
     for job in jobs:
         by_row.setdefault(job.row, []).append(job)

@@ -37,7 +37,7 @@ from mapo_fast.config import Config
 from mapo_fast.data import shards
 from mapo_fast.data.buckets import Size, choose_bucket, fit, make_buckets, time_ids
 from mapo_fast.data.cache import PAIR, cache_settings, difference, index_digest, read_index
-from mapo_fast.data.latents import DTYPES, ImageJob, LatentEncoder, encode_shard, latent_shape, plan
+from mapo_fast.data.latents import DTYPES, ImageJob, LatentEncoder, encode_shard, images, latent_shape, plan
 from mapo_fast.data.leak import size_leaks
 from mapo_fast.data.pairs import PreferencePairs, SkippedRow
 from mapo_fast.data.scan import ScannedRow, content_hash, scan
@@ -55,6 +55,7 @@ from mapo_fast.data.text import (
 from mapo_fast.errors import UserError
 from mapo_fast.files import atomic_path, disk_errors, exclusive, sha256_file, write_json
 from mapo_fast.model import SDXLFolder, open_sdxl
+from mapo_fast.vae import TILE
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,10 @@ class Preparation:
     def _encode_images(self, jobs: list[ImageJob]) -> None:
         if not jobs:
             return
-        encoder = LatentEncoder(self.folder, self.data.vae_dtype, self.device)
+        tiles = TILE if self.data.vae_tiling else None
+        encoder = LatentEncoder(self.folder, self.data.vae_dtype, self.device, tiles=tiles)
+        if tiles is not None:
+            self._report_tiling(encoder, jobs)
         with self._progress() as progress:
             task = progress.add_task("images", total=len(jobs))
             for part in plan(jobs, self._latent_bytes):
@@ -264,6 +268,13 @@ class Preparation:
         del encoder
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _report_tiling(self, encoder: LatentEncoder, jobs: list[ImageJob]) -> None:
+        """What tiling changes in the first image that is tiled at all."""
+        large = [job for job in jobs if max(job.bucket) > TILE][:1]
+        for _, image in images(large, self.source):
+            error = encoder.tiling_error(image)
+            _say(self.console, f"data.vae_tiling changes latents by {error:.2%} (first image)")
 
     def _encode_prompts(self, prompts: dict[bytes, str]) -> None:
         prompts = {EMPTY: "", **prompts}

@@ -435,6 +435,7 @@ def test_finished_cache_is_left_alone(tiny_sdxl: Path, tmp_path: Path) -> None:
         ({"flip": True}, "was made for data.flip = False, the config says True"),
         ({"size_conditioning": "own"}, "data.size_conditioning = shared, the config says own"),
         ({"vae_dtype": "bf16"}, "data.vae_dtype = fp32, the config says bf16"),
+        ({"vae_tiling": True}, "data.vae_tiling = False, the config says True"),
         ({"max_crop": 0.1}, "data.max_crop = 0.2, the config says 0.1"),
     ],
 )

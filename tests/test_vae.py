@@ -1,0 +1,102 @@
+"""The VAE's working memory, and encoding and decoding in tiles."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from bench.live_memory import LiveMemory
+from mapo_fast.data.latents import LatentEncoder
+from mapo_fast.data.prepare import prepare
+from mapo_fast.demo import world
+from mapo_fast.model import open_sdxl
+from mapo_fast.sample import decode_latents
+from mapo_fast.vae import decode_bytes, encode_bytes, use_tiles
+from tests.data.sources import config, jsonl_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+CPU = torch.device("cpu")
+TINY = Path(world.__file__).parent / "assets" / "tiny-sdxl"
+SDXL_VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "sample_size": 1024,
+}
+
+
+def test_working_memory_of_sdxls_vae() -> None:
+    """One image at 1024² in fp32, traced."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae: Any = AutoencoderKL(**SDXL_VAE).eval().requires_grad_(False)
+    mode = FakeTensorMode()
+    for module in vae.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                module._parameters[name] = nn.Parameter(FakeTensor(mode, p.detach(), CPU), False)
+    said = [count(SDXL_VAE, 1024 * 1024, 4) for count in (encode_bytes, decode_bytes)]
+    with mode, torch.no_grad():
+        for want, run, shape in (
+            (said[0], vae.encode, (1, 3, 1024, 1024)),
+            (said[1], vae.decode, (1, 4, 128, 128)),
+        ):
+            with LiveMemory(vae.parameters()) as memory:
+                weights = memory.live
+                run(torch.zeros(shape))
+            assert memory.peak - weights == pytest.approx(want, rel=0.02)
+
+
+def image() -> Any:
+    return world.random_drawing(random.Random(3)).image()
+
+
+def test_tiles_are_smaller_and_nearly_the_same() -> None:
+    """The demo's trained VAE, an image of 2 × 2 tiles and their overlaps."""
+    folder = open_sdxl(TINY)
+    whole = LatentEncoder(folder, "fp32", CPU)
+    tiled = LatentEncoder(folder, "fp32", CPU, tiles=16)
+    sizes: list[int] = []
+    tiled.vae.encoder.register_forward_hook(lambda _, args, __: sizes.append(args[0].shape[-1]))
+    latent, other = (encoder([image()])[0] for encoder in (whole, tiled))
+    assert latent is not None
+    assert other is not None
+    assert max(sizes) == 16
+    assert other.shape == latent.shape
+    error = float((other - latent).norm() / latent.norm())
+    assert 0 < error < 1  # a quarter of a 32-pixel image has group norms of its own
+    assert tiled.tiling_error(image()) == pytest.approx(error)
+    pictures = [
+        np.asarray(decode_latents(vae, latent[None])[0], dtype=float)
+        for vae in (whole.vae, use_tiles(folder.load_vae(), 16))
+    ]
+    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 20  # of 255
+
+
+def test_small_images_stay_whole() -> None:
+    folder = open_sdxl(TINY)
+    got, want = (LatentEncoder(folder, "fp32", CPU, tiles=tiles)([image()])[0] for tiles in (512, None))
+    assert got is not None
+    assert want is not None
+    assert torch.equal(got, want)
+
+
+def test_prepare_says_what_tiling_changes(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mapo_fast.data.prepare.TILE", 16)
+    out = io.StringIO()
+    source = jsonl_folder(tmp_path / "s", 3)
+    prepare(config(tiny_sdxl, source, tmp_path / "c", vae_tiling=True), console=Console(file=out))
+    assert "data.vae_tiling changes latents by " in out.getvalue()
