@@ -65,8 +65,11 @@ class DataConfig(Section):
     rows without a label count too (Pick-a-Pic v2 has about an eighth of them)."""
     vae_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of VAE encoding; a latent that comes out NaN is encoded again in fp32."""
+    vae_tiling: bool = False
+    """Encode images larger than 512 × 512 pixels in overlapping tiles. That takes a quarter of the memory at
+    1024² and changes latents, `prepare` says by how much: lower data.batch_size to 1 first."""
     batch_size: int = Field(4, ge=1)
-    """Images per VAE call."""
+    """Images per VAE call; at 1024² in fp32 each one needs 2.5 GiB."""
 
 
 class ObjectiveConfig(Section):
@@ -105,14 +108,17 @@ class AdapterConfig(Section):
     """LoRA scale is alpha / rank; None means alpha = rank."""
     targets: tuple[str, ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
     """Names (suffixes) of the UNet layers that get an adapter."""
+    base: Literal["dense", "int8", "nf4"] = "dense"
+    """Storage of the frozen UNet beside a LoRA: in `train.precision`'s type, or the linear layers quantised
+    to int8 or nf4 by bitsandbytes, and the convolutions stored in 8 bits."""
 
 
 class OptimConfig(Section):
     """`[optim]`: optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """torch's fused AdamW; AdamW with 8-bit states and stochastic rounding of bf16 weights; or bitsandbytes'
-    8-bit AdamW whose states may move to system RAM."""
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"] = "adamw"
+    """torch's fused AdamW; AdamW with 8-bit states and stochastic rounding of bf16 weights; bitsandbytes'
+    8-bit AdamW whose states may move to system RAM; or torch's Adafactor."""
     lr: float = Field(1e-5, gt=0.0, lt=1.0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -128,7 +134,11 @@ class OptimConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     """Optimizer steps of linear warm-up."""
     max_grad_norm: float = Field(1.0, ge=0.0)
-    """Global gradient-norm clip; 0 switches clipping off (the norm is still logged)."""
+    """Global gradient-norm clip; 0 switches clipping off (the norm is still logged). With train.fused_step
+    the norm of the step before decides: this step's is not known yet when its first update is made."""
+    max_update_rms: float | None = Field(None, gt=0.0)
+    """`adamw8bit` only: largest root mean square of a tensor's update before lr. Needs no other tensor, so it
+    is the same with and without train.fused_step."""
 
     @model_validator(mode="after")
     def _ranges(self) -> OptimConfig:
@@ -154,11 +164,19 @@ class TrainConfig(Section):
     """`bf16`: bf16 arithmetic with fp32 trainable weights; `fp16`: the same with a gradient scaler, LoRA
     only; `pure_bf16`: bf16 weights without fp32 masters, for optim.name = "adamw8bit"; other optimizers lose
     small updates."""
-    layout: Literal["joint", "split"] = "split"
+    vram: str | None = None
+    """GPU memory to stay within, such as "24GiB": the fastest exact plan that fits is chosen for the settings
+    of the memory plan that are not in the config. None takes the card's free memory; on the CPU, no plan."""
+    layout: Literal["joint", "split", "sequential"] = "split"
     """`joint`: both halves of the pair in one batch; `split`: inside each checkpointed block one after the
-    other, so that transient memory is one image's."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in backward (non-reentrant). `split` needs it."""
+    other, so that transient memory is one image's; `sequential`: one after the other through the whole UNet,
+    a LoRA pair by pair. All give the same gradients."""
+    gradient_checkpointing: bool | tuple[str, ...] = True
+    """Recompute activations in backward (non-reentrant): in all blocks, in none, or in those at or below one
+    of these names, such as "down_blocks.2". `split` needs it."""
+    fused_step: bool = False
+    """Update weights and free gradients as soon as backward has completed them: all gradients never exist at
+    once. One micro-batch per step only."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention back end."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -192,6 +210,18 @@ class TrainConfig(Section):
     """Weights & Biases project that mirrors the TensorBoard figures; needs the `wandb` extra."""
 
 
+class OffloadConfig(Section):
+    """`[offload]`: what lives in pinned system memory and visits the GPU while it is needed."""
+
+    optimizer: Literal["gpu", "cpu"] = "gpu"
+    """Optimizer states; with `cpu` they stream in around their update. Needs train.fused_step."""
+    weights: Literal["gpu", "cpu"] = "gpu"
+    """UNet weights; with `cpu` they stream in block by block, forward and backward. A full fine-tune then
+    needs train.fused_step and optimizer = "cpu"."""
+    activations: Literal["gpu", "cpu"] = "gpu"
+    """The inputs of checkpointed blocks, between forward and backward."""
+
+
 class PreviewConfig(Section):
     """`[preview]`: images sampled during training with fixed seeds."""
 
@@ -216,16 +246,72 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     adapter: AdapterConfig = AdapterConfig()
     optim: OptimConfig = OptimConfig()
+    offload: OffloadConfig = OffloadConfig()
     preview: PreviewConfig = PreviewConfig()
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:
         train = self.train
-        if train.layout == "split" and not train.gradient_checkpointing:
-            raise ValueError(
+        full = self.adapter.kind == "full"
+        for wrong, message in (
+            (
+                train.layout == "split" and not train.gradient_checkpointing,
                 "train.layout = 'split' works inside checkpointed blocks and needs "
-                "train.gradient_checkpointing = true (or use train.layout = 'joint')"
-            )
+                "train.gradient_checkpointing = true (or use train.layout = 'joint')",
+            ),
+            (
+                train.fused_step and train.accumulation > 1,
+                "train.fused_step = true updates weights during backward, so train.accumulation must be 1 "
+                "(or use train.fused_step = false)",
+            ),
+            (
+                train.fused_step and train.layout == "sequential",
+                "train.fused_step = true needs a step's gradients in one backward pass: train.layout = "
+                "'sequential' cannot be combined with it (use 'split' or 'joint')",
+            ),
+            (
+                train.fused_step and train.precision == "fp16",
+                "train.fused_step = true cannot unscale gradients of train.precision = 'fp16' (use 'bf16')",
+            ),
+            (
+                train.fused_step and self.optim.name == "paged_adamw8bit",
+                "train.fused_step = true does not work with optim.name = 'paged_adamw8bit'; use 'adamw8bit' "
+                "and offload.optimizer = 'cpu'",
+            ),
+            (
+                self.optim.max_update_rms is not None and self.optim.name != "adamw8bit",
+                f"optim.max_update_rms is for optim.name = 'adamw8bit', not {self.optim.name!r}",
+            ),
+            (
+                full and self.adapter.base != "dense",
+                f"adapter.base = {self.adapter.base!r} freezes the UNet, adapter.kind = 'full' trains it: "
+                "use adapter.kind = 'lora', or adapter.base = 'dense'",
+            ),
+            (
+                self.offload.activations == "cpu" and not train.gradient_checkpointing,
+                "offload.activations = 'cpu' moves the inputs of checkpointed blocks and needs "
+                "train.gradient_checkpointing = true",
+            ),
+            (
+                self.offload.optimizer == "cpu" and not train.fused_step,
+                "offload.optimizer = 'cpu' streams states around their update and needs "
+                "train.fused_step = true",
+            ),
+            (
+                full
+                and self.offload.weights == "cpu"
+                and not (train.fused_step and self.offload.optimizer == "cpu"),
+                "offload.weights = 'cpu' with adapter.kind = 'full' needs train.fused_step = true and "
+                "offload.optimizer = 'cpu'",
+            ),
+            (
+                self.offload.weights == "cpu" and self.adapter.base != "dense",
+                f"offload.weights = 'cpu' streams dense weights: with adapter.base = {self.adapter.base!r} "
+                "use offload.weights = 'gpu'",
+            ),
+        ):
+            if wrong:
+                raise ValueError(message)
         if train.precision == "fp16" and self.adapter.kind == "full":
             raise ValueError(
                 "train.precision = 'fp16' is for adapter.kind = 'lora' only: fp16 weights of a full "
@@ -253,7 +339,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"config file {path} is not valid TOML: {error}") from None
     _resolve_paths(table, path.parent)
     for override in overrides or []:
-        _apply_override(table, override)
+        apply_override(table, override)
     return parse_config(table, where=str(path))
 
 
@@ -276,7 +362,8 @@ def _resolve_paths(table: dict[str, Any], base: Path) -> None:
             part[key] = os.path.normpath(base / Path(part[key]).expanduser())
 
 
-def _apply_override(table: dict[str, Any], override: str) -> None:
+def apply_override(table: dict[str, Any], override: str) -> None:
+    """Put one `section.key=value` into a table of settings. Raises `UserError` where it is not written so."""
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or len(keys) != 2 or not all(keys):
@@ -294,7 +381,7 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any) -> str:
-    loc = [str(part) for part in error["loc"]]
+    loc = [str(part) for part in error["loc"]][:2]  # what follows names a member of a union
     name = ".".join(loc)
     if error["type"] == "extra_forbidden":
         known = list(_fields(loc[:-1]))

@@ -22,6 +22,7 @@ _MAY_CHANGE = frozenset(
         "train.steps",
         "train.device",
         "train.threads",
+        "train.vram",
         "train.layout",
         "train.gradient_checkpointing",
         "train.attention",
@@ -38,7 +39,7 @@ _MAY_CHANGE = frozenset(
 _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 """Learning-rate schedules that do not depend on the number of steps; with the others it is fixed."""
 
-_SECTIONS_MAY_CHANGE = ("data", "model", "preview")
+_SECTIONS_MAY_CHANGE = ("data", "model", "offload", "preview")
 """Data and start model are compared by content instead, so that folders may move."""
 
 
@@ -63,8 +64,13 @@ def check_output(config: Config, identity: dict[str, str], *, resume: bool) -> N
                 f"{output} already holds a run: add --resume to continue it, or set another train.output"
             )
         _check_same_run(path, _record(config, identity))
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif output.exists() and (not output.is_dir() or any(not _leftover(file) for file in output.iterdir())):
         raise UserError(f"{output} exists and is not an empty folder: set another train.output")
+
+
+def _leftover(file: Path) -> bool:
+    """Whether it is a `run.json` that a killed process was about to write."""
+    return file.name.startswith(".run.json.") and file.name.endswith(".tmp")
 
 
 def check_results(output: Path) -> None:

@@ -64,8 +64,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     if checkpoint is None:
         check_results(output)
     previews = Previews(config, folder, device) if config.preview.prompts else None
-    unet = build_unet(config, folder, precision, device)
-    trainer = Trainer(config, unet, cache, diffusion, precision, device, store, previews)
+    parts = build_unet(config, folder, precision, device)
+    trainer = Trainer(config, parts, cache, diffusion, precision, device, store, previews)
     claim_output(config, identity)
     with exclusive(output):
         trainer.measure_start(output / "held_out_start.safetensors")

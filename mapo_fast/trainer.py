@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +19,9 @@ from mapo_fast.config import Config
 from mapo_fast.data.cache import CachedPair, PairCache
 from mapo_fast.diffusion import Diffusion
 from mapo_fast.engine.batches import MicroBatches
-from mapo_fast.engine.build import learning_rate
+from mapo_fast.engine.build import TrainingUnet, learning_rate
+from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.metrics import Metrics, peak_memory_mib
-from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
-from mapo_fast.engine.optim_state import flatten_optimizer_state, restore_optimizer_state
 from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.step import PairInputs, predict, training_inputs
 from mapo_fast.errors import UserError
@@ -55,7 +53,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        unet: Any,
+        parts: TrainingUnet,
         cache: PairCache,
         diffusion: Diffusion,
         precision: Precision,
@@ -63,19 +61,14 @@ class Trainer:
         store: CheckpointStore,
         previews: Previews | None,
     ) -> None:
-        self.config, self.unet, self.cache, self.diffusion = config, unet, cache, diffusion
+        self.config, self.unet, self.cache, self.diffusion = config, parts.unet, cache, diffusion
         self.precision, self.device, self.store, self.previews = precision, device, store, previews
         self.step = 0
-        self.loss = build_loss(config.objective, diffusion.num_train_timesteps)
+        loss = build_loss(config.objective, diffusion.num_train_timesteps)
+        self.engine = Engine(config, parts, loss, precision, device)
+        self.optimizer = self.engine.optimizer
         self.batches = MicroBatches(cache.train, config.train.pairs_per_batch, config.train.seed)
         self.learning_rate = learning_rate(config.optim, config.train.steps)
-        trainable = [p for p in unet.parameters() if p.requires_grad]
-        self.optimizer = GuardedOptimizer(
-            build_optimizer(config.optim, trainable, seed=config.train.seed),
-            trainable,
-            max_grad_norm=config.optim.max_grad_norm,
-            scaler=torch.amp.GradScaler(device.type) if precision.scaled else None,
-        )
         self.metrics = Metrics(device)
         self.held_out = HeldOut(
             cache,
@@ -134,17 +127,11 @@ class Trainer:
         first = self.step * config.accumulation
         micro_batches = [self.batches.at(first + i) for i in range(config.accumulation)]
         total = sum(len(pairs) for _, pairs in micro_batches)
-        for group in self.optimizer.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
+        self.engine.start(self.learning_rate(self.step))
         for epoch, pairs in micro_batches:
-            inputs = self._inputs(epoch, pairs)
-            with self.precision.context(self.device):
-                prediction = predict(self.unet, inputs)
-            out = self.loss(prediction, inputs.target)
-            self.optimizer.backward(out.loss * (len(pairs) / total))
-            self.metrics.add(out)
+            self.metrics.add(self.engine.accumulate(self._inputs(epoch, pairs), len(pairs) / total))
         self.step += 1
-        return self.optimizer.step()
+        return self.engine.finish()
 
     def _inputs(self, epoch: int, pairs: list[CachedPair]) -> PairInputs:
         config = self.config.train
@@ -207,19 +194,12 @@ class Trainer:
     def _model_tensors(self) -> dict[str, Tensor]:
         if self.config.adapter.kind == "lora":
             return lora_state_dict(self.unet)
-        return dict(self.unet.state_dict())
+        return self.engine.parts.state_dict()
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
-        tensors, description = flatten_optimizer_state(self.optimizer.optimizer)
-        scaler = self.optimizer.scaler
-        state = {
-            "optimizer": description,
-            "seed": self.config.train.seed,
-            "skipped": float(self.optimizer.skipped),
-            "metrics": self.metrics.state(),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
+        tensors, state = self.optimizer.state()
+        state |= {"seed": self.config.train.seed, "metrics": self.metrics.state()}
         self.store.save(self.step, {"model": self._model_tensors(), "optimizer": tensors}, state)
         self.metrics.restart_clock()
 
@@ -235,12 +215,7 @@ class Trainer:
                 f"{checkpoint.step}"
             )
         checkpoint.copy_into("model", self._model_tensors())
-        restore_optimizer_state(
-            self.optimizer.optimizer, checkpoint.views("optimizer"), checkpoint.state["optimizer"]
-        )
-        self.optimizer.skipped.fill_(checkpoint.state["skipped"])
-        if self.optimizer.scaler is not None:
-            self.optimizer.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.optimizer.restore(checkpoint.views("optimizer"), checkpoint.state)
         self.metrics.restore(checkpoint.state["metrics"])
         self.step = checkpoint.step
 
@@ -250,7 +225,7 @@ class Trainer:
         if self.config.adapter.kind == "lora":
             save_lora(self.unet, output / "lora")
         else:
-            save_unet(self.unet, output / "unet")
+            save_unet(self.unet, output / "unet", self.engine.parts.state_dict())
         with disk_errors(output):
             (output / "scheduler").mkdir(exist_ok=True)
         write_json(output / "scheduler" / "scheduler_config.json", folder.scheduler_config)

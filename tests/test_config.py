@@ -54,7 +54,7 @@ def test_overrides_replace_values_with_toml_types(tmp_path: Path) -> None:
         ("optim.lr='fast'", r"optim\.lr = 'fast'"),
         ("optim.lr=-1", r"optim\.lr = -1.*greater than 0"),
         ("train.steps=0", r"train\.steps = 0"),
-        ("train.layout='both'", r"train\.layout = 'both'.*'joint' or 'split'"),
+        ("train.layout='both'", r"train\.layout = 'both'.*'joint', 'split' or 'sequential'"),
         ("data.max_tokens=100", r"data\.max_tokens = 100.*77, 150 or 225"),
         ("data.resolution=1020", r"data\.resolution = 1020.*multiple of 8"),
         ("optim.betas=[0.9, 1.0]", r"betas must both be in \[0, 1\)"),

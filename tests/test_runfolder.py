@@ -26,6 +26,11 @@ def test_a_new_or_empty_folder_is_claimed(tmp_path: Path) -> None:
         assert json.loads((output / "run.json").read_text())["identity"] == IDENTITY
 
 
+def test_a_killed_claim_may_be_repeated(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.123.tmp").write_text("{")
+    check_output(_config(tmp_path), IDENTITY, resume=True)
+
+
 def test_another_run_is_never_written_to(tmp_path: Path) -> None:
     claim_output(_config(tmp_path), IDENTITY)
     before = (tmp_path / "run.json").read_bytes()

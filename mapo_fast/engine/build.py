@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch import Tensor
 
 from mapo_fast.config import Config, OptimConfig, TrainConfig
 from mapo_fast.engine.layouts import apply_layout
+from mapo_fast.engine.offload_activations import ActivationOffload
 from mapo_fast.engine.precision import Precision
+from mapo_fast.engine.quantise import quantise_base
+from mapo_fast.engine.stream_weights import WeightStreaming
+from mapo_fast.engine.transfers import Transfers
 from mapo_fast.errors import UserError
+from mapo_fast.fuse import patch_unet
 from mapo_fast.lora import add_lora
 from mapo_fast.model import SDXLFolder
 
@@ -26,27 +33,58 @@ def scheduler_overrides(config: TrainConfig) -> dict[str, Any]:
     return overrides
 
 
-def build_unet(config: Config, folder: SDXLFolder, precision: Precision, device: torch.device) -> Any:
-    """The UNet on the device, ready to train: adapter, attention and pair layout applied."""
-    unet = folder.load_unet(precision.base).to(device)
-    if config.adapter.kind == "lora":
-        adapter = config.adapter
+@dataclass(frozen=True)
+class TrainingUnet:
+    """A UNet ready to train, and what moves parts of it between host and device."""
+
+    unet: Any
+    transfers: Transfers
+    weights: WeightStreaming | None
+    activations: ActivationOffload | None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights where they are up to date: of streamed ones, those in host memory."""
+        return dict(self.unet.state_dict()) if self.weights is None else self.weights.state_dict()
+
+
+def build_unet(
+    config: Config, folder: SDXLFolder, precision: Precision, device: torch.device
+) -> TrainingUnet:
+    """The folder's UNet, ready to train on the device as the settings say."""
+    return prepare_unet(folder.load_unet(precision.base), config, precision, device)
+
+
+def prepare_unet(unet: Any, config: Config, precision: Precision, device: torch.device) -> TrainingUnet:
+    """Make a UNet on the CPU ready to train: storage, adapter, kernels, attention, streaming, pair layout.
+
+    Weights that are quantised or streamed go to the device layer by layer or not at all.
+    """
+    train, adapter, offload = config.train, config.adapter, config.offload
+    if adapter.base != "dense":
+        quantise_base(unet, adapter.base, device)
+    elif offload.weights == "gpu":
+        unet.to(device)
+    if adapter.kind == "lora":
         add_lora(
             unet,
             rank=adapter.rank,
             alpha=adapter.alpha or float(adapter.rank),
             targets=adapter.targets,
-            seed=config.train.seed,
+            seed=train.seed,
             dtype=precision.trainable,
         )
-    if config.train.attention == "xformers":
+    patch_unet(unet)
+    if train.attention == "xformers":
         try:
             unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ModuleNotFoundError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise UserError(f"train.attention = 'xformers' cannot be used ({first}); use 'sdpa'") from None
-    apply_layout(unet, config.train.layout, gradient_checkpointing=config.train.gradient_checkpointing)
-    return unet.train()
+    transfers = Transfers(device)
+    weights = WeightStreaming(unet, transfers) if offload.weights == "cpu" else None
+    activations = ActivationOffload(transfers) if offload.activations == "cpu" else None
+    apply_layout(unet, train.layout, gradient_checkpointing=train.gradient_checkpointing, offload=activations)
+    return TrainingUnet(unet.train(), transfers, weights, activations)
 
 
 def learning_rate(config: OptimConfig, steps: int) -> Callable[[int], float]:

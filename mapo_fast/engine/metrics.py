@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mapo_fast.engine.fused_step import FusedStep
 from mapo_fast.engine.optim import GuardedOptimizer
 from mapo_fast.monitor import SATURATED_BELOW
 
@@ -76,12 +77,14 @@ class Metrics:
         finite = torch.isfinite(norm)
         self._steps += torch.stack([torch.where(finite, norm, torch.zeros_like(norm)), finite.to(norm.dtype)])
 
-    def fetch(self, optimizer: GuardedOptimizer) -> tuple[dict[str, float], int]:
+    def fetch(self, optimizer: GuardedOptimizer | FusedStep) -> tuple[dict[str, float], int]:
         """Means since the last fetch, and how many steps in a row were skipped; the device is waited for."""
-        counters = torch.stack([optimizer.skipped, optimizer.skipped_in_a_row]).double()
+        fused = optimizer if isinstance(optimizer, FusedStep) else None
+        tensors = torch.zeros_like(optimizer.skipped) if fused is None else fused.skipped_tensors
+        counters = torch.stack([tensors, optimizer.skipped, optimizer.skipped_in_a_row]).double()
         values = torch.cat([self._pairs, self._steps, counters]).tolist()
         seconds = time.perf_counter() - self._started
-        *sums, pairs, norms, steps, skipped, in_a_row = values
+        *sums, pairs, norms, steps, skipped_tensors, skipped, in_a_row = values
         figures = {
             name: total / pairs if pairs else float("nan")
             for name, total in zip(_PER_PAIR, sums, strict=True)
@@ -89,6 +92,8 @@ class Metrics:
         figures["grad_norm"] = norms / steps if steps else float("nan")
         figures["pairs_per_s"] = self._timed / seconds
         figures["skipped_steps"] = skipped
+        if fused is not None:
+            figures["skipped_tensors"] = skipped_tensors
         self._pairs.zero_()
         self._steps.zero_()
         self.restart_clock()

@@ -1,0 +1,100 @@
+"""One optimizer step as the settings plan it: micro-batches in, changed weights out.
+
+The trainer and the planner's trace use the same `Engine`, so that what is predicted is what runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mapo_fast.config import Config
+from mapo_fast.engine.build import TrainingUnet
+from mapo_fast.engine.fused_step import FusedStep
+from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
+from mapo_fast.engine.precision import Precision
+from mapo_fast.engine.sequential import sequential_backward
+from mapo_fast.engine.step import PairInputs, predict
+from mapo_fast.engine.stream_states import StateStreaming
+from mapo_fast.loss import MaPOLoss, SFTLoss
+from mapo_kernels import PairedLoss
+
+
+class Engine:
+    """Forward, backward and update of one run.
+
+    Args:
+        config: the run's settings.
+        parts: what `build_unet` or `prepare_unet` made for them.
+        loss: `MaPOLoss` or `SFTLoss`.
+        precision: storage and arithmetic types of the run.
+        device: where the UNet computes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        parts: TrainingUnet,
+        loss: MaPOLoss | SFTLoss,
+        precision: Precision,
+        device: torch.device,
+    ) -> None:
+        self.config, self.parts, self.loss = config, parts, loss
+        self.precision, self.device = precision, device
+        self.unet = parts.unet
+        self.parameters = [p for p in self.unet.parameters() if p.requires_grad]
+        alone = config.train.pairs_per_batch == config.train.accumulation == 1
+        # The second set of gradients is small with a LoRA, and not needed where a step has one pair.
+        self._scratch = config.adapter.kind == "lora" or alone
+        self.scaler = torch.amp.GradScaler(device.type) if precision.scaled else None
+        optimizer = build_optimizer(config.optim, self.parameters, seed=config.train.seed)
+        self.optimizer: GuardedOptimizer | FusedStep
+        if config.train.fused_step:
+            states = StateStreaming(optimizer, parts.transfers) if config.offload.optimizer == "cpu" else None
+            self.optimizer = FusedStep(
+                optimizer,
+                self.parameters,
+                max_grad_norm=config.optim.max_grad_norm,
+                states=states,
+                weights=parts.weights,
+            )
+        else:
+            self.optimizer = GuardedOptimizer(
+                optimizer, self.parameters, max_grad_norm=config.optim.max_grad_norm, scaler=self.scaler
+            )
+
+    def start(self, lr: float) -> None:
+        """Begin an optimizer step at learning rate `lr`."""
+        for group in self.optimizer.optimizer.param_groups:
+            group["lr"] = lr
+
+    def accumulate(self, inputs: PairInputs, share: float) -> PairedLoss:
+        """Forward and backward of one micro-batch, which is `share` of the step's pairs.
+
+        Returns:
+            The micro-batch's loss, errors and logits.
+        """
+        if self.config.train.layout == "sequential":
+            return sequential_backward(
+                self.unet,
+                inputs,
+                self.loss,
+                self.parameters,
+                weight=share,
+                scratch=self._scratch,
+                scale=self.scaler,
+                context=self.precision.context(self.device),
+            )
+        with self.precision.context(self.device):
+            prediction = predict(self.unet, inputs)
+        out: PairedLoss = self.loss(prediction, inputs.target)
+        del prediction  # the loss keeps what it needs
+        self.optimizer.backward(out.loss * share)
+        return out
+
+    def finish(self) -> Tensor:
+        """Complete the optimizer step; returns its 0-d gradient norm on the device."""
+        norm = self.optimizer.step()
+        if self.parts.activations is not None:
+            self.parts.activations.reset()
+        return norm
