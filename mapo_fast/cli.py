@@ -74,6 +74,48 @@ def train(
 
 
 @app.command()
+def plan(
+    config: Annotated[
+        Path | None, typer.Argument(help="TOML file; its settings are kept. Without it, the recipes' ones.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="`sdxl`, or a diffusers SDXL pipeline folder.")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option("--resolution", help="Side of the images in pixels.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", help="`full` or `lora`.")] = None,
+    vram: Annotated[str | None, typer.Option("--vram", help='GPU memory, such as "24GiB".')] = None,
+    card: Annotated[str | None, typer.Option("--card", help='The card, such as "RTX 4090".')] = None,
+    ram: Annotated[str | None, typer.Option("--ram", help="System RAM; this machine's by default.")] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--plot", help="Draw memory over the step into this file.")
+    ] = None,
+) -> None:
+    """Predict memory and time of training; choose the fastest settings that fit. No GPU, no weights."""
+    from mapo_fast.planner import report
+    from mapo_fast.planner.ask import ask
+
+    outcome = ask(
+        config,
+        list(overrides or []),
+        model=model,
+        resolution=resolution,
+        adapter=adapter,
+        vram=vram,
+        card=card,
+        ram=ram,
+    )
+    typer.echo(report.as_json(outcome) if as_json else report.as_text(outcome))
+    if outcome.chosen is None:
+        raise typer.Exit(3)
+    if picture is not None:
+        report.plot(outcome, picture)
+
+
+@app.command()
 def demo(
     out: Annotated[
         Path, typer.Option("--out", help="Folder for the report and everything it is made of.")

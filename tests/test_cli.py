@@ -34,7 +34,7 @@ def _write(path: Path, table: dict[str, Any]) -> str:
 
 def test_the_surface() -> None:
     names = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
-    assert names == {"prepare", "train", "demo", "doctor"}
+    assert names == {"prepare", "plan", "train", "demo", "doctor"}
 
 
 def test_prepare_then_train_then_resume(

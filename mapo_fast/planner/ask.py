@@ -1,0 +1,84 @@
+"""Questions to the planner: the command line's, and that of a run that is about to start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mapo_fast.config import Config, apply_override, load_config, parse_config
+from mapo_fast.errors import UserError
+from mapo_fast.model import SDXLFolder
+from mapo_fast.planner.cards import GIB, Card, card_with, find_card, parse_size
+from mapo_fast.planner.host import host
+from mapo_fast.planner.models import unet_config
+from mapo_fast.planner.search import Outcome, search
+
+
+def ask(
+    config: Path | None,
+    overrides: list[str],
+    *,
+    model: str | None,
+    resolution: int | None,
+    adapter: str | None,
+    vram: str | None,
+    card: str | None,
+    ram: str | None,
+) -> Outcome:
+    """Plan for a config file, or for the settings of the recipes where there is none.
+
+    Raises:
+        UserError: an unknown card or model, a size that is none, settings that cannot be combined.
+    """
+    for key, value in (("data.resolution", resolution), ("adapter.kind", adapter)):
+        overrides += [] if value is None else [f"{key}={value}"]
+    settings = _assumed(overrides) if config is None else load_config(config, overrides)
+    model = model or ("sdxl" if config is None else str(settings.model.path))
+    wanted = vram or settings.train.vram
+    found = find_card(card) if card else None
+    if found is None and wanted is None:
+        raise UserError('say which card: --card "RTX 4090", or --vram 24GiB')
+    nbytes = int(found.gib * GIB) if wanted is None and found else parse_size(wanted or "", "--vram")
+    limits = host(None if ram is None else parse_size(ram, "--ram"))
+    return search(settings, unet_config(model), found or card_with(nbytes), nbytes, limits)
+
+
+def plan_run(config: Config, folder: SDXLFolder, vram: int, gpu: str | None) -> Outcome:
+    """Plan for a run on this machine.
+
+    Args:
+        folder: of the model; no weights are read.
+        vram: bytes that the run may use.
+        gpu: the device's name, where there is one.
+    """
+    return search(config, folder.config("unet"), _card_named(gpu, vram), vram, host(None))
+
+
+def refusal(outcome: Outcome) -> str:
+    """Why nothing fits and what would, in one line."""
+    return (
+        f"no plan fits train.vram = {outcome.vram / GIB:.2f} GiB ({outcome.usable / GIB:.2f} beside the CUDA "
+        f"context and workspaces): {outcome.advice}"
+    )
+
+
+def _card_named(gpu: str | None, vram: int) -> Card:
+    """The card of a device's name; one that is not known is taken for the slowest with as much memory."""
+    try:
+        return find_card(gpu) if gpu else card_with(vram)
+    except UserError:
+        return card_with(vram)
+
+
+def _assumed(overrides: list[str]) -> Config:
+    """The recipes' settings: 8-bit AdamW with stochastic rounding, and bf16 weights where all are trained."""
+    table: dict[str, Any] = {
+        "model": {"path": "sdxl"},
+        "data": {"cache": "cache"},
+        "train": {"output": "run"},
+        "optim": {"name": "adamw8bit"},
+    }
+    for override in overrides:
+        apply_override(table, override)
+    table["train"].setdefault("precision", "pure_bf16")
+    return parse_config(table, where="plan")

@@ -1,0 +1,116 @@
+"""Graphics cards: memory, and the rates by which counted work becomes time.
+
+Rates are the makers' figures: dense bf16 matrix products with fp32 accumulation, memory bandwidth, PCIe in
+one direction. What a kernel attains of them is assumed (`ATTAINED`) until `make gpu-check PART=memory` has
+measured it on a card of yours.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import NamedTuple
+
+from mapo_fast.errors import UserError
+from mapo_kernels import _launch
+
+GIB = 2**30
+
+
+class Card(NamedTuple):
+    """One card."""
+
+    name: str
+    gib: float
+    capability: int
+    """89 for 8.9."""
+    multiprocessors: int
+    tflops: float
+    gbps: float
+    """Of its memory."""
+    pcie_gbps: float
+
+    @property
+    def launch(self) -> _launch.Card:
+        """What kernels choose grids and block sizes by."""
+        return _launch.Card(self.capability, self.multiprocessors)
+
+
+CARDS = (
+    Card("RTX 3050 4GB", 4, 86, 16, 12.3, 192, 16),  # the laptop's; PCIe 4.0 x8
+    Card("RTX 4060", 8, 89, 24, 30.2, 272, 16),
+    Card("RTX 3080", 10, 86, 68, 59.5, 760, 32),
+    Card("RTX 3060", 12, 86, 28, 25.5, 360, 32),
+    Card("RTX 4070 Ti", 12, 89, 60, 80.2, 504, 32),
+    Card("RTX 4060 Ti 16GB", 16, 89, 34, 44.1, 288, 16),
+    Card("RTX 4080", 16, 89, 76, 97.5, 717, 32),
+    Card("RTX 3090", 24, 86, 82, 71.0, 936, 32),
+    Card("RTX 4090", 24, 89, 128, 165.2, 1008, 32),
+    Card("RTX 5090", 32, 120, 170, 209.5, 1792, 64),
+    Card("A100 40GB", 40, 80, 108, 312, 1555, 32),
+    Card("A100 80GB", 80, 80, 108, 312, 2039, 32),
+    Card("H100", 80, 90, 132, 989, 3350, 64),
+)
+
+ATTAINED = {"elementwise": 0.8, "matrix": 0.65, "convolution": 0.5, "attention": 0.5, "pcie": 0.8}
+"""Shares of a card's rates, assumed."""
+LAUNCH_US, HOST_US = 3.0, 9.0
+"""A kernel's least time on the device, and what Python and the dispatcher need to issue one; assumed."""
+
+CONTEXT_GIB = 0.4
+"""The CUDA context with lazily loaded kernels."""
+WORKSPACE_GIB = 0.15
+"""Of cuBLAS (32 MiB) and of cuDNN's convolutions."""
+FRAGMENTATION = 0.03
+"""Share of a plan's peak that the allocator reserves on top."""
+
+
+def usable_bytes(vram: int) -> int:
+    """What a plan's peak may be on a card with this much free memory."""
+    return int((vram - (CONTEXT_GIB + WORKSPACE_GIB) * GIB) / (1 + FRAGMENTATION))
+
+
+def find_card(name: str) -> Card:
+    """The card of this name: upper or lower case, with or without maker and memory size.
+
+    Raises:
+        UserError: unknown, with the nearest names.
+    """
+    wanted = _plain(name)
+    for card in CARDS:
+        if _plain(card.name) == wanted:
+            return card
+    starting = [card for card in CARDS if wanted and _plain(card.name).startswith(wanted)]
+    if starting:
+        return starting[0]
+    near = difflib.get_close_matches(wanted, [_plain(card.name) for card in CARDS], n=3, cutoff=0.5)
+    names = [card.name for card in CARDS if _plain(card.name) in near] or [card.name for card in CARDS]
+    raise UserError(
+        f"--card {name!r} is not known; did you mean {', '.join(names)}? (any other: --vram with its memory)"
+        if near
+        else f"--card {name!r} is not known; known cards: {', '.join(names)} (any other: --vram)"
+    )
+
+
+def card_with(vram: int) -> Card:
+    """The slowest of the known cards that have this much memory, or of the largest ones."""
+    enough = [card for card in CARDS if card.gib * GIB >= vram * 0.97]
+    smallest = min((card.gib for card in enough), default=CARDS[-1].gib)
+    return min((c for c in CARDS if c.gib == smallest), key=lambda card: card.tflops)
+
+
+def parse_size(text: str, name: str) -> int:
+    """Bytes of a size such as "24GiB" or "11.5 GB"; GB is taken as GiB, which card makers mean.
+
+    Raises:
+        UserError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(g|gb|gib|m|mb|mib)\s*", text.lower())
+    if match is None or float(match[1]) == 0:
+        raise UserError(f'{name} = {text!r} is not a size; write it as "24GiB" or "6144MiB"')
+    return int(float(match[1]) * (GIB if match[2].startswith("g") else 2**20))
+
+
+def _plain(name: str) -> str:
+    name = re.sub(r"nvidia|geforce|rtx|laptop|gpu|-|\s", "", name.lower())
+    return re.sub(r"sxm\d?|pcie|hbm\d?e?", "", name)

@@ -1,0 +1,119 @@
+"""What one PyTorch operation costs: floating-point operations by kind, and bytes moved.
+
+One multiply-add counts as two operations. Every operation reads its inputs and writes its outputs once;
+views and allocations move nothing. Attention is counted as the kernels compute it: scores and values in
+forward, and in backward the scores again and four more products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+ELEMENTWISE, MATRIX, CONVOLUTION, ATTENTION, FETCH, STORE, WAIT = range(7)
+"""Kinds of work. The last three are of `engine/transfers.py`: copies in, copies out, waiting for one."""
+
+
+class Cost(NamedTuple):
+    """Of one operation."""
+
+    kind: int
+    flops: float
+    nbytes: float
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors among an operation's arguments or results; `torch.utils._pytree` is ten times slower."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    return [x for part in tree for x in tensors(part)]
+
+
+def size(given: Sequence[Tensor]) -> int:
+    """Bytes of these tensors, each one once; a broadcast dimension counts once."""
+    total = 0
+    for x in {id(x): x for x in given}.values():
+        elements = 1
+        for n, stride in zip(x.shape, x.stride(), strict=True):
+            elements *= n if stride or not n else 1
+        total += elements * x.element_size()
+    return total
+
+
+def _product(a: Tensor, b: Tensor) -> float:
+    return 2.0 * math.prod(a.shape) * b.shape[-1]
+
+
+def _convolution(weight: Tensor, out: Tensor) -> float:
+    """Of an output (N, O, H, W) from a weight (O, C, kh, kw)."""
+    return 2.0 * math.prod(out.shape) * math.prod(weight.shape[1:])
+
+
+def _convolution_backward(args: Sequence[Any]) -> float:
+    grad, _, weight, *_, mask = args
+    return (bool(mask[0]) + bool(mask[1])) * _convolution(weight, grad)
+
+
+def _attention(q: Tensor, k: Tensor) -> float:
+    """Of one product of queries (…, S, D) and keys (…, T, D)."""
+    return 2.0 * math.prod(q.shape) * k.shape[-2]
+
+
+_FLOPS: dict[Any, tuple[int, Callable[[Sequence[Any], Any], float]]] = {
+    aten.mm: (MATRIX, lambda args, out: _product(args[0], args[1])),
+    aten.addmm: (MATRIX, lambda args, out: _product(args[1], args[2])),
+    aten.addmm_: (MATRIX, lambda args, out: _product(args[1], args[2])),
+    aten.bmm: (MATRIX, lambda args, out: _product(args[0], args[1])),
+    aten.baddbmm: (MATRIX, lambda args, out: _product(args[1], args[2])),
+    aten.convolution: (CONVOLUTION, lambda args, out: _convolution(args[1], out)),
+    aten.convolution_backward: (CONVOLUTION, lambda args, out: _convolution_backward(args)),
+    aten._scaled_dot_product_flash_attention_for_cpu: (
+        ATTENTION,
+        lambda args, out: 2 * _attention(args[0], args[1]),
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        ATTENTION,
+        lambda args, out: 5 * _attention(args[1], args[2]),
+    ),
+}
+
+
+def hidden_bytes(func: Any, args: Sequence[Any]) -> int:
+    """Memory that CUDA's implementation needs while it runs and that the operation's results do not show.
+
+    Flash attention's backward sums the query gradients in fp32, in rows padded to 128, and keeps a number a
+    row.
+    """
+    if func.overloadpacket is not aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return 0
+    *heads, rows, width = args[1].shape
+    return 4 * int(math.prod(heads)) * int(-(-rows // 128) * 128) * int(width + 1)
+
+
+def cost(func: Any, args: Any, given: Sequence[Tensor], made: Sequence[Tensor], out: Any) -> Cost | None:
+    """Of a dispatched operation that has made `out` of these tensors; None if it moves nothing.
+
+    The caller knows that it is no view.
+    """
+    packet = func.overloadpacket
+    if packet in _FREE or not (given or made):
+        return None
+    nbytes = float(size([*given, *made]))
+    known = _FLOPS.get(packet)
+    if known is None:
+        return Cost(ELEMENTWISE, 0.0, nbytes)
+    kind, flops = known
+    return Cost(kind, flops(args, out), nbytes)
+
+
+_FREE = frozenset({aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided})

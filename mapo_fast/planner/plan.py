@@ -1,0 +1,70 @@
+"""A plan: values for settings, with what they need."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from mapo_fast.config import Config, parse_config
+
+GIB = 2**30
+
+
+class Plan(NamedTuple):
+    """Settings and the step that they make, predicted."""
+
+    settings: dict[str, Any]
+    """`section.key` → value, of all that the planner may choose and the config leaves open."""
+    device: dict[str, int]
+    """Bytes on the device at the step's peak, by category."""
+    peak: int
+    """Their sum: no CUDA context, no workspaces."""
+    pinned: int
+    """Bytes of host memory that transfers go to and come from."""
+    host: int
+    """Most bytes of host memory, with loading and saving."""
+    ms: float
+    traced: bool
+    """Whether the figures are those of a full trace of this plan; else it is composed of others' pieces."""
+    changes: tuple[str, ...] = ()
+    """Settings that change what is computed."""
+
+    def apply(self, config: Config) -> Config:
+        """The config with this plan's settings."""
+        return with_settings(config, self.settings)
+
+    @property
+    def name(self) -> str:
+        """In a few words."""
+        get = self.settings.get
+        blocks = get("train.gradient_checkpointing", True)
+        words = [str(get("train.layout", ""))]
+        words.append(
+            "no checkpointing"
+            if blocks is False
+            else "checkpointed"
+            if blocks is True
+            else "partly checkpointed"
+        )
+        if get("train.fused_step"):
+            words.append("fused step")
+        offloaded = [
+            part for part in ("optimizer", "weights", "activations") if get(f"offload.{part}") == "cpu"
+        ]
+        if offloaded:
+            words.append(f"{' and '.join(offloaded)} in system RAM")
+        words += self.changes
+        return ", ".join(word for word in words if word)
+
+
+def with_settings(config: Config, settings: dict[str, Any]) -> Config:
+    """The config with some values replaced, checked again.
+
+    Raises:
+        UserError: they cannot be combined.
+    """
+    table = json.loads(config.model_dump_json(exclude_unset=True))
+    for name, value in settings.items():
+        section, key = name.split(".")
+        table.setdefault(section, {})[key] = value
+    return parse_config(table, where="plan")

@@ -1,0 +1,237 @@
+"""Everything that a training step does to memory: allocations with their lifetimes, operations between.
+
+The step runs on CPU tensors that are never touched. Memory is only reserved until somebody writes to it, and
+here nobody does: an operation on large tensors is not computed, its results get the shapes and strides that
+torch's meta kernels say. So a step of the full SDXL takes seconds, and next to no memory. Autograd, autocast,
+checkpointing, hooks and addresses are real, as no fake tensor's are.
+
+Custom operators of ours are entered (`card_path`): what they need on the way (normalised activations, partial
+sums, cast or dequantised weights) and their matrix products are seen too.
+
+What cannot be seen is what an allocator adds: the CUDA context, library workspaces, fragmentation.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from mapo_fast.planner.costs import ELEMENTWISE, Cost, cost, hidden_bytes, size, tensors
+from mapo_kernels import _launch
+
+try:
+    from triton.runtime.jit import JITFunction
+except ImportError:
+    JITFunction = None
+
+ROUNDING = 512
+"""CUDA's caching allocator rounds every block up to this many bytes."""
+_LARGE = 4096
+"""Elements from which nothing is computed. Smaller tensors may be read by the host, so they are."""
+
+META = torch.device("meta")
+
+
+class Allocation:
+    """One storage: it is there from operation `born` up to, and not with, operation `died`."""
+
+    __slots__ = ("born", "died", "nbytes", "tag")
+
+    def __init__(self, nbytes: int, born: int) -> None:
+        self.nbytes = -(-nbytes // ROUNDING) * ROUNDING
+        self.born = born
+        self.died: int | None = None
+        self.tag = ""
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Context manager; `live` and `peak` are bytes.
+
+    Args:
+        held: tensors that exist already, such as parameters: counted from the start, once per storage.
+        compute: do what is recorded, on real data, custom operators closed as their caller sees them.
+    """
+
+    def __init__(self, held: Iterable[Tensor] = (), *, compute: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.compute = compute
+        self.operations: list[Cost] = []
+        self.allocations: list[Allocation] = []
+        self.first = 0
+        """The first operation that counts."""
+        self.live = self.peak = 0
+        self._of: dict[int, Allocation] = {}
+        self._known: dict[Any, Any] = {}
+        for tensor in held:
+            self.allocation(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do the operation or not; note its cost and the storages it returns."""
+        kwargs = kwargs or {}
+        form = _form(func)
+        if not self.compute and form.inside is not None:
+            with self:
+                return form.inside(*args, **kwargs)
+        given = tensors(args) + tensors(kwargs)
+        out = self._result(func, form, given, args, kwargs)
+        if form.view:
+            for tensor in tensors(out):  # `x.data = y` and the like: a view that nobody else has shown
+                self.allocation(tensor)
+            return out
+        made = tensors(out)
+        for tensor in made:
+            self.allocation(tensor)
+        found = cost(func, args, given, made, out)
+        if found is not None:
+            if hidden := hidden_bytes(func, args):
+                workspace = self._new(hidden)
+                workspace.died = len(self.operations) + 1
+                self.live -= workspace.nbytes
+            self.operations.append(found)
+        return out
+
+    def launched(self, arguments: Sequence[Any]) -> None:
+        """A Triton kernel: it reads or writes each of its tensors once."""
+        self.operations.append(Cost(ELEMENTWISE, 0.0, float(size(tensors(arguments)))))
+
+    def allocation(self, tensor: Tensor) -> Allocation:
+        """The tensor's memory, new or known."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._of.get(key)
+        if known is not None:
+            return known
+        new = self._of[key] = self._new(storage.nbytes())
+
+        def freed() -> None:
+            del self._of[key]
+            self.live -= new.nbytes
+            new.died = len(self.operations)
+
+        weakref.finalize(storage, freed).atexit = False
+        return new
+
+    def name(self, tensor: Tensor, tag: str) -> None:
+        """Say what a tensor's memory is for, unless that is known."""
+        allocation = self.allocation(tensor)
+        allocation.tag = allocation.tag or tag
+
+    def tag_saved(self) -> None:
+        """What the step has made so far and is alive now is saved for backward."""
+        for allocation in self._of.values():
+            if allocation.born > self.first:
+                allocation.tag = allocation.tag or "saved"
+
+    def restart(self) -> None:
+        """Begin: what is alive now is there from the beginning, what was before does not count."""
+        self.first = len(self.operations)
+        self.allocations = list(self._of.values())
+        for allocation in self.allocations:
+            allocation.born = self.first
+        self.peak = self.live
+
+    def _new(self, nbytes: int) -> Allocation:
+        new = Allocation(nbytes, len(self.operations))
+        self.allocations.append(new)
+        self.live += new.nbytes
+        self.peak = max(self.peak, self.live)
+        return new
+
+    def _result(self, func: Any, form: _Form, given: list[Tensor], args: Any, kwargs: Any) -> Any:
+        """What the operation returns, computed only where it is small or a view."""
+        small = all(x.numel() < _LARGE for x in given) if given else not form.factory
+        if self.compute or form.view or small:
+            return func(*args, **kwargs)
+        if form.writes:
+            written = [kwargs[name] if i >= len(args) else args[i] for i, name in form.writes]
+            return None if not form.returns else written[0] if form.returns == 1 else written
+        key = (func, _key(args), _key(kwargs))
+        shapes = self._known.get(key)
+        if shapes is None:
+            meta_kwargs = tree_map_only(Tensor, _shape, kwargs)
+            if not given or kwargs.get("device") is not None:
+                meta_kwargs["device"] = META
+            shapes = self._known[key] = func(*tree_map_only(Tensor, _shape, args), **meta_kwargs)
+        if not given and all(x.numel() < _LARGE for x in tensors(shapes)):
+            return func(*args, **kwargs)
+        return _untouched(shapes)
+
+
+class _Form(NamedTuple):
+    """What an operation's schema and registrations say about it."""
+
+    inside: Callable[..., Any] | None
+    """How it is made of others: a custom operator's body, or a decomposition."""
+    view: bool
+    writes: list[tuple[int, str]]
+    """Place and name of the arguments that it writes to."""
+    returns: int
+    factory: bool
+    """It can make a tensor from none."""
+
+
+@functools.cache
+def _form(func: Any) -> _Form:
+    schema = func._schema
+    inside = None
+    own = OPDEFS.get(schema.name)
+    if own is not None and own._namespace == "mapo":
+        inside = own._init_fn
+    elif torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        inside = func.decompose
+    writes = [
+        (i, a.name)
+        for i, a in enumerate(schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
+    aliases = any(r.alias_info is not None for r in schema.returns)
+    factory = any(a.name == "device" for a in schema.arguments)
+    return _Form(inside, aliases and not writes, writes, len(schema.returns), factory)
+
+
+def _key(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.shape, tree.stride(), tree.dtype
+    if isinstance(tree, (list, tuple)):
+        return tuple(_key(part) for part in tree)
+    if isinstance(tree, dict):
+        return tuple((name, _key(part)) for name, part in tree.items())
+    return type(tree), tree
+
+
+def _shape(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META)
+
+
+def _untouched(shapes: Any) -> Any:
+    """Memory for meta tensors that nobody has written to; where it is a few numbers they are 1."""
+    if isinstance(shapes, (list, tuple)):
+        return type(shapes)(_untouched(part) for part in shapes)
+    if not isinstance(shapes, Tensor):
+        return shapes
+    made = torch.empty_strided(shapes.shape, shapes.stride(), dtype=shapes.dtype, device="cpu")
+    return made if made.numel() >= _LARGE else made.fill_(1)
+
+
+@contextmanager
+def card_path(card: _launch.Card, launched: Callable[[Sequence[Any]], None]) -> Iterator[None]:
+    """Within, our operators take the kernel path of `card`; a launch calls `launched` with its arguments."""
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launched([*args, *kwargs.values()])
+
+    if JITFunction is None:  # without Triton operators run in plain torch, on a card too
+        yield
+        return
+    with mock.patch.object(JITFunction, "run", run), _launch.assume_card(card):
+        yield

@@ -1,0 +1,114 @@
+"""What the planner found, for people, for programs, and as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mapo_fast.planner.cards import CONTEXT_GIB, FRAGMENTATION, GIB, WORKSPACE_GIB
+from mapo_fast.planner.plan import Plan
+from mapo_fast.planner.search import Outcome
+from mapo_fast.planner.timeline import simulate
+from mapo_fast.planner.trace import CATEGORIES, ON_DEVICE
+
+RUNNERS_UP = 6
+
+
+def as_text(outcome: Outcome) -> str:
+    """The plan, where its memory goes, and why others lost; all figures are predictions."""
+    card = outcome.card
+    lines = [
+        f"{outcome.vram / GIB:.2f} GiB, rates of {card.name}: {outcome.usable / GIB:.2f} GiB for a plan "
+        f"beside CUDA context, workspaces and {FRAGMENTATION:.0%} fragmentation"
+    ]
+    if outcome.chosen is None:
+        lines += ["nothing fits", outcome.advice]
+    else:
+        plan = outcome.chosen
+        lines += [
+            "",
+            f"{plan.name}",
+            f"  {plan.peak / GIB:.2f} GiB on the card, {plan.ms:.0f} ms a step (predicted)",
+            f"  {plan.pinned / GIB:.1f} GiB of system RAM pinned, {plan.host / GIB:.1f} GiB used at most",
+            "",
+            *_settings(plan),
+            "",
+            *(f"  {name:<14}{size / GIB:7.2f} GiB" for name, size in plan.device.items()),
+            f"  {'CUDA context':<14}{CONTEXT_GIB:7.2f} GiB",
+            f"  {'workspaces':<14}{WORKSPACE_GIB:7.2f} GiB",
+        ]
+        if plan.settings.get("train.fused_step"):
+            lines.append("\nwith the fused step optim.max_grad_norm clips by the norm of the step before")
+    if outcome.others:
+        lines += ["", "not chosen:"]
+        lines += [
+            f"  {loser.plan.peak / GIB:6.2f} GiB {loser.plan.ms:7.0f} ms  {loser.plan.name}: {loser.reason}"
+            for loser in outcome.others[:RUNNERS_UP]
+        ]
+    return "\n".join(lines)
+
+
+def _settings(plan: Plan) -> list[str]:
+    lines = []
+    for name, value in plan.settings.items():
+        text = json.dumps(value)
+        lines.append(f"  {name} = {text}")
+    return lines
+
+
+def as_json(outcome: Outcome) -> str:
+    """One object; sizes in bytes, times in ms."""
+    return json.dumps(
+        {
+            "card": outcome.card.name,
+            "vram": outcome.vram,
+            "usable": outcome.usable,
+            "ram": outcome.host.ram,
+            "pinnable": outcome.host.pinnable,
+            "kind_of_figure": "predicted",
+            "plan": None if outcome.chosen is None else _row(outcome.chosen),
+            "others": [_row(loser.plan) | {"reason": loser.reason} for loser in outcome.others],
+            "advice": outcome.advice,
+        },
+        indent=1,
+    )
+
+
+def _row(plan: Plan) -> dict[str, Any]:
+    return {
+        "name": plan.name,
+        "settings": plan.settings,
+        "peak": plan.peak,
+        "device": plan.device,
+        "pinned": plan.pinned,
+        "host": plan.host,
+        "ms": round(plan.ms, 1),
+        "traced": plan.traced,
+    }
+
+
+def plot(outcome: Outcome, path: Path) -> None:
+    """Draw the chosen plan's memory over its step.
+
+    Raises:
+        ValueError: there is no plan.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    if outcome.trace is None:
+        raise ValueError("there is no plan to draw")
+    trace = outcome.trace
+    ends = np.maximum.accumulate(simulate(trace, outcome.card).ends) * 1e3
+    figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
+    axes.stackplot(ends, trace.live[ON_DEVICE] / GIB, labels=CATEGORIES[ON_DEVICE], step="post")
+    axes.axhline(outcome.usable / GIB, color="black", linewidth=1, linestyle="--", label="usable")
+    axes.set(xlabel=f"ms, rates of {outcome.card.name} (predicted)", ylabel="GiB", xlim=(0, ends[-1]))
+    axes.legend(loc="upper left", ncols=4, fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,310 @@
+"""A training step of the real engine on memory that is never touched: what it allocates, computes, moves.
+
+`record_step` builds the UNet of a config from its `config.json` alone, makes it ready by the trainer's own
+`prepare_unet`, and lets the trainer's own `Engine` take a step. The result is the step in steady state: what
+is alive at its end (optimizer states, buffers made when first needed) counts from its beginning.
+
+Beside live bytes by category, a trace has marks where checkpointable blocks begin in forward and end in
+backward; the pieces between them are what `windows.py` composes other plans from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mapo_fast.config import Config
+from mapo_fast.engine.build import prepare_unet
+from mapo_fast.engine.engine import Engine
+from mapo_fast.engine.layouts import checkpoint_blocks
+from mapo_fast.engine.precision import Precision, choose_precision
+from mapo_fast.engine.step import PairInputs
+from mapo_fast.engine.transfers import Ticket, Transfers
+from mapo_fast.objectives import build_loss
+from mapo_fast.planner.costs import FETCH, STORE, WAIT, Cost
+from mapo_fast.planner.recorder import Recorder, card_path
+from mapo_kernels._dynamic_code import code_book
+from mapo_kernels._launch import Card
+
+CPU = torch.device("cpu")
+
+CATEGORIES = ("parameters", "gradients", "states", "saved", "transient", "staging", "host")
+"""`saved` lives from a forward pass into its backward; `staging` are buffers that streamed things visit;
+`host` is what the engine keeps in pinned memory."""
+
+ON_DEVICE = slice(0, 6)
+
+
+class Mark(NamedTuple):
+    """A border between two pieces of a step."""
+
+    operation: int
+    """It stands before this one."""
+    name: str
+    """`forward BLOCK`, where the block begins; `backward BLOCK`, where its backward ends; or `update`."""
+
+
+class Trace(NamedTuple):
+    """A step of n operations."""
+
+    kinds: np.ndarray  # (n,) uint8, of `costs`
+    flops: np.ndarray  # (n,) fp64
+    nbytes: np.ndarray  # (n,) fp64
+    links: np.ndarray  # (n,) int64: the transfer that a transfer or a wait comes after, or -1
+    live: np.ndarray  # (len(CATEGORIES), n) int64, bytes while an operation runs
+    kept: np.ndarray  # (n,) int64, bytes of gradients if none were freed before the step's end
+    marks: list[Mark]
+    slots: int
+    """Bytes of the device buffers that streamed weights visit."""
+    trainable: int
+    """Trained numbers."""
+
+    def row(self, category: str) -> np.ndarray:
+        """Live bytes of one category, (n,)."""
+        return np.asarray(self.live[CATEGORIES.index(category)])
+
+    @property
+    def device(self) -> np.ndarray:
+        """Live bytes on the device, (n,)."""
+        return np.asarray(self.live[ON_DEVICE].sum(0))
+
+    @property
+    def peak(self) -> int:
+        """Most bytes on the device."""
+        return int(self.device.max())
+
+    def at_peak(self) -> dict[str, int]:
+        """Live bytes by category when most of the device is in use; and host memory at its own highest."""
+        column = self.live[:, int(self.device.argmax())]
+        found = dict(zip(CATEGORIES, column.tolist(), strict=True))
+        return found | {"host": int(self.live[-1].max())}
+
+
+def record_step(config: Config, unet_config: dict[str, Any], card: Card, *, side: int | None = None) -> Trace:
+    """Trace one optimizer step of `config` as on `card`, of square latents at the config's resolution.
+
+    Args:
+        unet_config: of a diffusers `UNet2DConditionModel`.
+        side: of the latents; data.resolution / 8 by default.
+    """
+    precision = _precision(config)
+    unet = _untouched_unet(unet_config, precision.base)
+    for signed in (True, False):
+        code_book(signed, CPU)  # cached, so it must be made outside
+    recorder = Recorder(unet.parameters())
+    with ExitStack() as stack:
+        stack.enter_context(card_path(card, recorder.launched))
+        stack.enter_context(recorder)
+        links = stack.enter_context(_transfers(recorder))
+        parts = prepare_unet(unet, config, precision, CPU)
+        loss = build_loss(config.objective, 1000)
+        for p in unet.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(_tag_gradient(recorder))
+        engine = Engine(config, parts, loss, precision, CPU)
+        side = side or config.data.resolution // 8
+        inputs = [
+            _pairs(config.train.pairs_per_batch, side, unet_config) for _ in range(_micro_batches(config))
+        ]
+        if config.offload.optimizer == "cpu":
+            _step(engine, inputs)  # it learns the order in which states will be asked for
+        recorder.restart()
+        marks = stack.enter_context(_marks(recorder, unet))
+        _step(engine, inputs)
+        marks.append(Mark(len(recorder.operations), "end"))
+        _tag_persistent(recorder, engine)
+        weights = engine.parts.weights
+        slots = {
+            id(a): a.nbytes
+            for p in unet.parameters()
+            if weights is not None and weights.unit_of(p) is not None
+            for a in [recorder.allocation(p)]
+        }
+    trainable = sum(p.numel() for p in engine.parameters)
+    return _trace(recorder, marks, links, sum(slots.values()), trainable)
+
+
+def _step(engine: Engine, inputs: list[PairInputs]) -> None:
+    engine.start(1e-5)
+    for batch in inputs:
+        engine.accumulate(batch, 1 / len(inputs))
+    engine.finish()
+
+
+def _micro_batches(config: Config) -> int:
+    """With accumulation, the second micro-batch is like all that follow: gradients are there already."""
+    return min(2, config.train.accumulation)
+
+
+def _precision(config: Config) -> Precision:
+    if config.train.precision == "fp16":  # refused on the CPU, which computes nothing here
+        return Precision(torch.float16, torch.float32, torch.float16, scaled=True)
+    return choose_precision(config, CPU)
+
+
+def _untouched_unet(unet_config: dict[str, Any], dtype: torch.dtype) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(unet_config)
+        for p in unet.parameters():
+            p.data = p.data.to(dtype)
+    return unet.to_empty(device=CPU).train()
+
+
+def _pairs(pairs: int, side: int, unet_config: dict[str, Any]) -> PairInputs:
+    """Inputs of the right shapes: a prompt of 77 tokens, six time ids."""
+    samples, channels = 2 * pairs, unet_config["in_channels"]
+    pooled = unet_config["projection_class_embeddings_input_dim"] - 6 * unet_config["addition_time_embed_dim"]
+    return PairInputs(
+        noisy=torch.zeros(samples, channels, side, side),
+        timesteps=torch.zeros(samples, dtype=torch.int64),
+        prompt_embeds=torch.zeros(samples, 77, unet_config["cross_attention_dim"]),
+        pooled_embeds=torch.zeros(samples, pooled),
+        time_ids=torch.zeros(samples, 6),
+        target=torch.zeros(samples, channels, side, side),
+    )
+
+
+@contextmanager
+def _transfers(recorder: Recorder) -> Iterator[dict[int, int]]:
+    """Record copies between host and device; yields operation → the transfer it comes after.
+
+    A ticket keeps its tensors until it is waited for, as on a GPU.
+    """
+    links: dict[int, int] = {}
+    last: dict[int, int] = {}
+    real_empty_host, real_wait = Transfers.empty_host, Transfers.wait
+
+    def copied(kind: int, dst: Tensor, src: Tensor) -> Ticket:
+        number = len(recorder.operations)
+        memories = [x.untyped_storage()._cdata for x in (dst, src)]
+        links[number] = max(last.get(memory, -1) for memory in memories)
+        last.update(dict.fromkeys(memories, number))
+        recorder.operations.append(Cost(kind, 0.0, float(dst.nbytes)))
+        if kind == FETCH:
+            recorder.allocation(dst).tag = "staging"
+        ticket = Ticket(None, (dst, src))
+        ticket.event = number  # type: ignore[assignment]
+        return ticket
+
+    def wait(transfers: Transfers, ticket: Ticket) -> None:
+        if ticket.event is not None:
+            links[len(recorder.operations)] = ticket.event  # type: ignore[assignment]
+            recorder.operations.append(Cost(WAIT, 0.0, 0.0))
+            ticket.event = None
+        real_wait(transfers, ticket)
+
+    def empty_host(transfers: Transfers, shape: Any, dtype: torch.dtype) -> Tensor:
+        made = real_empty_host(transfers, shape, dtype)
+        recorder.allocation(made).tag = "host"
+        return made
+
+    with (
+        mock.patch.object(Transfers, "fetch", lambda _, dst, src: copied(FETCH, dst, src)),
+        mock.patch.object(Transfers, "store", lambda _, dst, src: copied(STORE, dst, src)),
+        mock.patch.object(Transfers, "wait", wait),
+        mock.patch.object(Transfers, "empty_host", empty_host),
+    ):
+        yield links
+
+
+@contextmanager
+def _marks(recorder: Recorder, unet: Any) -> Iterator[list[Mark]]:
+    """Note where blocks begin in forward and end in backward, and where backward passes begin."""
+    marks: list[Mark] = []
+    differentiating = False
+
+    def mark(name: str) -> None:
+        marks.append(Mark(len(recorder.operations), name))
+
+    def watch(name: str) -> Any:
+        def before(module: Any, args: Any) -> None:
+            if differentiating:
+                return  # checkpointing runs it again
+            mark(f"forward {name}")
+            if args[0].requires_grad:
+                args[0].register_hook(lambda gradient: mark(f"backward {name}"))
+
+        return before
+
+    real_run = torch.autograd.graph._engine_run_backward
+
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal differentiating
+        differentiating = True
+        recorder.tag_saved()
+        mark("loss")
+        try:
+            return real_run(*args, **kwargs)
+        finally:
+            differentiating = False
+            mark("differentiated")
+
+    handles = [
+        block.register_forward_pre_hook(watch(name)) for name, block in checkpoint_blocks(unet).items()
+    ]
+    with mock.patch.object(torch.autograd, "_engine_run_backward", run_backward):
+        yield marks
+    for handle in handles:
+        handle.remove()
+
+
+def _tag_gradient(recorder: Recorder) -> Any:
+    def tag(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            recorder.allocation(parameter.grad).tag = "gradients"
+
+    return tag
+
+
+def _tag_persistent(recorder: Recorder, engine: Engine) -> None:
+    """Name what is still alive after the step, and let it live from the beginning."""
+    for states in engine.optimizer.optimizer.state.values():
+        for value in states.values():
+            if isinstance(value, Tensor):
+                recorder.name(value, "states")
+    weights = engine.parts.weights
+    for p in [*engine.unet.parameters(), *engine.unet.buffers()]:
+        streamed = weights is not None and weights.unit_of(p) is not None
+        recorder.name(p, "staging" if streamed else "parameters")
+    for allocation in recorder.allocations:
+        if allocation.died is None:
+            allocation.born = recorder.first
+            allocation.tag = "staging" if allocation.tag in ("", "saved") else allocation.tag
+
+
+def _trace(recorder: Recorder, marks: list[Mark], links: dict[int, int], slots: int, trainable: int) -> Trace:
+    first = recorder.first
+    n = len(recorder.operations) - first
+    changes = np.zeros((len(CATEGORIES), n + 1), dtype=np.int64)
+    kept = np.zeros(n + 1, dtype=np.int64)
+    for allocation in recorder.allocations:
+        if allocation.tag == "gradients":
+            kept[allocation.born - first] += allocation.nbytes
+        row = CATEGORIES.index(allocation.tag or "transient")
+        changes[row, allocation.born - first] += allocation.nbytes
+        if allocation.died is not None:
+            changes[row, allocation.died - first] -= allocation.nbytes
+    kinds, flops, nbytes = zip(*recorder.operations[first:], strict=True)
+    linked = np.full(n, -1, dtype=np.int64)
+    for operation, after in links.items():
+        if operation >= first:
+            linked[operation - first] = max(after - first, -1)
+    return Trace(
+        np.array(kinds, dtype=np.uint8),
+        np.array(flops),
+        np.array(nbytes),
+        linked,
+        changes.cumsum(1)[:, :n],
+        kept.cumsum()[:n],
+        [Mark(operation - first, name) for operation, name in marks],
+        slots,
+        trainable,
+    )
