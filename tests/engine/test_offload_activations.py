@@ -159,6 +159,29 @@ def test_halves_of_one_tensor_are_stored_by_themselves() -> None:
     torch.testing.assert_close(weight.grad, x[2:].T @ torch.ones(2, 8))
 
 
+def test_an_input_is_the_recomputations_alone() -> None:
+    """What the block does not save of it is free as soon as the block has been recomputed."""
+    offload = ActivationOffload(DelayedTransfers())
+    weight = torch.randn(8, requires_grad=True)
+    inputs: list[weakref.ref[torch.UntypedStorage]] = []
+    gone: list[bool] = []
+
+    def block(x: Tensor) -> Tensor:
+        inputs.append(weakref.ref(x.untyped_storage()))
+        inner = torch.tanh(x + weight)
+        if inner.requires_grad:
+            inner.register_hook(lambda gradient: gone.append(inputs[-1]() is None))  # type: ignore[no-untyped-call]
+        return torch.sin(inner)
+
+    out = torch.zeros(())
+    for _ in range(2):
+        with offload.around():
+            out = out + checkpoint(block, torch.randn(4, 8), use_reentrant=False).sum()
+    out.backward()
+    assert len(inputs) == 4
+    assert gone == [True, True]
+
+
 def test_strides_survive() -> None:
     """A channels-last tensor comes back as one; what is not dense is left where it is."""
     offload = ActivationOffload(DelayedTransfers())

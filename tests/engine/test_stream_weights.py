@@ -137,6 +137,12 @@ def test_the_next_unit_is_under_way_while_one_computes() -> None:
     assert late == [streaming.units[0].name]  # nothing runs in front of the very first
     run(unet, "sdxl", torch.float64)
     assert late == [streaming.units[0].name]
+    latents, others = inputs("sdxl", torch.float64)
+    with torch.no_grad():
+        unet(latents, **others)
+        assert late == [streaming.units[0].name]
+        unet(latents, **others)
+    assert late == [streaming.units[0].name] * 2  # evaluations start over from the last unit
 
 
 def test_parameters_never_move() -> None:
