@@ -73,6 +73,14 @@ def _leftover(file: Path) -> bool:
     return file.name.startswith(".run.json.") and file.name.endswith(".tmp")
 
 
+def recorded_settings(output: Path) -> dict[str, Any] | None:
+    """The settings of the run in this folder, by section; None where there is none or it cannot be read."""
+    try:
+        return dict(json.loads((output / "run.json").read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def check_results(output: Path) -> None:
     """Refuse to start over where a run has ended and its checkpoints are gone.
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
+from mapo_fast.budget import planned
 from mapo_fast.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.config import Config
 from mapo_fast.data.cache import PairCache
@@ -21,7 +23,7 @@ from mapo_fast.engine.precision import choose_device, choose_precision
 from mapo_fast.files import exclusive
 from mapo_fast.model import open_sdxl
 from mapo_fast.preview import Previews
-from mapo_fast.runfolder import check_output, check_results, claim_output
+from mapo_fast.runfolder import check_output, check_results, claim_output, recorded_settings
 from mapo_fast.runlog import RunLog, find_wandb
 from mapo_fast.signals import StopRequest
 from mapo_fast.trainer import Trainer, TrainResult
@@ -43,11 +45,13 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     if config.train.wandb is not None:
         find_wandb()
     device = choose_device(config.train)
-    precision = choose_precision(config, device)
     if console is not None:
         why = " (torch sees no NVIDIA GPU: mapo-fast doctor)" if device.type == "cpu" else ""
         console.print(f"training on {device}{why}", highlight=False)
     folder = open_sdxl(config.model.path, config.model.vae, scheduler_overrides(config.train))
+    recorded = recorded_settings(config.train.output) if resume else None
+    config, budget = planned(config, folder, device, recorded)
+    precision = choose_precision(config, device)
     diffusion = Diffusion(folder.scheduler_config)
     cache = PairCache.open(config.data.cache)
     cache.check(folder, config.data)
@@ -63,19 +67,23 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     checkpoint = store.newest() if resume else None
     if checkpoint is None:
         check_results(output)
-    previews = Previews(config, folder, device) if config.preview.prompts else None
-    parts = build_unet(config, folder, precision, device)
-    trainer = Trainer(config, parts, cache, diffusion, precision, device, store, previews)
-    claim_output(config, identity)
-    with exclusive(output):
-        trainer.measure_start(output / "held_out_start.safetensors")
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
-        log = RunLog(output, config.train.steps, console, start_step=trainer.step, wandb=config.train.wandb)
-        with log, StopRequest() as stop:
-            for note in _notes(config, cache, checkpoint, resume):
-                log.warning(trainer.step, note)
-            return trainer.run(log, stop, folder)
+    with nullcontext() if budget is None else budget.kept():
+        previews = Previews(config, folder, device) if config.preview.prompts else None
+        parts = build_unet(config, folder, precision, device)
+        trainer = Trainer(config, parts, cache, diffusion, precision, device, store, previews)
+        claim_output(config, identity)
+        with exclusive(output):
+            trainer.measure_start(output / "held_out_start.safetensors")
+            if checkpoint is not None:
+                trainer.restore(checkpoint)
+            log = RunLog(
+                output, config.train.steps, console, start_step=trainer.step, wandb=config.train.wandb
+            )
+            with log, StopRequest() as stop:
+                notes = [] if budget is None else budget.notes()
+                for note in notes + _notes(config, cache, checkpoint, resume):
+                    log.warning(trainer.step, note)
+                return trainer.run(log, stop, folder)
 
 
 def _notes(config: Config, cache: PairCache, checkpoint: Checkpoint | None, resume: bool) -> list[str]:

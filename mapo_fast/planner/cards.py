@@ -70,6 +70,11 @@ def usable_bytes(vram: int) -> int:
     return int((vram - (CONTEXT_GIB + WORKSPACE_GIB) * GIB) / (1 + FRAGMENTATION))
 
 
+def vram_for(peak: int) -> int:
+    """The least free memory for a plan with this peak: the inverse of `usable_bytes`."""
+    return int(peak * (1 + FRAGMENTATION) + (CONTEXT_GIB + WORKSPACE_GIB) * GIB) + 1
+
+
 def find_card(name: str) -> Card:
     """The card of this name: upper or lower case, with or without maker and memory size.
 

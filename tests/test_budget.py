@@ -1,0 +1,92 @@
+"""`train.vram`: a plan before anything is loaded, refusals that help, and words when memory runs out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mapo_fast.budget import Budget, planned
+from mapo_fast.errors import UserError
+from mapo_fast.model import SDXLFolder, open_sdxl
+from mapo_fast.planner.plan import Plan
+from mapo_fast.train import train
+from tests.training import make_cache, make_config
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cache(tiny_sdxl, tmp_path_factory.mktemp("cache"))
+
+
+def plan_of(name: str, peak: int) -> Plan:
+    settings: dict[str, Any] = {"train.layout": name, "train.gradient_checkpointing": True}
+    return Plan(settings, {}, peak, 0, 0, 1.0, True)
+
+
+def test_without_a_gpu_nothing_is_planned_unless_asked(tiny_sdxl: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_sdxl, tmp_path, tmp_path)
+    assert planned(config, open_sdxl(tiny_sdxl), CPU) == (config, None)
+
+
+def test_vram_drives_a_run_and_its_resume(tiny_sdxl: Path, cache: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    asked = {"vram": "1GiB", "steps": 4, "checkpoint_every": 2}
+    assert train(make_config(tiny_sdxl, cache, output, train=asked)).finished
+    recorded = json.loads((output / "run.json").read_text())["config"]["train"]
+    assert recorded["layout"] == "joint"  # of what fits, the fastest
+    assert recorded["gradient_checkpointing"] is False
+    log = (output / "log.jsonl").read_text()
+    assert "memory plan: joint, no checkpointing" in log
+    assert train(make_config(tiny_sdxl, cache, output, train=asked | {"steps": 6}), resume=True).finished
+
+
+def test_a_resume_keeps_what_the_updates_depend_on(tiny_sdxl: Path, tmp_path: Path) -> None:
+    config = make_config(tiny_sdxl, tmp_path, tmp_path, train={"vram": "1GiB"})
+    recorded = config.model_dump(mode="json")
+    recorded["train"]["fused_step"] = True
+    assert planned(config, open_sdxl(tiny_sdxl), CPU, recorded)[0].train.fused_step
+    assert not planned(config, open_sdxl(tiny_sdxl), CPU)[0].train.fused_step
+
+
+def test_what_cannot_fit_is_refused_before_weights_are_loaded(
+    tiny_sdxl: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SDXLFolder, "load_unet", lambda *_: pytest.fail("weights are loaded"))
+    config = make_config(tiny_sdxl, cache, tmp_path / "run", train={"vram": "560MiB"})
+    with pytest.raises(UserError, match=r"no plan fits train\.vram = 0\.55 GiB") as refused:
+        train(config)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["24", "lots", "0GiB", "-1GiB"])
+def test_a_size_is_checked(tiny_sdxl: Path, tmp_path: Path, text: str) -> None:
+    config = make_config(tiny_sdxl, tmp_path, tmp_path, train={"vram": text})
+    with pytest.raises(UserError, match=r"train\.vram = '.*' is not a size; write it as"):
+        planned(config, open_sdxl(tiny_sdxl), CPU)
+
+
+def test_running_out_of_memory_is_explained() -> None:
+    smaller = plan_of("split", 5 * GIB)
+    with (
+        pytest.raises(
+            UserError, match=r"out of GPU memory: the plan \(joint, checkpointed\) expected 8\.00 GiB"
+        ) as e,
+        Budget(CPU, 10 * GIB, plan_of("joint", 8 * GIB), smaller).kept(),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert 'next smaller plan (split, checkpointed, 5.00 GiB) is that of --set train.vram="5.7GiB"' in str(
+        e.value
+    )
+    with (
+        pytest.raises(UserError, match="there is no smaller plan"),
+        Budget(CPU, 10 * GIB, plan_of("joint", 8 * GIB), None).kept(),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
