@@ -52,7 +52,7 @@ ROWS: tuple[tuple[str, float, str, dict[str, Any]], ...] = (
         _FULL | _INPUTS_AWAY | {"offload.optimizer": "cpu"},
     ),
     ("full, states and weights streamed", 1.8, "RTX 3050 4GB", _FULL | _ALL_AWAY),
-    ("full, states, weights and checkpoints streamed", 1.2, "RTX 3050 4GB", _FULL | _ALL_AWAY | _INPUTS_AWAY),
+    ("full, everything streamed", 1.2, "RTX 3050 4GB", _FULL | _ALL_AWAY | _INPUTS_AWAY),
     ("LoRA, bf16 base, sequential", 8.7, "RTX 3080", _LORA | _SEQUENTIAL),
     ("LoRA, int8 base, sequential", 6.8, "RTX 4060", _LORA | _SEQUENTIAL | {"adapter.base": "int8"}),
     (
@@ -62,7 +62,7 @@ ROWS: tuple[tuple[str, float, str, dict[str, Any]], ...] = (
         _LORA | {"train.layout": "split", "adapter.base": "nf4"},
     ),
 )
-"""Name, target in GiB, card of the time estimate, settings. The issue's fourth and fifth lines have two targets."""
+"""Name, target in GiB, card of the time estimate, settings; two of eight lines have two targets."""
 
 
 def config_of(settings: dict[str, Any]) -> Config:

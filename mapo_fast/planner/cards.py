@@ -81,20 +81,18 @@ def find_card(name: str) -> Card:
     Raises:
         UserError: unknown, with the nearest names.
     """
-    wanted = _plain(name)
-    for card in CARDS:
-        if _plain(card.name) == wanted:
-            return card
-    starting = [card for card in CARDS if wanted and _plain(card.name).startswith(wanted)]
-    if starting:
-        return starting[0]
-    near = difflib.get_close_matches(wanted, [_plain(card.name) for card in CARDS], n=3, cutoff=0.5)
-    names = [card.name for card in CARDS if _plain(card.name) in near] or [card.name for card in CARDS]
-    raise UserError(
-        f"--card {name!r} is not known; did you mean {', '.join(names)}? (any other: --vram with its memory)"
+    for memory in (True, False):
+        for card in CARDS:
+            if _plain(card.name, memory) == _plain(name, memory):
+                return card
+    known = {_plain(card.name, False): card.name for card in CARDS}
+    near = difflib.get_close_matches(_plain(name, False), known, n=3, cutoff=0.5)
+    hint = (
+        f"did you mean {' or '.join(known[n] for n in near)}?"
         if near
-        else f"--card {name!r} is not known; known cards: {', '.join(names)} (any other: --vram)"
+        else f"known: {', '.join(known.values())}"
     )
+    raise UserError(f"--card {name!r} is not known; {hint} Any other card: --vram with its memory")
 
 
 def card_with(vram: int) -> Card:
@@ -116,6 +114,8 @@ def parse_size(text: str, name: str) -> int:
     return int(float(match[1]) * (GIB if match[2].startswith("g") else 2**20))
 
 
-def _plain(name: str) -> str:
-    name = re.sub(r"nvidia|geforce|rtx|laptop|gpu|-|\s", "", name.lower())
-    return re.sub(r"sxm\d?|pcie|hbm\d?e?", "", name)
+def _plain(name: str, memory: bool) -> str:
+    """The name's telling words, with or without that of the memory's size."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    dull = r"nvidia|geforce|rtx|laptop|gpu|pcie|sxm\d*|hbm\d*e?" + ("" if memory else r"|\d+gb")
+    return "".join(word for word in words if not re.fullmatch(dull, word))

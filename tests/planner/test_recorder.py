@@ -1,0 +1,151 @@
+"""What the recorder predicts without computing, against the allocator's own events of a real step."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from mapo_fast.config import Config, parse_config
+from mapo_fast.engine.build import prepare_unet
+from mapo_fast.engine.engine import Engine
+from mapo_fast.engine.precision import choose_precision
+from mapo_fast.objectives import build_loss
+from mapo_fast.planner import trace as planner_trace
+from mapo_fast.planner.costs import ATTENTION, CONVOLUTION, MATRIX
+from mapo_fast.planner.recorder import Recorder, card_path
+from mapo_fast.planner.trace import CPU, _pairs, record_step
+from mapo_kernels import group_norm_silu_conv
+from mapo_kernels._launch import INTERPRETING, Card
+
+CARD = Card(89, 128)
+REDUCED: dict[str, Any] = {
+    "sample_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [64, 128],
+    "layers_per_block": 1,
+    "norm_num_groups": 16,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [2, 4],
+    "transformer_layers_per_block": [1, 2],
+    "cross_attention_dim": 64,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 32,
+    "projection_class_embeddings_input_dim": 6 * 32 + 64,
+}
+"""SDXL in small, with 7.6 million parameters."""
+
+
+def settings(**sections: dict[str, Any]) -> Config:
+    table: dict[str, Any] = {
+        "model": {"path": "reduced"},
+        "data": {"cache": "cache", "resolution": 128},
+        "train": {"output": "run", "precision": "fp32"},
+        "adapter": {"kind": "full"},
+        "optim": {"name": "adamw8bit"},
+    }
+    for section, values in sections.items():
+        table.setdefault(section, {}).update(values)
+    return parse_config(table)
+
+
+PLANS = {
+    "plain": {"train": {"layout": "joint", "gradient_checkpointing": False}},
+    "checkpointed": {"train": {"layout": "joint"}},
+    "split, fused": {"train": {"layout": "split", "fused_step": True}},
+    "lora, sequential": {
+        "adapter": {"kind": "lora"},
+        "train": {"layout": "sequential", "gradient_checkpointing": False},
+    },
+}
+
+
+def real_peak(config: Config) -> int:
+    """Highest allocated bytes of a real step on the CPU, by torch.profiler's allocator events."""
+    precision = choose_precision(config, CPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import UNet2DConditionModel
+
+        unet: Any = UNet2DConditionModel.from_config(REDUCED).to(precision.base).train()
+    parts = prepare_unet(unet, config, precision, CPU)
+    engine = Engine(config, parts, build_loss(config.objective, 1000), precision, CPU)
+    inputs = _pairs(1, 16, REDUCED)
+
+    def step() -> None:
+        engine.start(1e-5)
+        engine.accumulate(inputs, 1.0)
+        engine.finish()
+
+    step()  # optimizer states, caches
+    states = [
+        x
+        for s in engine.optimizer.optimizer.state.values()
+        for x in s.values()
+        if isinstance(x, torch.Tensor)
+    ]
+    held = {
+        x.untyped_storage()._cdata: x.untyped_storage().nbytes()
+        for x in [*unet.parameters(), *unet.buffers(), *states, *inputs]
+    }
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return sum(held.values()) + peak
+
+
+@pytest.mark.skipif(INTERPRETING, reason="operators would run in Triton's interpreter")
+@pytest.mark.parametrize("name", PLANS)
+def test_the_prediction_is_within_three_percent_of_the_allocator(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the eager path, which is what the CPU runs; the kernels' path allocates other things."""
+    monkeypatch.setattr(planner_trace, "card_path", lambda *_: nullcontext())
+    # Eager AdamW8bit computes in temporaries that no card needs; torch's AdamW does not.
+    config = settings(**PLANS[name], optim={"name": "adamw"})
+    predicted = record_step(config, REDUCED, CARD).peak
+    measured = real_peak(config)
+    assert predicted == pytest.approx(measured, rel=0.03)
+
+
+def test_nothing_large_is_computed() -> None:
+    x = torch.zeros(300, 300)
+    with Recorder([x]) as recorder:
+        y = x + 1
+        z = torch.zeros(5)
+    assert y.shape == x.shape
+    assert (z == 0).all()
+    assert recorder.live == 2 * 360448 + 512
+    del y
+    assert recorder.live == 360448 + 512
+
+
+def test_temporary_memory_inside_an_operator_is_seen() -> None:
+    x = torch.empty(2, 64, 64, 64)
+    weight = torch.empty(8, 64, 3, 3)
+    recorder = Recorder([x, weight])
+    before = recorder.live
+    with card_path(CARD, recorder.launched), recorder:
+        out = group_norm_silu_conv(x, 32, None, None, weight)
+    assert recorder.peak - before >= x.nbytes + out.nbytes  # the activation that the convolution reads
+    assert recorder.live - before < x.nbytes
+
+
+def test_arithmetic_is_counted_in_every_kind() -> None:
+    trace = record_step(settings(**PLANS["plain"]), REDUCED, CARD)
+    kinds = {kind: trace.flops[trace.kinds == kind].sum() for kind in (MATRIX, CONVOLUTION, ATTENTION)}
+    assert all(total > 1e8 for total in kinds.values())
+    recomputing = record_step(settings(**PLANS["checkpointed"]), REDUCED, CARD)
+    assert 1.2 < recomputing.flops.sum() / trace.flops.sum() < 1.4

@@ -1,0 +1,139 @@
+"""Cards, sizes, composition against full traces, and what the search keeps, chooses and refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mapo_fast.errors import UserError
+from mapo_fast.planner import search as planner_search
+from mapo_fast.planner import store
+from mapo_fast.planner.cards import CARDS, GIB, card_with, find_card, parse_size, usable_bytes
+from mapo_fast.planner.host import Host
+from mapo_fast.planner.search import BLOCKS, prefixes, search, stated
+from mapo_fast.planner.timeline import simulate
+from mapo_fast.planner.trace import record_step
+from mapo_fast.planner.windows import compose, cut
+from tests.planner.test_recorder import CARD, REDUCED, settings
+
+PLENTY = Host(64 * GIB, 32 * GIB)
+RTX = find_card("RTX 4090")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache folder for this module's tests, and no worker processes."""
+    folder = tmp_path_factory.getbasetemp() / "traces"
+    monkeypatch.setattr(store, "folder", lambda: folder)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+
+
+@pytest.fixture
+def exact_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reduced UNet is smaller than a CUDA context."""
+    monkeypatch.setattr(planner_search, "usable_bytes", lambda vram: vram)
+
+
+@pytest.mark.parametrize("name", ["4090", "rtx 4090", "NVIDIA GeForce RTX 4090"])
+def test_a_card_is_known_by_its_names(name: str) -> None:
+    assert find_card(name).name == "RTX 4090"
+
+
+def test_memory_tells_cards_of_one_name_apart_and_super_is_another() -> None:
+    assert find_card("NVIDIA A100-SXM4-80GB").name == "A100 80GB"
+    assert find_card("NVIDIA H100 80GB HBM3").name == "H100"
+    assert find_card("4060 Ti").name == "RTX 4060 Ti 16GB"
+    with pytest.raises(UserError):
+        find_card("NVIDIA GeForce RTX 4070 Ti SUPER")
+
+
+def test_unknown_cards_and_sizes_are_one_line() -> None:
+    with pytest.raises(UserError, match="RTX 4090"):
+        find_card("RTX 409")
+    for wrong in ("24", "lots", "-3GiB", "0GiB"):
+        with pytest.raises(UserError, match="24GiB"):
+            parse_size(wrong, "--vram")
+    assert parse_size("1.5 GB", "--vram") == 3 * GIB // 2
+
+
+def test_the_slowest_card_with_enough_memory_is_assumed() -> None:
+    assert card_with(24 * GIB).name == "RTX 3090"
+    assert card_with(200 * GIB) in CARDS
+    assert usable_bytes(24 * GIB) < 23.5 * GIB
+
+
+def test_prefixes_hold_exactly_the_chosen_blocks() -> None:
+    blocks = {f"down_blocks.{i}.resnets.{j}" for i in (1, 10) for j in (0, 1)} | {"mid_block.resnets.1"}
+    chosen = {"down_blocks.1.resnets.0", "down_blocks.1.resnets.1", "mid_block.resnets.1"}
+    found = prefixes(chosen, blocks)
+    assert found == ["down_blocks.1", "mid_block"]
+    assert prefixes(blocks, blocks) == ["down_blocks", "mid_block"]
+
+
+def test_a_composed_plan_is_its_full_trace() -> None:
+    """Blocks of one level checkpointed, from traces with all and with none."""
+    fused = {"fused_step": True}
+    plain = record_step(
+        settings(train={**fused, "layout": "joint", "gradient_checkpointing": False}), REDUCED, CARD
+    )
+    split = record_step(settings(train={**fused, "layout": "split"}), REDUCED, CARD)
+    modes = {
+        "plain": cut(plain, RTX, keep_gradients=False),
+        "split": cut(split, RTX, keep_gradients=False),
+    }
+    freed = {p.block: "plain" for p in modes["plain"].pieces.values() if p.block.startswith("up_blocks")}
+    assert freed
+    made = compose(modes, freed, "split")
+    lasting = sum(int(split.row(name).max()) for name in ("parameters", "states"))
+    lasting += int(split.row("staging").min())
+    names = ["down_blocks", "mid_block"]
+    full = record_step(
+        settings(train={**fused, "layout": "split", "gradient_checkpointing": names}), REDUCED, CARD
+    )
+    assert lasting + made.peak == pytest.approx(full.peak, rel=0.01)
+    assert 1e3 * (made.forward + made.backward) == pytest.approx(simulate(full, RTX).step, rel=0.05)
+
+
+def test_memory_that_lasts_buys_no_recomputation(exact_budget: None) -> None:
+    outcome = search(settings(), REDUCED, RTX, GIB, PLENTY)
+    assert outcome.chosen is not None
+    assert outcome.chosen.settings[BLOCKS] is False
+    assert outcome.chosen.traced
+    assert not any(value == "cpu" for value in outcome.chosen.settings.values())
+
+
+def test_little_memory_moves_things_off_the_card_and_little_more_is_refused(exact_budget: None) -> None:
+    rich = search(settings(), REDUCED, RTX, GIB, PLENTY)
+    least = min(loser.plan.peak for loser in rich.others)
+    poor = search(settings(), REDUCED, RTX, int(least * 1.02), PLENTY)
+    assert poor.chosen is not None
+    assert poor.chosen.peak <= least * 1.02
+    assert poor.chosen.settings["offload.weights"] == "cpu"
+    applied = poor.chosen.apply(settings())
+    assert applied.offload.weights == "cpu"
+    none = search(settings(), REDUCED, RTX, least // 2, PLENTY, advise=False)
+    assert none.chosen is None
+    pinned = search(settings(), REDUCED, RTX, int(least * 1.02), Host(64 * GIB, 0), advise=False)
+    assert pinned.chosen is None
+    assert any("system RAM" in loser.reason for loser in pinned.others)
+
+
+def test_stated_settings_are_kept(exact_budget: None) -> None:
+    config = settings(train={"layout": "split", "fused_step": False, "gradient_checkpointing": True})
+    assert set(stated(config)) == {"train.layout", "train.fused_step", BLOCKS}
+    outcome = search(config, REDUCED, RTX, GIB, PLENTY)
+    assert outcome.chosen is not None
+    assert outcome.chosen.settings["train.layout"] == "split"
+    assert outcome.chosen.settings[BLOCKS] is True
+    assert outcome.chosen.settings["train.fused_step"] is False
+
+
+def test_traces_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "folder", lambda: tmp_path)
+    config = settings(train={"layout": "joint", "gradient_checkpointing": False})
+    (made,) = store.traces([config], REDUCED, CARD)
+    monkeypatch.setattr(store, "_record", lambda work: pytest.fail("traced again"))
+    (read,) = store.traces([config], REDUCED, CARD)
+    assert read.peak == made.peak
+    assert read.marks == made.marks
