@@ -38,7 +38,8 @@ _STATES_AWAY = {"offload.optimizer": "cpu"}
 _ALL_AWAY = _STATES_AWAY | {"offload.weights": "cpu"}
 _INPUTS_AWAY = {"offload.activations": "cpu"}
 _NOT_RECOMPUTED = {"train.layout": "joint", "train.gradient_checkpointing": False}
-_SEQUENTIAL = {"train.layout": "sequential", "train.gradient_checkpointing": False}
+_HALVES = {"train.layout": "sequential"}
+_SEQUENTIAL = _HALVES | {"train.gradient_checkpointing": False}
 
 ROWS: tuple[tuple[str, float, str, dict[str, Any]], ...] = (
     ("full, no matrix product recomputed", 17.5, "RTX 3090", _FULL | _NOT_RECOMPUTED),
@@ -59,7 +60,7 @@ ROWS: tuple[tuple[str, float, str, dict[str, Any]], ...] = (
         "LoRA, nf4 base, checkpointed",
         2.3,
         "RTX 3050 4GB",
-        _LORA | {"train.layout": "split", "adapter.base": "nf4"},
+        _LORA | _HALVES | {"adapter.base": "nf4"},
     ),
 )
 """Name, target in GiB, card of the time estimate, settings; two of eight lines have two targets."""

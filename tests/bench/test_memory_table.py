@@ -1,0 +1,28 @@
+"""The memory table reaches its targets, and a full trace made now says what the committed one says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import memory_table
+
+ROWS = [json.loads(line) for line in memory_table.RESULTS.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_plan_is_in_the_table() -> None:
+    assert [(row["name"], row["plan"]) for row in ROWS] == [
+        (name, plan) for name, _, _, plan in memory_table.ROWS
+    ]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
+def test_targets_are_reached(row: dict[str, float]) -> None:
+    assert row["peak_gib"] <= row["target_gib"]
+
+
+def test_a_trace_made_now_agrees() -> None:
+    """The cheapest row; `python -m bench.memory_table --write` makes all of them again."""
+    number = next(i for i, (name, *_) in enumerate(memory_table.ROWS) if "bf16 base" in name)
+    assert memory_table.row(number)["peak_gib"] == pytest.approx(ROWS[number]["peak_gib"], abs=0.02)
