@@ -1,7 +1,10 @@
 """Everything that needs an NVIDIA GPU, in parts of at most eight minutes: `make gpu-check PART=ops`.
 
-`ops` runs the kernel tests on the GPU and then the microbenchmarks, the most telling first. Results are
-written as they come, under `bench/results/`; when the time is up, run it again to go on where it stopped.
+- `ops` runs the kernel tests on the GPU and then the microbenchmarks, the most telling first.
+- `memory` runs the engine's tests on the GPU and then the memory table at full size, capped.
+
+Results are written as they come, under `bench/results/`; when the time is up, run it again to go on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -9,10 +12,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 
 import torch
 
-from bench import ops
+from bench import gpu_memory, ops
 from bench.environment import environment
 
 PARTS = ("ops", "memory", "step")
@@ -21,33 +25,47 @@ RESERVE = 20
 """Seconds before the end at which nothing new is begun."""
 
 
-def check_ops() -> int:
+def check_ops(deadline: float) -> int:
     """Tests of all kernels, then the microbenchmarks of the ops whose tests pass."""
-    deadline = time.monotonic() + SECONDS - RESERVE
+    failed = _failed(ops.TESTS, deadline)
+    return 1 if ops.run("all", "cuda", tested=False, deadline=deadline) or failed else 0
+
+
+def check_memory(deadline: float) -> int:
+    """Tests of the engine, then the memory table."""
+    failed = _failed(ops.TESTS.parent / "engine", deadline)
+    return 1 if gpu_memory.run(deadline) or failed else 0
+
+
+def _failed(folder: Path, deadline: float) -> list[str]:
+    """The files of a folder whose GPU tests do not pass."""
     stamp = environment()
     print(f"{stamp['gpu']}, commit {stamp['commit']}", flush=True)
     failed = [
         file.name
-        for file in sorted(ops.TESTS.glob("test_*.py"))
+        for file in sorted(folder.glob("test_*.py"))
         if "device: str" in file.read_text(encoding="utf-8") or "mark.gpu" in file.read_text(encoding="utf-8")
         if not ops.passed(file, "cuda", stamp, deadline=deadline)
     ]
     if failed:
-        print(f"Not passed, so not measured: {', '.join(failed)}", file=sys.stderr)
-    return 1 if ops.run("all", "cuda", tested=False, deadline=deadline) or failed else 0
+        print(f"Not passed: {', '.join(failed)}", file=sys.stderr)
+    return failed
+
+
+CHECKS = {"ops": check_ops, "memory": check_memory}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("part", choices=PARTS)
     args = parser.parse_args()
-    if args.part != "ops":
+    if args.part not in CHECKS:
         print(f"gpu-check: part {args.part!r} does not exist yet", file=sys.stderr)
         return 1
     if not torch.cuda.is_available():
         print("gpu-check: this machine has no NVIDIA GPU that torch can use", file=sys.stderr)
         return 2
-    return check_ops()
+    return CHECKS[args.part](time.monotonic() + SECONDS - RESERVE)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from bench.environment import environment
-from bench.sdxl import SDXL_UNET
 from mapo_fast.data.latents import LatentEncoder
 from mapo_fast.data.text import encode_prompts
 from mapo_fast.demo import world
@@ -39,6 +38,7 @@ from mapo_fast.fuse import patch_unet
 from mapo_fast.lora import add_lora
 from mapo_fast.loss import MaPOLoss
 from mapo_fast.model import SDXLFolder, open_sdxl
+from mapo_fast.planner.models import SDXL_UNET
 from mapo_kernels._linear import dense_weight
 
 RESULTS = Path(__file__).parent / "results" / "quantised_base.jsonl"

@@ -15,8 +15,10 @@ from bench import plot
 RESULTS = Path(__file__).parent / "results"
 
 
-def _rows(name: str) -> list[dict[str, Any]]:
+def _rows(name: str, *, may_miss: bool = False) -> list[dict[str, Any]]:
     path = RESULTS / f"{name}.jsonl"
+    if may_miss and not path.exists():
+        return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -40,17 +42,20 @@ def demo() -> str:
 
 
 def memory() -> str:
-    """Predicted peak memory of one pair."""
+    """The memory table: predicted, and measured where there is a GPU's newest row."""
+    measured = {row["name"]: row for row in _rows("gpu_memory", may_miss=True) if "allocated_gib" in row}
     lines = [
-        "| train | precision | layout | weights | forward + backward peak | 8-bit states | peak, GiB |",
-        "|---|---|---|---|---|---|---|",
+        "| one pair at 1024², bf16 weights, AdamW8bit | peak, GiB | target | on a GPU | a step |",
+        "|---|---|---|---|---|",
     ]
-    for row in _rows("predicted_memory"):
-        kind = "LoRA r16" if row["kind"] == "lora" else "full"
+    for row in _rows("memory_table"):
+        on_gpu = measured.get(row["name"])
+        found = "not measured yet"
+        if on_gpu is not None:
+            found = f"{on_gpu['allocated_gib']:.2f} measured on {on_gpu['environment']['gpu']}"
         lines.append(
-            f"| {kind} | `{row['precision']}` | `{row['layout']}` | {row['parameters_gib']:.2f} "
-            f"| {row['forward_backward_peak_gib']:.2f} | {row['optimizer_states_gib']:.2f} "
-            f"| {row['peak_gib']:.2f} predicted |"
+            f"| {row['name']} | {row['peak_gib']:.2f} predicted | {row['target_gib']:.1f} | {found} "
+            f"| {row['ms_estimate'] / 1000:.1f} s predicted for {row['card']} |"
         )
     return "\n".join(lines)
 

@@ -32,11 +32,11 @@ from bench.dispatch import tensors
 from bench.environment import environment
 from bench.live_memory import LiveMemory
 from bench.measure import saved_bytes
-from bench.predict_memory import CPU, fake_pair, make_fake
-from bench.sdxl import SDXL_UNET
+from bench.sdxl import CPU, fake_pair, make_fake
 from mapo_fast import MaPOLoss, patch_unet
 from mapo_fast.engine.step import predict
 from mapo_fast.lora import add_lora
+from mapo_fast.planner.models import SDXL_UNET
 
 RESULTS = Path(__file__).parent / "results" / "saved_memory.jsonl"
 MIB, GIB = 2**20, 2**30

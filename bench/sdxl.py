@@ -1,23 +1,34 @@
-"""The UNet of SDXL-base 1.0 as a config: 2,567,463,684 parameters, made without weights."""
+"""SDXL's UNet and its inputs on fake tensors: no weights, no memory."""
 
 from __future__ import annotations
 
-from typing import Any
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-SDXL_UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-PARAMETERS = 2_567_463_684
+from mapo_fast.engine.step import PairInputs
+
+CPU = torch.device("cpu")  # fake tensors claim the CPU: claiming CUDA aborts on a CPU build of torch
+
+
+def fake_pair(side: int) -> PairInputs:
+    """What SDXL's UNet is given for one pair of latents (4, side, side)."""
+    return PairInputs(
+        noisy=torch.zeros(2, 4, side, side),
+        timesteps=torch.zeros(2, dtype=torch.int64),
+        prompt_embeds=torch.zeros(2, 77, 2048),
+        pooled_embeds=torch.zeros(2, 1280),
+        time_ids=torch.zeros(2, 6),
+        target=torch.zeros(2, 4, side, side),
+    )
+
+
+def make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
+    """Replace meta parameters and buffers by fake tensors that claim the CPU."""
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                fake = FakeTensor(mode, parameter.detach().to("meta"), CPU)
+                part._parameters[name] = torch.nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None:
+                part._buffers[name] = FakeTensor(mode, buffer.detach().to("meta"), CPU)

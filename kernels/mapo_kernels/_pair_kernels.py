@@ -398,7 +398,7 @@ def empty_terms(like: Tensor, pairs: int, acc: torch.dtype, *, per_pair: bool, r
 
 
 def chunking(numel: int, acc: torch.dtype = torch.float32) -> tuple[int, int, int]:
-    """Return (block, elements per program, programs per sample); a function of the sample's size and dtype."""
+    """Return (block, elements per program, programs per sample), from the sample's size and dtype."""
     block = block_size(BLOCK if acc == torch.float32 else BLOCK // 2, numel)  # fp64 would spill
     chunk = block * -(-numel // (block * MOST_CHUNKS))
     return block, chunk, -(-numel // chunk)

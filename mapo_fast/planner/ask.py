@@ -51,7 +51,7 @@ def plan_run(config: Config, folder: SDXLFolder, vram: int, gpu: str | None) -> 
         vram: bytes that the run may use.
         gpu: the device's name, where there is one.
     """
-    return search(config, folder.config("unet"), _card_named(gpu, vram), vram, host(None))
+    return search(config, folder.config("unet"), card_named(gpu, vram), vram, host(None))
 
 
 def refusal(outcome: Outcome) -> str:
@@ -62,7 +62,7 @@ def refusal(outcome: Outcome) -> str:
     )
 
 
-def _card_named(gpu: str | None, vram: int) -> Card:
+def card_named(gpu: str | None, vram: int) -> Card:
     """The card of a device's name; one that is not known is taken for the slowest with as much memory."""
     try:
         return find_card(gpu) if gpu else card_with(vram)

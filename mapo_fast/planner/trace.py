@@ -110,7 +110,8 @@ def record_step(config: Config, unet_config: dict[str, Any], card: Card, *, side
         engine = Engine(config, parts, loss, precision, CPU)
         side = side or config.data.resolution // 8
         inputs = [
-            _pairs(config.train.pairs_per_batch, side, unet_config) for _ in range(_micro_batches(config))
+            pairs_of_zeros(config.train.pairs_per_batch, side, unet_config)
+            for _ in range(_micro_batches(config))
         ]
         if config.offload.optimizer == "cpu":
             _step(engine, inputs)  # it learns the order in which states will be asked for
@@ -158,7 +159,7 @@ def _untouched_unet(unet_config: dict[str, Any], dtype: torch.dtype) -> Any:
     return unet.to_empty(device=CPU).train()
 
 
-def _pairs(pairs: int, side: int, unet_config: dict[str, Any]) -> PairInputs:
+def pairs_of_zeros(pairs: int, side: int, unet_config: dict[str, Any]) -> PairInputs:
     """Inputs of the right shapes: a prompt of 77 tokens, six time ids."""
     samples, channels = 2 * pairs, unet_config["in_channels"]
     pooled = unet_config["projection_class_embeddings_input_dim"] - 6 * unet_config["addition_time_embed_dim"]
