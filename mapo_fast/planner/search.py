@@ -147,7 +147,8 @@ class _Family:
         self.streamable = self.config.adapter.base == "dense" and (self.fusable or not self.full)
         names = self._needed()
         configs = [self._config(self._settings(name)) for name in names]
-        self.traces = dict(zip(names, traces(configs, unet_config, card.launch), strict=True))
+        made = traces(configs, unet_config, card.launch, settled=False)
+        self.traces = dict(zip(names, made, strict=True))
 
     def _needed(self) -> list[str]:
         """Names of the modes whose traces the combinations need: what halves do, and what is recomputed."""
@@ -167,7 +168,7 @@ class _Family:
                 ]
                 if layout != "joint" and offloads != ["gpu"] * 3:
                     names.append(f"{layout} offloaded")
-        return names
+        return sorted(names, key=lambda name: "offloaded" not in name)  # the longest first: two run at a time
 
     def _settings(self, name: str) -> dict[str, Any]:
         layout, how = name.split(" ")

@@ -34,12 +34,14 @@ def folder() -> Path:
     return Path(local or Path.home() / ".cache") / "mapo_fast" / "traces"
 
 
-def traces(configs: Sequence[Config], unet_config: dict[str, Any], card: Card) -> list[Trace]:
-    """The traces of these configs, from disk or made now, two at a time."""
-    paths = [folder() / f"{_digest(config, unet_config, card)}.npz" for config in configs]
+def traces(
+    configs: Sequence[Config], unet_config: dict[str, Any], card: Card, *, settled: bool = True
+) -> list[Trace]:
+    """The traces of these configs, from disk or made now, two at a time; see `record_step`."""
+    paths = [folder() / f"{_digest(config, unet_config, card, settled)}.npz" for config in configs]
     found = [_read(path) for path in paths]
     missing = [i for i, trace in enumerate(found) if trace is None]
-    work = [(configs[i].model_dump_json(), unet_config, card) for i in missing]
+    work = [(configs[i].model_dump_json(), unet_config, card, settled) for i in missing]
     if len(work) > 1 and (os.cpu_count() or 1) > 1:
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         with ProcessPoolExecutor(2, mp_context=context) as pool:
@@ -52,14 +54,14 @@ def traces(configs: Sequence[Config], unet_config: dict[str, Any], card: Card) -
     return [trace for trace in found if trace is not None]
 
 
-def _record(work: tuple[str, dict[str, Any], Card]) -> Trace:
-    text, unet_config, card = work
+def _record(work: tuple[str, dict[str, Any], Card, bool]) -> Trace:
+    text, unet_config, card, settled = work
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # third-party deprecations
-        return record_step(Config.model_validate_json(text), unet_config, card)
+        return record_step(Config.model_validate_json(text), unet_config, card, settled=settled)
 
 
-def _digest(config: Config, unet_config: dict[str, Any], card: Card) -> str:
+def _digest(config: Config, unet_config: dict[str, Any], card: Card, settled: bool) -> str:
     table = config.model_dump(mode="json", include={"adapter", "objective", "offload", "optim"})
     table["train"] = config.train.model_dump(
         mode="json",
@@ -69,7 +71,15 @@ def _digest(config: Config, unet_config: dict[str, Any], card: Card) -> str:
         },
     )  # fmt: skip
     table["optim"].pop("lr")
-    parts = [table, config.data.resolution, sorted(unet_config.items(), key=str), tuple(card), _sources()]
+    first_step = config.offload.optimizer == "cpu" and not settled
+    parts = [
+        first_step,
+        table,
+        config.data.resolution,
+        sorted(unet_config.items(), key=str),
+        tuple(card),
+        _sources(),
+    ]
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]
 
 

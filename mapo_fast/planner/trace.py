@@ -86,12 +86,13 @@ class Trace(NamedTuple):
         return found | {"host": int(self.live[-1].max())}
 
 
-def record_step(config: Config, unet_config: dict[str, Any], card: Card, *, side: int | None = None) -> Trace:
+def record_step(config: Config, unet_config: dict[str, Any], card: Card, *, settled: bool = True) -> Trace:
     """Trace one optimizer step of `config` as on `card`, of square latents at the config's resolution.
 
     Args:
         unet_config: of a diffusers `UNet2DConditionModel`.
-        side: of the latents; data.resolution / 8 by default.
+        settled: a step that knows the order in which states will be asked for, and fetches them ahead; else a
+            first step, which needs as much memory and half the time to trace.
     """
     precision = _precision(config)
     unet = _untouched_unet(unet_config, precision.base)
@@ -108,13 +109,13 @@ def record_step(config: Config, unet_config: dict[str, Any], card: Card, *, side
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(_tag_gradient(recorder))
         engine = Engine(config, parts, loss, precision, CPU)
-        side = side or config.data.resolution // 8
+        side = config.data.resolution // 8
         inputs = [
             pairs_of_zeros(config.train.pairs_per_batch, side, unet_config)
             for _ in range(_micro_batches(config))
         ]
-        if config.offload.optimizer == "cpu":
-            _step(engine, inputs)  # it learns the order in which states will be asked for
+        if settled and config.offload.optimizer == "cpu":
+            _step(engine, inputs)
         recorder.restart()
         marks = stack.enter_context(_marks(recorder, unet))
         _step(engine, inputs)

@@ -17,7 +17,7 @@ from mapo_fast.objectives import build_loss
 from mapo_fast.planner import trace as planner_trace
 from mapo_fast.planner.costs import ATTENTION, CONVOLUTION, MATRIX
 from mapo_fast.planner.recorder import Recorder, card_path
-from mapo_fast.planner.trace import CPU, _pairs, record_step
+from mapo_fast.planner.trace import CPU, pairs_of_zeros, record_step
 from mapo_kernels import group_norm_silu_conv
 from mapo_kernels._launch import INTERPRETING, Card
 
@@ -76,7 +76,7 @@ def real_peak(config: Config) -> int:
         unet: Any = UNet2DConditionModel.from_config(REDUCED).to(precision.base).train()
     parts = prepare_unet(unet, config, precision, CPU)
     engine = Engine(config, parts, build_loss(config.objective, 1000), precision, CPU)
-    inputs = _pairs(1, 16, REDUCED)
+    inputs = pairs_of_zeros(1, 16, REDUCED)
 
     def step() -> None:
         engine.start(1e-5)
