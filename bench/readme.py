@@ -140,7 +140,7 @@ def ops() -> str:
 README = Path(__file__).parents[1] / "README.md"
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: {"demo": demo, "photographs": photographs, "memory": memory, "saved_memory": saved_memory},
-    README.parent / "kernels" / "README.md": {"ops": ops, "resources": resources},
+    README.parent / "kernels" / "README.md": {"ops": ops, "traffic": traffic, "resources": resources},
 }
 """Which sections stand on which page."""
 
