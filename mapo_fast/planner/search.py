@@ -46,6 +46,7 @@ class Loser(NamedTuple):
     """A plan that was not chosen."""
 
     plan: Plan
+    """Its time is corrected as the chosen plan's own trace has corrected that one's."""
     reason: str
 
 
@@ -77,6 +78,7 @@ def search(
         plans = sorted(family.plans(), key=lambda plan: plan.ms * (1 + BOTHER * _bother(plan)))
         smallest = min([*plans, *([smallest] if smallest else [])], key=lambda plan: plan.peak, default=None)
         chosen: Plan | None = None
+        composed = ratio = 1.0
         for plan in plans:
             reason = _too_much(plan, usable, host)
             if chosen is None and not reason:
@@ -84,12 +86,13 @@ def search(
                 reason = _too_much(traced, usable, host)
                 if not reason:
                     chosen, chosen_trace = traced, trace
+                    composed, ratio = plan.ms, traced.ms / plan.ms
                     continue
                 plan = traced
             elif chosen is not None and not reason:
-                slower = plan.ms / chosen.ms - 1
+                slower = plan.ms / composed - 1
                 reason = f"{slower:.0%} slower" if slower > 0.005 else "no faster, and moves more"
-            others.append(Loser(plan, reason))
+            others.append(Loser(plan if plan.traced else plan._replace(ms=ratio * plan.ms), reason))
         if chosen is not None:
             fitting = sorted(
                 others, key=lambda loser: (bool(_too_much(loser.plan, usable, host)), loser.plan.ms)
@@ -151,12 +154,16 @@ class _Family:
         self.traces = dict(zip(names, made, strict=True))
 
     def _needed(self) -> list[str]:
-        """Names of the modes whose traces the combinations need: what halves do, and what is recomputed."""
-        layouts = [self.stated["train.layout"]] if "train.layout" in self.stated else ["joint", "split"]
+        """Names of the modes whose traces the combinations need: what halves do, and what is recomputed.
+
+        Where nothing is stated, `joint` recomputes nothing (`split` recomputes as much and needs less), and
+        what `sequential` leaves to offload is not worth a trace.
+        """
+        layouts = [self.stated["train.layout"]] if "train.layout" in self.stated else ["split"]
         blocks = self.stated.get(BLOCKS)
         if "train.layout" not in self.stated and (not self.full or not self.fusable):
             layouts.append("sequential")
-        names = []
+        names = [] if blocks is True or "train.layout" in self.stated else ["joint plain"]
         for layout in layouts:
             plain = "sequential" if layout == "sequential" else "joint"
             if blocks is not True and f"{plain} plain" not in names:
@@ -166,7 +173,8 @@ class _Family:
                 offloads = [
                     self.stated.get(f"offload.{part}") for part in ("optimizer", "weights", "activations")
                 ]
-                if layout != "joint" and offloads != ["gpu"] * 3:
+                wanted = layout == "split" or "train.layout" in self.stated
+                if layout != "joint" and wanted and offloads != ["gpu"] * 3:
                     names.append(f"{layout} offloaded")
         return sorted(names, key=lambda name: "offloaded" not in name)  # the longest first: two run at a time
 
