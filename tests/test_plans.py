@@ -1,0 +1,61 @@
+"""A whole run under every plan of the memory table: evaluation, previews, checkpoints, resume, result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bench.memory_table import ROWS
+from mapo_fast.engine import offload_activations, stream_states, stream_weights
+from mapo_fast.train import train
+from tests.training import make_cache, make_config
+
+RESULT = {"full": "unet/diffusion_pytorch_model.safetensors", "lora": "lora/pytorch_lora_weights.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cache(tiny_sdxl, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def everything_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Move also what is too small to be worth it."""
+    monkeypatch.setattr(stream_weights, "STREAMED_BYTES", 1)
+    monkeypatch.setattr(stream_states, "_SMALLEST", 1)
+    monkeypatch.setattr(offload_activations, "OFFLOADED_BYTES", 1)
+
+
+def sections(plan: dict[str, Any], **train_settings: Any) -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = {
+        "train": {"precision": "pure_bf16", "steps": 4, "checkpoint_every": 2, **train_settings},
+        "optim": {"name": "adamw8bit"},
+        "preview": {"prompts": ["red square"], "every": 2, "steps": 2},
+    }
+    for name, value in plan.items():
+        section, key = name.split(".")
+        table.setdefault(section, {})[key] = value
+    return table
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"), [(name, plan) for name, _, _, plan in ROWS], ids=lambda v: str(v)[:40]
+)
+def test_a_run_and_its_resume(
+    tiny_sdxl: Path, cache: Path, tmp_path: Path, name: str, plan: dict[str, Any]
+) -> None:
+    kind = plan["adapter.kind"]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert train(make_config(tiny_sdxl, cache, straight, **sections(plan))).finished
+    assert train(make_config(tiny_sdxl, cache, resumed, **sections(plan, steps=2))).finished
+    assert train(make_config(tiny_sdxl, cache, resumed, **sections(plan)), resume=True).finished
+    one, other = load_file(straight / RESULT[kind]), load_file(resumed / RESULT[kind])
+    assert one.keys() == other.keys()
+    for tensor, value in one.items():
+        assert torch.isfinite(value).all()
+        assert torch.equal(value, other[tensor]), tensor
+    assert len(list((straight / "previews").glob("*/*.png"))) == 3
