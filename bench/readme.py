@@ -96,7 +96,10 @@ def saved_memory() -> str:
 
 
 def traffic() -> str:
-    """Bytes that loads and stores move, over the least possible: ours and PyTorch eager's."""
+    """Bytes that loads and stores move, over the least possible: ours and PyTorch eager's.
+
+    An optimizer's step stands under forward.
+    """
     by_case: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for row in _rows("traffic"):
         by_case.setdefault((row["op"], row["shape"], row["dtype"]), {})[row["pass"]] = row
@@ -107,7 +110,7 @@ def traffic() -> str:
     for (op, shape, dtype), passes in by_case.items():
         cells = []
         for name in ("forward", "backward"):
-            one = passes.get(name)
+            one = passes.get(name) or (passes.get("step") if name == "forward" else None)
             for moved in ("bytes", "eager_bytes"):
                 cells.append("" if one is None else f"{one[moved] / one['floor_bytes']:.2f} ×")
         lines.append(f"| `{op}` | {shape} {dtype} | {' | '.join(cells)} |")
