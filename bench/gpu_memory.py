@@ -55,7 +55,7 @@ def random_unet(dtype: torch.dtype) -> Any:
 
 def measure(name: str) -> dict[str, Any]:
     """Train some steps of one row and note what it took."""
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())  # the cap needs an index
     target, settings = next((target, settings) for n, target, _, settings in ROWS if n == name)
     config = config_of(settings)
     cap = vram_for(int(target * GIB)) - int(CONTEXT_GIB * GIB)

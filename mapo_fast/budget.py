@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +39,7 @@ class Budget(NamedTuple):
         if self.plan.changes:
             notes.append(f"no exact plan fits: {', '.join(self.plan.changes)}")
         if self.device.type == "cuda":
-            free = _free(self.device)
+            free = _free(self.device) + torch.cuda.memory_reserved(self.device)  # the run has loaded already
             needed = vram_for(self.plan.peak)
             if free + CONTEXT_GIB * GIB < needed:
                 notes.append(
@@ -58,12 +58,17 @@ class Budget(NamedTuple):
         """
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
-            share = (self.vram - CONTEXT_GIB * GIB) / total
-            torch.cuda.set_per_process_memory_fraction(min(1.0, share), self.device)
+            _cap((self.vram - CONTEXT_GIB * GIB) / total, self.device)
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             raise UserError(self._out_of_memory()) from error
+        finally:
+            if self.device.type == "cuda":
+                with suppress(RuntimeError):  # of a device that an error has left unusable
+                    _cap(1.0, self.device)
 
     def _out_of_memory(self) -> str:
         planned = f"the plan ({self.plan.name}) expected {self.plan.peak / GIB:.2f} GiB"
@@ -105,7 +110,9 @@ def planned(
     if config.train.vram is not None:
         vram = parse_size(config.train.vram, "train.vram")
     elif device.type == "cuda":
-        vram = _free(device) + int(CONTEXT_GIB * GIB)  # asking has made the context
+        # What this process has cached and does not use is free to it; asking has made the context.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        vram = _free(device) + cached + int(CONTEXT_GIB * GIB)
     else:
         return config, None
     if recorded is not None:
@@ -128,8 +135,26 @@ def _open(config: Config, recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def _smaller(outcome: Outcome, chosen: Plan) -> Plan | None:
-    others = [loser.plan for loser in outcome.others if loser.plan.peak < 0.95 * chosen.peak]
+    host = outcome.host
+    others = [
+        plan
+        for plan, _ in outcome.others
+        if plan.peak < 0.95 * chosen.peak and plan.pinned <= host.pinnable and plan.host <= host.ram
+    ]
     return min(others, key=lambda plan: plan.ms, default=None)
+
+
+def _cap(share: float, device: torch.device) -> None:
+    """Cap the allocator at a share of the card; unlike its siblings, torch's function needs an index."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), index)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """The allocator's own error, or a library's that got no memory beside it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ("CUDA error: out of memory", "STATUS_ALLOC_FAILED"))
 
 
 def _free(device: torch.device) -> int:

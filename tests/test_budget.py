@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,3 +91,60 @@ def test_running_out_of_memory_is_explained() -> None:
         Budget(CPU, 10 * GIB, plan_of("joint", 8 * GIB), None).kept(),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+class PretendedCard:
+    """A card of 24 GiB behind torch.cuda's names; the cap goes through torch's own checks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, free: float, reserved: float) -> None:
+        self.caps: list[tuple[float, int]] = []
+        fakes: dict[str, Any] = {
+            "mem_get_info": lambda device: (int(free * GIB), 24 * GIB),
+            "memory_reserved": lambda device: int(reserved * GIB),
+            "get_device_properties": lambda device: SimpleNamespace(total_memory=24 * GIB),
+            "current_device": lambda: 0,
+            "max_memory_allocated": lambda device: 7 * GIB,
+            "max_memory_reserved": lambda device: 9 * GIB,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+        monkeypatch.setattr(
+            torch._C,
+            "_cuda_setMemoryFraction",
+            lambda share, index: self.caps.append((share, index)),
+            raising=False,
+        )
+
+
+CUDA = torch.device("cuda")
+
+
+def test_the_allocator_is_capped_while_a_run_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = PretendedCard(monkeypatch, free=20, reserved=0)
+    with Budget(CUDA, int(12.4 * GIB), plan_of("joint", 8 * GIB), None).kept():
+        assert card.caps == [(pytest.approx(0.5), 0)]
+    assert card.caps[1:] == [(1.0, 0)]
+    with Budget(CUDA, 80 * GIB, plan_of("joint", 8 * GIB), None).kept():
+        assert card.caps[-1] == (1.0, 0)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"],
+)
+def test_libraries_run_out_of_memory_too(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    PretendedCard(monkeypatch, free=20, reserved=0)
+    budget = Budget(CUDA, 12 * GIB, plan_of("joint", 8 * GIB), None)
+    with pytest.raises(UserError, match=r"8\.00 GiB, 7\.00 were allocated and 9\.00 reserved"), budget.kept():
+        raise RuntimeError(words)
+    with pytest.raises(RuntimeError, match="illegal memory access"), budget.kept():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_what_the_run_itself_holds_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = Budget(CUDA, 20 * GIB, plan_of("joint", 17 * GIB), None)
+    PretendedCard(monkeypatch, free=10, reserved=9.7)
+    assert len(budget.notes()) == 1
+    PretendedCard(monkeypatch, free=4, reserved=9.7)
+    assert "needs 18.1 GiB of GPU memory and only 13.7 are free" in budget.notes()[1]
