@@ -26,6 +26,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mapo_fast.errors import UserError
+
 _REGISTERED_BYTES = 1 << 20
 """From here on host memory is registered by itself. torch's own pinned allocator rounds up to powers of two:
 of 66 MiB it makes 128."""
@@ -63,7 +65,7 @@ class Transfers:
         All host tensors of the engine are made here, so that a memory trace can tell them from the device's.
 
         Raises:
-            RuntimeError: the driver pins no more memory.
+            UserError: the driver pins no more memory.
         """
         if self.device.type != "cuda":
             return torch.empty(tuple(shape), dtype=dtype)
@@ -110,21 +112,41 @@ class Transfers:
             return Ticket(event, (dst, src))
 
 
-def _pinned_pages(nbytes: int, device: torch.device) -> mmap.mmap:
-    """Pages of their own, pinned as long as the object lives."""
-    if sys.platform == "win32":
-        pages = mmap.mmap(-1, nbytes)
-    else:  # private: shared pages, mmap's default, count as shared memory, which containers limit
-        pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
-    with torch.cuda.device(device):
+class _PinnedPages(mmap.mmap):
+    """Pages of their own, pinned as long as the object lives; make them with `_pinned_pages`."""
+
+    address: int | None = None
+    """Set while they are pinned."""
+    device: torch.device
+
+    def __del__(self) -> None:
+        """Unpin while the pages are there: weak references to an mmap die after them."""
+        if self.address is None or sys.is_finalizing():  # CUDA is gone at exit, and so are the pages
+            return
+        torch.cuda.synchronize(self.device)  # a copy that nobody on the host has waited for may use them
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        torch.cuda.check_error(cudart.cudaHostRegister(address, nbytes, 0))
-    # Weak references die before the pages do. Not at exit: CUDA is gone by then, and so are the pages.
-    weakref.finalize(pages, _unpin, address, device).atexit = False
+        torch.cuda.check_error(cudart.cudaHostUnregister(self.address))
+
+
+def _pinned_pages(nbytes: int, device: torch.device) -> _PinnedPages:
+    """Pages that cannot be swapped.
+
+    Raises:
+        UserError: the system or the driver gives no more of them.
+    """
+    try:
+        if sys.platform == "win32":
+            pages = _PinnedPages(-1, nbytes)
+        else:  # private: shared pages, mmap's default, count as shared memory, which containers limit
+            pages = _PinnedPages(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
+        with torch.cuda.device(device):
+            cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            torch.cuda.check_error(cudart.cudaHostRegister(address, nbytes, 0))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{nbytes / 2**20:.0f} MiB more of system RAM cannot be pinned for offload ({error}): close "
+            "other programs, or set offload.optimizer, offload.weights or offload.activations to 'gpu'"
+        ) from error
+    pages.address, pages.device = address, device
     return pages
-
-
-def _unpin(address: int, device: torch.device) -> None:
-    torch.cuda.synchronize(device)  # a copy that nobody on the host has waited for may still use the pages
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from mapo_fast.engine.layouts import apply_layout
 from mapo_fast.engine.offload_activations import ActivationOffload
 from mapo_fast.engine.stream_weights import WeightStreaming
 from mapo_fast.engine.transfers import Transfers
+from mapo_fast.errors import UserError
 from mapo_fast.fuse import patch_unet
 from tests.unets import make_unet, run
 
@@ -165,6 +167,7 @@ def test_large_host_memory_is_pinned_as_it_is_and_unpinned_with_its_last_view(
     calls: list[str] = []
 
     def unregister(address: int) -> None:
+        assert _mapped(address)
         calls.append("unpin")
         del pinned[address]
 
@@ -187,6 +190,31 @@ def test_large_host_memory_is_pinned_as_it_is_and_unpinned_with_its_last_view(
     del part
     assert not pinned
     assert calls == ["synchronize", "unpin"]
+
+
+def _mapped(address: int) -> bool:
+    """Whether the process has a page there; True where that cannot be seen."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return True
+    ranges = (line.split()[0].split("-") for line in maps.read_text().splitlines())
+    return any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
+
+
+def test_a_driver_that_pins_no_more_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(code: int) -> None:
+        raise RuntimeError("out of memory (2)")
+
+    cudart = SimpleNamespace(
+        cudaHostRegister=lambda address, nbytes, flags: 2,
+        cudaHostUnregister=lambda address: pytest.fail("it was never pinned"),
+    )
+    _Gpu(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "check_error", refuse)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    with pytest.raises(UserError, match=r"2 MiB more of system RAM cannot be pinned .*out of memory \(2\)"):
+        Transfers(torch.device("cuda")).empty_host((1 << 21,), torch.uint8)
 
 
 class TestGpu:
