@@ -215,6 +215,8 @@ class Trainer:
                 f"{checkpoint.step}"
             )
         checkpoint.copy_into("model", self._model_tensors())
+        if self.engine.parts.weights is not None:
+            self.engine.parts.weights.reload()
         self.optimizer.restore(checkpoint.views("optimizer"), checkpoint.state)
         self.metrics.restore(checkpoint.state["metrics"])
         self.step = checkpoint.step

@@ -59,3 +59,20 @@ def test_a_run_and_its_resume(
         assert torch.isfinite(value).all()
         assert torch.equal(value, other[tensor]), tensor
     assert len(list((straight / "previews").glob("*/*.png"))) == 3
+
+
+def test_a_resume_forgets_what_the_start_model_left_on_the_device(
+    tiny_sdxl: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = next(plan for _, _, _, plan in ROWS if plan.get("offload.weights") == "cpu")
+    assert train(make_config(tiny_sdxl, cache, tmp_path, **sections(plan, steps=2))).finished
+    forgotten: list[bool] = []
+    real = stream_weights.WeightStreaming.reload
+
+    def reload(streaming: stream_weights.WeightStreaming) -> None:
+        real(streaming)
+        forgotten.append(all(slot.owner is None for slot in streaming._slots))
+
+    monkeypatch.setattr(stream_weights.WeightStreaming, "reload", reload)
+    assert train(make_config(tiny_sdxl, cache, tmp_path, **sections(plan)), resume=True).finished
+    assert forgotten == [True]
