@@ -49,6 +49,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         why = " (torch sees no NVIDIA GPU: mapo-fast doctor)" if device.type == "cpu" else ""
         console.print(f"training on {device}{why}", highlight=False)
     folder = open_sdxl(config.model.path, config.model.vae, scheduler_overrides(config.train))
+    if console is not None and (device.type == "cuda" or config.train.vram is not None):
+        console.print(
+            "planning memory; the first time on a machine this takes a minute or two", highlight=False
+        )
     recorded = recorded_settings(config.train.output) if resume else None
     config, budget = planned(config, folder, device, recorded)
     precision = choose_precision(config, device)
