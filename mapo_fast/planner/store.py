@@ -12,10 +12,13 @@ import multiprocessing
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -42,16 +45,26 @@ def traces(
     found = [_read(path) for path in paths]
     missing = [i for i, trace in enumerate(found) if trace is None]
     work = [(configs[i].model_dump_json(), unet_config, card, settled) for i in missing]
-    if len(work) > 1 and (os.cpu_count() or 1) > 1:
+    made: list[Trace] = []
+    if len(work) > 1 and (os.cpu_count() or 1) > 1 and not multiprocessing.current_process().daemon:
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        with ProcessPoolExecutor(2, mp_context=context) as pool:
+        with suppress(BrokenProcessPool), _no_main(), ProcessPoolExecutor(2, mp_context=context) as pool:
             made = list(pool.map(_record, work))
-    else:
-        made = [_record(one) for one in work]
+    made = made or [_record(one) for one in work]
     for i, trace in zip(missing, made, strict=True):
         _write(paths[i], trace)
         found[i] = trace
     return [trace for trace in found if trace is not None]
+
+
+@contextmanager
+def _no_main() -> Iterator[None]:
+    """Spawned processes run the user's script again, which may have no guard, unless they know of none."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _record(work: tuple[str, dict[str, Any], Card, bool]) -> Trace:
@@ -75,7 +88,7 @@ def _digest(config: Config, unet_config: dict[str, Any], card: Card, settled: bo
     parts = [
         first_step,
         table,
-        config.data.resolution,
+        [config.data.resolution, config.data.max_tokens],
         sorted(unet_config.items(), key=str),
         tuple(card),
         _sources(),

@@ -17,9 +17,11 @@ from unittest import mock
 
 import numpy as np
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
 from mapo_fast.config import Config
+from mapo_fast.data.text import chunk_count
 from mapo_fast.engine.build import prepare_unet
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.layouts import checkpoint_blocks
@@ -28,6 +30,7 @@ from mapo_fast.engine.step import PairInputs
 from mapo_fast.engine.transfers import Ticket, Transfers
 from mapo_fast.objectives import build_loss
 from mapo_fast.planner.costs import FETCH, STORE, WAIT, Cost
+from mapo_fast.planner.plan import with_settings
 from mapo_fast.planner.recorder import Recorder, card_path
 from mapo_kernels._dynamic_code import code_book
 from mapo_kernels._launch import Card
@@ -103,15 +106,17 @@ def record_step(config: Config, unet_config: dict[str, Any], card: Card, *, sett
         stack.enter_context(card_path(card, recorder.launched))
         stack.enter_context(recorder)
         links = stack.enter_context(_transfers(recorder))
-        parts = prepare_unet(unet, config, precision, CPU)
+        parts = prepare_unet(unet, with_settings(config, {"train.attention": "sdpa"}), precision, CPU)
+        if config.train.attention == "xformers":
+            _attend_apart(unet)
         loss = build_loss(config.objective, 1000)
         for p in unet.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(_tag_gradient(recorder))
         engine = Engine(config, parts, loss, precision, CPU)
-        side = config.data.resolution // 8
+        side, chunks = config.data.resolution // 8, chunk_count(config.data.max_tokens)
         inputs = [
-            pairs_of_zeros(config.train.pairs_per_batch, side, unet_config)
+            pairs_of_zeros(config.train.pairs_per_batch, side, unet_config, chunks=chunks)
             for _ in range(_micro_batches(config))
         ]
         if settled and config.offload.optimizer == "cpu":
@@ -160,14 +165,25 @@ def _untouched_unet(unet_config: dict[str, Any], dtype: torch.dtype) -> Any:
     return unet.to_empty(device=CPU).train()
 
 
-def pairs_of_zeros(pairs: int, side: int, unet_config: dict[str, Any]) -> PairInputs:
-    """Inputs of the right shapes: a prompt of 77 tokens, six time ids."""
+class _Apart(AttnProcessor2_0):  # type: ignore[misc]
+    """Any processor but diffusers' own is called by itself, with its projections behind the norm."""
+
+
+def _attend_apart(unet: Any) -> None:
+    """As with xformers, which has nothing that runs on the CPU; its kernels need what SDPA's need."""
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.set_processor(_Apart())
+
+
+def pairs_of_zeros(pairs: int, side: int, unet_config: dict[str, Any], *, chunks: int = 1) -> PairInputs:
+    """Inputs of the right shapes: a prompt of 77 tokens a chunk, six time ids."""
     samples, channels = 2 * pairs, unet_config["in_channels"]
     pooled = unet_config["projection_class_embeddings_input_dim"] - 6 * unet_config["addition_time_embed_dim"]
     return PairInputs(
         noisy=torch.zeros(samples, channels, side, side),
         timesteps=torch.zeros(samples, dtype=torch.int64),
-        prompt_embeds=torch.zeros(samples, 77, unet_config["cross_attention_dim"]),
+        prompt_embeds=torch.zeros(samples, 77 * chunks, unet_config["cross_attention_dim"]),
         pooled_embeds=torch.zeros(samples, pooled),
         time_ids=torch.zeros(samples, 6),
         target=torch.zeros(samples, channels, side, side),

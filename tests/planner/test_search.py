@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.spawn import get_preparation_data
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -137,3 +142,37 @@ def test_traces_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (read,) = store.traces([config], REDUCED, CARD)
     assert read.peak == made.peak
     assert read.marks == made.marks
+
+
+def test_tracing_does_not_run_the_users_script_again() -> None:
+    main = sys.modules["__main__"]
+    with store._no_main():
+        assert not {"init_main_from_name", "init_main_from_path"} & get_preparation_data("worker").keys()
+    assert sys.modules["__main__"] is main
+
+
+def test_traces_are_made_here_where_workers_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dead(ThreadPoolExecutor):
+        def __init__(self, workers: int, mp_context: object) -> None:
+            super().__init__(workers)
+
+        def map(self, *_: object) -> NoReturn:  # type: ignore[override]
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(store, "folder", lambda: tmp_path)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(store, "ProcessPoolExecutor", Dead)
+    made = [record_step(settings(), REDUCED, CARD)]
+    monkeypatch.setattr(store, "_record", lambda work: made[0])
+    assert store.traces([settings(), settings(train={"layout": "sequential"})], REDUCED, CARD) == made * 2
+
+
+def test_longer_prompts_and_xformers_need_more() -> None:
+    def saved(attention: str, max_tokens: int) -> int:
+        train = {"layout": "joint", "gradient_checkpointing": False, "attention": attention}
+        trace = record_step(settings(train=train, data={"max_tokens": max_tokens}), REDUCED, CARD)
+        return int(trace.row("saved").max())
+
+    plain = saved("sdpa", 77)
+    assert saved("sdpa", 225) > plain
+    assert saved("xformers", 77) > plain
