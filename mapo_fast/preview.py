@@ -1,8 +1,9 @@
 """Previews: the same prompts and start noise sampled at several steps of a run.
 
-The text encoders are loaded once, before the UNet, and the VAE only while it decodes, one image at a time and
-in tiles where it is larger than 512 × 512 pixels. Beside the UNet and its optimizer that takes 0.3 GiB of
-weights and 0.8 GiB to work in, whatever the image's size, and training keeps neither.
+The text encoders are loaded once, before the UNet (on the CPU where the GPU's budget is too small for them),
+and the VAE only while it decodes, one image at a time and in tiles where it is larger than 512 × 512 pixels.
+Beside the UNet and its optimizer that takes 0.3 GiB of weights and 0.8 GiB to work in, whatever the image's
+size, and training keeps neither.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from mapo_fast.config import Config
-from mapo_fast.data.text import empty_prompt, encode_prompts
+from mapo_fast.data.text import PromptEmbeds, empty_prompt, encode_prompts
 from mapo_fast.files import disk_errors
 from mapo_fast.model import SDXLFolder
 from mapo_fast.sample import decode_latents, sample_latents
@@ -25,13 +26,24 @@ class Previews:
 
     def __init__(self, config: Config, folder: SDXLFolder, device: torch.device) -> None:
         self.config, self.folder, self.device = config, folder, device
+        try:
+            self.prompts, self.empty = self._encoded(device)
+            return
+        except torch.OutOfMemoryError:
+            pass  # the larger encoder has 2.6 GiB, more than some plans; what it holds goes with the error
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.prompts, self.empty = self._encoded(torch.device("cpu"))
+
+    def _encoded(self, device: torch.device) -> tuple[PromptEmbeds, PromptEmbeds]:
+        """The prompts and the empty one."""
         settings: dict[str, Any] = {
-            "max_tokens": config.data.max_tokens,
+            "max_tokens": self.config.data.max_tokens,
             "device": device,
             "dtype": torch.float32,
         }
-        self.prompts = encode_prompts(folder, config.preview.prompts, **settings)
-        self.empty = empty_prompt(folder, **settings)
+        prompts = encode_prompts(self.folder, self.config.preview.prompts, **settings)
+        return prompts, empty_prompt(self.folder, **settings)
 
     def write(self, unet: Any, step: int, context: AbstractContextManager[None]) -> None:
         """Write `<output>/previews/step-XXXXXXXX/NN.png`, one image per prompt."""

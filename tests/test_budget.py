@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mapo_fast import preview
 from mapo_fast.budget import Budget, planned
 from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder, open_sdxl
@@ -118,6 +119,27 @@ class PretendedCard:
 
 
 CUDA = torch.device("cuda")
+
+
+def test_text_encoders_larger_than_the_budget_run_on_the_cpu(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tiny_sdxl, tmp_path, tmp_path, preview={"prompts": ["red square"]})
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    real = preview.encode_prompts
+
+    def encode(*args: Any, device: torch.device, **settings: Any) -> Any:
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, device=device, **settings)
+
+    monkeypatch.setattr(preview, "encode_prompts", encode)
+    folder = open_sdxl(tiny_sdxl)
+    small, plain = preview.Previews(config, folder, CUDA), preview.Previews(config, folder, CPU)
+    assert emptied == [True]
+    assert small.device == CUDA
+    assert torch.equal(small.prompts.prompt_embeds, plain.prompts.prompt_embeds)
 
 
 def test_the_allocator_is_capped_while_a_run_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
