@@ -78,19 +78,22 @@ def vram_for(peak: int) -> int:
 def find_card(name: str) -> Card:
     """The card of this name: upper or lower case, with or without maker and memory size.
 
+    One that is made with several sizes has the size of its name, and the rates of the one that is known.
+
     Raises:
         UserError: unknown, with the nearest names.
     """
     for memory in (True, False):
         for card in CARDS:
             if _plain(card.name, memory) == _plain(name, memory):
-                return card
+                size = re.search(r"(\d+)\s*gi?b", name.lower())
+                return card if memory or size is None else card._replace(gib=int(size[1]))
     known = {_plain(card.name, False): card.name for card in CARDS}
     near = difflib.get_close_matches(_plain(name, False), known, n=3, cutoff=0.5)
     hint = (
         f"did you mean {' or '.join(known[n] for n in near)}?"
         if near
-        else f"known: {', '.join(known.values())}"
+        else f"known: {', '.join(card.name for card in CARDS)}."
     )
     raise UserError(f"--card {name!r} is not known; {hint} Any other card: --vram with its memory")
 
@@ -116,6 +119,7 @@ def parse_size(text: str, name: str) -> int:
 
 def _plain(name: str, memory: bool) -> str:
     """The name's telling words, with or without that of the memory's size."""
-    words = re.findall(r"[a-z0-9]+", name.lower())
+    text = re.sub(r"(\d+)\s*gi?b", r" \1gb", name.lower().replace("rtx", " "))
+    words = re.findall(r"[a-z0-9]+", text)
     dull = r"nvidia|geforce|rtx|laptop|gpu|pcie|sxm\d*|hbm\d*e?" + ("" if memory else r"|\d+gb")
     return "".join(word for word in words if not re.fullmatch(dull, word))

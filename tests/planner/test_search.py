@@ -40,7 +40,7 @@ def exact_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner_search, "usable_bytes", lambda vram: vram)
 
 
-@pytest.mark.parametrize("name", ["4090", "rtx 4090", "NVIDIA GeForce RTX 4090"])
+@pytest.mark.parametrize("name", ["4090", "rtx 4090", "RTX4090", "RTX 4090 24 GB", "NVIDIA GeForce RTX 4090"])
 def test_a_card_is_known_by_its_names(name: str) -> None:
     assert find_card(name).name == "RTX 4090"
 
@@ -49,6 +49,8 @@ def test_memory_tells_cards_of_one_name_apart_and_super_is_another() -> None:
     assert find_card("NVIDIA A100-SXM4-80GB").name == "A100 80GB"
     assert find_card("NVIDIA H100 80GB HBM3").name == "H100"
     assert find_card("4060 Ti").name == "RTX 4060 Ti 16GB"
+    assert [find_card(f"RTX 4060 Ti{size}").gib for size in ("", " 16GB", " 8 GB")] == [16, 16, 8]
+    assert find_card("NVIDIA H100 80GB HBM3").gib == 80
     with pytest.raises(UserError):
         find_card("NVIDIA GeForce RTX 4070 Ti SUPER")
 
