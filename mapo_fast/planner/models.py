@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mapo_fast.errors import UserError
 from mapo_fast.model import open_sdxl
 
 SDXL_UNET: dict[str, Any] = {
@@ -32,4 +33,9 @@ def unet_config(model: str) -> dict[str, Any]:
     Raises:
         UserError: the folder is no SDXL pipeline.
     """
-    return SDXL_UNET if model == "sdxl" else open_sdxl(Path(model)).config("unet")
+    if model.lower() == "sdxl":
+        return SDXL_UNET
+    try:
+        return open_sdxl(Path(model)).config("unet")
+    except UserError as error:
+        raise UserError(f"{error}; without a folder: --model sdxl") from None
