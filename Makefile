@@ -4,7 +4,8 @@
 #   make test              all tests, in two processes (WORKERS=0: in one)
 #   make lint              ruff, ruff format, mypy
 #   make races             the kernels under two checkers for races and bounds, without a GPU
-#   make gpu-check PART=ops  what needs an NVIDIA GPU: kernel tests, then microbenchmarks
+#   make gpu-check PART=ops     what needs an NVIDIA GPU: kernel tests, then microbenchmarks
+#   make gpu-check PART=memory  likewise: the engine's tests, then the memory table's rows at full size
 #   make test-base         the loss in an environment with the base install only
 #
 # PIP_ARGS is handed to pip, for instance to choose the CPU build of torch:
