@@ -73,6 +73,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         check_results(output)
     with nullcontext() if budget is None else budget.kept():
         previews = Previews(config, folder, device) if config.preview.prompts else None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # text encoders are gone and are not the plan's
         parts = build_unet(config, folder, precision, device)
         trainer = Trainer(config, parts, cache, diffusion, precision, device, store, previews)
         claim_output(config, identity)
