@@ -98,6 +98,8 @@ def plan(
     from mapo_fast.planner import report
     from mapo_fast.planner.ask import ask
 
+    if picture is not None:
+        report.check_picture(picture)
     outcome = ask(
         config,
         list(overrides or []),

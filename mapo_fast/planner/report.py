@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mapo_fast.errors import UserError
 from mapo_fast.planner.cards import CONTEXT_GIB, FRAGMENTATION, GIB, WORKSPACE_GIB
 from mapo_fast.planner.plan import Plan
 from mapo_fast.planner.search import Outcome
@@ -15,6 +16,7 @@ from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import CATEGORIES, ON_DEVICE
 
 RUNNERS_UP = 6
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def as_text(outcome: Outcome) -> str:
@@ -88,6 +90,18 @@ def _row(plan: Plan) -> dict[str, Any]:
         "ms": round(plan.ms, 1),
         "traced": plan.traced,
     }
+
+
+def check_picture(path: Path) -> None:
+    """Before the search, which takes longer.
+
+    Raises:
+        UserError: no picture can be written there.
+    """
+    if path.suffix.lower() not in PICTURES:
+        raise UserError(f"--plot {path}: the name must end in {', '.join(PICTURES)}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--plot {path}: the folder does not exist")
 
 
 def plot(outcome: Outcome, path: Path) -> None:

@@ -91,7 +91,7 @@ def search(
                 plan = traced
             elif chosen is not None and not reason:
                 slower = plan.ms / composed - 1
-                reason = f"{slower:.0%} slower" if slower > 0.005 else "no faster, and moves more"
+                reason = f"{slower:.0%} slower" if slower > 0.005 else "no faster"
             others.append(Loser(plan if plan.traced else plan._replace(ms=ratio * plan.ms), reason))
         if chosen is not None:
             fitting = sorted(
@@ -241,7 +241,7 @@ class _Family:
         if recomputed not in modes or (
             blocks is None and how == "checkpointed" and self._fits(modes, plain, fixed)
         ):
-            if layout != "split":
+            if layout != "split" and not isinstance(blocks, (list, tuple)):
                 yield self._plan(settings, False, modes, {}, plain, lasting)
             return
         names = {piece.block for piece in modes[recomputed].pieces.values() if piece.block}
@@ -398,6 +398,9 @@ def _advice(
     attempts = [(_without(config, name), f"without {name} = {json.dumps(value)}") for name, value in changes]
     if config.train.pairs_per_batch > 1:
         attempts.append((with_settings(config, {"train.pairs_per_batch": 1}), "train.pairs_per_batch = 1"))
+    if config.train.accumulation > 1 and config.adapter.kind == "full":
+        one = with_settings(config, {"train.accumulation": 1})
+        attempts.append((one, "train.accumulation = 1, which the fused step needs,"))
     attempts += [
         (with_settings(config, {"data.resolution": side}), f"data.resolution = {side}")
         for side in (768, 512)

@@ -16,6 +16,7 @@ from mapo_fast.planner import search as planner_search
 from mapo_fast.planner import store
 from mapo_fast.planner.cards import CARDS, GIB, card_with, find_card, parse_size, usable_bytes
 from mapo_fast.planner.host import Host
+from mapo_fast.planner.report import check_picture
 from mapo_fast.planner.search import BLOCKS, prefixes, search, stated
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import record_step
@@ -134,6 +135,21 @@ def test_stated_settings_are_kept(exact_budget: None) -> None:
     assert outcome.chosen.settings["train.layout"] == "split"
     assert outcome.chosen.settings[BLOCKS] is True
     assert outcome.chosen.settings["train.fused_step"] is False
+
+
+def test_named_blocks_are_kept_and_have_to_exist(exact_budget: None) -> None:
+    outcome = search(settings(train={"gradient_checkpointing": ["mid_block"]}), REDUCED, RTX, GIB, PLENTY)
+    assert outcome.chosen is not None
+    assert outcome.chosen.settings[BLOCKS] == ["mid_block"]
+    with pytest.raises(UserError, match="nope"):
+        search(settings(train={"gradient_checkpointing": ["nope"]}), REDUCED, RTX, GIB, PLENTY)
+
+
+def test_pictures_are_refused_before_the_search(tmp_path: Path) -> None:
+    for wrong in (tmp_path / "missing" / "memory.png", tmp_path / "memory.docx"):
+        with pytest.raises(UserError, match="--plot"):
+            check_picture(wrong)
+    check_picture(tmp_path / "memory.png")
 
 
 def test_traces_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
