@@ -140,7 +140,7 @@ def test_a_passed_file_is_not_run_again_on_the_same_gpu_and_commit(tmp_path: Pat
     ("part", "code", "message"),
     [
         ("ops", 2, "no NVIDIA GPU"),
-        ("memory", 1, "'memory' does not exist yet"),
+        ("memory", 2, "no NVIDIA GPU"),
         ("step", 1, "'step' does not"),
     ],
 )
