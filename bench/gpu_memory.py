@@ -90,7 +90,7 @@ def predicted(name: str, gpu: str, gib: float) -> dict[str, Any]:
     """What the planner says of the row on this card."""
     settings = next(settings for n, _, _, settings in ROWS if n == name)
     card = card_named(gpu, int(gib * GIB))
-    (trace,) = traces([config_of(settings)], SDXL_UNET, card.launch)
+    (trace,) = traces([config_of(settings)], SDXL_UNET)
     return {
         "predicted_gib": round(trace.peak / GIB, 3),
         "predicted_ms": round(simulate(trace, card).step, 1),

@@ -86,7 +86,7 @@ def row(number: int) -> dict[str, Any]:
     logging.disable(logging.WARNING)
     name, target, card_name, settings = ROWS[number]
     card = find_card(card_name)
-    (trace,) = traces([config_of(settings)], SDXL_UNET, card.launch)
+    (trace,) = traces([config_of(settings)], SDXL_UNET)
     return {
         "name": name,
         "peak_gib": round(trace.peak / GIB, 2),

@@ -100,16 +100,17 @@ def plan(
 
     if picture is not None:
         report.check_picture(picture)
-    outcome = ask(
-        config,
-        list(overrides or []),
-        model=model,
-        resolution=resolution,
-        adapter=adapter,
-        vram=vram,
-        card=card,
-        ram=ram,
-    )
+    with Console(stderr=True).status("tracing training steps; the first time this takes a minute or two"):
+        outcome = ask(
+            config,
+            list(overrides or []),
+            model=model,
+            resolution=resolution,
+            adapter=adapter,
+            vram=vram,
+            card=card,
+            ram=ram,
+        )
     typer.echo(report.as_json(outcome) if as_json else report.as_text(outcome))
     if outcome.chosen is None:
         raise typer.Exit(3)

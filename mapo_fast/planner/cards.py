@@ -12,7 +12,6 @@ import re
 from typing import NamedTuple
 
 from mapo_fast.errors import UserError
-from mapo_kernels import _launch
 
 GIB = 2**30
 
@@ -22,34 +21,26 @@ class Card(NamedTuple):
 
     name: str
     gib: float
-    capability: int
-    """89 for 8.9."""
-    multiprocessors: int
     tflops: float
     gbps: float
     """Of its memory."""
     pcie_gbps: float
 
-    @property
-    def launch(self) -> _launch.Card:
-        """What kernels choose grids and block sizes by."""
-        return _launch.Card(self.capability, self.multiprocessors)
-
 
 CARDS = (
-    Card("RTX 3050 4GB", 4, 86, 16, 12.3, 192, 16),  # the laptop's; PCIe 4.0 x8
-    Card("RTX 4060", 8, 89, 24, 30.2, 272, 16),
-    Card("RTX 3080", 10, 86, 68, 59.5, 760, 32),
-    Card("RTX 3060", 12, 86, 28, 25.5, 360, 32),
-    Card("RTX 4070 Ti", 12, 89, 60, 80.2, 504, 32),
-    Card("RTX 4060 Ti 16GB", 16, 89, 34, 44.1, 288, 16),
-    Card("RTX 4080", 16, 89, 76, 97.5, 717, 32),
-    Card("RTX 3090", 24, 86, 82, 71.0, 936, 32),
-    Card("RTX 4090", 24, 89, 128, 165.2, 1008, 32),
-    Card("RTX 5090", 32, 120, 170, 209.5, 1792, 64),
-    Card("A100 40GB", 40, 80, 108, 312, 1555, 32),
-    Card("A100 80GB", 80, 80, 108, 312, 2039, 32),
-    Card("H100", 80, 90, 132, 989, 3350, 64),
+    Card("RTX 3050 4GB", 4, 12.3, 192, 16),  # the laptop's; PCIe 4.0 x8
+    Card("RTX 4060", 8, 30.2, 272, 16),
+    Card("RTX 3080", 10, 59.5, 760, 32),
+    Card("RTX 3060", 12, 25.5, 360, 32),
+    Card("RTX 4070 Ti", 12, 80.2, 504, 32),
+    Card("RTX 4060 Ti 16GB", 16, 44.1, 288, 16),
+    Card("RTX 4080", 16, 97.5, 717, 32),
+    Card("RTX 3090", 24, 71.0, 936, 32),
+    Card("RTX 4090", 24, 165.2, 1008, 32),
+    Card("RTX 5090", 32, 209.5, 1792, 64),
+    Card("A100 40GB", 40, 312, 1555, 32),
+    Card("A100 80GB", 80, 312, 2039, 32),
+    Card("H100", 80, 989, 3350, 64),
 )
 
 ATTAINED = {"elementwise": 0.8, "matrix": 0.65, "convolution": 0.5, "attention": 0.5, "pcie": 0.8}

@@ -150,7 +150,7 @@ class _Family:
         self.streamable = self.config.adapter.base == "dense" and (self.fusable or not self.full)
         names = self._needed()
         configs = [self._config(self._settings(name)) for name in names]
-        made = traces(configs, unet_config, card.launch, settled=False)
+        made = traces(configs, unet_config, settled=False)
         self.traces = dict(zip(names, made, strict=True))
 
     def _needed(self) -> list[str]:
@@ -349,7 +349,7 @@ class _Family:
 
     def traced(self, plan: Plan) -> tuple[Plan, Trace]:
         """The plan with the figures of its own full trace."""
-        (trace,) = traces([with_settings(self.config, plan.settings)], self.unet_config, self.card.launch)
+        (trace,) = traces([with_settings(self.config, plan.settings)], self.unet_config)
         at_peak = trace.at_peak()
         pinned = at_peak.pop("host")
         return (

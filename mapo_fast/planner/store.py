@@ -1,7 +1,7 @@
 """Traces on disk, so that a plan that was asked for once is there at once.
 
 A trace is kept under a digest of everything it depends on: the sources of engine, kernels and planner, the
-versions of torch, diffusers, peft and bitsandbytes, the UNet's config, the settings and the card's kernels.
+versions of torch, diffusers, peft and bitsandbytes, the UNet's config and the settings. It serves every card.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import numpy as np
 import mapo_kernels
 from mapo_fast.config import Config
 from mapo_fast.planner.trace import Mark, Trace, record_step
-from mapo_kernels._launch import Card
 
 _ARRAYS = ("kinds", "flops", "nbytes", "links", "live", "kept")
 
@@ -37,14 +36,12 @@ def folder() -> Path:
     return Path(local or Path.home() / ".cache") / "mapo_fast" / "traces"
 
 
-def traces(
-    configs: Sequence[Config], unet_config: dict[str, Any], card: Card, *, settled: bool = True
-) -> list[Trace]:
+def traces(configs: Sequence[Config], unet_config: dict[str, Any], *, settled: bool = True) -> list[Trace]:
     """The traces of these configs, from disk or made now, two at a time; see `record_step`."""
-    paths = [folder() / f"{_digest(config, unet_config, card, settled)}.npz" for config in configs]
+    paths = [folder() / f"{_digest(config, unet_config, settled)}.npz" for config in configs]
     found = [_read(path) for path in paths]
     missing = [i for i, trace in enumerate(found) if trace is None]
-    work = [(configs[i].model_dump_json(), unet_config, card, settled) for i in missing]
+    work = [(configs[i].model_dump_json(), unet_config, settled) for i in missing]
     made: list[Trace] = []
     if len(work) > 1 and (os.cpu_count() or 1) > 1 and not multiprocessing.current_process().daemon:
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
@@ -67,14 +64,14 @@ def _no_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _record(work: tuple[str, dict[str, Any], Card, bool]) -> Trace:
-    text, unet_config, card, settled = work
+def _record(work: tuple[str, dict[str, Any], bool]) -> Trace:
+    text, unet_config, settled = work
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # third-party deprecations
-        return record_step(Config.model_validate_json(text), unet_config, card, settled=settled)
+        return record_step(Config.model_validate_json(text), unet_config, settled=settled)
 
 
-def _digest(config: Config, unet_config: dict[str, Any], card: Card, settled: bool) -> str:
+def _digest(config: Config, unet_config: dict[str, Any], settled: bool) -> str:
     table = config.model_dump(mode="json", include={"adapter", "objective", "offload", "optim"})
     table["train"] = config.train.model_dump(
         mode="json",
@@ -90,7 +87,6 @@ def _digest(config: Config, unet_config: dict[str, Any], card: Card, settled: bo
         table,
         [config.data.resolution, config.data.max_tokens],
         sorted(unet_config.items(), key=str),
-        tuple(card),
         _sources(),
     ]
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]

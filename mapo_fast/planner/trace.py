@@ -36,6 +36,9 @@ from mapo_kernels._dynamic_code import code_book
 from mapo_kernels._launch import Card
 
 CPU = torch.device("cpu")
+CARD = Card(89, 128)
+"""What kernels are launched for. On another card they need more or less by a few hundred kB of partial sums:
+one trace serves all."""
 
 CATEGORIES = ("parameters", "gradients", "states", "saved", "transient", "staging", "host")
 """`saved` lives from a forward pass into its backward; `staging` are buffers that streamed things visit;
@@ -89,8 +92,8 @@ class Trace(NamedTuple):
         return found | {"host": int(self.live[-1].max())}
 
 
-def record_step(config: Config, unet_config: dict[str, Any], card: Card, *, settled: bool = True) -> Trace:
-    """Trace one optimizer step of `config` as on `card`, of square latents at the config's resolution.
+def record_step(config: Config, unet_config: dict[str, Any], *, settled: bool = True) -> Trace:
+    """Trace one optimizer step of `config`, of square latents at the config's resolution.
 
     Args:
         unet_config: of a diffusers `UNet2DConditionModel`.
@@ -103,7 +106,7 @@ def record_step(config: Config, unet_config: dict[str, Any], card: Card, *, sett
         code_book(signed, CPU)  # cached, so it must be made outside
     recorder = Recorder(unet.parameters())
     with ExitStack() as stack:
-        stack.enter_context(card_path(card, recorder.launched))
+        stack.enter_context(card_path(CARD, recorder.launched))
         stack.enter_context(recorder)
         links = stack.enter_context(_transfers(recorder))
         parts = prepare_unet(unet, with_settings(config, {"train.attention": "sdpa"}), precision, CPU)

@@ -115,7 +115,7 @@ def test_the_prediction_is_within_three_percent_of_the_allocator(
     monkeypatch.setattr(planner_trace, "card_path", lambda *_: nullcontext())
     # Eager AdamW8bit computes in temporaries that no card needs; torch's AdamW does not.
     config = settings(**PLANS[name], optim={"name": "adamw"})
-    predicted = record_step(config, REDUCED, CARD).peak
+    predicted = record_step(config, REDUCED).peak
     measured = real_peak(config)
     assert predicted == pytest.approx(measured, rel=0.03)
 
@@ -144,8 +144,8 @@ def test_temporary_memory_inside_an_operator_is_seen() -> None:
 
 
 def test_arithmetic_is_counted_in_every_kind() -> None:
-    trace = record_step(settings(**PLANS["plain"]), REDUCED, CARD)
+    trace = record_step(settings(**PLANS["plain"]), REDUCED)
     kinds = {kind: trace.flops[trace.kinds == kind].sum() for kind in (MATRIX, CONVOLUTION, ATTENTION)}
     assert all(total > 1e8 for total in kinds.values())
-    recomputing = record_step(settings(**PLANS["checkpointed"]), REDUCED, CARD)
+    recomputing = record_step(settings(**PLANS["checkpointed"]), REDUCED)
     assert 1.2 < recomputing.flops.sum() / trace.flops.sum() < 1.4

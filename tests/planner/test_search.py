@@ -21,7 +21,7 @@ from mapo_fast.planner.search import BLOCKS, prefixes, search, stated
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import record_step
 from mapo_fast.planner.windows import compose, cut
-from tests.planner.test_recorder import CARD, REDUCED, settings
+from tests.planner.test_recorder import REDUCED, settings
 
 PLENTY = Host(64 * GIB, 32 * GIB)
 RTX = find_card("RTX 4090")
@@ -83,9 +83,9 @@ def test_a_composed_plan_is_its_full_trace() -> None:
     """Blocks of one level checkpointed, from traces with all and with none."""
     fused = {"fused_step": True}
     plain = record_step(
-        settings(train={**fused, "layout": "joint", "gradient_checkpointing": False}), REDUCED, CARD
+        settings(train={**fused, "layout": "joint", "gradient_checkpointing": False}), REDUCED
     )
-    split = record_step(settings(train={**fused, "layout": "split"}), REDUCED, CARD)
+    split = record_step(settings(train={**fused, "layout": "split"}), REDUCED)
     modes = {
         "plain": cut(plain, RTX, keep_gradients=False),
         "split": cut(split, RTX, keep_gradients=False),
@@ -96,9 +96,7 @@ def test_a_composed_plan_is_its_full_trace() -> None:
     lasting = sum(int(split.row(name).max()) for name in ("parameters", "states"))
     lasting += int(split.row("staging").min())
     names = ["down_blocks", "mid_block"]
-    full = record_step(
-        settings(train={**fused, "layout": "split", "gradient_checkpointing": names}), REDUCED, CARD
-    )
+    full = record_step(settings(train={**fused, "layout": "split", "gradient_checkpointing": names}), REDUCED)
     assert lasting + made.peak == pytest.approx(full.peak, rel=0.01)
     assert 1e3 * (made.forward + made.backward) == pytest.approx(simulate(full, RTX).step, rel=0.05)
 
@@ -155,9 +153,9 @@ def test_pictures_are_refused_before_the_search(tmp_path: Path) -> None:
 def test_traces_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "folder", lambda: tmp_path)
     config = settings(train={"layout": "joint", "gradient_checkpointing": False})
-    (made,) = store.traces([config], REDUCED, CARD)
+    (made,) = store.traces([config], REDUCED)
     monkeypatch.setattr(store, "_record", lambda work: pytest.fail("traced again"))
-    (read,) = store.traces([config], REDUCED, CARD)
+    (read,) = store.traces([config], REDUCED)
     assert read.peak == made.peak
     assert read.marks == made.marks
 
@@ -180,15 +178,15 @@ def test_traces_are_made_here_where_workers_die(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(store, "folder", lambda: tmp_path)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr(store, "ProcessPoolExecutor", Dead)
-    made = [record_step(settings(), REDUCED, CARD)]
+    made = [record_step(settings(), REDUCED)]
     monkeypatch.setattr(store, "_record", lambda work: made[0])
-    assert store.traces([settings(), settings(train={"layout": "sequential"})], REDUCED, CARD) == made * 2
+    assert store.traces([settings(), settings(train={"layout": "sequential"})], REDUCED) == made * 2
 
 
 def test_longer_prompts_and_xformers_need_more() -> None:
     def saved(attention: str, max_tokens: int) -> int:
         train = {"layout": "joint", "gradient_checkpointing": False, "attention": attention}
-        trace = record_step(settings(train=train, data={"max_tokens": max_tokens}), REDUCED, CARD)
+        trace = record_step(settings(train=train, data={"max_tokens": max_tokens}), REDUCED)
         return int(trace.row("saved").max())
 
     plain = saved("sdpa", 77)
