@@ -69,6 +69,8 @@ def combinations() -> Iterator[tuple[str, str, Config]]:
     ):
         if optimizer != "adamw" and (kind == "lora" or rest[1] is not True):
             continue  # which blocks are checkpointed is nothing that an optimizer could notice
+        if isinstance(rest[1], tuple) and "cpu" in rest[3:5]:
+            continue  # nor something that states or weights could
         try:
             yield kind, optimizer, settings(kind, optimizer, *rest)  # type: ignore[arg-type]
         except UserError:
