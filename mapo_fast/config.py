@@ -67,8 +67,8 @@ class DataConfig(Section):
     """Precision of VAE encoding; a latent that comes out NaN is encoded again in fp32."""
     vae_tiling: bool = False
     """Encode images larger than 512 × 512 pixels in overlapping tiles. That takes a quarter of the memory at
-    1024² and changes latents, `prepare` says by how much: lower data.batch_size to 1 first."""
-    batch_size: int = Field(4, ge=1)
+    1024² and changes latents, `prepare` says by how much: keep it off where one image fits."""
+    batch_size: int = Field(1, ge=1)
     """Images per VAE call; at 1024² in fp32 each one needs 2.5 GiB."""
 
 

@@ -106,6 +106,7 @@ source = "photographs.parquet"
 cache = "cache"
 resolution = {side}
 bucket_step = {side}
+batch_size = 4         # images that go through the VAE together
 held_out = 0.3         # by photograph: all crops of one share a caption
 
 [objective]

@@ -60,6 +60,7 @@ source = "pairs"       # pairs.jsonl with prompt, chosen, rejected, and the imag
 cache = "cache"        # what `mapo-fast prepare {name}` writes
 resolution = {side}
 bucket_step = {side}
+batch_size = 4         # images that go through the VAE together
 held_out = 0.1
 
 [objective]

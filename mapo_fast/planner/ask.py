@@ -12,6 +12,7 @@ from mapo_fast.planner.cards import GIB, Card, card_with, find_card, parse_size
 from mapo_fast.planner.host import host
 from mapo_fast.planner.models import unet_config
 from mapo_fast.planner.search import Outcome, search
+from mapo_fast.planner.stages import vae_of
 
 
 def ask(
@@ -51,7 +52,8 @@ def plan_run(config: Config, folder: SDXLFolder, vram: int, gpu: str | None) -> 
         vram: bytes that the run may use.
         gpu: the device's name, where there is one.
     """
-    return search(config, folder.config("unet"), card_named(gpu, vram), vram, host(None))
+    card = card_named(gpu, vram)
+    return search(config, folder.config("unet"), card, vram, host(None), vae=vae_of(folder))
 
 
 def refusal(outcome: Outcome) -> str:

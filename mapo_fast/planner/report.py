@@ -41,6 +41,9 @@ def as_text(outcome: Outcome) -> str:
             *(f"  {name:<14}{size / GIB:7.2f} GiB" for name, size in plan.device.items()),
             f"  {'CUDA context':<14}{CONTEXT_GIB:7.2f} GiB",
             f"  {'workspaces':<14}{WORKSPACE_GIB:7.2f} GiB",
+            "",
+            "other stages, beside CUDA context and workspaces:",
+            *(f"  {name:<14}{size / GIB:7.2f} GiB" for name, size in outcome.stages.items()),
         ]
         if plan.settings.get("train.fused_step"):
             lines.append("\nwith the fused step optim.max_grad_norm clips by the norm of the step before")
@@ -71,6 +74,7 @@ def as_json(outcome: Outcome) -> str:
             "ram": outcome.host.ram,
             "pinnable": outcome.host.pinnable,
             "kind_of_figure": "predicted",
+            "stages": outcome.stages,
             "plan": None if outcome.chosen is None else _row(outcome.chosen),
             "others": [_row(loser.plan) | {"reason": loser.reason} for loser in outcome.others],
             "advice": outcome.advice,

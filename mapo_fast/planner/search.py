@@ -24,6 +24,7 @@ from mapo_fast.errors import UserError
 from mapo_fast.planner.cards import ATTAINED, GIB, Card, usable_bytes
 from mapo_fast.planner.host import Host, highest
 from mapo_fast.planner.plan import Plan, with_settings
+from mapo_fast.planner.stages import SDXL_VAE, Vae, preparing, previewing
 from mapo_fast.planner.store import traces
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import Trace
@@ -62,15 +63,28 @@ class Outcome(NamedTuple):
     trace: Trace | None
     """Of the chosen plan."""
     others: list[Loser]
+    stages: dict[str, int]
+    """Peak bytes of the run's other stages on the device, see `stages.py`."""
     advice: str
     """The smallest change that would fit, where nothing does."""
 
 
 def search(
-    config: Config, unet_config: dict[str, Any], card: Card, vram: int, host: Host, *, advise: bool = True
+    config: Config,
+    unet_config: dict[str, Any],
+    card: Card,
+    vram: int,
+    host: Host,
+    *,
+    vae: Vae = SDXL_VAE,
+    advise: bool = True,
 ) -> Outcome:
     """Choose a plan for training `config`'s UNet on a card with `vram` bytes of free memory."""
     usable = usable_bytes(vram)
+
+    def too_much(plan: Plan) -> str:
+        return _too_much(plan, usable, host) or _no_preview(config, plan, usable, vae)
+
     others: list[Loser] = []
     smallest: Plan | None = None
     for changes in _variants(config):
@@ -80,10 +94,10 @@ def search(
         chosen: Plan | None = None
         composed = ratio = 1.0
         for plan in plans:
-            reason = _too_much(plan, usable, host)
+            reason = too_much(plan)
             if chosen is None and not reason:
                 traced, trace = family.traced(plan)
-                reason = _too_much(traced, usable, host)
+                reason = too_much(traced)
                 if not reason:
                     chosen, chosen_trace = traced, trace
                     composed, ratio = plan.ms, traced.ms / plan.ms
@@ -94,12 +108,11 @@ def search(
                 reason = f"{slower:.0%} slower" if slower > 0.005 else "no faster"
             others.append(Loser(plan if plan.traced else plan._replace(ms=ratio * plan.ms), reason))
         if chosen is not None:
-            fitting = sorted(
-                others, key=lambda loser: (bool(_too_much(loser.plan, usable, host)), loser.plan.ms)
-            )
-            return Outcome(card, vram, usable, host, chosen, chosen_trace, fitting, "")
+            fitting = sorted(others, key=lambda loser: (bool(too_much(loser.plan)), loser.plan.ms))
+            stages = {"prepare": preparing(config, vae), "previews": previewing(config, chosen, vae)}
+            return Outcome(card, vram, usable, host, chosen, chosen_trace, fitting, stages, "")
     advice = _advice(config, unet_config, card, vram, host, smallest) if advise else ""
-    return Outcome(card, vram, usable, host, None, None, others, advice)
+    return Outcome(card, vram, usable, host, None, None, others, {}, advice)
 
 
 def stated(config: Config) -> dict[str, Any]:
@@ -388,6 +401,14 @@ def _too_much(plan: Plan, usable: int, host: Host) -> str:
     if plan.host > host.ram:
         return f"needs {plan.host / GIB:.1f} GiB of system RAM, there are {host.ram / GIB:.1f}"
     return ""
+
+
+def _no_preview(config: Config, plan: Plan, usable: int, vae: Vae) -> str:
+    """Why a plan leaves no room for the previews that the config asks for, or an empty text."""
+    missing = previewing(config, plan, vae) - usable
+    if not config.preview.prompts or missing <= 0:
+        return ""
+    return f"needs {missing / GIB:.2f} GiB more for a preview's VAE"
 
 
 def _advice(

@@ -18,9 +18,11 @@ from mapo_fast.planner.cards import CARDS, GIB, card_with, find_card, parse_size
 from mapo_fast.planner.host import Host
 from mapo_fast.planner.report import check_picture
 from mapo_fast.planner.search import BLOCKS, prefixes, search, stated
+from mapo_fast.planner.stages import Vae
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import record_step
 from mapo_fast.planner.windows import compose, cut
+from mapo_fast.vae import decode_bytes
 from tests.planner.test_recorder import REDUCED, settings
 
 PLENTY = Host(64 * GIB, 32 * GIB)
@@ -192,3 +194,18 @@ def test_longer_prompts_and_xformers_need_more() -> None:
     plain = saved("sdpa", 77)
     assert saved("sdpa", 225) > plain
     assert saved("xformers", 77) > plain
+
+
+def test_previews_need_room_beside_what_lies_on_the_card(exact_budget: None) -> None:
+    """The VAE comes when a step's activations are gone; a plan without room for it is not chosen."""
+    asked = settings(preview={"prompts": ["a square"]})
+    small, large = (Vae({"block_out_channels": [1, 1]}, nbytes) for nbytes in (1, GIB))
+    chosen = search(asked, REDUCED, RTX, GIB, PLENTY, vae=small).chosen
+    assert chosen is not None
+    resident = sum(chosen.device[name] for name in ("parameters", "states", "staging"))
+    found = search(asked, REDUCED, RTX, GIB, PLENTY, vae=small)
+    assert found.stages["previews"] == resident + 1 + decode_bytes(small.config, 128**2, 4)
+    refused = search(asked, REDUCED, RTX, GIB, PLENTY, vae=large, advise=False)
+    assert refused.chosen is None
+    assert any("for a preview's VAE" in loser.reason for loser in refused.others)
+    assert search(settings(), REDUCED, RTX, GIB, PLENTY, vae=large).chosen is not None

@@ -1,0 +1,52 @@
+"""What the other stages of a run need on the device, beside the training step that a plan is about.
+
+    prepare      before training: the VAE in fp32 with data.batch_size images, or one tile of each, in it
+    previews     what lies on the device between steps, the VAE in fp32, and one tile decoded
+    validation   a forward pass of the step's own micro-batch without gradients: less than the step
+    saving       one tensor after the other goes to the host: nothing
+
+Sampling a preview is a forward pass of two images without gradients: less than a pair's step. A text encoder
+that is larger than the budget runs on the CPU (`preview.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from mapo_fast.config import Config
+from mapo_fast.model import SDXLFolder
+from mapo_fast.planner.plan import Plan
+from mapo_fast.vae import TILE, decode_bytes, encode_bytes
+
+FP32 = 4
+
+
+class Vae(NamedTuple):
+    """An image autoencoder."""
+
+    config: dict[str, Any]
+    nbytes: int
+    """Of its weights in fp32."""
+
+
+SDXL_VAE = Vae({"block_out_channels": [128, 256, 512, 512]}, FP32 * 83_653_863)
+
+
+def vae_of(folder: SDXLFolder) -> Vae:
+    """The VAE of a pipeline folder, by its files."""
+    files = folder.weight_files("vae")
+    nbytes = sum(file.stat().st_size * (2 if ".fp16." in file.name else 1) for file in files)
+    return Vae(folder.config("vae"), nbytes)
+
+
+def preparing(config: Config, vae: Vae) -> int:
+    """Peak bytes of `mapo-fast prepare`'s VAE."""
+    side = min(config.data.resolution, TILE) if config.data.vae_tiling else config.data.resolution
+    return vae.nbytes + encode_bytes(vae.config, config.data.batch_size * side**2, FP32)
+
+
+def previewing(config: Config, plan: Plan, vae: Vae) -> int:
+    """Peak bytes while a preview is decoded."""
+    between = sum(plan.device.get(name, 0) for name in ("parameters", "states", "staging"))
+    side = min(config.data.resolution, TILE)
+    return between + vae.nbytes + decode_bytes(vae.config, side**2, FP32)
