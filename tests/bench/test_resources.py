@@ -33,7 +33,7 @@ def test_the_table_is_good(table: list[dict[str, Any]]) -> None:
 
 @pytest.mark.timeout(600)
 def test_the_table_is_of_these_kernels_and_none_is_worse() -> None:
-    """Compiles one configuration of each kernel on each card; of the others it compares the digests."""
+    """Compiles one configuration of each kernel; of the others it compares the digests."""
     command = [sys.executable, "-m", "bench.resources", "--check", "--json"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
