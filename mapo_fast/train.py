@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from mapo_fast.data.cache import PairCache
 from mapo_fast.diffusion import Diffusion
 from mapo_fast.engine.build import build_unet, scheduler_overrides
 from mapo_fast.engine.precision import choose_device, choose_precision
+from mapo_fast.errors import UserError
 from mapo_fast.files import exclusive
 from mapo_fast.model import open_sdxl
 from mapo_fast.preview import Previews
@@ -40,6 +42,12 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     Raises:
         UserError: anything wrong with the config, the model folder, the cache or the output folder.
     """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise UserError(
+            f"WORLD_SIZE = {processes}: training runs in one process on one GPU; start it without torchrun or "
+            "accelerate launch"
+        )
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     if config.train.wandb is not None:
