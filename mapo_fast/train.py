@@ -45,8 +45,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise UserError(
-            f"WORLD_SIZE = {processes}: training runs in one process on one GPU; start it without torchrun or "
-            "accelerate launch"
+            f"WORLD_SIZE = {processes}: training runs in one process on one GPU; start it without torchrun "
+            "or accelerate launch"
         )
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
