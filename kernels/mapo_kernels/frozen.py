@@ -80,35 +80,26 @@ def _frozen_conv2d_op(
 _frozen_conv2d_op.register_fake(_convolve)
 
 
-@torch.library.custom_op(
+def _input_gradient(
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int],
+) -> Tensor:
+    return _convolve(grad, codes, absmax, None, stride, padding, dilation, output_padding)
+
+
+_frozen_conv2d_backward_op = torch.library.custom_op(
     "mapo::frozen_conv2d_backward",
+    _input_gradient,
     mutates_args=(),
     schema="(Tensor grad, Tensor codes, Tensor absmax, int[] stride, int[] padding, int[] dilation, "
     "int[] output_padding) -> Tensor",
 )
-def _frozen_conv2d_backward_op(
-    grad: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    output_padding: Sequence[int],
-) -> Tensor:
-    return _convolve(grad, codes, absmax, None, stride, padding, dilation, output_padding)
-
-
-@_frozen_conv2d_backward_op.register_fake
-def _(
-    grad: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    output_padding: Sequence[int],
-) -> Tensor:
-    return _convolve(grad, codes, absmax, None, stride, padding, dilation, output_padding)
+_frozen_conv2d_backward_op.register_fake(_input_gradient)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

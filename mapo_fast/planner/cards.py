@@ -1,8 +1,8 @@
 """Graphics cards: memory, and the rates by which counted work becomes time.
 
 Rates are the makers' figures: dense bf16 matrix products with fp32 accumulation, memory bandwidth, PCIe in
-one direction. What a kernel attains of them is assumed (`ATTAINED`) until `make gpu-check PART=memory` has
-measured it on a card of yours.
+one direction. What a kernel attains of them is assumed (`ATTAINED`); `make gpu-check PART=memory` puts
+measured times beside the predicted ones.
 """
 
 from __future__ import annotations
