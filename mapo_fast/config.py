@@ -222,6 +222,18 @@ class OffloadConfig(Section):
     """The inputs of checkpointed blocks, between forward and backward."""
 
 
+class SpeedConfig(Section):
+    """`[speed]`: how a step is executed. No switch changes what is computed, only its order of rounding."""
+
+    fused_ops: bool = True
+    """Put the fused kernels into the UNet (`patch_unet`); without them it saves more for backward."""
+    channels_last: bool = False
+    """Keep convolution weights and the activations between them in channels_last, the order of cuDNN's tensor
+    core kernels."""
+    prefetch: bool = True
+    """Read the next micro-batch, draw its noise and copy it to the device while the current step runs."""
+
+
 class PreviewConfig(Section):
     """`[preview]`: images sampled during training with fixed seeds."""
 
@@ -247,6 +259,7 @@ class Config(Section):
     adapter: AdapterConfig = AdapterConfig()
     optim: OptimConfig = OptimConfig()
     offload: OffloadConfig = OffloadConfig()
+    speed: SpeedConfig = SpeedConfig()
     preview: PreviewConfig = PreviewConfig()
 
     @model_validator(mode="after")

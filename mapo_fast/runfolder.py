@@ -18,6 +18,10 @@ from mapo_fast.files import disk_errors, write_json
 
 _MAY_CHANGE = frozenset(
     {
+        "speed.compile",
+        "speed.cuda_graph",
+        "speed.fused_ops",
+        "speed.prefetch",
         "train.output",
         "train.steps",
         "train.device",
@@ -34,7 +38,9 @@ _MAY_CHANGE = frozenset(
         "train.wandb",
     }
 )
-"""Settings a resume may change: they leave the sequence of updates as it is, up to rounding."""
+"""Settings a resume may change: they leave the sequence of updates as it is, up to rounding.
+
+speed.channels_last is not among them: 8-bit states belong to a weight's elements by their order in memory."""
 
 _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 """Learning-rate schedules that do not depend on the number of steps; with the others it is fixed."""

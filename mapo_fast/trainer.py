@@ -8,7 +8,10 @@ bitsandbytes' paged optimizer once per step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,6 +26,7 @@ from mapo_fast.engine.build import TrainingUnet, learning_rate
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.metrics import Metrics, peak_memory_mib
 from mapo_fast.engine.precision import Precision
+from mapo_fast.engine.prefetch import MicroBatch, Prefetch
 from mapo_fast.engine.step import PairInputs, predict, training_inputs
 from mapo_fast.errors import UserError
 from mapo_fast.evaluate import HeldOut, HeldOutErrors, compare, load_errors, save_errors
@@ -96,8 +100,22 @@ class Trainer:
         if self.step == 0:
             self._look(log, always=True)
         self.metrics.restart_clock()
+        micro_batches: Iterator[MicroBatch] = self._micro_batches(self.step)
+        ahead = Prefetch(micro_batches, self.device) if self.config.speed.prefetch else None
+        with ahead or nullcontext(micro_batches) as micro_batches:
+            self._loop(micro_batches, log, stop)
+        finished = self.step >= config.steps
+        if finished:
+            self._export(folder)
+        elif self._healthy():
+            self.save()
+        log.end(self.step, finished=finished)
+        return TrainResult(config.output, self.step, finished, int(self.optimizer.skipped))
+
+    def _loop(self, micro_batches: Iterator[MicroBatch], log: RunLog, stop: StopRequest) -> None:
+        config = self.config.train
         while self.step < config.steps and not stop.requested:
-            self.metrics.add_step(self._step())
+            self.metrics.add_step(self._step(micro_batches))
             log.advance(self.step)
             finished = self.step == config.steps
             if finished or stop.requested or self.step % config.log_every == 0:
@@ -113,25 +131,23 @@ class Trainer:
                 raise UserError(self._diverged("the run's last step"))
             if finished or (_due(self.step, config.checkpoint_every) and self._healthy()):
                 self.save()
-        finished = self.step >= config.steps
-        if finished:
-            self._export(folder)
-        elif self._healthy():
-            self.save()
-        log.end(self.step, finished=finished)
-        return TrainResult(config.output, self.step, finished, int(self.optimizer.skipped))
 
-    def _step(self) -> Tensor:
+    def _step(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
         """One optimizer step; returns its 0-d gradient norm on the device."""
-        config = self.config.train
-        first = self.step * config.accumulation
-        micro_batches = [self.batches.at(first + i) for i in range(config.accumulation)]
-        total = sum(len(pairs) for _, pairs in micro_batches)
         self.engine.start(self.learning_rate(self.step))
-        for epoch, pairs in micro_batches:
-            self.metrics.add(self.engine.accumulate(self._inputs(epoch, pairs), len(pairs) / total))
+        for inputs, share in islice(micro_batches, self.config.train.accumulation):
+            self.metrics.add(self.engine.accumulate(inputs, share))
         self.step += 1
         return self.engine.finish()
+
+    def _micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        """Those of all steps from `step` on."""
+        count = self.config.train.accumulation
+        for first in range(step * count, self.config.train.steps * count, count):
+            found = [self.batches.at(first + i) for i in range(count)]
+            total = sum(len(pairs) for _, pairs in found)
+            for epoch, pairs in found:
+                yield MicroBatch(self._inputs(epoch, pairs), len(pairs) / total)
 
     def _inputs(self, epoch: int, pairs: list[CachedPair]) -> PairInputs:
         config = self.config.train

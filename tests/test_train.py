@@ -273,8 +273,8 @@ def _diverge_at(last: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the update of step `last` make the weights useless."""
     step = Trainer._step
 
-    def diverging(self: Trainer) -> torch.Tensor:
-        norm = step(self)
+    def diverging(self: Trainer, micro_batches: Any) -> torch.Tensor:
+        norm = step(self, micro_batches)
         if self.step == last:
             with torch.no_grad():
                 self.unet.conv_in.weight.fill_(float("nan"))
@@ -379,11 +379,11 @@ def test_a_step_reads_nothing_from_the_device(
     step = Trainer._step
     steps = 0
 
-    def watched(self: Trainer) -> torch.Tensor:
+    def watched(self: Trainer, micro_batches: Any) -> torch.Tensor:
         nonlocal steps
         steps += 1
         with _NoSync():
-            norm = step(self)
+            norm = step(self, micro_batches)
             self.metrics.add_step(norm)
         return norm
 

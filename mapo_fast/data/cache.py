@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -156,6 +157,8 @@ class PairCache:
         self.flips: bool = self.settings["flip"]
         self._unverified = unverified
         self._shards: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+        """Of the open shards: a batch may be read ahead while another one is evaluated."""
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = True) -> PairCache:
@@ -269,16 +272,19 @@ class PairCache:
 
     def _item(self, family: str, name: str, place: Sequence[int]) -> Tensor:
         shard, row = int(place[0]), int(place[1])
-        path = shard_path(self.folder / "shards", family, shard)
-        if path.name not in self._shards:
-            with _reading(self.folder):
-                _verify(self.folder, f"shards/{path.name}", self.index, self._unverified)
-                self._shards[path.name] = safe_open(path, framework="pt")
-            if len(self._shards) > OPEN_SHARDS:
-                self._shards.popitem(last=False)  # the file closes with its last reference
-        self._shards.move_to_end(path.name)
-        item: Tensor = self._shards[path.name].get_slice(name)[row]
+        item: Tensor = self._shard(shard_path(self.folder / "shards", family, shard)).get_slice(name)[row]
         return item
+
+    def _shard(self, path: Path) -> Any:
+        with self._lock:
+            if path.name not in self._shards:
+                with _reading(self.folder):
+                    _verify(self.folder, f"shards/{path.name}", self.index, self._unverified)
+                    self._shards[path.name] = safe_open(path, framework="pt")
+                if len(self._shards) > OPEN_SHARDS:
+                    self._shards.popitem(last=False)  # the file closes with its last reference
+            self._shards.move_to_end(path.name)
+            return self._shards[path.name]
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:

@@ -29,14 +29,16 @@ class MicroBatches:
         for index, pair in enumerate(pairs):
             self.buckets[pair.bucket].append(index)
         self.per_epoch = sum(-(-len(members) // pairs_per_batch) for members in self.buckets.values())
-        self._epoch, self._order = -1, [[0]]
+        self._planned: tuple[int, list[list[int]]] = (-1, [])
 
     def at(self, position: int) -> tuple[int, list[CachedPair]]:
         """Epoch and pairs of the micro-batch at a position counted from the start of training."""
         epoch, index = divmod(position, self.per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._plan(epoch)
-        return epoch, [self.pairs[i] for i in self._order[index]]
+        planned, order = self._planned  # read once: another thread may be in another epoch
+        if planned != epoch:
+            order = self._plan(epoch)
+            self._planned = epoch, order
+        return epoch, [self.pairs[i] for i in order[index]]
 
     def _plan(self, epoch: int) -> list[list[int]]:
         batches = []

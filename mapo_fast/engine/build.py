@@ -64,6 +64,8 @@ def prepare_unet(unet: Any, config: Config, precision: Precision, device: torch.
         quantise_base(unet, adapter.base, device)
     elif offload.weights == "gpu":
         unet.to(device)
+    if config.speed.channels_last:
+        unet.to(memory_format=torch.channels_last)
     if adapter.kind == "lora":
         add_lora(
             unet,
@@ -73,7 +75,8 @@ def prepare_unet(unet: Any, config: Config, precision: Precision, device: torch.
             seed=train.seed,
             dtype=precision.trainable,
         )
-    patch_unet(unet)
+    if config.speed.fused_ops:
+        patch_unet(unet)
     if train.attention == "xformers":
         try:
             unet.enable_xformers_memory_efficient_attention()

@@ -59,7 +59,7 @@ def apply_layout(
     """
     for module in unet.modules():
         if type(module) is Transformer2DModel:
-            module.__class__ = _RecomputedNorm
+            module.__class__ = _Transformer
     if not gradient_checkpointing:
         if layout == "split":
             raise ValueError(
@@ -91,10 +91,12 @@ def checkpoint_blocks(unet: Any) -> dict[str, nn.Module]:
     }
 
 
-class _RecomputedNorm(Transformer2DModel):  # type: ignore[misc]
+class _Transformer(Transformer2DModel):  # type: ignore[misc]
     """diffusers' transformer, whose blocks see proj_in(norm(x)); x is saved and norm(x) is not.
 
     Recomputation ends where the last saved tensor is there: in front of proj_in's matrix product.
+
+    Tokens are an image in channels_last: where the residual lies so, nothing is copied on the way out.
     """
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> Any:
@@ -103,6 +105,22 @@ class _RecomputedNorm(Transformer2DModel):  # type: ignore[misc]
             return run(hidden_states)  # a frozen projection does not save its input
         dropout = has_dropout(self.proj_in)
         return checkpoint(run, hidden_states, use_reentrant=False, preserve_rng_state=dropout)
+
+    def _get_output_for_continuous_inputs(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor,
+        batch_size: int,
+        height: int,
+        width: int,
+        inner_dim: int,
+    ) -> Tensor:
+        if not self.use_linear_projection or not residual.is_contiguous(memory_format=torch.channels_last):
+            return super()._get_output_for_continuous_inputs(  # type: ignore[no-any-return]
+                hidden_states, residual, batch_size, height, width, inner_dim
+            )
+        tokens: Tensor = self.proj_out(hidden_states)
+        return tokens.view(batch_size, height, width, inner_dim).permute(0, 3, 1, 2) + residual
 
 
 @dataclass(eq=False)

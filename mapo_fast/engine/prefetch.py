@@ -1,0 +1,75 @@
+"""The next micro-batch is made while the current step runs.
+
+A thread reads the shards, draws the noise and copies from pinned memory, on a stream of its own. Every draw
+is a function of (seed, epoch, pair id), so what comes out has the same bits at any time and in any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+
+from mapo_fast.engine.step import PairInputs
+
+
+class MicroBatch(NamedTuple):
+    """What `Engine.accumulate` takes."""
+
+    inputs: PairInputs
+    share: float
+    """Of its optimizer step's pairs."""
+
+
+class Prefetch(Iterator[MicroBatch]):
+    """The items of an iterator, the next one in the making. Use it as a context manager.
+
+    What the iterator raises is raised where its item would have come. Beside the item that was given out
+    last, one more is on the device.
+
+    Args:
+        source: makes the items; used by one thread at a time.
+        device: where they lie.
+    """
+
+    def __init__(self, source: Iterator[MicroBatch], device: torch.device) -> None:
+        self._source, self._device = source, device
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._thread = ThreadPoolExecutor(1, "prefetch")
+        self._next: Future[tuple[MicroBatch | None, torch.cuda.Event | None]] = self._thread.submit(
+            self._make
+        )
+
+    def __enter__(self) -> Prefetch:
+        """Begin."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for the item in the making and drop it."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def __next__(self) -> MicroBatch:
+        """The next item, in order with what the current stream is given from now on."""
+        item, event = self._next.result()
+        if item is None:
+            raise StopIteration
+        self._next = self._thread.submit(self._make)
+        if event is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(event)
+            for tensor in item.inputs:
+                tensor.record_stream(stream)  # its memory is the other stream's
+        return item
+
+    def _make(self) -> tuple[MicroBatch | None, torch.cuda.Event | None]:
+        if self._stream is None:
+            return next(self._source, None), None
+        with torch.cuda.stream(self._stream):
+            return next(self._source, None), self._stream.record_event()

@@ -1,0 +1,108 @@
+"""The switches of `[speed]`: whichever are on, the steps are the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mapo_fast import MaPOLoss
+from mapo_fast.config import Config
+from mapo_fast.engine.build import prepare_unet
+from mapo_fast.engine.engine import Engine
+from mapo_fast.engine.step import predict
+from mapo_fast.fuse import FusedResnetBlock
+from tests.engine.pair_steps import pair_of_inputs
+from tests.engine.test_engine import CPU, FP64, settings, trained
+from tests.unets import make_unet
+
+PLANS: dict[str, dict[str, Any]] = {
+    "joint": {},
+    "split": {"layout": "split", "checkpointing": True},
+    "fused-8bit": {"optimizer": "adamw8bit", "layout": "split", "checkpointing": True, "fused": True},
+    "sequential-lora": {"kind": "lora", "layout": "sequential", "checkpointing": True},
+    "streamed": {
+        "fused": True,
+        "checkpointing": True,
+        "states": "cpu",
+        "weights": "cpu",
+        "activations": "cpu",
+    },
+}
+
+
+def with_speed(config: Config, **switches: bool) -> Config:
+    return config.model_copy(update={"speed": config.speed.model_copy(update=switches)})
+
+
+@pytest.fixture(scope="module")
+def truth() -> dict[str, dict[str, Tensor]]:
+    return {name: trained(settings(**plan)) for name, plan in PLANS.items()}
+
+
+def assert_same_steps(found: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    assert found.keys() == truth.keys()
+    for name, expected in truth.items():
+        error = (found[name] - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert error <= 1e-10, name
+
+
+SWITCHES: list[tuple[str, dict[str, bool]]] = [
+    ("joint", {"channels_last": True}),
+    ("joint", {"fused_ops": False}),
+    ("split", {"channels_last": True, "fused_ops": False}),
+    ("fused-8bit", {"fused_ops": False}),
+    ("sequential-lora", {"channels_last": True}),
+    ("sequential-lora", {"fused_ops": False}),
+    ("streamed", {"channels_last": True}),
+    ("streamed", {"fused_ops": False}),
+]
+
+
+@pytest.mark.parametrize(
+    ("plan", "switches"), SWITCHES, ids=lambda v: v if isinstance(v, str) else "+".join(v)
+)
+def test_every_switch_takes_the_same_steps(
+    truth: dict[str, dict[str, Tensor]], plan: str, switches: dict[str, bool]
+) -> None:
+    assert_same_steps(trained(with_speed(settings(**PLANS[plan]), **switches)), truth[plan])
+
+
+def test_eight_bit_states_follow_the_weights_into_channels_last() -> None:
+    """Their blocks of 256 follow the order in memory, so the states are others, and the step is another."""
+    config = with_speed(settings(**PLANS["fused-8bit"]), channels_last=True)
+    parts = prepare_unet(make_unet("sdxl"), config, FP64, CPU)
+    engine = Engine(config, parts, MaPOLoss(), FP64, CPU)
+    engine.start(1e-3)
+    engine.accumulate(pair_of_inputs(), 1.0)
+    engine.finish()
+    weight = parts.unet.mid_block.resnets[0].conv1.weight
+    state = engine.optimizer.optimizer.state[weight]["state1"]
+    assert state.stride() == weight.stride() != tuple(torch.empty(weight.shape).stride())
+
+
+def test_activations_stay_in_channels_last() -> None:
+    """Every image between two layers, in joint and in split, forward and backward."""
+    config = with_speed(settings(layout="split", checkpointing=True), channels_last=True)
+    unet = prepare_unet(make_unet("sdxl", dtype=torch.float32), config, FP64, CPU).unet
+    seen: list[tuple[str, Tensor]] = []
+    for name, module in unet.named_modules():
+        if isinstance(module, (FusedResnetBlock, nn.Conv2d)):
+            module.register_forward_hook(lambda m, a, out, name=name: seen.append((name, out)))
+    unet_inputs = pair_of_inputs(dtype=torch.float32)
+    out = predict(unet, unet_inputs)
+    out.square().sum().backward()
+    wrong = [n for n, out in seen if not out.is_contiguous(memory_format=torch.channels_last)]
+    assert seen
+    assert not wrong
+    convolutions = [m.weight for m in unet.modules() if isinstance(m, nn.Conv2d)]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convolutions)
+    assert all(w.grad is not None and w.grad.stride() == w.stride() for w in convolutions)
+
+
+def test_without_fused_operators_the_unet_is_diffusers_own() -> None:
+    config = with_speed(settings(), fused_ops=False)
+    unet = prepare_unet(make_unet("sdxl"), config, FP64, CPU).unet
+    assert not any(type(m).__module__ == "mapo_fast.fuse" for m in unet.modules())
