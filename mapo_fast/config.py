@@ -10,11 +10,13 @@ import difflib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mapo_fast.combinations import NAMES, completed
 from mapo_fast.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -166,17 +168,20 @@ class TrainConfig(Section):
     small updates."""
     vram: str | None = None
     """GPU memory to stay within, such as "24GiB": the fastest exact plan that fits is chosen for the settings
-    of the memory plan that are not in the config. None takes the card's free memory; on the CPU, no plan."""
+    of the memory plan that are not in the config: layout, gradient_checkpointing, fused_step and `[offload]`.
+    None takes the card's free memory. On the CPU it makes no plan: those settings then have their defaults,
+    or the nearest values that work with what is in the config (`combinations.py`)."""
     layout: Literal["joint", "split", "sequential"] = "split"
     """`joint`: both halves of the pair in one batch; `split`: inside each checkpointed block one after the
     other, so that transient memory is one image's; `sequential`: one after the other through the whole UNet,
     a LoRA pair by pair. All give the same gradients."""
     gradient_checkpointing: bool | tuple[str, ...] = True
     """Recompute activations in backward (non-reentrant): in all blocks, in none, or in those at or below one
-    of these names, such as "down_blocks.2". `split` needs it."""
+    of these names, such as "down_blocks.2". `split` needs it; with false, the default layout is `joint`."""
     fused_step: bool = False
     """Update weights and free gradients as soon as backward has completed them: all gradients never exist at
-    once. One micro-batch per step only."""
+    once. One micro-batch per step only. True by default where offload.optimizer, or a full fine-tune's
+    offload.weights, is `cpu`."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention back end."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -214,10 +219,11 @@ class OffloadConfig(Section):
     """`[offload]`: what lives in pinned system memory and visits the GPU while it is needed."""
 
     optimizer: Literal["gpu", "cpu"] = "gpu"
-    """Optimizer states; with `cpu` they stream in around their update. Needs train.fused_step."""
+    """Optimizer states; with `cpu` they stream in around their update, in train.fused_step. `cpu` by default
+    where a full fine-tune's weights are."""
     weights: Literal["gpu", "cpu"] = "gpu"
     """UNet weights; with `cpu` they stream in block by block, forward and backward. A full fine-tune then
-    needs train.fused_step and optimizer = "cpu"."""
+    needs train.fused_step and optimizer = "cpu", which become the defaults."""
     activations: Literal["gpu", "cpu"] = "gpu"
     """The inputs of checkpointed blocks, between forward and backward."""
 
@@ -262,76 +268,6 @@ class Config(Section):
     speed: SpeedConfig = SpeedConfig()
     preview: PreviewConfig = PreviewConfig()
 
-    @model_validator(mode="after")
-    def _combinations(self) -> Config:
-        train = self.train
-        full = self.adapter.kind == "full"
-        for wrong, message in (
-            (
-                train.layout == "split" and not train.gradient_checkpointing,
-                "train.layout = 'split' works inside checkpointed blocks and needs "
-                "train.gradient_checkpointing = true (or use train.layout = 'joint')",
-            ),
-            (
-                train.fused_step and train.accumulation > 1,
-                "train.fused_step = true updates weights during backward, so train.accumulation must be 1 "
-                "(or use train.fused_step = false)",
-            ),
-            (
-                train.fused_step and train.layout == "sequential",
-                "train.fused_step = true needs a step's gradients in one backward pass: train.layout = "
-                "'sequential' cannot be combined with it (use 'split' or 'joint')",
-            ),
-            (
-                train.fused_step and train.precision == "fp16",
-                "train.fused_step = true cannot unscale gradients of train.precision = 'fp16' (use 'bf16')",
-            ),
-            (
-                train.fused_step and self.optim.name == "paged_adamw8bit",
-                "train.fused_step = true does not work with optim.name = 'paged_adamw8bit'; use 'adamw8bit' "
-                "and offload.optimizer = 'cpu'",
-            ),
-            (
-                self.optim.max_update_rms is not None and self.optim.name != "adamw8bit",
-                f"optim.max_update_rms is for optim.name = 'adamw8bit', not {self.optim.name!r}",
-            ),
-            (
-                full and self.adapter.base != "dense",
-                f"adapter.base = {self.adapter.base!r} freezes the UNet, adapter.kind = 'full' trains it: "
-                "use adapter.kind = 'lora', or adapter.base = 'dense'",
-            ),
-            (
-                self.offload.activations == "cpu" and not train.gradient_checkpointing,
-                "offload.activations = 'cpu' moves the inputs of checkpointed blocks and needs "
-                "train.gradient_checkpointing = true",
-            ),
-            (
-                self.offload.optimizer == "cpu" and not train.fused_step,
-                "offload.optimizer = 'cpu' streams states around their update and needs "
-                "train.fused_step = true",
-            ),
-            (
-                full
-                and self.offload.weights == "cpu"
-                and not (train.fused_step and self.offload.optimizer == "cpu"),
-                "offload.weights = 'cpu' with adapter.kind = 'full' needs train.fused_step = true and "
-                "offload.optimizer = 'cpu'",
-            ),
-            (
-                self.offload.weights == "cpu" and self.adapter.base != "dense",
-                f"offload.weights = 'cpu' streams dense weights: with adapter.base = {self.adapter.base!r} "
-                "use offload.weights = 'gpu'",
-            ),
-        ):
-            if wrong:
-                raise ValueError(message)
-        if train.precision == "fp16" and self.adapter.kind == "full":
-            raise ValueError(
-                "train.precision = 'fp16' is for adapter.kind = 'lora' only: fp16 weights of a full "
-                "fine-tune under- and overflow (use train.precision = 'bf16' or 'fp32')"
-            )
-        return self
-
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a TOML file, apply `section.key=value` overrides, validate.
@@ -360,9 +296,33 @@ def parse_config(table: dict[str, Any], where: str = "config") -> Config:
     """Validate a nested dict of settings. Raises `UserError` as `load_config` does."""
     try:
         # Strict, as JSON: paths are strings and tuples are lists there, but true is not 1 and "2" is not 2.
-        return Config.model_validate_json(json.dumps(table, default=str), strict=True)
+        return _complete(Config.model_validate_json(json.dumps(table, default=str), strict=True))
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors()[:3])) from None
+        mistakes = dict.fromkeys(_explain(e) for e in error.errors()[:3])
+        raise UserError(f"{where}: {'; '.join(mistakes)}") from None
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _complete(config: Config) -> Config:
+    """The config whose open settings work with the stated ones; they stay unstated.
+
+    Raises:
+        ValueError: the stated ones contradict each other.
+    """
+    values = {name: getattr(getattr(config, section), key) for name, section, key in _split(NAMES)}
+    stated = {f"{section}.{key}" for section, part in config for key in part.model_fields_set}
+    sections: dict[str, Any] = dict(config)
+    for name, section, key in _split(found := completed(values, stated)):
+        part = sections[section]
+        fields = {**dict(part), key: found[name]}
+        sections[section] = type(part).model_construct(_fields_set=part.model_fields_set, **fields)
+    return Config.model_construct(_fields_set=config.model_fields_set, **sections)
+
+
+def _split(names: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Each name with its section and key."""
+    return [(name, *name.split(".")) for name in names]  # type: ignore[misc]
 
 
 _PATHS = (("model", "path"), ("model", "vae"), ("data", "source"), ("data", "cache"), ("train", "output"))
@@ -393,6 +353,13 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     section[keys[1]] = value
 
 
+_UNIONS = {
+    "train.gradient_checkpointing": 'write true, false or a list of block names such as ["down_blocks.2"]; '
+    "recomputation is always non-reentrant, which 'split' and the fused step need",
+}
+"""What a value of one of several types has to be."""
+
+
 def _explain(error: Any) -> str:
     loc = [str(part) for part in error["loc"]][:2]  # what follows names a member of a union
     name = ".".join(loc)
@@ -404,7 +371,7 @@ def _explain(error: Any) -> str:
         return f"unknown key {name} (valid: {', '.join(known)})"
     if error["type"] == "missing":
         return f"{name} is missing"
-    message = error["msg"].removeprefix("Value error, ")
+    message = _UNIONS.get(name) or error["msg"].removeprefix("Value error, ")
     if not name:
         return str(message)
     return f"{name} = {error['input']!r}: {message}"
