@@ -124,11 +124,15 @@ def demo(
         Path, typer.Option("--out", help="Folder for the report and everything it is made of.")
     ] = Path("demo-out"),
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the whole demo.")] = 0,
+    objective: Annotated[
+        str, typer.Option("--objective", help="objective.name of what is compared with the SFT control.")
+    ] = "mapo",
+    overrides: Overrides = None,
 ) -> None:
     """Fine-tune a tiny SDXL on drawn preferences and show what changed. Needs no GPU and no download."""
     from mapo_fast.demo.run import run_demo
 
-    run_demo(out, seed=seed, console=Console())
+    run_demo(out, seed=seed, console=Console(), objective=objective, overrides=overrides or ())
 
 
 @app.command()

@@ -23,12 +23,16 @@ from mapo_fast.demo import world
 from mapo_fast.demo.score import Prompts, Samples
 from mapo_fast.runlog import read_log
 
-MODELS = ("before", "sft", "mapo")
-MODEL_NAMES = {"before": "before", "sft": "SFT control", "mapo": "MaPO"}
 FIGURE_NAMES = {
     "preferred_share": "no colour named: the asked shape, in red",
     "unchanged_score": "colour named: the asked shape in the asked colour",
 }
+
+
+def model_names(objective: str) -> dict[str, str]:
+    """The three models by the name of their folder and key, and what the report calls them."""
+    trained = "MaPO" if objective == "mapo" else objective
+    return {"before": "before", "sft": "SFT control", objective: trained}
 
 
 def next_commands() -> tuple[str, str]:
@@ -46,7 +50,8 @@ def next_commands() -> tuple[str, str]:
 Cells = dict[str, dict[str, Samples]]
 """Set of prompts ("preference", "unchanged") -> model -> its samples."""
 
-_LINES = {"sft": "#8a6d1a", "mapo": "#b3261e"}
+_COLOURS = ("#777777", "#8a6d1a", "#b3261e")
+"""Of the three models, in order."""
 _COLUMNS, _SHOWN = 8, 48
 
 
@@ -70,20 +75,19 @@ def sheet(images: Sequence[Image.Image], columns: int = _COLUMNS, scale: int = 2
 def write_picture(
     path: Path, result: Mapping[str, Any], cells: Cells, prompts: Mapping[str, Prompts]
 ) -> None:
-    """The same 40 prompts and seeds before, after SFT and after MaPO, with the shares of all samples."""
+    """The same 40 prompts and seeds before and after the two trainings, with the shares of all samples."""
+    names = model_names(result["objective"])
     figure = Figure(figsize=(13.5, 7.5), dpi=110, facecolor="white")
     axes = figure.subplots(2, 3)
     figure.subplots_adjust(left=0.012, right=0.988, top=0.885, bottom=0.015, wspace=0.04, hspace=0.36)
     rows = {"preference": "preferred_share", "unchanged": "unchanged_score"}
     what = {"preference": "red", "unchanged": "as asked"}
     for line, (name, key) in zip(axes, rows.items(), strict=True):
-        for axis, model in zip(line, MODELS, strict=True):
+        for axis, (model, title), colour in zip(line, names.items(), _COLOURS, strict=True):
             axis.imshow(sheet(cells[name][model].images[:40], scale=4), interpolation="none")
             axis.set_axis_off()
             share = f"{100 * result[key][model]:.0f} % {what[name]}"
-            axis.set_title(
-                f"{MODEL_NAMES[model]}: {share}", fontsize=16, color=_LINES.get(model, "#333333"), pad=7
-            )
+            axis.set_title(f"{title}: {share}", fontsize=16, color=colour, pad=7)
     texts = {
         "preference": f"Captions that name no colour, such as «{prompts['preference'].captions[0]}». "
         "Training preferred red over blue.",
@@ -110,16 +114,18 @@ def write_html(
         prompts: what was asked.
         run: the demo's folder, with `pairs/` and the two runs' `log.jsonl`.
     """
-    logs = {model: read_log(run / model / "log.jsonl") for model in ("sft", "mapo")}
+    objective = result["objective"]
+    name = model_names(objective)[objective]
+    without = " and needs no reference model" if objective == "mapo" else ""
+    logs = {model: read_log(run / model / "log.jsonl") for model in ("sft", objective)}
     pairs = _pair_examples(run / "pairs" / "images")
     share = result["preferred_share"]
     body = f"""
 <header>
 <h1>A tiny SDXL learns to prefer red</h1>
 <p>A small but complete Stable&nbsp;Diffusion&nbsp;XL pipeline was shown pairs of drawings that differ in
-colour only: red was chosen, blue rejected, and the caption names no colour. MaPO learns from both images of
-a pair and needs no reference model; the SFT control starts from the same weights and sees only the chosen
-images.</p>
+colour only: red was chosen, blue rejected, and the caption names no colour. {name} learns from both images of
+a pair{without}; the SFT control starts from the same weights and sees only the chosen images.</p>
 <p class="verdict">{_verdict(result)}</p>
 </header>
 <main>
@@ -153,14 +159,15 @@ alt="Eight pairs of drawings: the same shape in red above, in blue below.">
 </section>
 <section>
 <h2>How the training went</h2>
-<img class="curves" src="{_svg(_curves(logs))}"
-alt="Six charts over the optimizer steps: {_curves_text(logs)}">
+<img class="curves" src="{_svg(_curves(logs, objective))}"
+alt="Six charts over the optimizer steps: {_curves_text(logs, objective)}">
 <ul>
-<li><b>Loss</b> alone says little: the two objectives differ, and MaPO's falls mostly by its margin term.</li>
+<li><b>Loss</b> alone says little: the two objectives differ, and {name}'s falls mostly by its
+margin term.</li>
 <li><b>Error</b> is the mean squared denoising error; it jumps because every step meets other noise levels.
-MaPO raises the rejected image's error much more than the chosen one's. Where the chosen one's rises too, the
-trainer warns: that is the price of the margin, and a reason not to train longer.</li>
-<li><b>Margin</b> is rejected minus chosen error: what MaPO widens and SFT leaves almost alone.</li>
+{name} raises the rejected image's error much more than the chosen one's. Where the chosen one's rises too,
+the trainer warns: that is the price of the margin, and a reason not to train longer.</li>
+<li><b>Margin</b> is rejected minus chosen error: what {name} widens and SFT leaves almost alone.</li>
 <li><b>Saturation</b>, σ(−z), is the share of the margin's gradient that is left: near 0 the pairs are
 learnt and more steps only do harm.</li>
 <li><b>Preference accuracy</b> is the share of training pairs whose chosen image has the lower error. It has
@@ -172,39 +179,41 @@ interval, paired).</li>
 <h2>Next: your own pairs</h2>
 <pre><code>{html.escape(chr(10).join(next_commands()))}</code></pre>
 <p>Data formats and settings stand in the README. To run this page's trainings again, see
-<code>config_mapo.toml</code> and <code>config_sft.toml</code> beside it (with another train.output).</p>
+<code>config_{objective}.toml</code> and <code>config_sft.toml</code> beside it (with another
+train.output).</p>
 </section>
 <section>
 <h2>Settings</h2>
 {_settings_table(result)}
 </section>
 </main>"""
-    title = f"mapo_fast demo: red {share['before']:.0%} → {share['mapo']:.0%}"
+    title = f"mapo_fast demo: red {share['before']:.0%} → {share[objective]:.0%}"
     page = _PAGE.replace("{title}", title).replace("{body}", body)
     path.write_text(page, encoding="utf-8")
 
 
 def _verdict(result: Mapping[str, Any]) -> str:
-    share, same = result["preferred_share"], result["unchanged_score"]
+    share, same, objective = result["preferred_share"], result["unchanged_score"], result["objective"]
+    name = model_names(objective)[objective]
     return (
         f"Red where no colour is named: <b>{share['before']:.0%}</b> before, <b>{share['sft']:.0%}</b> with "
-        f"SFT, <b>{share['mapo']:.0%}</b> with MaPO. Right shape and colour where one is named: "
-        f"{same['before']:.0%} before, {same['mapo']:.0%} after MaPO."
+        f"SFT, <b>{share[objective]:.0%}</b> with {name}. Right shape and colour where one is named: "
+        f"{same['before']:.0%} before, {same[objective]:.0%} after {name}."
     )
 
 
 def _result_table(result: Mapping[str, Any]) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in FIGURE_NAMES.values())
     rows = ""
-    for model in MODELS:
-        cells = ""
+    for model, name in model_names(result["objective"]).items():
+        cells, bar = "", model if model in ("before", "sft") else "trained"
         for figure in FIGURE_NAMES:
             width = 100 * result[figure][model]
             cells += (
                 f'<td>{percent(result, figure, model)}<span class="bar" aria-hidden="true">'
-                f'<span class="{model}" style="width:{width:.1f}%"></span></span></td>'
+                f'<span class="{bar}" style="width:{width:.1f}%"></span></span></td>'
             )
-        rows += f'<tr><th scope="row">{MODEL_NAMES[model]}</th>{cells}</tr>'
+        rows += f'<tr><th scope="row">{name}</th>{cells}</tr>'
     return (
         f'<div class="wide"><table><thead><tr><th scope="col">model</th>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
@@ -212,13 +221,13 @@ def _result_table(result: Mapping[str, Any]) -> str:
 
 
 def _colour_table(result: Mapping[str, Any]) -> str:
-    names = [*world.COLOURS, "none"]
-    head = "".join(f'<th scope="col">{"none clear" if name == "none" else name}</th>' for name in names)
+    colours = [*world.COLOURS, "none"]
+    head = "".join(f'<th scope="col">{"none clear" if name == "none" else name}</th>' for name in colours)
     rows = "".join(
-        f'<tr><th scope="row">{MODEL_NAMES[model]}</th>'
-        + "".join(f"<td>{result['colours'][model][name]:.0%}</td>" for name in names)
+        f'<tr><th scope="row">{name}</th>'
+        + "".join(f"<td>{result['colours'][model][colour]:.0%}</td>" for colour in colours)
         + "</tr>"
-        for model in MODELS
+        for model, name in model_names(result["objective"]).items()
     )
     return (
         f'<div class="wide"><table><thead><tr><th scope="col">model</th>{head}</tr></thead>'
@@ -238,8 +247,8 @@ def _settings_table(result: Mapping[str, Any]) -> str:
 
 def _grids(samples: Mapping[str, Samples], result: Mapping[str, Any], figure: str, what: str) -> str:
     parts = []
-    for model in MODELS:
-        text = f"{MODEL_NAMES[model]}: {result[figure][model]:.0%} {what}"
+    for model, name in model_names(result["objective"]).items():
+        text = f"{name}: {result[figure][model]:.0%} {what}"
         images = samples[model].images[:_SHOWN]
         parts.append(
             f'<figure><figcaption>{text}</figcaption><img class="pixels" src="{_png(sheet(images))}" '
@@ -254,20 +263,21 @@ def _pair_examples(folder: Path) -> str:
     return _png(sheet([*chosen, *rejected], columns=len(chosen)))
 
 
-def _curves(logs: Mapping[str, list[dict[str, Any]]]) -> Figure:
+def _curves(logs: Mapping[str, list[dict[str, Any]]], objective: str) -> Figure:
+    names = model_names(objective)
     figure = Figure(figsize=(11, 6.2), facecolor="white", layout="constrained")
     axes = figure.subplots(2, 3)
     loss, error, margin, saturation, accuracy, held_out = axes.flat
-    for model, entries in logs.items():
+    for (model, entries), colour in zip(logs.items(), _COLOURS[1:], strict=True):
         rows = [entry for entry in entries if entry["event"] == "step"]
         steps = [row["step"] for row in rows]
-        style = {"color": _LINES[model], "label": MODEL_NAMES[model], "linewidth": 1.8}
+        style = {"color": colour, "label": names[model], "linewidth": 1.8}
         loss.plot(steps, [row["loss"] for row in rows], **style)
         for key, dash in (("chosen_error", "-"), ("rejected_error", "--")):
-            label = f"{MODEL_NAMES[model]}, {key.split('_')[0]}"
+            label = f"{names[model]}, {key.split('_')[0]}"
             error.plot(steps, [row[key] for row in rows], **{**style, "label": label}, linestyle=dash)
         margin.plot(steps, [row["margin"] for row in rows], **style)
-        if model == "mapo":  # SFT has no margin term that could saturate
+        if model == objective:  # SFT has no margin term that could saturate
             saturation.plot(steps, [row["saturation"] for row in rows], **style)
         accuracy.plot(steps, [row["accuracy"] for row in rows], **style)
         _plot_held_out(held_out, [entry for entry in entries if entry["event"] == "evaluation"], style)
@@ -293,13 +303,14 @@ def _plot_held_out(axis: Axes, entries: list[dict[str, Any]], style: dict[str, A
     axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def _curves_text(logs: Mapping[str, list[dict[str, Any]]]) -> str:
+def _curves_text(logs: Mapping[str, list[dict[str, Any]]], objective: str) -> str:
     """The charts in words, for those who cannot see them."""
+    names = model_names(objective)
     parts = []
     for model, entries in logs.items():
         rows = [entry for entry in entries if entry["event"] == "step"]
         parts.append(
-            f"{MODEL_NAMES[model]} goes from a margin of {rows[0]['margin']:.4f} to {rows[-1]['margin']:.4f} "
+            f"{names[model]} goes from a margin of {rows[0]['margin']:.4f} to {rows[-1]['margin']:.4f} "
             f"and from an accuracy of {rows[0]['accuracy']:.2f} to {rows[-1]['accuracy']:.2f}"
         )
     return html.escape("; ".join(parts) + ".")
@@ -344,7 +355,7 @@ td { white-space: nowrap; }
 .small { font-size: 0.9rem; }
 .bar { display: block; min-width: 6rem; height: 0.5rem; background: #ececec; margin-top: 0.25rem; }
 .bar span { display: block; height: 100%; }
-.before { background: #777; } .sft { background: #8a6d1a; } .mapo { background: #b3261e; }
+.before { background: #777; } .sft { background: #8a6d1a; } .trained { background: #b3261e; }
 .grids { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1.2rem; }
 figure { margin: 0; }
 figcaption { font-weight: 600; padding: 0.3rem 0; }

@@ -9,8 +9,12 @@ gains beyond it comes from the preference.
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shlex
+import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mapo_fast
-from mapo_fast.config import load_config
+from mapo_fast.config import Config, load_config
 from mapo_fast.data.prepare import prepare
 from mapo_fast.demo import report, score, world
 from mapo_fast.errors import UserError
@@ -50,7 +54,7 @@ class DemoSize:
 
 _CONFIG = """\
 # Written by `mapo-fast demo`; paths are relative to this file. To run this training again on its own:
-#   mapo-fast train {name} --set train.output=again-{objective}
+#   mapo-fast train {name} --set train.output=again-{objective}{overrides}
 
 [model]
 path = {model}
@@ -91,17 +95,32 @@ evaluate_pairs = 32
 
 
 def run_demo(
-    out: Path, seed: int = 0, console: Console | None = None, *, size: DemoSize | None = None
+    out: Path,
+    seed: int = 0,
+    console: Console | None = None,
+    *,
+    size: DemoSize | None = None,
+    objective: str = "mapo",
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run the whole demo into the new folder `out`; returns what `report.json` holds.
 
+    Args:
+        objective: `objective.name` of the training that the SFT control is compared with.
+        overrides: `section.key=value` for both trainings, for instance another memory plan.
+
     Raises:
-        UserError: `out` exists and is not an empty folder.
+        UserError: `out` exists and is not an empty folder, or an override is wrong.
     """
     started = time.perf_counter()
     console = console or Console()
     size = size or DemoSize()
     _new_folder(out)
+    try:
+        configs = _configs(out, objective, seed, size, overrides)
+    except UserError:
+        shutil.rmtree(out)  # it was empty: a wrong setting leaves nothing behind
+        raise
     folder = open_sdxl(TINY_SDXL)
     seconds: dict[str, float] = {}
 
@@ -113,24 +132,27 @@ def run_demo(
 
     stage("prepare", "1/4  Draw preference pairs, encode them once")
     world.write_preference_set(out / "pairs", world.preference_pairs(size.pairs, seed))
-    configs = {name: _write_config(out, name, seed, size) for name in ("mapo", "sft")}
-    prepare(load_config(configs["mapo"]), console=console)
+    prepare(configs[objective], console=console)
 
     stage("train_sft", "2/4  Train the SFT control: the chosen images alone")
     _train(configs["sft"], console)
-    stage("train_mapo", "3/4  Train with MaPO: chosen against rejected, no reference model")
-    _train(configs["mapo"], console)
+    names = report.model_names(objective)
+    stage(f"train_{objective}", f"3/4  Train with {names[objective]}: chosen against rejected")
+    _train(configs[objective], console)
 
     stage("sample", "4/4  Sample before and after, with the same seeds, and score by rule")
-    cells, prompts = _sample_all(out, folder, seed, size, console)
+    cells, prompts = _sample_all(out, names, folder, seed, size, console)
     now = time.perf_counter()
     begins = [*seconds.values(), now]
     stages = {name: round(begins[i + 1] - begins[i], 1) for i, name in enumerate(seconds)}
     result = _figures(cells, prompts) | {
+        "objective": objective,
         "seconds": 0.0,
         "seconds_by_stage": stages,
         "seed": seed,
-        "settings": asdict(size) | {"guidance": score.GUIDANCE, "threads": torch.get_num_threads()},
+        "settings": asdict(size)
+        | {"guidance": score.GUIDANCE, "threads": torch.get_num_threads()}
+        | ({"set": list(overrides)} if overrides else {}),
         "versions": {
             "mapo_fast": mapo_fast.__version__,
             "torch": torch.__version__,
@@ -155,15 +177,35 @@ def _new_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
 
 
-def _write_config(out: Path, objective: str, seed: int, size: DemoSize) -> Path:
+def _configs(
+    out: Path, objective: str, seed: int, size: DemoSize, overrides: Sequence[str]
+) -> dict[str, Config]:
+    """Write and read the two config files; overrides of [objective] are not for the control."""
+    if objective == "sft":
+        raise UserError("--objective sft: the control is trained in any case; name another objective")
+    own = [override for override in overrides if not override.startswith("objective.")]
+    configs = {}
+    for name, sets in ((objective, list(overrides)), ("sft", own)):
+        configs[name] = load_config(_write_config(out, name, seed, size, sets), sets)
+        train = configs[name].train
+        if train.output != Path(os.path.normpath(out / name)) or configs[name].objective.name != name:
+            raise UserError("--set train.output and objective.name: use --out and --objective")
+    return configs
+
+
+def _write_config(out: Path, objective: str, seed: int, size: DemoSize, overrides: Sequence[str]) -> Path:
     path = out / f"config_{objective}.toml"
-    comment = '\nform = "code"          # as in the MaPO authors\' released code\nbeta = 0.1\nsnr = 0.5'
+    comments = {
+        "mapo": '\nform = "code"          # as in the MaPO authors\' released code\nbeta = 0.1\nsnr = 0.5',
+        "sft": "           # the chosen image's denoising error alone",
+    }
     text = _CONFIG.format(
         name=path.name,
         model=json.dumps(TINY_SDXL.resolve().as_posix()),  # a JSON string is a TOML string
         side=world.SIDE,
         objective=objective,
-        comment=comment if objective == "mapo" else "           # the chosen image's denoising error alone",
+        overrides="".join(f" --set {shlex.quote(override)}" for override in overrides),
+        comment=comments.get(objective, ""),
         warmup=min(20, size.steps // 5),
         steps=size.steps,
         seed=seed,
@@ -174,13 +216,13 @@ def _write_config(out: Path, objective: str, seed: int, size: DemoSize) -> Path:
     return path
 
 
-def _train(config: Path, console: Console) -> None:
-    if not train(load_config(config), console=console).finished:
+def _train(config: Config, console: Console) -> None:
+    if not train(config, console=console).finished:
         raise KeyboardInterrupt  # the trainer took the signal to save; the demo ends here
 
 
 def _sample_all(
-    out: Path, folder: SDXLFolder, seed: int, size: DemoSize, console: Console
+    out: Path, names: dict[str, str], folder: SDXLFolder, seed: int, size: DemoSize, console: Console
 ) -> tuple[report.Cells, dict[str, score.Prompts]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = folder.load_vae().to(device)
@@ -191,16 +233,24 @@ def _sample_all(
         for name in ("preference", "unchanged")
     }
     cells: report.Cells = {name: {} for name in prompts}
-    for model in report.MODELS:
-        if model == "before":
-            unet = folder.load_unet()
-        else:
-            unet = UNet2DConditionModel.from_pretrained(out / model / "unet", local_files_only=True)
+    for model, title in names.items():
+        unet = _load_unet(out / model, folder)
         unet = unet.to(device, memory_format=torch.channels_last)  # a fifth faster here
-        console.print(f"{report.MODEL_NAMES[model]}: {len(prompts)} × {size.samples} images")
+        console.print(f"{title}: {len(prompts)} × {size.samples} images")
         for name, asked in prompts.items():
             cells[name][model] = score.sample(unet, vae, folder, asked, size.sampling_steps)
     return cells, prompts
+
+
+def _load_unet(run: Path, folder: SDXLFolder) -> Any:
+    """What a run has made, as any user of diffusers would load it; the start model where there is no run."""
+    if (run / "unet").exists():
+        return UNet2DConditionModel.from_pretrained(run / "unet", local_files_only=True)
+    unet = folder.load_unet()
+    if (run / "lora").exists():
+        name = "pytorch_lora_weights.safetensors"
+        unet.load_lora_adapter(run / "lora", prefix="unet", weight_name=name, local_files_only=True)
+    return unet
 
 
 def _figures(cells: report.Cells, prompts: dict[str, score.Prompts]) -> dict[str, Any]:
@@ -211,7 +261,7 @@ def _figures(cells: report.Cells, prompts: dict[str, score.Prompts]) -> dict[str
     figures: dict[str, Any] = {}
     intervals: dict[str, Any] = {}
     for figure, (name, rule) in rules.items():
-        shares = {model: score.share(cells[name][model], prompts[name], rule) for model in report.MODELS}
+        shares = {model: score.share(cells[name][model], prompts[name], rule) for model in cells[name]}
         figures[figure] = {model: value for model, (value, _) in shares.items()}
         intervals[figure] = {model: list(interval) for model, (_, interval) in shares.items()}
     return {
@@ -219,7 +269,7 @@ def _figures(cells: report.Cells, prompts: dict[str, score.Prompts]) -> dict[str
         "intervals_95": intervals,
         "samples_per_cell": {figure: len(prompts[name].seeds) for figure, (name, _) in rules.items()},
         "colours": {
-            model: score.colour_shares(cells["preference"][model].readings) for model in report.MODELS
+            model: score.colour_shares(samples.readings) for model, samples in cells["preference"].items()
         },
     }
 
@@ -227,10 +277,11 @@ def _figures(cells: report.Cells, prompts: dict[str, score.Prompts]) -> dict[str
 def _print_result(console: Console, result: dict[str, Any], out: Path) -> None:
     table = Table(title="share of images, 95 % interval", title_justify="left")
     table.add_column("prompts")
-    for model in report.MODELS:
-        table.add_column(report.MODEL_NAMES[model], justify="right")
+    names = report.model_names(result["objective"])
+    for name in names.values():
+        table.add_column(name, justify="right")
     for figure, name in report.FIGURE_NAMES.items():
-        cells = [report.percent(result, figure, model) for model in report.MODELS]
+        cells = [report.percent(result, figure, model) for model in names]
         table.add_row(name, *cells)
     console.print(table)
     console.print(f"Report: {out / 'report.html'}   ({result['seconds']:.0f} s in all)")

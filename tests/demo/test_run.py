@@ -11,10 +11,13 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from rich.console import Console
 
+from bench.demo import of_plan
+from bench.memory_table import ROWS
 from mapo_fast.config import load_config
 from mapo_fast.demo import report, score, world
 from mapo_fast.demo.run import DemoSize, run_demo
 from mapo_fast.errors import UserError
+from mapo_fast.runfolder import recorded_settings
 
 SMALL = DemoSize(pairs=24, steps=2, samples=12, sampling_steps=2)
 
@@ -50,7 +53,7 @@ def test_report_html_is_self_contained_and_says_the_same(demo: tuple[Path, str])
     without_images = re.sub(r'"data:[^"]*"', '""', page)
     assert not re.search(r"https?:|<script|<link|<iframe|@import|url\(", without_images)
     for figure in ("preferred_share", "unchanged_score"):
-        for model in report.MODELS:
+        for model in report.model_names("mapo"):
             assert f"<td>{report.percent(result, figure, model)}" in page
     images = re.findall(r"<img[^>]*>", page, flags=re.S)
     assert len(images) == 8
@@ -107,3 +110,35 @@ def test_scores_need_the_right_shape_too() -> None:
     assert score.correct(world.Reading("blue", "circle"), circle)
     assert not score.correct(world.Reading("red", "circle"), circle)
     assert not score.correct(world.Reading("blue", None), circle)
+
+
+TINY = DemoSize(pairs=24, steps=1, samples=1, sampling_steps=1)
+
+
+def test_it_runs_under_another_plan(tmp_path: Path) -> None:
+    plan = next(plan for name, _, _, plan in ROWS if "nf4" in name)  # tests/test_plans.py trains under all
+    sets = [*of_plan(plan), "train.steps=1", "optim.warmup_steps=0"]
+    result = run_demo(tmp_path / "out", console=Console(quiet=True), size=TINY, overrides=sets)
+    assert result["settings"]["set"] == sets
+    made = recorded_settings(tmp_path / "out" / "mapo")
+    assert made is not None
+    for name, value in plan.items():
+        section, key = name.split(".")
+        assert made[section][key] == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"overrides": ["train.output=elsewhere"]}, "use --out and --objective"),
+        ({"overrides": ["objective.name=sft"]}, "use --out and --objective"),
+        ({"overrides": ["train.step=3"]}, "did you mean train.steps"),
+        ({"objective": "sft"}, "name another objective"),
+    ],
+)
+def test_a_wrong_setting_leaves_nothing_behind(
+    tmp_path: Path, arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run_demo(tmp_path / "out", console=Console(quiet=True), size=TINY, **arguments)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
