@@ -19,9 +19,11 @@ from typing import Any
 
 from bench.environment import environment
 from bench.memory_table import ROWS
-from mapo_fast.demo.run import run_demo
+from mapo_fast.demo.run import DemoSize, run_demo
 
 RESULTS = Path(__file__).parent / "results"
+FEWER = DemoSize(samples=96)
+"""Sampling takes most of the demo's time, and intervals half again as wide do for ten runs of it."""
 LORA = {"optim.lr": 3e-4, "train.steps": 150}
 """A LoRA on the attention layers alone moves less with the learning rate of all weights."""
 
@@ -50,7 +52,8 @@ def main() -> int:
     for seed in args.seeds:
         for plan, overrides in plans.items():
             with tempfile.TemporaryDirectory() as folder:
-                result = run_demo(Path(folder) / "demo", seed=seed, overrides=overrides)
+                out = Path(folder) / "demo"
+                result = run_demo(out, seed=seed, overrides=overrides, size=FEWER if plan else None)
             row = {"bench": "demo", **({"plan": plan} if plan else {}), **result}
             row |= {"accepted": accepted(result), "environment": environment()}
             path = RESULTS / ("demo_plans.jsonl" if plan else "demo.jsonl")

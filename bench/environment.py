@@ -39,7 +39,9 @@ def _commit() -> str | None:
     root = Path(__file__).parent
     try:
         commit = _git(root, "rev-parse", "--short=12", "HEAD")
-        return commit + ("+changes" if _git(root, "status", "--porcelain", "-uno") else "")
+        # Rows that were just written are no change of what is measured.
+        changes = _git(root, "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)bench/results")
+        return commit + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
