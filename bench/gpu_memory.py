@@ -26,7 +26,7 @@ from mapo_fast.engine.build import prepare_unet
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.precision import choose_precision
 from mapo_fast.objectives import build_loss
-from mapo_fast.planner.ask import card_named
+from mapo_fast.planner.ask import card_of
 from mapo_fast.planner.cards import CONTEXT_GIB, vram_for
 from mapo_fast.planner.models import SDXL_UNET
 from mapo_fast.planner.store import traces
@@ -86,15 +86,15 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
-def predicted(name: str, gpu: str, gib: float) -> dict[str, Any]:
+def predicted(name: str) -> dict[str, Any]:
     """What the planner says of the row on this card."""
     settings = next(settings for n, _, _, settings in ROWS if n == name)
-    card = card_named(gpu, int(gib * GIB))
+    card = card_of(torch.device("cuda"))
     (trace,) = traces([config_of(settings)], SDXL_UNET)
     return {
         "predicted_gib": round(trace.peak / GIB, 3),
         "predicted_ms": round(simulate(trace, card).step, 1),
-        "rates_of": card.name,
+        "rates": card.rates.source,
     }
 
 
@@ -124,7 +124,7 @@ def run(deadline: float) -> int:
             print(f"{name}: not finished when the time was up; run again to go on.", file=sys.stderr)
             break
         if result.returncode == 0:
-            row |= json.loads(result.stdout.splitlines()[-1]) | predicted(name, stamp["gpu"], total)
+            row |= json.loads(result.stdout.splitlines()[-1]) | predicted(name)
         else:
             failed += 1
             row["error"] = (result.stderr.strip().splitlines() or ["no message"])[-1]

@@ -32,10 +32,15 @@ class Budget(NamedTuple):
     plan: Plan
     smaller: Plan | None
     """The fastest plan that needs at least a twentieth less, for a run that fails."""
+    rates: str
+    """Where the rates come from by which the plan was chosen."""
 
     def notes(self) -> list[str]:
         """What the user should know before the first step."""
-        notes = [f"memory plan: {self.plan.name}; {self.plan.peak / GIB:.2f} GiB predicted (train.vram)"]
+        notes = [
+            f"memory plan: {self.plan.name}; {self.plan.peak / GIB:.2f} GiB and {self.plan.ms:.0f} ms a "
+            f"step predicted (train.vram), rates {self.rates}"
+        ]
         if self.plan.changes:
             notes.append(f"no exact plan fits: {', '.join(self.plan.changes)}")
         if self.device.type == "cuda":
@@ -106,7 +111,6 @@ def planned(
     Raises:
         UserError: train.vram is no size, or nothing fits; the message names the smallest change that would.
     """
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     if config.train.vram is not None:
         vram = parse_size(config.train.vram, "train.vram")
     elif device.type == "cuda":
@@ -117,10 +121,12 @@ def planned(
         return config, None
     if recorded is not None:
         config = with_settings(config, _open(config, recorded))
-    outcome = plan_run(config, folder, vram, gpu)
+    outcome = plan_run(config, folder, vram, device)
     if outcome.chosen is None:
         raise UserError(refusal(outcome))
-    budget = Budget(device, vram, outcome.chosen, _smaller(outcome, outcome.chosen))
+    budget = Budget(
+        device, vram, outcome.chosen, _smaller(outcome, outcome.chosen), outcome.card.rates.source
+    )
     return outcome.chosen.apply(config), budget
 
 

@@ -142,15 +142,15 @@ def _gpu() -> str:
             f"{card.name}, compute capability {card.major}.{card.minor}, "
             f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         )
-    return "; ".join(found) + f"; driver {_driver() or 'unknown'}"
+    return "; ".join(found) + f"; driver {driver() or 'unknown'}"
 
 
 def _no_gpu() -> str:
-    driver = _driver()
+    found = driver()
     if torch.version.cuda is None and torch.version.hip is None:
-        if driver:
+        if found:
             return (
-                f"not usable: NVIDIA driver {driver} is here, but this torch is a CPU build; install a CUDA "
+                f"not usable: NVIDIA driver {found} is here, but this torch is a CPU build; install a CUDA "
                 "build (see pytorch.org)"
             )
         return "none: no NVIDIA driver found, and this torch is a CPU build"
@@ -161,7 +161,8 @@ def _no_gpu() -> str:
     return "none: torch sees no device (is CUDA_VISIBLE_DEVICES empty?)"
 
 
-def _driver() -> str | None:
+def driver() -> str | None:
+    """The version of NVIDIA's driver, where there is one."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None

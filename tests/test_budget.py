@@ -94,7 +94,7 @@ def test_running_out_of_memory_is_explained() -> None:
         pytest.raises(
             UserError, match=r"out of GPU memory: the plan \(joint, checkpointed\) expected 8\.00 GiB"
         ) as e,
-        Budget(CPU, 10 * GIB, plan_of("joint", 8 * GIB), smaller).kept(),
+        Budget(CPU, 10 * GIB, plan_of("joint", 8 * GIB), smaller, "assumed").kept(),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert 'next smaller plan (split, checkpointed, 5.00 GiB) is that of --set train.vram="5.7GiB"' in str(
@@ -102,7 +102,7 @@ def test_running_out_of_memory_is_explained() -> None:
     )
     with (
         pytest.raises(UserError, match="there is no smaller plan"),
-        Budget(CPU, 10 * GIB, plan_of("joint", 8 * GIB), None).kept(),
+        Budget(CPU, 10 * GIB, plan_of("joint", 8 * GIB), None, "assumed").kept(),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -157,10 +157,10 @@ def test_text_encoders_larger_than_the_budget_run_on_the_cpu(
 
 def test_the_allocator_is_capped_while_a_run_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     card = PretendedCard(monkeypatch, free=20, reserved=0)
-    with Budget(CUDA, int(12.4 * GIB), plan_of("joint", 8 * GIB), None).kept():
+    with Budget(CUDA, int(12.4 * GIB), plan_of("joint", 8 * GIB), None, "assumed").kept():
         assert card.caps == [(pytest.approx(0.5), 0)]
     assert card.caps[1:] == [(1.0, 0)]
-    with Budget(CUDA, 80 * GIB, plan_of("joint", 8 * GIB), None).kept():
+    with Budget(CUDA, 80 * GIB, plan_of("joint", 8 * GIB), None, "assumed").kept():
         assert card.caps[-1] == (1.0, 0)
 
 
@@ -170,7 +170,7 @@ def test_the_allocator_is_capped_while_a_run_lasts(monkeypatch: pytest.MonkeyPat
 )
 def test_libraries_run_out_of_memory_too(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     PretendedCard(monkeypatch, free=20, reserved=0)
-    budget = Budget(CUDA, 12 * GIB, plan_of("joint", 8 * GIB), None)
+    budget = Budget(CUDA, 12 * GIB, plan_of("joint", 8 * GIB), None, "assumed")
     with pytest.raises(UserError, match=r"8\.00 GiB, 7\.00 were allocated and 9\.00 reserved"), budget.kept():
         raise RuntimeError(words)
     with pytest.raises(RuntimeError, match="illegal memory access"), budget.kept():
@@ -178,7 +178,7 @@ def test_libraries_run_out_of_memory_too(words: str, monkeypatch: pytest.MonkeyP
 
 
 def test_what_the_run_itself_holds_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    budget = Budget(CUDA, 20 * GIB, plan_of("joint", 17 * GIB), None)
+    budget = Budget(CUDA, 20 * GIB, plan_of("joint", 17 * GIB), None, "assumed")
     PretendedCard(monkeypatch, free=10, reserved=9.7)
     assert len(budget.notes()) == 1
     PretendedCard(monkeypatch, free=4, reserved=9.7)

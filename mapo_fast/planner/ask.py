@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mapo_fast.config import Config, apply_override, load_config, parse_config
 from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder
 from mapo_fast.planner.cards import GIB, Card, card_with, find_card, parse_size
 from mapo_fast.planner.host import host
 from mapo_fast.planner.models import unet_config
+from mapo_fast.planner.rates import rates_of
 from mapo_fast.planner.search import Outcome, search
 from mapo_fast.planner.stages import vae_of
 
@@ -44,15 +47,15 @@ def ask(
     return search(settings, unet_config(model), found or card_with(nbytes), nbytes, limits)
 
 
-def plan_run(config: Config, folder: SDXLFolder, vram: int, gpu: str | None) -> Outcome:
+def plan_run(config: Config, folder: SDXLFolder, vram: int, device: torch.device) -> Outcome:
     """Plan for a run on this machine.
 
     Args:
         folder: of the model; no weights are read.
         vram: bytes that the run may use.
-        gpu: the device's name, where there is one.
+        device: a GPU's rates are measured, once.
     """
-    card = card_named(gpu, vram)
+    card = card_of(device) if device.type == "cuda" else card_with(vram)
     return search(config, folder.config("unet"), card, vram, host(None), vae=vae_of(folder))
 
 
@@ -64,12 +67,21 @@ def refusal(outcome: Outcome) -> str:
     )
 
 
-def card_named(gpu: str | None, vram: int) -> Card:
-    """The card of a device's name; one that is not known is taken for the slowest with as much memory."""
+def card_of(device: torch.device) -> Card:
+    """This machine's GPU, with measured rates; where that fails with assumed ones, of which the source tells.
+
+    One that is not known is then taken for the slowest with as much memory.
+    """
+    name, total = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
     try:
-        return find_card(gpu) if gpu else card_with(vram)
+        return Card(name, total / GIB, rates_of(device))
+    except Exception as error:  # whatever it is, a run does not depend on it
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+    try:
+        card = find_card(name)
     except UserError:
-        return card_with(vram)
+        card = card_with(total)
+    return card._replace(rates=card.rates._replace(source=f"{card.rates.source}: not measured ({why})"))
 
 
 def _assumed(overrides: list[str]) -> Config:

@@ -1,8 +1,8 @@
 """Graphics cards: memory, and the rates by which counted work becomes time.
 
-Rates are the makers' figures: dense bf16 matrix products with fp32 accumulation, memory bandwidth, PCIe in
-one direction. What a kernel attains of them is assumed (`ATTAINED`); `make gpu-check PART=memory` puts
-measured times beside the predicted ones.
+Rates of a card that is not here are its maker's figures (dense bf16 matrix products with fp32 accumulation,
+memory bandwidth, PCIe in one direction) times what kernels are assumed to attain of them. Those of this
+machine's card are measured: `rates.py`.
 """
 
 from __future__ import annotations
@@ -16,37 +16,69 @@ from mapo_fast.errors import UserError
 GIB = 2**30
 
 
+class Rates(NamedTuple):
+    """What a card's kernels attain."""
+
+    matrix: float
+    """Floating-point operations per second of matrix products; likewise the next two."""
+    convolution: float
+    attention: float
+    memory: float
+    """Bytes per second that elementwise kernels read and write."""
+    fetch: float
+    """Bytes per second from pinned host memory."""
+    store: float
+    """Bytes per second to it."""
+    launch: float
+    """Seconds that a kernel takes at least on the device."""
+    host: float
+    """Seconds that Python and the dispatcher need to issue an operation."""
+    source: str
+    """Where the figures come from, for people."""
+
+
 class Card(NamedTuple):
     """One card."""
 
     name: str
     gib: float
-    tflops: float
-    gbps: float
-    """Of its memory."""
-    pcie_gbps: float
+    rates: Rates
+
+
+def _card(name: str, gib: float, tflops: float, gbps: float, pcie_gbps: float) -> Card:
+    """By the maker's figures. The shares of them, and the last two times, are assumed."""
+    return Card(
+        name,
+        gib,
+        Rates(
+            matrix=0.65e12 * tflops,
+            convolution=0.5e12 * tflops,
+            attention=0.5e12 * tflops,
+            memory=0.8e9 * gbps,
+            fetch=0.8e9 * pcie_gbps,
+            store=0.8e9 * pcie_gbps,
+            launch=3e-6,
+            host=9e-6,
+            source=f"assumed from the maker's figures for {name}",
+        ),
+    )
 
 
 CARDS = (
-    Card("RTX 3050 4GB", 4, 12.3, 192, 16),  # the laptop's; PCIe 4.0 x8
-    Card("RTX 4060", 8, 30.2, 272, 16),
-    Card("RTX 3080", 10, 59.5, 760, 32),
-    Card("RTX 3060", 12, 25.5, 360, 32),
-    Card("RTX 4070 Ti", 12, 80.2, 504, 32),
-    Card("RTX 4060 Ti 16GB", 16, 44.1, 288, 16),
-    Card("RTX 4080", 16, 97.5, 717, 32),
-    Card("RTX 3090", 24, 71.0, 936, 32),
-    Card("RTX 4090", 24, 165.2, 1008, 32),
-    Card("RTX 5090", 32, 209.5, 1792, 64),
-    Card("A100 40GB", 40, 312, 1555, 32),
-    Card("A100 80GB", 80, 312, 2039, 32),
-    Card("H100", 80, 989, 3350, 64),
+    _card("RTX 3050 4GB", 4, 12.3, 192, 16),  # the laptop's; PCIe 4.0 x8
+    _card("RTX 4060", 8, 30.2, 272, 16),
+    _card("RTX 3080", 10, 59.5, 760, 32),
+    _card("RTX 3060", 12, 25.5, 360, 32),
+    _card("RTX 4070 Ti", 12, 80.2, 504, 32),
+    _card("RTX 4060 Ti 16GB", 16, 44.1, 288, 16),
+    _card("RTX 4080", 16, 97.5, 717, 32),
+    _card("RTX 3090", 24, 71.0, 936, 32),
+    _card("RTX 4090", 24, 165.2, 1008, 32),
+    _card("RTX 5090", 32, 209.5, 1792, 64),
+    _card("A100 40GB", 40, 312, 1555, 32),
+    _card("A100 80GB", 80, 312, 2039, 32),
+    _card("H100", 80, 989, 3350, 64),
 )
-
-ATTAINED = {"elementwise": 0.8, "matrix": 0.65, "convolution": 0.5, "attention": 0.5, "pcie": 0.8}
-"""Shares of a card's rates, assumed."""
-LAUNCH_US, HOST_US = 3.0, 9.0
-"""A kernel's least time on the device, and what Python and the dispatcher need to issue one; assumed."""
 
 CONTEXT_GIB = 0.4
 """The CUDA context with lazily loaded kernels."""
@@ -93,7 +125,7 @@ def card_with(vram: int) -> Card:
     """The slowest of the known cards that have this much memory, or of the largest ones."""
     enough = [card for card in CARDS if card.gib * GIB >= vram * 0.97]
     smallest = min((card.gib for card in enough), default=CARDS[-1].gib)
-    return min((c for c in CARDS if c.gib == smallest), key=lambda card: card.tflops)
+    return min((c for c in CARDS if c.gib == smallest), key=lambda card: card.rates.matrix)
 
 
 def parse_size(text: str, name: str) -> int:

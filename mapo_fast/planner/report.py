@@ -23,8 +23,8 @@ def as_text(outcome: Outcome) -> str:
     """The plan, where its memory goes, and why others lost; all figures are predictions."""
     card = outcome.card
     lines = [
-        f"{outcome.vram / GIB:.2f} GiB, rates of {card.name}: {outcome.usable / GIB:.2f} GiB for a plan "
-        f"beside CUDA context, workspaces and {FRAGMENTATION:.0%} fragmentation"
+        f"{outcome.vram / GIB:.2f} GiB: {outcome.usable / GIB:.2f} GiB for a plan beside CUDA context, "
+        f"workspaces and {FRAGMENTATION:.0%} fragmentation; rates {card.rates.source}"
     ]
     if outcome.chosen is None:
         lines += ["nothing fits", outcome.advice]
@@ -69,6 +69,7 @@ def as_json(outcome: Outcome) -> str:
     return json.dumps(
         {
             "card": outcome.card.name,
+            "rates": outcome.card.rates._asdict(),
             "vram": outcome.vram,
             "usable": outcome.usable,
             "ram": outcome.host.ram,

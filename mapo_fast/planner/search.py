@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from mapo_fast.config import Config, parse_config
 from mapo_fast.errors import UserError
-from mapo_fast.planner.cards import ATTAINED, GIB, Card, usable_bytes
+from mapo_fast.planner.cards import GIB, Card, usable_bytes
 from mapo_fast.planner.host import Host, highest
 from mapo_fast.planner.plan import Plan, with_settings
 from mapo_fast.planner.stages import SDXL_VAE, Vae, preparing, previewing
@@ -316,7 +316,7 @@ class _Family:
         lasting: _Lasting,
     ) -> Plan:
         made = compose(modes, chosen, default)
-        rate = ATTAINED["pcie"] * self.card.pcie_gbps * 1e9
+        rates = self.card.rates
         moved = 0
         if settings["offload.activations"] == "cpu":
             away = self.traces[default]
@@ -330,8 +330,8 @@ class _Family:
             moved = max(moved, 0)
         forward_in, backward_in = lasting.weights, lasting.weights + lasting.states + moved
         stored = lasting.states + (lasting.weights if self.full else 0)
-        seconds = max(made.forward, forward_in / rate, moved / rate)
-        seconds += max(made.backward, backward_in / rate, stored / rate)
+        seconds = max(made.forward, forward_in / rates.fetch, moved / rates.store)
+        seconds += max(made.backward, backward_in / rates.fetch, stored / rates.store)
         pinned = lasting.weights + lasting.states + moved
         return Plan(
             {**settings, BLOCKS: blocks, **self.changes},

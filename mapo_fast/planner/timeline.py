@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mapo_fast.planner.cards import ATTAINED, HOST_US, LAUNCH_US, Card
-from mapo_fast.planner.costs import ATTENTION, CONVOLUTION, ELEMENTWISE, FETCH, MATRIX, STORE, WAIT
+from mapo_fast.planner.cards import Card, Rates
+from mapo_fast.planner.costs import ATTENTION, CONVOLUTION, FETCH, MATRIX, STORE, WAIT
 from mapo_fast.planner.trace import Trace
 
-_SHARES = {MATRIX: "matrix", CONVOLUTION: "convolution", ATTENTION: "attention", ELEMENTWISE: "elementwise"}
+AHEAD = 1024
+"""Operations that may wait in the launch queue of a CUDA stream, as observed; with more the host waits."""
 
 
 class Times(NamedTuple):
@@ -32,28 +33,44 @@ class Times(NamedTuple):
     """(n,) when each operation ends."""
 
 
-def durations(trace: Trace, card: Card) -> np.ndarray:
+def durations(trace: Trace, rates: Rates) -> np.ndarray:
     """Seconds of each operation by itself, (n,)."""
-    rates = np.full(max(*_SHARES, FETCH, STORE, WAIT) + 1, np.inf)
-    for kind, share in _SHARES.items():
-        rates[kind] = ATTAINED[share] * card.tflops * 1e12
-    traffic = trace.nbytes / (ATTAINED["elementwise"] * card.gbps * 1e9)
-    found = np.maximum(np.maximum(trace.flops / rates[trace.kinds], traffic), LAUNCH_US * 1e-6)
-    copies = (trace.kinds == FETCH) | (trace.kinds == STORE)
-    found[copies] = trace.nbytes[copies] / (ATTAINED["pcie"] * card.pcie_gbps * 1e9)
+    work = {MATRIX: rates.matrix, CONVOLUTION: rates.convolution, ATTENTION: rates.attention}
+    found = np.maximum(trace.nbytes / rates.memory, rates.launch)
+    for kind, rate in work.items():
+        chosen = trace.kinds == kind
+        found[chosen] = np.maximum(found[chosen], trace.flops[chosen] / rate)
+    for kind, rate in ((FETCH, rates.fetch), (STORE, rates.store)):
+        chosen = trace.kinds == kind
+        found[chosen] = trace.nbytes[chosen] / rate
     found[trace.kinds == WAIT] = 0.0
     return found  # type: ignore[no-any-return]
 
 
 def simulate(trace: Trace, card: Card) -> Times:
-    """Run the step's operations in order on a card."""
-    seconds = durations(trace, card)
+    """Run the step's operations in order on a card, one step after another."""
+    seconds = durations(trace, card.rates)
+    _, computed, issued = _run(trace, seconds, card.rates.host, 0.0)
+    # Where the device ends later than the host, the host has begun the next step by then.
+    ends, computed, issued = _run(trace, seconds, card.rates.host, min(0.0, issued - computed))
+    copies = [float(seconds[trace.kinds == kind].sum()) for kind in (FETCH, STORE)]
+    compute = float(seconds.sum()) - sum(copies)
+    return Times(1e3 * max(computed, issued), 1e3 * compute, 1e3 * max(copies), ends)
+
+
+def _run(trace: Trace, seconds: np.ndarray, host: float, issued: float) -> tuple[np.ndarray, float, float]:
+    """When each operation ends, when the last one is computed, and when it was issued.
+
+    The device is free from 0 on; the host begins at `issued`, and waits when it is `AHEAD` of the device.
+    """
     ends = np.zeros(len(seconds))
-    issued = computed = 0.0
+    computed = 0.0
     queues = {FETCH: 0.0, STORE: 0.0}
     rows = zip(trace.kinds.tolist(), seconds.tolist(), trace.links.tolist(), strict=True)
     for i, (kind, duration, link) in enumerate(rows):
-        issued += HOST_US * 1e-6
+        issued += host
+        if i >= AHEAD:
+            issued = max(issued, ends[i - AHEAD])
         behind = ends[link] if link >= 0 else 0.0
         if kind == WAIT:
             computed = ends[i] = max(computed, behind)
@@ -61,6 +78,4 @@ def simulate(trace: Trace, card: Card) -> Times:
             queues[kind] = ends[i] = max(issued, computed, queues[kind], behind) + duration
         else:
             computed = ends[i] = max(issued, computed) + duration
-    copies = [float(seconds[trace.kinds == kind].sum()) for kind in queues]
-    compute = float(seconds.sum()) - sum(copies)
-    return Times(1e3 * max(computed, issued), 1e3 * compute, 1e3 * max(copies), ends)
+    return ends, computed, issued

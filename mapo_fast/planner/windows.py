@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mapo_fast.planner.cards import HOST_US, Card
+from mapo_fast.planner.cards import Card
 from mapo_fast.planner.costs import FETCH, STORE, WAIT
 from mapo_fast.planner.timeline import durations
 from mapo_fast.planner.trace import Trace
@@ -53,7 +53,7 @@ def cut(trace: Trace, card: Card, *, keep_gradients: bool) -> Mode:
     gradients = trace.kept if keep_gradients else trace.row("gradients")
     staging = trace.row("staging")
     moving = gradients + trace.row("saved") + trace.row("transient") + staging - staging.min()
-    seconds = durations(trace, card)
+    seconds = durations(trace, card.rates)
     copies = (trace.kinds == FETCH) | (trace.kinds == STORE) | (trace.kinds == WAIT)
     seconds[copies] = 0.0
     busy = np.concatenate([[0.0], seconds.cumsum()])
@@ -65,7 +65,7 @@ def cut(trace: Trace, card: Card, *, keep_gradients: bool) -> Mode:
         key = name, seen.setdefault(name, 0)
         seen[name] += 1
         highest = int(moving[start:end].max()) if end > start else int(level[start])
-        time = max(float(busy[end] - busy[start]), (end - start) * HOST_US * 1e-6)
+        time = max(float(busy[end] - busy[start]), (end - start) * card.rates.host)
         block = name.split(" ")[1] if " " in name else ""
         entry = int(level[start])
         pieces[key] = Piece(block, highest - entry, int(level[end]) - entry, time)

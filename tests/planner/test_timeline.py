@@ -1,0 +1,54 @@
+"""A step's time: the longer of what the host needs to issue it and what the device needs to do it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mapo_fast.planner.cards import Card, Rates
+from mapo_fast.planner.costs import ELEMENTWISE, FETCH, MATRIX, WAIT
+from mapo_fast.planner.timeline import AHEAD, simulate
+from mapo_fast.planner.trace import CATEGORIES, Trace
+
+CARD = Card("a card", 8, Rates(1e12, 1e12, 1e12, 1e12, 1e10, 1e10, 1e-6, 10e-6, "chosen"))
+US = 1e-3
+"""In ms, as times are."""
+
+
+def trace(*operations: tuple[int, float], links: dict[int, int] | None = None) -> Trace:
+    """Of kinds and their microseconds on `CARD`."""
+    kinds, micros = (np.array(column) for column in zip(*operations, strict=True))
+    nbytes = np.where(kinds == FETCH, micros * 1e4, 0.0)
+    linked = np.full(len(kinds), -1)
+    for operation, after in (links or {}).items():
+        linked[operation] = after
+    live = np.zeros((len(CATEGORIES), len(kinds)), dtype=np.int64)
+    flops = np.where(kinds == MATRIX, micros * 1e6, 0.0)
+    return Trace(kinds.astype(np.uint8), flops, nbytes, linked, live, live[0], [], 0, 0)
+
+
+def test_the_host_limits_small_operations_and_the_device_large_ones() -> None:
+    assert simulate(trace(*[(ELEMENTWISE, 0)] * 100), CARD).step == pytest.approx(1000 * US)
+    large = simulate(trace(*[(MATRIX, 50)] * 100), CARD)
+    assert large.step == pytest.approx(5000 * US)  # the host is ahead from the step before
+    assert large.compute == pytest.approx(5000 * US)
+
+
+@pytest.mark.parametrize("large_first", [True, False])
+def test_small_operations_hide_behind_large_ones_of_this_step_and_the_one_before(large_first: bool) -> None:
+    large, small = [(MATRIX, 50)] * 100, [(ELEMENTWISE, 0)] * 300
+    operations = large + small if large_first else small + large
+    assert simulate(trace(*operations), CARD).step == pytest.approx((5000 + 300) * US, rel=0.01)
+
+
+def test_the_host_is_not_further_ahead_than_the_launch_queue() -> None:
+    operations = [(MATRIX, 50)] * 2 * AHEAD + [(ELEMENTWISE, 0)] * 2 * AHEAD
+    least = 2 * AHEAD * 50 + 2 * AHEAD * 1
+    assert simulate(trace(*operations), CARD).step > (least + 5 * AHEAD) * US
+
+
+def test_a_copy_costs_what_sticks_out() -> None:
+    hidden = trace((FETCH, 400), (MATRIX, 500), (WAIT, 0), (MATRIX, 100), links={2: 0})
+    assert simulate(hidden, CARD).step == pytest.approx(600 * US, rel=0.02)
+    seen = trace((FETCH, 900), (MATRIX, 500), (WAIT, 0), (MATRIX, 100), links={2: 0})
+    assert simulate(seen, CARD).step == pytest.approx(1000 * US, rel=0.02)
