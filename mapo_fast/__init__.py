@@ -7,16 +7,16 @@ trainer and `patch_unet`. Importing this package imports neither torch nor diffu
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["MaPOLoss", "SFTLoss", "__version__", "patch_unet", "unpatch_unet"]
+__all__ = ["MaPOLoss", "PreferenceLoss", "SFTLoss", "__version__", "patch_unet", "unpatch_unet"]
 
 if TYPE_CHECKING:
     from mapo_fast.fuse import patch_unet, unpatch_unet
-    from mapo_fast.loss import MaPOLoss, SFTLoss
+    from mapo_fast.loss import MaPOLoss, PreferenceLoss, SFTLoss
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that `import mapo_fast` stays light."""
-    if name in ("MaPOLoss", "SFTLoss"):
+    if name in ("MaPOLoss", "PreferenceLoss", "SFTLoss"):
         from mapo_fast import loss
 
         return getattr(loss, name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mapo_fast.combinations import NAMES, completed
 from mapo_fast.errors import UserError
+from mapo_kernels.objectives import OBJECTIVES, Objective
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -75,28 +77,56 @@ class DataConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """`[objective]`: what is minimised."""
+    """`[objective]`: what is minimised.
 
-    name: Literal["mapo", "sft"] = "mapo"
-    """`mapo`, or `sft` (the chosen image's denoising error alone) as a control."""
+    An objective takes the settings that its line in `mapo_kernels.objectives` names; one that is left out has
+    the default in `mapo_kernels.OBJECTIVES`.
+    """
+
+    name: Literal[
+        "mapo", "sft", "dpo", "smpo", "ipo", "hinge", "dmpo", "linear_dpo", "npo", "orpo", "simpo", "cpo"
+    ] = "mapo"
+    """`mapo`, or `sft` (the chosen image's denoising error alone) as a control; `dpo` (Diffusion-DPO) and the
+    others as in `mapo_kernels.objectives`. `smpo` needs soft labels in the data. `npo` is `dpo` with chosen
+    and rejected exchanged: its result is the negative model of guidance."""
     form: Literal["code", "paper"] = "code"
     """MaPO as in the authors' released code, or as in the paper; they are not the same objective."""
     reading: Literal["power", "scale"] = "power"
     """How the `paper` form's φ_β is read: (x/(eˣ−1))^β, or β·x/(eˣ−1)."""
-    beta: float | None = Field(None, gt=0.0)
-    """Weight of the margin term, 0.1 by default (`code`); or the paper's β, which has no default there: it
-    used 8 for general preference, 32 culture, 64 safety and style, 1024 personalisation."""
-    snr: float = Field(0.5, gt=0.0)
-    """λ of the `code` form's score s(x) = λx / (e^{λx} − 1)."""
+    beta: float | None = None
+    """Weight of the margin. `mapo`: 0.1 (`code`), or the paper's β, which has no default there: it used 8 for
+    general preference, 32 culture, 64 safety and style, 1024 personalisation. `dpo` 5000, `npo` 2000."""
+    snr: float | None = None
+    """`mapo`: λ of the `code` form's score s(x) = λx / (e^{λx} − 1), 0.5."""
+    gamma: float | None = None
+    """`simpo`, `cpo`: the margin that a pair should have."""
+    alpha: float | None = None
+    """`dmpo`: the share of preferences that are taken for wrong."""
+    eta: float | None = None
+    """`linear_dpo`: least weight of a pair, and 1 less the largest."""
+    reference: Literal["auto", "adapter", "copy", "precomputed"] = "auto"
+    """The frozen start model that the objective compares with. `adapter`: the LoRA switched off. `copy`: a
+    second UNet, in system RAM where offload.weights is. `precomputed`: its errors for every draw of the run,
+    computed before the first step and kept in the run's folder. `auto` is `adapter` with a LoRA and
+    `precomputed` for a full fine-tune."""
 
-    @model_validator(mode="after")
-    def _beta_of_the_paper(self) -> ObjectiveConfig:
-        if self.name == "mapo" and self.form == "paper" and self.beta is None:
-            raise ValueError(
-                "objective.beta must be set for objective.form = 'paper'; the paper used 8 for general "
-                "preference, 32 for culture, 64 for safety and style, 1024 for personalisation"
-            )
-        return self
+    @property
+    def kernel(self) -> str:
+        """The objective's key in `OBJECTIVES`."""
+        if self.name == "mapo":
+            return "mapo_code" if self.form == "code" else f"mapo_paper_{self.reading}"
+        return "dpo" if self.name == "npo" else self.name
+
+    @property
+    def known(self) -> Objective:
+        """The objective's entry in `OBJECTIVES`."""
+        return OBJECTIVES[self.kernel]
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The objective's settings that are stated."""
+        stated = {name: getattr(self, name) for name in ("beta", "snr", "gamma", "alpha", "eta")}
+        return {name: float(value) for name, value in stated.items() if value is not None}
 
 
 class AdapterConfig(Section):
@@ -267,6 +297,57 @@ class Config(Section):
     offload: OffloadConfig = OffloadConfig()
     speed: SpeedConfig = SpeedConfig()
     preview: PreviewConfig = PreviewConfig()
+
+    @property
+    def reference(self) -> Literal["adapter", "copy", "precomputed"] | None:
+        """Where the reference's errors come from; None for an objective without one."""
+        if not self.objective.known.reference:
+            return None
+        if self.objective.reference == "auto":
+            return "adapter" if self.adapter.kind == "lora" else "precomputed"
+        return self.objective.reference
+
+    @model_validator(mode="after")
+    def _objective(self) -> Config:
+        objective, known = self.objective, self.objective.known.settings
+        settings = [name for name in known if name != "num_train_timesteps"]  # the noise schedule's
+        for name, value in objective.settings.items():
+            if name not in settings:
+                raise ValueError(
+                    f"objective.{name} is no setting of objective.name = {objective.name!r}, which has "
+                    f"{', '.join(settings)}"
+                )
+            low, high = known[name].low, known[name].high
+            if not low < value < high:
+                raise ValueError(
+                    f"objective.{name} = {value:g} must be "
+                    + (f"greater than {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}")
+                )
+        if objective.form == "paper" and objective.name not in ("mapo", "sft"):
+            raise ValueError(
+                f"objective.form = 'paper' is of objective.name = 'mapo', not {objective.name!r}"
+            )
+        if objective.name == "mapo" and objective.form == "paper" and objective.beta is None:
+            raise ValueError(
+                "objective.beta must be set for objective.form = 'paper'; the paper used 8 for general "
+                "preference, 32 for culture, 64 for safety and style, 1024 for personalisation"
+            )
+        if objective.reference != "auto" and self.reference is None:
+            raise ValueError(
+                f"objective.reference = {objective.reference!r}, but objective.name = {objective.name!r} "
+                "compares with no reference model: leave it out"
+            )
+        if objective.reference == "adapter" and self.adapter.kind == "full":
+            raise ValueError(
+                "objective.reference = 'adapter' switches a LoRA off, and adapter.kind = 'full' has none: "
+                "use 'precomputed' or 'copy'"
+            )
+        if objective.reference == "copy" and self.adapter.kind == "lora":
+            raise ValueError(
+                "objective.reference = 'copy' keeps what a LoRA without its factors is already: with "
+                "adapter.kind = 'lora' use 'adapter' or 'precomputed'"
+            )
+        return self
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:

@@ -1,17 +1,22 @@
-"""The fused losses as modules: `MaPOLoss` and its control `SFTLoss`. Needs torch only.
+"""The fused losses as modules: `MaPOLoss`, its control `SFTLoss`, and `PreferenceLoss`. Needs torch only.
 
 loss_fn = MaPOLoss(form="code", beta=0.1)
 out = loss_fn(prediction, target)      # (2B, C, H, W) each, the B chosen samples first
 out.loss.backward()
+
+loss_fn = PreferenceLoss("dpo", beta=5000)
+out = loss_fn(prediction, target, reference_errors=errors)  # (2B,): a frozen model's mean squared errors
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from mapo_kernels import NoiseTarget, PairedLoss, paired_loss, paired_loss_from_errors
+from mapo_kernels import OBJECTIVES, NoiseTarget, PairedLoss, paired_loss, paired_loss_from_errors
+from mapo_kernels._pair_checks import check_settings
 
 TensorOrPair = Tensor | tuple[Tensor, Tensor]
 
@@ -28,7 +33,7 @@ def _positive(name: str, value: object) -> None:
         raise ValueError(f"{name}: {value!r} must be positive and finite")
 
 
-class _PairLoss(nn.Module):
+class PairLoss(nn.Module):
     """What the losses share: settings in, `paired_loss` out."""
 
     def __init__(self, settings: dict[str, Any], reduction: str) -> None:
@@ -42,6 +47,10 @@ class _PairLoss(nn.Module):
         target: TensorOrPair | NoiseTarget,
         weights: Tensor | None = None,
         mask: Tensor | None = None,
+        *,
+        reference_errors: TensorOrPair | None = None,
+        labels: Tensor | None = None,
+        kto_baseline: Tensor | None = None,
     ) -> PairedLoss:
         """Return loss, chosen_error, rejected_error, logits and correct of B pairs.
 
@@ -54,20 +63,48 @@ class _PairLoss(nn.Module):
             weights: (B,); multiplies each pair's whole loss. The mean still divides by B.
             mask: bool or floating, (2B or B or 1, C or 1, H or 1, W or 1); errors become Σ m·d² / Σ m.
                 A sample with an all-zero mask has error NaN.
+            reference_errors: (2B,), the chosen half first, or two (B,): a frozen model's mean squared errors
+                on the same samples, for the objectives that compare with one; the others refuse them.
+            labels: (B,), how probably the chosen sample really is the better one; see `paired_loss`.
+            kto_baseline: one element, for `kto` only; see `paired_loss`.
 
         Raises:
             ValueError, TypeError: shapes, dtypes or devices do not fit; the message names the argument.
         """
-        return paired_loss(prediction, target, weights=weights, mask=mask, **self._settings)
+        return paired_loss(
+            prediction,
+            target,
+            weights=weights,
+            mask=mask,
+            reference_errors=reference_errors,
+            labels=labels,
+            kto_baseline=kto_baseline,
+            **self._settings,
+        )
 
     def from_errors(
-        self, chosen_error: Tensor, rejected_error: Tensor, weights: Tensor | None = None
+        self,
+        chosen_error: Tensor,
+        rejected_error: Tensor,
+        weights: Tensor | None = None,
+        *,
+        reference_errors: TensorOrPair | None = None,
+        labels: Tensor | None = None,
+        kto_baseline: Tensor | None = None,
     ) -> PairedLoss:
         """Return the same from (B,) mean squared errors (fp32 or better), differentiable in both."""
-        return paired_loss_from_errors(chosen_error, rejected_error, weights=weights, **self._settings)
+        return paired_loss_from_errors(
+            chosen_error,
+            rejected_error,
+            weights=weights,
+            reference_errors=reference_errors,
+            labels=labels,
+            kto_baseline=kto_baseline,
+            **self._settings,
+        )
 
 
-class MaPOLoss(_PairLoss):
+class MaPOLoss(PairLoss):
     """Margin-aware preference optimization without a reference model (arXiv 2406.06424).
 
     With e_w, e_l the mean squared errors of the chosen and the rejected sample:
@@ -120,7 +157,7 @@ class MaPOLoss(_PairLoss):
         return f"{form}, reduction='{s['reduction']}'"
 
 
-class SFTLoss(_PairLoss):
+class SFTLoss(PairLoss):
     """Supervised fine-tuning on the chosen samples alone, mean(e_w): the control for a preference loss.
 
     Same call and same outputs as `MaPOLoss`; `logits` is the plain margin e_l − e_w.
@@ -135,3 +172,87 @@ class SFTLoss(_PairLoss):
     def extra_repr(self) -> str:
         """Show the settings in `print(module)`."""
         return f"reduction='{self._settings['reduction']}'"
+
+
+class PreferenceLoss(PairLoss):
+    """Any paired objective by its name: Diffusion-DPO, IPO, SmPO, DMPO, Linear-DPO, ORPO, SimPO, CPO, ….
+
+    Same call and same outputs as `MaPOLoss`; objectives that compare with a frozen reference need its errors.
+    Names, formulas and sources are in `mapo_kernels.objectives`; defaults in `mapo_kernels.OBJECTIVES`.
+
+    Beside them there is `npo` (Diffusion-NPO): `dpo` with chosen and rejected exchanged, for a model to guide
+    away from. Errors are returned under their own names; logits and correct are of what it is trained for.
+
+    Args:
+        objective: a key of `OBJECTIVES`, or `"npo"`.
+        reduction: `"mean"`, or `"none"` for a (B,) loss.
+        **settings: the objective's own; what is left out has its default.
+    """
+
+    def __init__(
+        self, objective: str, reduction: Literal["mean", "none"] = "mean", **settings: float
+    ) -> None:
+        _choice("objective", objective, (*OBJECTIVES, "npo"))
+        self.objective = objective
+        kernel, defaults = ("dpo", {"beta": NPO_BETA}) if objective == "npo" else (objective, {})
+        settings = {**defaults, **settings}
+        check_settings(kernel, settings, reduction)
+        super().__init__({"objective": kernel, **settings}, reduction)
+
+    def forward(
+        self,
+        prediction: TensorOrPair,
+        target: TensorOrPair | NoiseTarget,
+        weights: Tensor | None = None,
+        mask: Tensor | None = None,
+        **given: Any,
+    ) -> PairedLoss:
+        """See `PairLoss.forward`."""
+        if self.objective != "npo":
+            return super().forward(prediction, target, weights, mask, **given)
+        pairs = len(prediction) // 2 if isinstance(prediction, Tensor) else len(prediction[0])
+        if isinstance(target, NoiseTarget):
+            target = target._replace(latents=_exchanged(target.latents, pairs))
+        else:
+            target = _exchanged(target, pairs)
+        given["reference_errors"] = _exchanged(given.get("reference_errors"), pairs)
+        out = super().forward(
+            _exchanged(prediction, pairs), target, weights, _exchanged(mask, pairs), **given
+        )
+        return _named_again(out)
+
+    def from_errors(
+        self, chosen_error: Tensor, rejected_error: Tensor, weights: Tensor | None = None, **given: Any
+    ) -> PairedLoss:
+        """See `PairLoss.from_errors`."""
+        if self.objective != "npo":
+            return super().from_errors(chosen_error, rejected_error, weights, **given)
+        given["reference_errors"] = _exchanged(given.get("reference_errors"), len(chosen_error))
+        return _named_again(super().from_errors(rejected_error, chosen_error, weights, **given))
+
+    def extra_repr(self) -> str:
+        """Show the settings in `print(module)`."""
+        return ", ".join(
+            f"{name}={value!r}" for name, value in {**self._settings, "objective": self.objective}.items()
+        )
+
+
+NPO_BETA = 2000.0
+"""β of `npo` as its authors released it."""
+
+
+def _exchanged(value: Any, pairs: int) -> Any:
+    """The rejected half first; what serves both halves as it is."""
+    if isinstance(value, Tensor):
+        return torch.roll(value, pairs, 0) if len(value) == 2 * pairs else value
+    return value if value is None else (value[1], value[0])
+
+
+def _named_again(out: PairedLoss) -> PairedLoss:
+    """Errors of exchanged halves under the names that the data give them."""
+    return out._replace(
+        chosen_error=out.rejected_error,
+        rejected_error=out.chosen_error,
+        chosen_reference_error=out.rejected_reference_error,
+        rejected_reference_error=out.chosen_reference_error,
+    )

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mapo_fast.config import ObjectiveConfig
-from mapo_fast.loss import MaPOLoss, SFTLoss
-
-DEFAULT_BETA = 0.1
-"""β of the `code` form as the authors released it; the `paper` form has no default."""
+from mapo_fast.loss import MaPOLoss, PairLoss, PreferenceLoss, SFTLoss
 
 
-def build_loss(config: ObjectiveConfig, num_train_timesteps: int) -> MaPOLoss | SFTLoss:
-    """`MaPOLoss` or `SFTLoss`: both take (prediction, target), chosen half first, and return `loss`,
-    `chosen_error`, `rejected_error`, `logits` and `correct`.
+def build_loss(config: ObjectiveConfig, num_train_timesteps: int) -> PairLoss:
+    """The objective as a module, with its stated settings over its defaults.
+
+    It takes (prediction, target), chosen half first, and what the objective needs beside them, and returns
+    `loss`, `chosen_error`, `rejected_error`, `logits` and `correct`.
     """
     if config.name == "sft":
         return SFTLoss()
-    return MaPOLoss(
-        form=config.form,
-        reading=config.reading,
-        beta=DEFAULT_BETA if config.beta is None else config.beta,
-        snr=config.snr,
-        num_train_timesteps=num_train_timesteps,
-    )
+    if config.name == "mapo":
+        settings: dict[str, Any] = {"num_train_timesteps": num_train_timesteps, **config.settings}
+        return MaPOLoss(config.form, config.reading, **settings)
+    return PreferenceLoss(config.name, "mean", **config.settings)

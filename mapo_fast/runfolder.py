@@ -18,6 +18,7 @@ from mapo_fast.files import disk_errors, write_json
 
 _MAY_CHANGE = frozenset(
     {
+        "objective.reference",
         "speed.compile",
         "speed.cuda_graph",
         "speed.fused_ops",

@@ -73,6 +73,12 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         "start model": folder.fingerprint(("unet",)),
         "noise schedule": hashlib.sha256(schedule.encode()).hexdigest(),
     }
+    if config.objective.known.labels == "required" and not cache.labelled:
+        raise UserError(
+            f"objective.name = {config.objective.name!r} needs a soft label for every pair, data.cache "
+            f"{config.data.cache} has not: give each line of pairs.jsonl a 'label', how probably the chosen "
+            "image is the better one (0 to 1), and run mapo-fast prepare again"
+        )
     output = config.train.output
     check_output(config, identity, resume=resume)
     store = CheckpointStore(output / "checkpoints", config.train.keep_checkpoints)
@@ -88,6 +94,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         claim_output(config, identity)
         with exclusive(output):
             trainer.measure_start(output / "held_out_start.safetensors")
+            if config.reference == "precomputed":
+                with StopRequest() as stop:
+                    if not trainer.precompute(identity, stop, console):
+                        return TrainResult(output, checkpoint.step if checkpoint else 0, False, 0)
             if checkpoint is not None:
                 trainer.restore(checkpoint)
             log = RunLog(

@@ -9,12 +9,14 @@ bitsandbytes' paged optimizer once per step.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from mapo_fast.checkpoint import Checkpoint, CheckpointStore, save_unet
@@ -27,7 +29,8 @@ from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.metrics import Metrics, peak_memory_mib
 from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.prefetch import MicroBatch, Prefetch
-from mapo_fast.engine.step import PairInputs, predict, training_inputs
+from mapo_fast.engine.reference import PrecomputedErrors, StartModel
+from mapo_fast.engine.step import PairInputs, predict, training_inputs, upload
 from mapo_fast.errors import UserError
 from mapo_fast.evaluate import HeldOut, HeldOutErrors, compare, load_errors, save_errors
 from mapo_fast.files import disk_errors, write_json
@@ -84,6 +87,7 @@ class Trainer:
             device=device,
         )
         self.start: HeldOutErrors | None = None
+        self.reference: PrecomputedErrors | None = None
 
     def measure_start(self, path: Path) -> None:
         """Read the start model's held-out errors, or measure them; call it before `restore`."""
@@ -93,6 +97,47 @@ class Trainer:
         if self.start is None:
             self.start = self.held_out.errors(self.unet, self.precision.context(self.device))
             save_errors(self.start, path)
+
+    def precompute(self, identity: dict[str, str], stop: StopRequest, console: Console | None) -> bool:
+        """Compute the start model's errors for all of the run, or what of them is missing in its folder.
+
+        Call it before `restore`: it takes the start model that was built.
+
+        Args:
+            identity: fingerprints of the cache, the start model and its noise schedule.
+            stop: ends it early; what is done is kept.
+            console: where to show progress.
+
+        Returns:
+            Whether nothing is missing.
+        """
+        train = self.config.train
+        settings = train.model_dump(include={"seed", "pairs_per_batch", "precision", "caption_dropout"})
+        self.reference = PrecomputedErrors(
+            train.output / "reference",
+            {**identity, **settings, "base": self.config.adapter.base},
+            self.batches,
+            train.steps * train.accumulation,
+            self.device,
+        )
+        start = StartModel(self.unet)
+
+        def errors(position: int) -> Tensor:
+            return self.engine.errors_of(start, self._inputs(*self.batches.at(position)))
+
+        if not (missing := self.reference.missing):
+            return True
+        columns = (TextColumn("reference"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with (
+            Progress(*columns, console=console or Console(quiet=True)) as progress,
+            closing(self.reference.compute(errors)) as positions,
+        ):
+            task = progress.add_task("", total=missing)
+            for _ in positions:
+                progress.advance(task)
+                if stop.requested:
+                    break
+        return not self.reference.missing
 
     def run(self, log: RunLog, stop: StopRequest, folder: SDXLFolder) -> TrainResult:
         """Train to the last step or the first signal, then save."""
@@ -135,8 +180,11 @@ class Trainer:
     def _step(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
         """One optimizer step; returns its 0-d gradient norm on the device."""
         self.engine.start(self.learning_rate(self.step))
-        for inputs, share in islice(micro_batches, self.config.train.accumulation):
-            self.metrics.add(self.engine.accumulate(inputs, share))
+        for batch in islice(micro_batches, self.config.train.accumulation):
+            out = self.engine.accumulate(
+                batch.inputs, batch.share, reference_errors=batch.reference_errors, labels=batch.labels
+            )
+            self.metrics.add(out)
         self.step += 1
         return self.engine.finish()
 
@@ -146,8 +194,11 @@ class Trainer:
         for first in range(step * count, self.config.train.steps * count, count):
             found = [self.batches.at(first + i) for i in range(count)]
             total = sum(len(pairs) for _, pairs in found)
-            for epoch, pairs in found:
-                yield MicroBatch(self._inputs(epoch, pairs), len(pairs) / total)
+            for position, (epoch, pairs) in enumerate(found, start=first):
+                reference = None if self.reference is None else self.reference.at(position, len(pairs))
+                yield MicroBatch(
+                    self._inputs(epoch, pairs), len(pairs) / total, reference, self._labels(pairs)
+                )
 
     def _inputs(self, epoch: int, pairs: list[CachedPair]) -> PairInputs:
         config = self.config.train
@@ -160,6 +211,12 @@ class Trainer:
             caption_dropout=config.caption_dropout,
             device=self.device,
         )
+
+    def _labels(self, pairs: list[CachedPair]) -> Tensor | None:
+        """(B,) soft labels on the device, for an objective that needs them."""
+        if self.config.objective.known.labels != "required":
+            return None
+        return upload(self.cache.labels(pairs), self.device)
 
     def _log(self, log: RunLog) -> None:
         """Fetch the interval's metrics (the one wait for the device) and write them."""

@@ -15,8 +15,11 @@ from mapo_fast.data.prepare import prepare
 COLOURS = ("red", "green", "blue")
 
 
-def make_pairs(folder: Path, count: int = 24, side: int = 32) -> Path:
-    """A `pairs.jsonl` folder of noisy coloured squares; chosen is brighter than rejected."""
+def make_pairs(folder: Path, count: int = 24, side: int = 32, *, labelled: bool = False) -> Path:
+    """A `pairs.jsonl` folder of noisy coloured squares; chosen is brighter than rejected.
+
+    With soft labels from 0.6 on, if wanted.
+    """
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     lines = []
@@ -27,7 +30,8 @@ def make_pairs(folder: Path, count: int = 24, side: int = 32) -> Path:
             pixels[..., index % 3] += brightness
             names[half] = f"{index:03d}-{half}.png"
             Image.fromarray(pixels.astype(np.uint8)).save(folder / names[half])
-        lines.append(json.dumps({"prompt": f"{COLOURS[index % 3]} square {index}", **names}))
+        label = {"label": 0.6 + 0.4 * index / count} if labelled else {}
+        lines.append(json.dumps({"prompt": f"{COLOURS[index % 3]} square {index}", **names, **label}))
     (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
@@ -62,9 +66,9 @@ def make_config(model: Path, cache: Path, output: Path, /, **sections: dict[str,
     return parse_config(settings(model, cache, output, **sections))
 
 
-def make_cache(model: Path, folder: Path) -> Path:
+def make_cache(model: Path, folder: Path, *, labelled: bool = False) -> Path:
     """Pairs and their cache under `folder`; returns the cache."""
-    source = make_pairs(folder / "pairs")
+    source = make_pairs(folder / "pairs", labelled=labelled)
     config = make_config(model, folder / "cache", folder / "unused", data={"source": str(source)})
     prepare(config)
     return folder / "cache"

@@ -50,6 +50,7 @@ PAIR = np.dtype(
         ("text2", "<i4", 2),
         ("time_ids_chosen", "<f4", 6),
         ("time_ids_rejected", "<f4", 6),
+        ("label", "<f4"),  # how probably chosen is the better one; NaN where the source does not say
     ]
 )
 OPEN_SHARDS = 128
@@ -155,6 +156,8 @@ class PairCache:
         self.train = PairRows(table, 0, index["train"])
         self.held_out = PairRows(table, index["train"], len(table))
         self.flips: bool = self.settings["flip"]
+        self.labelled: bool = index.get("labelled", False)
+        """Whether every pair has a soft label."""
         self._unverified = unverified
         self._shards: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -219,6 +222,10 @@ class PairCache:
 
         table = pq.read_table(self.folder / "rows.parquet", columns=["name", "prompt"])
         return [PairRow(**row) for row in table.take([pair.index for pair in pairs]).to_pylist()]
+
+    def labels(self, pairs: Sequence[CachedPair]) -> Tensor:
+        """(B,) fp32 soft labels, how probably the chosen image is the better one; for a `labelled` cache."""
+        return torch.tensor([float(self._table[pair.index]["label"]) for pair in pairs])
 
     def batch(
         self,

@@ -9,7 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, SkippedRow, clean_prompt
+from mapo_fast.data.pairs import (
+    MissingImageError,
+    PairRecord,
+    PreferencePairs,
+    SkippedRow,
+    clean_prompt,
+    soft_label,
+)
 from mapo_fast.errors import UserError
 
 IMAGE_SUFFIXES = frozenset(
@@ -71,6 +78,9 @@ class JsonlPairs(PreferencePairs):
         prompt = clean_prompt(index, name, row.get("prompt"))
         if isinstance(prompt, SkippedRow):
             return prompt
+        label = None if row.get("label") is None else soft_label(index, name, row["label"])
+        if isinstance(label, SkippedRow):
+            return label
         paths = []
         for key in ("chosen", "rejected"):
             try:
@@ -85,7 +95,8 @@ class JsonlPairs(PreferencePairs):
             if not found:
                 return SkippedRow(index, name, "missing image", f"{key} = {row[key]!r} is not a file")
             paths.append(path)
-        return PairRecord(index, name, prompt, *(partial(read_image_file, path) for path in paths))
+        chosen, rejected = (partial(read_image_file, path) for path in paths)
+        return PairRecord(index, name, prompt, chosen, rejected, label)
 
 
 def twin_folders(folder: Path) -> tuple[str, str] | None:
@@ -146,7 +157,8 @@ class TwinFolderPairs(PreferencePairs):
         prompt = clean_prompt(index, name, text)
         if isinstance(prompt, SkippedRow):
             return prompt
-        return PairRecord(index, name, prompt, *(partial(read_image_file, files[0]) for files in found))
+        chosen, rejected = (partial(read_image_file, files[0]) for files in found)
+        return PairRecord(index, name, prompt, chosen, rejected)
 
 
 def _refuse(error: OSError) -> None:

@@ -4,15 +4,17 @@
 
 - `pairs.jsonl` in a folder: one object per line with `prompt`, `chosen`, `rejected`; the two are paths
   relative to the folder that stay inside it (anything else is skipped and listed). It wins over the folders
-  below, which may hold its images, and says so in `note`;
+  below, which may hold its images, and says so in `note`. A `label` is how probably the chosen image is the
+  better one, 0 to 1;
 - folders `chosen/` and `rejected/` (or `w/` and `l/`) with equal file names up to the suffix, subfolders
   included, and a caption `<name>.txt` beside the chosen or the rejected image;
 - a Hugging Face dataset saved to disk, or a folder of arrow files;
 - parquet: one file or a folder of them.
 
 The last two hold either Pick-a-Pic's columns (`jpg_0`, `jpg_1`, `label_0`, `label_1`, `caption`, `has_label`;
-`label_0` = 1: `jpg_0` is chosen, 0: `jpg_1` is, 0.5: a tie) or `prompt`, `chosen`, `rejected`. A source with
-several splits is read as its `train` split, and says so in `note`.
+`label_0` = 1: `jpg_0` is chosen, 0: `jpg_1` is, 0.5: a tie, another share: the image with more is), or
+`prompt`, `chosen`, `rejected`. A source with several splits is read as its `train` split, and says so in
+`note`.
 
 Rows are numbered 0 … len−1 in a fixed order and read in ascending order. Nothing but the rows asked for is
 read, and of rows without a usable label not even the images.
@@ -42,6 +44,8 @@ class PairRecord:
     chosen: Callable[[], bytes]
     """Reads the chosen image's file."""
     rejected: Callable[[], bytes]
+    label: float | None = None
+    """How probably the chosen image is the better one, where the source says so."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,13 @@ def clean_prompt(index: int, name: str, prompt: object) -> str | SkippedRow:
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
         return SkippedRow(index, name, "bad caption", f"not valid Unicode: {error.reason} in {stripped!r}")
     return stripped if stripped else SkippedRow(index, name, "empty caption")
+
+
+def soft_label(index: int, name: str, label: object) -> float | SkippedRow:
+    """A label in [0, 1], or why the row cannot be used."""
+    if isinstance(label, (int, float)) and not isinstance(label, bool) and 0 <= label <= 1:
+        return float(label)
+    return SkippedRow(index, name, "bad label", f"label = {label!r} is no number from 0 to 1")
 
 
 def _unknown(source: Path) -> UserError:

@@ -335,6 +335,7 @@ class Preparation:
             "held_out": data.held_out,
             "pairs": len(pairs),
             "train": train,
+            "labelled": all(p.row.label is not None for p in pairs),
             "empty": {name: self.families[name].places[EMPTY] for name in ("text1", "text2")},
             "summary": {
                 "images": len(sizes),
@@ -360,6 +361,7 @@ class Preparation:
             record["bucket"] = pair.bucket
             record["chosen"], record["rejected"] = latents[pair.chosen], latents[pair.rejected]
             record["text1"], record["text2"] = text1[pair.prompt], text2[pair.prompt]
+            record["label"] = float("nan") if pair.row.label is None else pair.row.label
             for side, size in (("chosen", pair.row.chosen_size), ("rejected", pair.row.rejected_size)):
                 record[f"time_ids_{side}"] = time_ids(size, pair.bucket, self.data.size_conditioning)
         with atomic_path(self.cache / "pairs.npy") as temporary, temporary.open("wb") as file:

@@ -37,6 +37,7 @@ class ScannedRow:
     rejected_size: Size
     reason: str = ""
     detail: str = ""
+    label: float | None = None
 
 
 _SCHEMA = pa.schema(
@@ -50,6 +51,7 @@ _SCHEMA = pa.schema(
         ("rejected_size", pa.list_(pa.int32(), 2)),
         ("reason", pa.string()),
         ("detail", pa.string()),
+        ("label", pa.float64()),
     ]
 )
 
@@ -134,7 +136,10 @@ def _scan_row(row: PairRecord | SkippedRow, known: dict[bytes, Size | ImageProbl
     (chosen, chosen_size), (rejected, rejected_size) = found
     if chosen == rejected:
         return _skipped(row.index, row.name, row.prompt, "identical images", "chosen and rejected are equal")
-    return ScannedRow(row.index, _clean(row.name), row.prompt, chosen, rejected, chosen_size, rejected_size)
+    name = _clean(row.name)
+    return ScannedRow(
+        row.index, name, row.prompt, chosen, rejected, chosen_size, rejected_size, label=row.label
+    )
 
 
 def _look(data: bytes) -> Size | ImageProblemError:

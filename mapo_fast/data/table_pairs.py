@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 from pyarrow import ArrowInvalid
@@ -24,6 +24,15 @@ from mapo_fast.errors import UserError
 IMAGE_ROWS = 16  # rows of images decoded from parquet at a time
 
 
+class Verdict(NamedTuple):
+    """What a row says: its prompt, the columns of its two images, and how sure the preference is."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    label: float | None
+
+
 @dataclass(frozen=True)
 class Columns:
     """Which columns a table has, and what a row of them means."""
@@ -33,23 +42,24 @@ class Columns:
     ranked: bool
     """Pick-a-Pic's columns, where labels say which image is chosen; else chosen and rejected are columns."""
 
-    def judge(self, index: int, name: str, row: dict[str, Any]) -> tuple[str, str, str] | SkippedRow:
-        """(prompt, column of the chosen image, column of the rejected image) of a row, or why not."""
+    def judge(self, index: int, name: str, row: dict[str, Any]) -> Verdict | SkippedRow:
+        """What a row says, or why it cannot be used."""
         first, second = self.images
         if not self.ranked:
             prompt = clean_prompt(index, name, row["prompt"])
-            return prompt if isinstance(prompt, SkippedRow) else (prompt, first, second)
+            return prompt if isinstance(prompt, SkippedRow) else Verdict(prompt, first, second, None)
         labels = (row["label_0"], row["label_1"])
         if row.get("has_label") is False or None in labels:
             return SkippedRow(index, name, "no label")
         if labels == (0.5, 0.5):
             return SkippedRow(index, name, "tie")
-        if labels not in ((0, 1), (1, 0)):
+        if not (0 <= labels[0] <= 1 and abs(sum(labels) - 1) < 1e-6):
             return SkippedRow(index, name, "bad label", f"label_0 = {labels[0]!r}, label_1 = {labels[1]!r}")
         prompt = clean_prompt(index, name, row["caption"])
         if isinstance(prompt, SkippedRow):
             return prompt
-        return (prompt, first, second) if labels == (1, 0) else (prompt, second, first)
+        chosen, rejected = (first, second) if labels[0] > labels[1] else (second, first)
+        return Verdict(prompt, chosen, rejected, float(max(labels)))
 
 
 def columns_of(names: Iterable[str], where: Path) -> Columns:
@@ -243,8 +253,8 @@ def _parquet(path: Path) -> Any:
         raise UserError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
 
 
-def _record(index: int, name: str, verdict: tuple[str, str, str], cells: dict[str, Any]) -> PairRecord:
-    prompt, chosen, rejected = verdict
+def _record(index: int, name: str, verdict: Verdict, cells: dict[str, Any]) -> PairRecord:
+    prompt, chosen, rejected, label = verdict
     return PairRecord(
-        index, name, prompt, lambda: image_bytes(cells[chosen]), lambda: image_bytes(cells[rejected])
+        index, name, prompt, lambda: image_bytes(cells[chosen]), lambda: image_bytes(cells[rejected]), label
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from mapo_fast.engine.layouts import apply_layout
 from mapo_fast.engine.offload_activations import ActivationOffload
 from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.quantise import quantise_base
+from mapo_fast.engine.reference import StartModel
 from mapo_fast.engine.stream_weights import WeightStreaming
 from mapo_fast.engine.transfers import Transfers
 from mapo_fast.errors import UserError
@@ -41,6 +42,8 @@ class TrainingUnet:
     transfers: Transfers
     weights: WeightStreaming | None
     activations: ActivationOffload | None
+    start: StartModel | None = None
+    """What gives the reference's errors in every step."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights where they are up to date: of streamed ones, those in host memory."""
@@ -51,7 +54,8 @@ def build_unet(
     config: Config, folder: SDXLFolder, precision: Precision, device: torch.device
 ) -> TrainingUnet:
     """The folder's UNet, ready to train on the device as the settings say."""
-    return prepare_unet(folder.load_unet(precision.base), config, precision, device)
+    parts = prepare_unet(folder.load_unet(precision.base), config, precision, device)
+    return with_start_model(parts, config, lambda: folder.load_unet(precision.base))
 
 
 def prepare_unet(unet: Any, config: Config, precision: Precision, device: torch.device) -> TrainingUnet:
@@ -75,19 +79,44 @@ def prepare_unet(unet: Any, config: Config, precision: Precision, device: torch.
             seed=train.seed,
             dtype=precision.trainable,
         )
-    if config.speed.fused_ops:
-        patch_unet(unet)
-    if train.attention == "xformers":
-        try:
-            unet.enable_xformers_memory_efficient_attention()
-        except (ImportError, ModuleNotFoundError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise UserError(f"train.attention = 'xformers' cannot be used ({first}); use 'sdpa'") from None
+    _choose_kernels(unet, config)
     transfers = Transfers(device)
     weights = WeightStreaming(unet, transfers) if offload.weights == "cpu" else None
     activations = ActivationOffload(transfers) if offload.activations == "cpu" else None
     apply_layout(unet, train.layout, gradient_checkpointing=train.gradient_checkpointing, offload=activations)
     return TrainingUnet(unet.train(), transfers, weights, activations)
+
+
+def with_start_model(parts: TrainingUnet, config: Config, load: Callable[[], Any]) -> TrainingUnet:
+    """Add what gives the reference's errors in every step, if the settings want something that does.
+
+    Args:
+        parts: whose UNet still has its start weights.
+        load: gives another UNet with these, on the CPU.
+    """
+    if config.reference == "adapter":
+        return replace(parts, start=StartModel(parts.unet))
+    if config.reference != "copy":
+        return parts
+    copy = load().eval()  # not frozen by requires_grad: operators would take another way, with other bits
+    if config.offload.weights == "gpu":
+        copy.to(parts.transfers.device)
+    if config.speed.channels_last:
+        copy.to(memory_format=torch.channels_last)
+    _choose_kernels(copy, config)
+    weights = WeightStreaming(copy, parts.transfers) if config.offload.weights == "cpu" else None
+    return replace(parts, start=StartModel(copy, weights))
+
+
+def _choose_kernels(unet: Any, config: Config) -> None:
+    if config.speed.fused_ops:
+        patch_unet(unet)
+    if config.train.attention == "xformers":
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ModuleNotFoundError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise UserError(f"train.attention = 'xformers' cannot be used ({first}); use 'sdpa'") from None
 
 
 def learning_rate(config: OptimConfig, steps: int) -> Callable[[int], float]:

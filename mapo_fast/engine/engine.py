@@ -13,10 +13,11 @@ from mapo_fast.engine.build import TrainingUnet
 from mapo_fast.engine.fused_step import FusedStep
 from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
 from mapo_fast.engine.precision import Precision
+from mapo_fast.engine.reference import StartModel
 from mapo_fast.engine.sequential import sequential_backward
 from mapo_fast.engine.step import PairInputs, predict
 from mapo_fast.engine.stream_states import StateStreaming
-from mapo_fast.loss import MaPOLoss, SFTLoss
+from mapo_fast.loss import PairLoss
 from mapo_kernels import PairedLoss
 
 
@@ -26,7 +27,7 @@ class Engine:
     Args:
         config: the run's settings.
         parts: what `build_unet` or `prepare_unet` made for them.
-        loss: `MaPOLoss` or `SFTLoss`.
+        loss: the objective, as `build_loss` makes it.
         precision: storage and arithmetic types of the run.
         device: where the UNet computes.
     """
@@ -35,7 +36,7 @@ class Engine:
         self,
         config: Config,
         parts: TrainingUnet,
-        loss: MaPOLoss | SFTLoss,
+        loss: PairLoss,
         precision: Precision,
         device: torch.device,
     ) -> None:
@@ -68,12 +69,30 @@ class Engine:
         for group in self.optimizer.optimizer.param_groups:
             group["lr"] = lr
 
-    def accumulate(self, inputs: PairInputs, share: float) -> PairedLoss:
+    def accumulate(
+        self,
+        inputs: PairInputs,
+        share: float,
+        *,
+        reference_errors: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> PairedLoss:
         """Forward and backward of one micro-batch, which is `share` of the step's pairs.
+
+        Args:
+            inputs: B pairs.
+            share: of the step's pairs.
+            reference_errors: (2B,) precomputed errors of the start model, chosen half first; without them
+                the start model of `parts`, if there is one, makes them.
+            labels: (B,) soft labels, for an objective that needs them.
 
         Returns:
             The micro-batch's loss, errors and logits.
         """
+        if reference_errors is None and self.parts.start is not None:
+            reference_errors = self.errors_of(self.parts.start, inputs)
+        named = {"reference_errors": reference_errors, "labels": labels}
+        given = {name: value for name, value in named.items() if value is not None}
         if self.config.train.layout == "sequential":
             return sequential_backward(
                 self.unet,
@@ -84,13 +103,20 @@ class Engine:
                 scratch=self._scratch,
                 scale=self.scaler,
                 context=self.precision.context(self.device),
+                given=given,
             )
         with self.precision.context(self.device):
             prediction = predict(self.unet, inputs)
-        out: PairedLoss = self.loss(prediction, inputs.target)
+        out: PairedLoss = self.loss(prediction, inputs.target, **given)
         del prediction  # the loss keeps what it needs
         self.optimizer.backward(out.loss * share)
         return out
+
+    def errors_of(self, start: StartModel, inputs: PairInputs) -> Tensor:
+        """(2B,) errors of the start model, with as many samples at once as the step takes."""
+        sequential = self.config.train.layout == "sequential"
+        at_once = 0 if not sequential else 1 if self._scratch else len(inputs.noisy) // 2
+        return start.errors(inputs, self.precision.context(self.device), at_once)
 
     def finish(self) -> Tensor:
         """Complete the optimizer step; returns its 0-d gradient norm on the device."""

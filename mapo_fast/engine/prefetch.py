@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mapo_fast.engine.step import PairInputs
 
@@ -22,6 +23,8 @@ class MicroBatch(NamedTuple):
     inputs: PairInputs
     share: float
     """Of its optimizer step's pairs."""
+    reference_errors: Tensor | None = None
+    labels: Tensor | None = None
 
 
 class Prefetch(Iterator[MicroBatch]):
@@ -64,8 +67,9 @@ class Prefetch(Iterator[MicroBatch]):
         if event is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(event)
-            for tensor in item.inputs:
-                tensor.record_stream(stream)  # its memory is the other stream's
+            for tensor in (*item.inputs, item.reference_errors, item.labels):
+                if tensor is not None:
+                    tensor.record_stream(stream)  # its memory is the other stream's
         return item
 
     def _make(self) -> tuple[MicroBatch | None, torch.cuda.Event | None]:

@@ -27,7 +27,7 @@ A step fused into backward cannot take part: it would update weights between the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -36,21 +36,22 @@ import torch
 from torch import Tensor
 
 from mapo_fast.engine.layouts import has_dropout
-from mapo_fast.engine.step import PairInputs, predict
-from mapo_fast.loss import MaPOLoss, SFTLoss
+from mapo_fast.engine.step import PairInputs, predict, sample_errors
+from mapo_fast.loss import PairLoss
 from mapo_kernels import PairedLoss
 
 
 def sequential_backward(
     unet: Any,
     inputs: PairInputs,
-    loss: MaPOLoss | SFTLoss,
+    loss: PairLoss,
     parameters: Sequence[torch.nn.Parameter],
     *,
     weight: float,
     scratch: bool,
     scale: torch.amp.GradScaler | None = None,
     context: AbstractContextManager[Any] | None = None,
+    given: Mapping[str, Tensor] | None = None,
 ) -> PairedLoss:
     """Add `weight` times the loss's gradients to `.grad`, with one half in memory at a time.
 
@@ -63,11 +64,12 @@ def sequential_backward(
         scale: multiplies the gradients by its scale. Under `scratch` a chosen gradient has it before its
             coefficient, so it may overflow where `joint`'s does not, or the other way round.
         context: autocast of the forward passes, entered anew for each.
+        given: what else the loss takes of all pairs: `reference_errors`, `labels`.
 
     Returns:
         What `loss(prediction, target)` would return, detached.
     """
-    halves = _Halves(unet, inputs, loss, weight, scale, context or nullcontext())
+    halves = _Halves(unet, inputs, loss, weight, scale, context or nullcontext(), given or {})
     return halves.pair_by_pair(parameters) if scratch else halves.half_by_half()
 
 
@@ -75,10 +77,11 @@ def sequential_backward(
 class _Halves:
     unet: Any
     inputs: PairInputs
-    loss: MaPOLoss | SFTLoss
+    loss: PairLoss
     weight: float
     scale: torch.amp.GradScaler | None
     context: AbstractContextManager[Any]
+    given: Mapping[str, Tensor]
 
     def pair_by_pair(self, parameters: Sequence[torch.nn.Parameter]) -> PairedLoss:
         pairs = len(self.inputs.noisy) // 2
@@ -121,13 +124,12 @@ class _Halves:
         part = PairInputs(*(x[samples] for x in self.inputs))
         with self.context:
             prediction = predict(self.unet, part)
-        difference = prediction.to(self._dtype) - part.target.to(self._dtype)
-        return difference.square().flatten(1).mean(1)
+        return sample_errors(prediction, part.target)
 
     def _coefficients(self, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, PairedLoss]:
         """c_w and c_l of the module's docstring, (B,) each, with the weight; and the loss."""
         leaves = chosen.detach().requires_grad_(), rejected.detach().requires_grad_()
-        out = self.loss.from_errors(*leaves)
+        out = self.loss.from_errors(*leaves, **self.given)
         c_w, c_l = torch.autograd.grad(out.loss * self.weight, leaves)
         return c_w, c_l, out._replace(loss=out.loss.detach())
 

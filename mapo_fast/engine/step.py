@@ -54,10 +54,7 @@ def pair_inputs(
     """Noise both halves of a batch with the pair's own noise and timestep, and move them to the device."""
 
     def both(chosen: Tensor, rejected: Tensor) -> Tensor:
-        joined = torch.cat([chosen, rejected])
-        if device.type == "cuda":  # only from pinned memory does the copy not wait
-            joined = joined.pin_memory()
-        return joined.to(device, non_blocking=True)
+        return upload(torch.cat([chosen, rejected]), device)
 
     latents = both(batch.chosen_latents, batch.rejected_latents).float()
     noise, timesteps = both(noise, noise), both(timesteps, timesteps)
@@ -69,6 +66,13 @@ def pair_inputs(
         time_ids=both(batch.time_ids_chosen, batch.time_ids_rejected),
         target=diffusion.target(latents, noise, timesteps),
     )
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device; the host does not wait for the copy."""
+    if device.type == "cuda":  # only from pinned memory does the copy not wait
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def predict(unet: Any, inputs: PairInputs) -> Tensor:
@@ -85,3 +89,9 @@ def predict(unet: Any, inputs: PairInputs) -> Tensor:
         added_cond_kwargs={"text_embeds": inputs.pooled_embeds.to(dtype), "time_ids": inputs.time_ids},
         return_dict=False,
     )[0]
+
+
+def sample_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared errors of n samples, whichever half they are of: (n,) in fp32 or the target's fp64."""
+    dtype = torch.promote_types(target.dtype, torch.float32)
+    return (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)

@@ -328,8 +328,11 @@ class _Family:
             if own["offload.optimizer"] == "cpu":
                 moved -= lasting.states or self._offloaded_states(away)
             moved = max(moved, 0)
-        forward_in, backward_in = lasting.weights, lasting.weights + lasting.states + moved
-        stored = lasting.states + (lasting.weights if self.full else 0)
+        # A frozen copy streams as much as the UNet, in forward only; a LoRA's reference is that UNet again.
+        unet = lasting.weights // 2 if self.config.reference == "copy" else lasting.weights
+        forward_in = 2 * unet if self.config.reference in ("adapter", "copy") else unet
+        backward_in = unet + lasting.states + moved
+        stored = lasting.states + (unet if self.full else 0)
         seconds = max(made.forward, forward_in / rates.fetch, moved / rates.store)
         seconds += max(made.backward, backward_in / rates.fetch, stored / rates.store)
         pinned = lasting.weights + lasting.states + moved
@@ -357,7 +360,8 @@ class _Family:
         trace = next(iter(self.traces.values()))
         if self.config.adapter.base == "dense":
             dense = next((t for name, t in self.traces.items() if not name.endswith("offloaded")), trace)
-            return int(dense.row("parameters").max())
+            unets = 2 if self.config.reference == "copy" else 1  # loaded one after the other
+            return int(dense.row("parameters").max()) // unets
         return 2 * SDXL_PARAMETERS
 
     def traced(self, plan: Plan) -> tuple[Plan, Trace]:

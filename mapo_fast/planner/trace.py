@@ -22,11 +22,12 @@ from torch import Tensor
 
 from mapo_fast.config import Config
 from mapo_fast.data.text import chunk_count
-from mapo_fast.engine.build import prepare_unet
+from mapo_fast.engine.build import prepare_unet, with_start_model
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.layouts import checkpoint_blocks
 from mapo_fast.engine.precision import Precision, choose_precision
 from mapo_fast.engine.step import PairInputs
+from mapo_fast.engine.stream_weights import WeightStreaming
 from mapo_fast.engine.transfers import Ticket, Transfers
 from mapo_fast.objectives import build_loss
 from mapo_fast.planner.costs import FETCH, STORE, WAIT, Cost
@@ -101,17 +102,21 @@ def record_step(config: Config, unet_config: dict[str, Any], *, settled: bool = 
             first step, which needs as much memory and half the time to trace.
     """
     precision = _precision(config)
-    unet = _untouched_unet(unet_config, precision.base)
+    unets = [_untouched_unet(unet_config, precision.base) for _ in range(1 + (config.reference == "copy"))]
+    unet = unets[0]
     for signed in (True, False):
         code_book(signed, CPU)  # cached, so it must be made outside
-    recorder = Recorder(unet.parameters())
+    recorder = Recorder([p for one in unets for p in one.parameters()])
     with ExitStack() as stack:
         stack.enter_context(card_path(CARD, recorder.launched))
         stack.enter_context(recorder)
         links = stack.enter_context(_transfers(recorder))
-        parts = prepare_unet(unet, with_settings(config, {"train.attention": "sdpa"}), precision, CPU)
+        like_sdpa = with_settings(config, {"train.attention": "sdpa"})
+        parts = prepare_unet(unet, like_sdpa, precision, CPU)
+        parts = with_start_model(parts, like_sdpa, lambda: unets[1])
         if config.train.attention == "xformers":
-            _attend_apart(unet)
+            for one in unets:
+                _attend_apart(one)
         loss = build_loss(config.objective, 1000)
         for p in unet.parameters():
             if p.requires_grad:
@@ -129,10 +134,10 @@ def record_step(config: Config, unet_config: dict[str, Any], *, settled: bool = 
         _step(engine, inputs)
         marks.append(Mark(len(recorder.operations), "end"))
         _tag_persistent(recorder, engine)
-        weights = engine.parts.weights
         slots = {
             id(a): a.nbytes
-            for p in unet.parameters()
+            for one, weights in _unets(engine)
+            for p in one.parameters()
             if weights is not None and weights.unit_of(p) is not None
             for a in [recorder.allocation(p)]
         }
@@ -141,10 +146,22 @@ def record_step(config: Config, unet_config: dict[str, Any], *, settled: bool = 
 
 
 def _step(engine: Engine, inputs: list[PairInputs]) -> None:
+    objective, pairs = engine.config.objective, engine.config.train.pairs_per_batch
+    known = torch.zeros(2 * pairs) if engine.config.reference == "precomputed" else None
+    labels = torch.zeros(pairs) if objective.known.labels == "required" else None
     engine.start(1e-5)
     for batch in inputs:
-        engine.accumulate(batch, 1 / len(inputs))
+        engine.accumulate(batch, 1 / len(inputs), reference_errors=known, labels=labels)
     engine.finish()
+
+
+def _unets(engine: Engine) -> list[tuple[Any, WeightStreaming | None]]:
+    """The trained UNet and a frozen copy, each with what streams its weights."""
+    found: list[tuple[Any, WeightStreaming | None]] = [(engine.unet, engine.parts.weights)]
+    start = engine.parts.start
+    if start is not None and start.unet is not engine.unet:
+        found.append((start.unet, start.weights))
+    return found
 
 
 def _micro_batches(config: Config) -> int:
@@ -291,10 +308,10 @@ def _tag_persistent(recorder: Recorder, engine: Engine) -> None:
         for value in states.values():
             if isinstance(value, Tensor):
                 recorder.name(value, "states")
-    weights = engine.parts.weights
-    for p in [*engine.unet.parameters(), *engine.unet.buffers()]:
-        streamed = weights is not None and weights.unit_of(p) is not None
-        recorder.name(p, "staging" if streamed else "parameters")
+    for unet, weights in _unets(engine):
+        for p in [*unet.parameters(), *unet.buffers()]:
+            streamed = weights is not None and weights.unit_of(p) is not None
+            recorder.name(p, "staging" if streamed else "parameters")
     for allocation in recorder.allocations:
         if allocation.died is None:
             allocation.born = recorder.first

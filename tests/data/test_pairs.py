@@ -58,7 +58,7 @@ def test_pickapic_rows_that_are_no_pairs(tmp_path: Path) -> None:
         ok | {"caption": "  \n"},
         ok | {"caption": None},
         ok | {"label_0": 1.0, "label_1": 1.0},
-        ok | {"label_0": 0.7, "label_1": 0.3},
+        ok | {"label_0": 0.7, "label_1": 0.7},
     ]
     assert reasons(write_parquet(tmp_path / "a.parquet", table)) == [
         "", "tie", "no label", "no label", "empty caption", "missing caption", "bad label", "bad label",

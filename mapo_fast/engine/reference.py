@@ -1,0 +1,173 @@
+"""The frozen start model that an objective compares with: r_w and r_l, its errors on a pair's own draw.
+
+Noise, timestep, flip and caption drop are functions of (seed, epoch, pair id), so the reference's errors are
+functions of the run's settings and the micro-batch's position, and there are three ways to them:
+
+    adapter       the UNet that is trained, its LoRA switched off: a forward pass more, nothing to keep
+    copy          a second UNet with the start weights, on the device or streamed from host memory
+    precomputed   one pass over every micro-batch of the run before the first step: no second UNet, and no
+                  work in a step. They stand in the run's folder, 8 bytes a pair
+
+No graph is built for any of them. The forward pass is the step's own (batch, arithmetic, kernels), so at the
+start of training a pair's margin is 0 and not a rounding error times β; in layout `split`, whose checkpointed
+blocks see one half at a time, it is 0 up to rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mapo_fast.engine.batches import MicroBatches
+from mapo_fast.engine.step import PairInputs, predict, sample_errors
+from mapo_fast.engine.stream_weights import WeightStreaming
+from mapo_fast.files import atomic_path, disk_errors
+from mapo_kernels import paired_loss
+
+PART = 256
+"""Micro-batches in one file of precomputed errors: what a kill may cost."""
+
+
+class StartModel:
+    """The start model, ready to predict.
+
+    Args:
+        unet: the one that is trained, whose LoRA is switched off to predict; or a frozen copy.
+        weights: what streams a copy's weights.
+    """
+
+    def __init__(self, unet: Any, weights: WeightStreaming | None = None) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.unet, self.weights = unet, weights
+        self._adapters = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+
+    @torch.no_grad()
+    def errors(self, inputs: PairInputs, context: AbstractContextManager[Any], at_once: int = 0) -> Tensor:
+        """Mean squared errors of 2B samples, (2B,) in fp32 or the target's fp64, chosen half first.
+
+        Args:
+            inputs: B pairs.
+            context: autocast of the forward pass.
+            at_once: samples in one forward pass of layout `sequential`; 0 takes all, as the other layouts do.
+        """
+        with self._adapters_off(), context:
+            if at_once:
+                parts = [
+                    PairInputs(*(x[i : i + at_once] for x in inputs))
+                    for i in range(0, len(inputs.noisy), at_once)
+                ]
+                return torch.cat([sample_errors(predict(self.unet, part), part.target) for part in parts])
+            prediction = predict(self.unet, inputs)
+        out = paired_loss(prediction, inputs.target, objective="sft")
+        return torch.cat([out.chosen_error, out.rejected_error])
+
+    @contextmanager
+    def _adapters_off(self) -> Iterator[None]:
+        """As peft's `enable_adapters(False)`, which would also flip `requires_grad` of every factor."""
+        for layer in self._adapters:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in self._adapters:
+                layer._disable_adapters = False
+
+
+class PrecomputedErrors:
+    """The start model's errors for the first micro-batches of a run, kept in a folder.
+
+    `errors-000000.safetensors`, …: each has `errors` (n, 2P) fp32 for up to `PART` positions in a row, of a
+    micro-batch of B ≤ P pairs the first 2B in use, chosen half first; and in its metadata the run's identity
+    and a SHA-256. A file is whole or absent. One of another identity, or a damaged one, is made again.
+
+    Args:
+        folder: where they are kept.
+        identity: all that they depend on.
+        batches: the run's micro-batches.
+        count: positions that the run will visit.
+        device: where the UNet computes.
+    """
+
+    def __init__(
+        self, folder: Path, identity: dict[str, Any], batches: MicroBatches, count: int, device: torch.device
+    ) -> None:
+        self.folder, self.device = folder, device
+        self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self._table = torch.full((count, 2 * batches.pairs_per_batch), float("nan"))
+        if device.type == "cuda":  # only from pinned memory does the copy to the device not wait
+            self._table = self._table.pin_memory()
+        self._done = {first: self._read(first) for first in range(0, count, PART)}
+        """First position of a part → its positions that are known."""
+
+    @property
+    def missing(self) -> int:
+        """Positions that are not known yet."""
+        return len(self._table) - sum(self._done.values())
+
+    def compute(self, errors: Callable[[int], Tensor]) -> Generator[int]:
+        """Fill in what is missing, part by part; yields positions as they are done.
+
+        Whoever stops in between, by closing the iterator, keeps what was done.
+
+        Args:
+            errors: position → (2B,) errors of its micro-batch on the device.
+        """
+        for first, known in self._done.items():
+            last = min(first + PART, len(self._table))
+            if first + known == last:
+                continue
+            found: list[Tensor] = []
+            try:
+                for position in range(first + known, last):
+                    found.append(errors(position))
+                    yield position
+            finally:
+                if found:
+                    self._write(first, known, found)
+
+    def at(self, position: int, pairs: int) -> Tensor:
+        """(2B,) fp32 errors of the micro-batch of B pairs at a position, on the device."""
+        return self._table[position, : 2 * pairs].to(self.device, non_blocking=True)
+
+    def _path(self, first: int) -> Path:
+        return self.folder / f"errors-{first // PART:06d}.safetensors"
+
+    def _read(self, first: int) -> int:
+        """Take over a part that is on disk; returns its positions."""
+        rows = self._table[first : first + PART]
+        try:
+            with safe_open(self._path(first), framework="pt") as file:
+                metadata, found = file.metadata() or {}, file.get_tensor("errors")
+        except (OSError, SafetensorError):
+            return 0
+        wanted = {"identity": self._identity, "sha256": _digest(found)}
+        if any(metadata.get(name) != value for name, value in wanted.items()):
+            return 0
+        known = min(len(found), len(rows))
+        rows[:known] = found[:known]
+        return known
+
+    def _write(self, first: int, known: int, found: list[Tensor]) -> None:
+        for row, errors in zip(self._table[first + known :], found, strict=False):
+            row[: len(errors)] = errors.float().cpu()
+        self._done[first] = known + len(found)
+        rows = self._table[first : first + self._done[first]].clone()
+        with disk_errors(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        with atomic_path(self._path(first)) as temporary:
+            metadata = {"identity": self._identity, "sha256": _digest(rows)}
+            save_file({"errors": rows}, temporary, metadata=metadata)
+
+
+def _digest(rows: Tensor) -> str:
+    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
