@@ -1,7 +1,8 @@
 """Everything that needs an NVIDIA GPU, in parts of at most eight minutes: `make gpu-check PART=ops`.
 
 - `ops` runs the kernel tests on the GPU and then the microbenchmarks, the most telling first.
-- `memory` runs the engine's tests on the GPU and then the memory table at full size, capped.
+- `memory` runs the engine's tests on the GPU and then the memory table at full size, capped, beside the
+  predictions, whose traces `python -m bench.gpu_memory --plan` makes beforehand.
 
 Results are written as they come, under `bench/results/`; when the time is up, run it again to go on where it
 stopped.

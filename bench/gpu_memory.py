@@ -1,40 +1,126 @@
-"""The memory table on an NVIDIA GPU: full SDXL steps with random weights, capped, beside the predictions.
+"""The planner's promises on an NVIDIA GPU: steps of full SDXL with random weights beside the predictions.
 
-    python -m bench.gpu_memory              all rows that this GPU and commit have not measured yet
-    python -m bench.gpu_memory --row NAME   one row, here and now
+    python -m bench.gpu_memory --plan   beforehand, on any machine: makes the traces, kept in build/cache
+    python -m bench.gpu_memory          measures what this GPU and commit have not measured yet
 
-Every row runs in a process of its own under a cap on reserved memory: the row's target, with what the planner
-allows for workspaces and fragmentation. A row goes to bench/results/gpu_memory.jsonl as soon as it is
-measured: most memory allocated and reserved, milliseconds a step, and the planner's prediction for this card.
+Two kinds of rows go to bench/results/gpu_memory.jsonl as soon as they are measured:
+
+- `row`: a row of `bench.memory_table`: its memory has to be within 5 % of the prediction, and its time within
+  25 % of the prediction by this GPU's measured rates.
+- `ranking`: the planner's three fastest plans that fit a budget have to rank as predicted.
+
+Every plan runs in a process of its own under a cap on reserved memory: the row's target or the budget, with
+what the planner allows for fragmentation and workspaces.
+
+The planner predicts the bytes of tensors. torch's allocator also holds the workspaces of cuBLAS, for which
+the planner leaves room apart. They are measured and taken off before the two are compared. Those of cuDNN
+are there only while a convolution runs, and count as error. The CUDA context is in neither figure.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
+import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.environment import environment
+from bench.measure import quantiles
 from bench.memory_table import GIB, ROWS, config_of
 from mapo_fast.engine.build import prepare_unet
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.precision import choose_precision
 from mapo_fast.objectives import build_loss
 from mapo_fast.planner.ask import card_of
-from mapo_fast.planner.cards import CONTEXT_GIB, vram_for
+from mapo_fast.planner.cards import CONTEXT_GIB, WORKSPACE_GIB, Card, find_card, vram_for
+from mapo_fast.planner.host import host
 from mapo_fast.planner.models import SDXL_UNET
+from mapo_fast.planner.search import search
 from mapo_fast.planner.store import traces
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import pairs_of_zeros
 
 RESULTS = Path(__file__).parent / "results" / "gpu_memory.jsonl"
-WARM_UP, STEPS = 2, 4
+CACHE = Path(__file__).parents[1] / "build" / "cache"
+MEMORY, TIME = 0.05, 0.25
+"""How far a measured figure may be from the predicted one."""
+WARM_UP, STEPS = 2, 7
+NOISE = 0.01
+"""Times this near to each other are equal, or further where a plan's own steps differ by more."""
+EQUAL = 0.005
+"""Predictions this near to each other rank nothing: the planner says «no faster»."""
+RAM = 64 * GIB
+
+RANKINGS: dict[str, tuple[int, dict[str, Any]]] = {
+    "full in 12 GiB": (12, {"adapter.kind": "full"}),
+    "LoRA in 12 GiB": (12, {"adapter.kind": "lora", "adapter.rank": 16}),
+}
+"""GiB, settings. With more memory the fastest plans are one plan with two names (fused or not)."""
+
+FIRST = (
+    "full, checkpointed",
+    "LoRA, bf16 base, sequential",
+    "full in 12 GiB",
+    "full, no matrix product recomputed",
+    "full, everything streamed",
+    "LoRA in 12 GiB",
+)
+"""The most telling; the other rows follow."""
+
+
+def names() -> list[str]:
+    """Rows and rankings in the order in which they are measured."""
+    return [*FIRST, *(name for name, *_ in ROWS if name not in FIRST)]
+
+
+def _row(name: str) -> tuple[float, dict[str, Any]]:
+    """Target in GiB and settings."""
+    return next((target, settings) for row, target, _, settings in ROWS if row == name)
+
+
+def budget(name: str) -> int:
+    """Bytes of a card that its plans may use, with the CUDA context."""
+    return RANKINGS[name][0] * GIB if name in RANKINGS else vram_for(int(_row(name)[0] * GIB))
+
+
+# --- Prediction ---
+
+
+def predict(name: str, card: Card) -> list[dict[str, Any]]:
+    """The plan of a row, or the three fastest of a budget, fastest first."""
+    if name not in RANKINGS:
+        settings = _row(name)[1]
+        (trace,) = traces([config_of(settings)], SDXL_UNET)
+        return [_prediction(settings, trace.peak, simulate(trace, card).step, card)]
+    outcome = search(config_of(RANKINGS[name][1]), SDXL_UNET, card, budget(name), host(RAM))
+    plans = [plan for plan in [outcome.chosen, *(loser.plan for loser in outcome.others)] if plan is not None]
+    fitting = [
+        plan
+        for plan in plans
+        if plan.peak <= outcome.usable and plan.pinned <= outcome.host.pinnable and plan.host <= RAM
+    ]
+    return [_prediction(RANKINGS[name][1] | plan.settings, plan.peak, plan.ms, card) for plan in fitting[:3]]
+
+
+def _prediction(settings: dict[str, Any], peak: int, ms: float, card: Card) -> dict[str, Any]:
+    return {
+        "plan": settings,
+        "predicted_gib": round(peak / GIB, 3),
+        "predicted_ms": round(ms, 1),
+        "rates": card.rates.source,
+    }
+
+
+# --- Measurement, in a process of its own ---
 
 
 def random_unet(dtype: torch.dtype) -> Any:
@@ -43,107 +129,239 @@ def random_unet(dtype: torch.dtype) -> Any:
 
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(SDXL_UNET)
-    unet = unet.to(dtype).to_empty(device="cpu")
+    for p in unet.parameters():
+        p.data = p.data.to(dtype)
+    unet.to_empty(device="cpu")
+    pool = torch.empty(1 << 22).uniform_(-0.03, 0.03).to(dtype)  # drawing all would take half a minute
     with torch.no_grad():
         for name, p in unet.named_parameters():
             if p.dim() > 1:
-                p.uniform_(-0.03, 0.03)
+                for part in p.view(-1).split(pool.numel()):
+                    part.copy_(pool[: part.numel()])
             else:
                 p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
     return unet
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Train some steps of one row and note what it took."""
-    device = torch.device("cuda", torch.cuda.current_device())  # the cap needs an index
-    target, settings = next((target, settings) for n, target, _, settings in ROWS if n == name)
+def measure(settings: dict[str, Any], cap: int, device: torch.device, unet: Any = None) -> dict[str, Any]:
+    """Train some steps of a plan and note what they took.
+
+    Args:
+        cap: bytes that torch's allocator may reserve.
+        unet: on the CPU; SDXL's by default.
+
+    Raises:
+        RuntimeError: out of memory, or a loss that is none: such a step updates nothing.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
     config = config_of(settings)
-    cap = vram_for(int(target * GIB)) - int(CONTEXT_GIB * GIB)
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
     precision = choose_precision(config, device)
-    parts = prepare_unet(random_unet(precision.base), config, precision, device)
+    unet = random_unet(precision.base) if unet is None else unet
+    parts = prepare_unet(unet, config, precision, device)
     engine = Engine(config, parts, build_loss(config.objective, 1000), precision, device)
-    inputs = pairs_of_zeros(config.train.pairs_per_batch, config.data.resolution // 8, SDXL_UNET)
-    inputs = type(inputs)(*(x.to(device) for x in inputs))
+    zeros = pairs_of_zeros(config.train.pairs_per_batch, config.data.resolution // 8, unet.config)
+    inputs = type(zeros)(*(x.to(device) for x in zeros))
     inputs = inputs._replace(noisy=torch.randn_like(inputs.noisy), target=torch.randn_like(inputs.target))
-    for i in range(WARM_UP + STEPS):
-        if i == WARM_UP:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            started = time.perf_counter()
+
+    def now() -> Any:
+        if not on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    times = []
+    for step in range(WARM_UP + STEPS):
+        if step == WARM_UP:
+            if on_gpu:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            times.append(now())
         engine.start(1e-6)
         out = engine.accumulate(inputs, 1.0)
         engine.finish()
+        if step >= WARM_UP:
+            times.append(now())
+    loss = float(out.loss.detach())
+    if not math.isfinite(loss):
+        raise RuntimeError(f"the loss is {loss}")
+    pairs = itertools.pairwise(times)
+    ms = quantiles([a.elapsed_time(b) if on_gpu else 1e3 * (b - a) for a, b in pairs])
+    found = {"loss": loss, "ms": round(ms.p50, 2), "ms_p20": round(ms.p20, 2), "ms_p80": round(ms.p80, 2)}
+    return found | (_memory() if on_gpu else {})
+
+
+def _memory() -> dict[str, float]:
+    """GiB of the process so far."""
+    most = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     torch.cuda.synchronize()
-    ms = (time.perf_counter() - started) / STEPS * 1000
-    return {
-        "loss": float(out.loss),
-        "ms": round(ms, 1),
-        "allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
-        "cap_gib": round(cap / GIB, 3),
+    with_workspaces = torch.cuda.memory_allocated()
+    torch._C._cuda_clearCublasWorkspaces()
+    sizes = (*most, with_workspaces - torch.cuda.memory_allocated())
+    names = "allocated_gib", "reserved_gib", "workspaces_gib"
+    return {name: round(size / GIB, 3) for name, size in zip(names, sizes, strict=True)}
+
+
+# --- Verdicts ---
+
+
+def judged(row: dict[str, Any]) -> dict[str, Any]:
+    """A measured plan with its errors relative to the predictions, and whether they are small enough."""
+    memory = (row["allocated_gib"] - row["workspaces_gib"]) / row["predicted_gib"] - 1
+    seconds = row["ms"] / row["predicted_ms"] - 1
+    return row | {
+        "memory_error": round(memory, 4),
+        "time_error": round(seconds, 4),
+        "memory_ok": abs(memory) <= MEMORY and row["workspaces_gib"] <= WORKSPACE_GIB,
+        "time_ok": abs(seconds) <= TIME,
     }
 
 
-def predicted(name: str) -> dict[str, Any]:
-    """What the planner says of the row on this card."""
-    settings = next(settings for n, _, _, settings in ROWS if n == name)
-    card = card_of(torch.device("cuda"))
-    (trace,) = traces([config_of(settings)], SDXL_UNET)
-    return {
-        "predicted_gib": round(trace.peak / GIB, 3),
-        "predicted_ms": round(simulate(trace, card).step, 1),
-        "rates": card.rates.source,
-    }
+def ranked(plans: list[dict[str, Any]]) -> str:
+    """Whether plans, the fastest by prediction first, rank as measured.
 
+    Every two whose predictions differ are compared. Nothing is said of two whose measured times differ by
+    no more than the noise.
 
-def run(deadline: float) -> int:
-    """Measure what is missing until the time is up; the number of rows that failed."""
-    stamp = environment()
-    total = torch.cuda.get_device_properties(0).total_memory / GIB
-    done = set()
-    if RESULTS.exists():
-        for line in RESULTS.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if (row["environment"]["gpu"], row["environment"]["commit"]) == (stamp["gpu"], stamp["commit"]):
-                done.add(row["name"])
-    failed = 0
-    for name, target, _, settings in ROWS:
-        if name in done or vram_for(int(target * GIB)) > total * GIB:
+    Returns:
+        "as predicted", "reversed", or "tied" where no two can be told apart.
+    """
+    found = set()
+    for a, b in itertools.combinations(plans, 2):
+        if b["predicted_ms"] <= a["predicted_ms"] * (1 + EQUAL):
             continue
-        left = deadline - time.monotonic()
-        if left < 60:
+        noise = max(NOISE * a["ms"], *(plan["ms_p80"] - plan["ms_p20"] for plan in (a, b)))
+        if abs(b["ms"] - a["ms"]) > noise:
+            found.add("as predicted" if b["ms"] > a["ms"] else "reversed")
+    return "reversed" if "reversed" in found else "as predicted" if found else "tied"
+
+
+def missed(row: dict[str, Any]) -> list[str]:
+    """What a row of the results file does not keep."""
+    if "error" in row:
+        return ["an error"]
+    if row["kind"] == "ranking":
+        return ["ranking"] if row["ranked"] == "reversed" else []
+    return [name for name in ("memory", "time") if not row[f"{name}_ok"]]
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for people, a line for each plan."""
+    if "error" in row:
+        return f"{row['name']}: {row['error']}"
+    if row["kind"] == "ranking":
+        plans = [f"  {_figures(plan)}" for plan in row["plans"]]
+        return "\n".join([f"{row['name']}: {row['ranked']}", *plans])
+    verdict = f"MISSED: {' and '.join(missed(row))}" if missed(row) else "ok"
+    return f"{row['name']}: {_figures(row)}; {verdict}"
+
+
+def _figures(plan: dict[str, Any]) -> str:
+    return (
+        f"{plan['allocated_gib']:.2f} GiB, {plan['workspaces_gib']:.2f} of it workspaces (predicted "
+        f"{plan['predicted_gib']:.2f}: {plan['memory_error']:+.1%}), {plan['reserved_gib']:.2f} reserved; "
+        f"{plan['ms']:.0f} ms (predicted {plan['predicted_ms']:.0f}: {plan['time_error']:+.1%})"
+    )
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """How many rows keep what."""
+    plans = [row for row in rows if row["kind"] == "row"]
+    rankings = [row.get("ranked", "not measured") for row in rows if row["kind"] == "ranking"]
+    good = {name: sum(row.get(f"{name}_ok", False) for row in plans) for name in ("memory", "time")}
+    return (
+        f"memory within {MEMORY:.0%}: {good['memory']} of {len(plans)} rows; time within {TIME:.0%}: "
+        f"{good['time']} of {len(plans)}; rankings: {', '.join(rankings) or 'none'}; "
+        f"{len(names()) - len(rows)} of {len(names())} not measured"
+    )
+
+
+# --- All of it ---
+
+
+def use_own_cache() -> None:
+    """Keep traces and rates where they can be carried to another machine together with the working tree."""
+    os.environ["XDG_CACHE_HOME"] = str(CACHE)
+
+
+def run(deadline: float, results: Path = RESULTS) -> int:
+    """Measure what is missing until the time is up; the number of rows of this GPU and commit that miss."""
+    use_own_cache()
+    stamp = environment()
+    total = torch.cuda.get_device_properties(0).total_memory
+    mine = (stamp["gpu"], stamp["commit"])
+    card = card_of(torch.device("cuda"))
+    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
+    rows = [json.loads(text) for text in lines]
+    rows = [row for row in rows if (row["environment"]["gpu"], row["environment"]["commit"]) == mine]
+    done = {row["name"] for row in rows}
+    for name in names():
+        if name in done:
+            continue
+        if budget(name) > total:
+            print(f"{name}: does not fit this GPU", flush=True)
+            continue
+        if time.monotonic() > deadline - 30:
             print("Time is up: run again to go on.", file=sys.stderr)
             break
-        row: dict[str, Any] = {"name": name, "plan": settings, "target_gib": target}
-        command = [sys.executable, "-m", "bench.gpu_memory", "--row", name]
+        row: dict[str, Any] = {"kind": "ranking" if name in RANKINGS else "row", "name": name}
         try:
-            result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left)
+            row |= _measured(name, card, deadline)
         except subprocess.TimeoutExpired:
             print(f"{name}: not finished when the time was up; run again to go on.", file=sys.stderr)
             break
-        if result.returncode == 0:
-            row |= json.loads(result.stdout.splitlines()[-1]) | predicted(name)
-        else:
-            failed += 1
-            row["error"] = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        print(json.dumps(row), flush=True)
-        with RESULTS.open("a", encoding="utf-8") as file:
+        except subprocess.CalledProcessError as error:
+            row["error"] = (error.stderr.strip().splitlines() or ["no message"])[-1]
+        rows.append(row)
+        print(line(row), flush=True)
+        with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row | {"environment": stamp}) + "\n")
-    return failed
+    print(summary(rows), flush=True)
+    return sum(bool(missed(row)) for row in rows)
+
+
+def _measured(name: str, card: Card, deadline: float) -> dict[str, Any]:
+    """Predict and measure the plans of one name."""
+    cap = budget(name) - int(CONTEXT_GIB * GIB)
+    plans = [judged(plan | _alone(plan["plan"], cap, deadline)) for plan in predict(name, card)]
+    shared = {"cap_gib": round(cap / GIB, 3)}
+    if name in RANKINGS:
+        return shared | {"plans": plans, "ranked": ranked(plans)}
+    return shared | {"target_gib": _row(name)[0]} | plans[0]
+
+
+def _alone(settings: dict[str, Any], cap: int, deadline: float) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", "bench.gpu_memory", "--measure", json.dumps([settings, cap])]
+    left = deadline - time.monotonic()
+    timeout = None if left == float("inf") else max(1.0, left)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout)
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--row", choices=[name for name, *_ in ROWS], help="measure only this one, here")
+    parser.add_argument("--plan", action="store_true", help="only make the traces; needs no GPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this long")
+    parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    warnings.simplefilter("ignore")  # third-party deprecations
+    use_own_cache()
+    if args.plan:
+        for name in names():
+            for plan in predict(name, find_card("H100")):
+                print(f"{name}: {plan['predicted_gib']:.2f} GiB, {plan['predicted_ms']:.0f} ms", flush=True)
+        return 0
     if not torch.cuda.is_available():
         print("bench.gpu_memory: there is no NVIDIA GPU here", file=sys.stderr)
         return 2
-    if args.row is not None:
-        print(json.dumps(measure(args.row)))
+    device = torch.device("cuda", torch.cuda.current_device())  # the cap needs an index
+    if args.measure is not None:
+        print(json.dumps(measure(*args.measure, device)))
         return 0
     return 1 if run(time.monotonic() + args.seconds) else 0
 

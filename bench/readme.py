@@ -42,22 +42,46 @@ def demo() -> str:
 
 
 def memory() -> str:
-    """The memory table: predicted, and measured where there is a GPU's newest row."""
-    measured = {row["name"]: row for row in _rows("gpu_memory", may_miss=True) if "allocated_gib" in row}
+    """The memory table: predicted, and for each GPU with rows what was measured on it, newest first."""
+    measured = _rows("gpu_memory", may_miss=True)[::-1]
+    gpus = list(dict.fromkeys(row["environment"]["gpu"] for row in measured))
+    titles = [f"{what} measured on {gpu}" for gpu in gpus for what in ("peak, GiB,", "step")]
+    titles = titles or ["measured on a GPU"]
     lines = [
-        "| one pair at 1024², bf16 weights, AdamW8bit | peak, GiB | target | on a GPU | a step |",
-        "|---|---|---|---|---|",
+        "| one pair at 1024², bf16 weights, AdamW8bit | peak, GiB, predicted | target | step, predicted | "
+        + " | ".join(titles)
+        + " |",
+        "|---" * (4 + len(titles)) + "|",
     ]
     for row in _rows("memory_table"):
-        on_gpu = measured.get(row["name"])
-        found = "not measured yet"
-        if on_gpu is not None:
-            found = f"{on_gpu['allocated_gib']:.2f} measured on {on_gpu['environment']['gpu']}"
+        cells = []
+        for gpu in gpus:
+            found = [r for r in measured if r["environment"]["gpu"] == gpu and r["name"] == row["name"]]
+            cells += _measured_cells(found[0]) if found else ["not measured yet"] * 2
         lines.append(
-            f"| {row['name']} | {row['peak_gib']:.2f} predicted | {row['target_gib']:.1f} | {found} "
-            f"| {row['ms_estimate'] / 1000:.1f} s predicted for {row['card']} |"
+            f"| {row['name']} | {row['peak_gib']:.2f} | {row['target_gib']:.1f} "
+            f"| {row['ms_estimate'] / 1000:.1f} s for {row['card']} | "
+            + " | ".join(cells or ["not measured yet"])
+            + " |"
         )
+    for gpu in gpus:
+        mine = [r for r in measured if r["environment"]["gpu"] == gpu and r["kind"] == "ranking"]
+        newest = {r["name"]: r.get("ranked", "not measured") for r in mine[::-1]}
+        if newest:
+            words = "; ".join(f"{name}: {found}" for name, found in sorted(newest.items()))
+            lines += ["", f"(The three fastest plans on {gpu} rank in time — {words}.)"]
     return "\n".join(lines)
+
+
+def _measured_cells(row: dict[str, Any]) -> list[str]:
+    """Peak and time of one plan on one GPU; beside the time its prediction by that GPU's measured rates."""
+    if "error" in row:
+        return ["failed"] * 2
+    return [
+        f"{row['allocated_gib']:.2f}, {row['workspaces_gib']:.2f} of it workspaces; "
+        f"{row['reserved_gib']:.2f} reserved",
+        f"{row['ms'] / 1000:.2f} s (predicted {row['predicted_ms'] / 1000:.2f} s)",
+    ]
 
 
 def photographs() -> str:

@@ -106,7 +106,10 @@ def _sources() -> list[str]:
     versions = []
     for package in ("torch", "diffusers", "peft", "bitsandbytes", "triton"):
         try:
-            versions.append(f"{package} {metadata.version(package)}")
+            public, *_ = metadata.version(package).split(
+                "+"
+            )  # one trace serves torch's builds for all devices
+            versions.append(f"{package} {public}")
         except metadata.PackageNotFoundError:
             versions.append(f"no {package}")
     return texts + versions

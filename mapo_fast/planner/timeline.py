@@ -44,7 +44,7 @@ def durations(trace: Trace, rates: Rates) -> np.ndarray:
         chosen = trace.kinds == kind
         found[chosen] = trace.nbytes[chosen] / rate
     found[trace.kinds == WAIT] = 0.0
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def simulate(trace: Trace, card: Card) -> Times:

@@ -1,0 +1,150 @@
+"""Predicted against measured: figures, verdicts, and a measurement that can stop and go on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from bench import gpu_memory
+from bench.memory_table import ROWS
+from mapo_fast.planner.cards import GIB, find_card
+from mapo_fast.planner.trace import CPU
+from tests.planner.test_recorder import REDUCED
+
+FOREVER = float("inf")
+
+
+def plan(predicted_ms: float, ms: float, spread: float = 0.0, **figures: float) -> dict[str, Any]:
+    return {
+        "predicted_ms": predicted_ms, "ms": ms, "ms_p20": ms - spread / 2, "ms_p80": ms + spread / 2,
+        "predicted_gib": 10.0, "allocated_gib": 10.1, "workspaces_gib": 0.05, "reserved_gib": 10.5,
+        "plan": {}, "rates": "measured",
+    } | figures  # fmt: skip
+
+
+def measure(unet: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """On the CPU, with the code that measures on a GPU but for its counters."""
+    monkeypatch.setattr(gpu_memory, "STEPS", 2)
+    settings = {
+        "adapter.kind": "lora",
+        "data.resolution": 64,
+        "train.precision": "fp32",
+        "optim.name": "adamw",
+    }
+    return gpu_memory.measure(settings, GIB, CPU, unet)
+
+
+def test_a_plan_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measure(UNet2DConditionModel.from_config(REDUCED), monkeypatch)
+    assert 0 < found["ms_p20"] <= found["ms"] <= found["ms_p80"]
+
+
+def test_a_step_that_updates_nothing_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = UNet2DConditionModel.from_config(REDUCED)
+    torch.nn.init.constant_(unet.conv_out.bias, float("nan"))
+    with pytest.raises(RuntimeError, match="the loss is nan"):
+        measure(unet, monkeypatch)
+
+
+def test_workspaces_are_not_the_predictions() -> None:
+    row = gpu_memory.judged(plan(100, 120, allocated_gib=10.52, workspaces_gib=0.1))
+    assert row["memory_error"] == pytest.approx(0.042)
+    assert row["time_error"] == pytest.approx(0.2)
+    assert row["memory_ok"]
+    assert row["time_ok"]
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [{"allocated_gib": 10.6}, {"allocated_gib": 9.5}, {"workspaces_gib": 0.2, "allocated_gib": 10.2}],
+)
+def test_memory_off_by_more_than_a_twentieth_is_missed(figures: dict[str, float]) -> None:
+    row = gpu_memory.judged(plan(100, 100, **figures)) | {"kind": "row", "name": "a plan"}
+    assert gpu_memory.missed(row) == ["memory"]
+    assert "MISSED: memory" in gpu_memory.line(row)
+
+
+@pytest.mark.parametrize("ms", [74, 126])
+def test_time_off_by_more_than_a_quarter_is_missed(ms: float) -> None:
+    assert gpu_memory.missed(gpu_memory.judged(plan(100, ms)) | {"kind": "row"}) == ["time"]
+
+
+def test_plans_rank_as_predicted_reversed_or_tied() -> None:
+    rising = [plan(100, 110), plan(110, 130), plan(150, 150)]
+    assert gpu_memory.ranked(rising) == "as predicted"
+    assert gpu_memory.ranked([plan(100, 110), plan(110, 105), plan(150, 150)]) == "reversed"
+    within_noise = [plan(100, 110, spread=6), plan(110, 105), plan(150, 150)]
+    assert gpu_memory.ranked(within_noise) == "as predicted"
+    assert gpu_memory.ranked([plan(100, 110.5), plan(110, 110)]) == "tied"
+    assert gpu_memory.ranked([plan(100, 120), plan(100.4, 100)]) == "tied"  # predicted equal
+
+
+def test_every_row_and_ranking_is_measured_once() -> None:
+    assert sorted(gpu_memory.names()) == sorted([name for name, *_ in ROWS] + list(gpu_memory.RANKINGS))
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A card of 24 GiB on which all plans take what is predicted; the plans that were measured."""
+    settings: list[dict[str, Any]] = []
+
+    def alone(chosen: dict[str, Any], cap: int, deadline: float) -> dict[str, Any]:
+        settings.append(chosen)
+        return {name: plan(100, 100)[name] for name in (
+            "ms", "ms_p20", "ms_p80", "allocated_gib", "workspaces_gib", "reserved_gib"
+        )}  # fmt: skip
+
+    def predict(name: str, card: object) -> list[dict[str, Any]]:
+        count = 3 if name in gpu_memory.RANKINGS else 1
+        return [{"plan": {"of": name}, "predicted_gib": 10.0, "predicted_ms": 100.0, "rates": ""}] * count
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(gpu_memory, "_alone", alone)
+    monkeypatch.setattr(gpu_memory, "predict", predict)
+    monkeypatch.setattr(gpu_memory, "card_of", lambda device: find_card("RTX 3090"))
+    properties = SimpleNamespace(total_memory=24 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return settings
+
+
+def test_rows_are_kept_and_only_missing_ones_measured(
+    measured: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "rows.jsonl"
+    assert gpu_memory.run(FOREVER, results) == 0
+    rows = [json.loads(text) for text in results.read_text().splitlines()]
+    assert [row["name"] for row in rows] == gpu_memory.names()
+    assert {row["kind"] for row in rows} == {"row", "ranking"}
+    assert "memory within 5%: 10 of 10 rows" in capsys.readouterr().out
+    done = len(measured)
+    results.write_text("".join(f"{json.dumps(row)}\n" for row in rows[:-1]))
+    assert gpu_memory.run(FOREVER, results) == 0
+    assert len(measured) == done + 1
+    missing = rows[0] | {"memory_ok": False}
+    results.write_text(f"{json.dumps(missing)}\n")
+    assert gpu_memory.run(FOREVER, results) == 1  # what was measured before counts
+
+
+def test_nothing_is_begun_when_the_time_is_up(measured: list[dict[str, Any]], tmp_path: Path) -> None:
+    gpu_memory.run(time.monotonic() + 10, tmp_path / "rows.jsonl")
+    assert not measured
+
+
+def test_a_plan_that_fails_is_a_row_and_a_failure(
+    measured: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> dict[str, Any]:
+        raise subprocess.CalledProcessError(1, "python", stderr="Traceback\nOutOfMemoryError: too much")
+
+    monkeypatch.setattr(gpu_memory, "_alone", fail)
+    results = tmp_path / "rows.jsonl"
+    assert gpu_memory.run(FOREVER, results) == len(gpu_memory.names())
+    assert json.loads(results.read_text().splitlines()[0])["error"] == "OutOfMemoryError: too much"
