@@ -40,6 +40,8 @@ _OTHERS: dict[str, tuple[Any, ...]] = {
     "optim.max_update_rms": (None,),
     "adapter.kind": ("lora", "full"),
     "adapter.base": ("dense",),
+    "train.attention": ("sdpa",),
+    "speed.compile": (False,),
 }
 """The other settings that rules speak of, with the values that a message may propose."""
 
@@ -118,6 +120,11 @@ _RULES = (
         ("offload.weights", "adapter.base"),
         lambda weights, base: weights == "cpu" and base != "dense",
         "dense weights can be streamed, quantised ones cannot",
+    ),
+    _Rule(
+        ("speed.compile", "train.attention"),
+        lambda compile, attention: compile and attention != "sdpa",
+        "compiled blocks have torch's own attention",
     ),
 )
 

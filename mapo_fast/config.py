@@ -266,6 +266,9 @@ class SpeedConfig(Section):
     channels_last: bool = False
     """Keep convolution weights and the activations between them in channels_last, the order of cuDNN's tensor
     core kernels."""
+    compile: bool = False
+    """Compile the transformer blocks with torch.compile: once for every width of a block, not for an aspect
+    bucket. The log's `compile_s` says how long it took."""
     prefetch: bool = True
     """Read the next micro-batch, draw its noise and copy it to the device while the current step runs."""
 

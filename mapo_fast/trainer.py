@@ -223,6 +223,8 @@ class Trainer:
         figures, in_a_row = self.metrics.fetch(self.optimizer)
         figures["lr"] = self.learning_rate(self.step - 1)
         figures["peak_memory_mib"] = peak_memory_mib(self.device)
+        if self.engine.parts.compiled is not None:
+            figures["compile_s"] = self.engine.parts.compiled.seconds
         log.step(self.step, figures)
         if in_a_row > self.config.train.max_skipped_steps:
             raise UserError(self._stopped(in_a_row))

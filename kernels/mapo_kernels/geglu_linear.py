@@ -16,6 +16,7 @@ backward 5·M·F·b and M·F·b for g. That is what the kernels move.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -62,9 +63,9 @@ def _(
     projected: Tensor, dtype: torch.dtype, tensors: list[Tensor], formats: list[str], scales: list[float]
 ) -> tuple[Tensor, Tensor]:
     projections = unpack(tensors, formats, scales)
-    batch = projected.shape[:-1]
+    batch = projected.shape[:-1]  # batch.numel() would fix a symbolic size
     y = projected.new_empty((*batch, *widths(projections)), dtype=dtype)
-    return y, projected.new_empty((batch.numel(), total_rank(projections)), dtype=dtype)
+    return y, projected.new_empty((math.prod(batch), total_rank(projections)), dtype=dtype)
 
 
 @torch.library.custom_op(

@@ -23,6 +23,7 @@ M·C·b each for the gradient that arrives at s and for n.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -90,7 +91,7 @@ def _(
     scales: list[float],
 ) -> list[Tensor]:
     projections = unpack(tensors, formats, scales)
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # Size.numel() would fix a symbolic size
     acc = accumulator(x, norm_weight, norm_bias, residual)
     return [
         x.new_empty((*x.shape[:-1], sum(widths(projections))), dtype=dtype),

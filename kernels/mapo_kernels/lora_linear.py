@@ -18,6 +18,7 @@ Source: Hu et al., LoRA (arXiv 2106.09685); peft's `lora.Linear` without dropout
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def _lora_linear_op(
 @_lora_linear_op.register_fake
 def _(x: Tensor, tensors: list[Tensor], formats: list[str], scales: list[float]) -> tuple[Tensor, Tensor]:
     projections = unpack(tensors, formats, scales)
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # Size.numel() would fix a symbolic size
     return x.new_empty((*x.shape[:-1], *widths(projections))), x.new_empty((rows, total_rank(projections)))
 
 

@@ -11,6 +11,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from mapo_fast.config import Config, OptimConfig, TrainConfig
+from mapo_fast.engine.compile import CompiledBlocks
 from mapo_fast.engine.layouts import apply_layout
 from mapo_fast.engine.offload_activations import ActivationOffload
 from mapo_fast.engine.precision import Precision
@@ -42,6 +43,7 @@ class TrainingUnet:
     transfers: Transfers
     weights: WeightStreaming | None
     activations: ActivationOffload | None
+    compiled: CompiledBlocks | None
     start: StartModel | None = None
     """What gives the reference's errors in every step."""
 
@@ -84,7 +86,8 @@ def prepare_unet(unet: Any, config: Config, precision: Precision, device: torch.
     weights = WeightStreaming(unet, transfers) if offload.weights == "cpu" else None
     activations = ActivationOffload(transfers) if offload.activations == "cpu" else None
     apply_layout(unet, train.layout, gradient_checkpointing=train.gradient_checkpointing, offload=activations)
-    return TrainingUnet(unet.train(), transfers, weights, activations)
+    compiled = CompiledBlocks(unet) if config.speed.compile else None
+    return TrainingUnet(unet.train(), transfers, weights, activations, compiled)
 
 
 def with_start_model(parts: TrainingUnet, config: Config, load: Callable[[], Any]) -> TrainingUnet:

@@ -111,9 +111,10 @@ def record_step(config: Config, unet_config: dict[str, Any], *, settled: bool = 
         stack.enter_context(card_path(CARD, recorder.launched))
         stack.enter_context(recorder)
         links = stack.enter_context(_transfers(recorder))
-        like_sdpa = with_settings(config, {"train.attention": "sdpa"})
-        parts = prepare_unet(unet, like_sdpa, precision, CPU)
-        parts = with_start_model(parts, like_sdpa, lambda: unets[1])
+        eager = {"train.attention": "sdpa", "speed.compile": False}  # what a recorder can look into
+        plain = with_settings(config, eager)
+        parts = prepare_unet(unet, plain, precision, CPU)
+        parts = with_start_model(parts, plain, lambda: unets[1])
         if config.train.attention == "xformers":
             for one in unets:
                 _attend_apart(one)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from mapo_fast import MaPOLoss
 from mapo_fast.config import Config
+from mapo_fast.engine import compile as compile_module
 from mapo_fast.engine.build import prepare_unet
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.step import predict
@@ -17,6 +20,8 @@ from mapo_fast.fuse import FusedResnetBlock
 from tests.engine.pair_steps import pair_of_inputs
 from tests.engine.test_engine import CPU, FP64, settings, trained
 from tests.unets import make_unet
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # dynamo's own
 
 PLANS: dict[str, dict[str, Any]] = {
     "joint": {},
@@ -35,6 +40,14 @@ PLANS: dict[str, dict[str, Any]] = {
 
 def with_speed(config: Config, **switches: bool) -> Config:
     return config.model_copy(update={"speed": config.speed.model_copy(update=switches)})
+
+
+@pytest.fixture(autouse=True)
+def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inductor takes half a minute a block; what dynamo and autograd make of it is the same here."""
+    monkeypatch.setattr(compile_module, "BACKEND", "aot_eager")
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +71,8 @@ SWITCHES: list[tuple[str, dict[str, bool]]] = [
     ("sequential-lora", {"fused_ops": False}),
     ("streamed", {"channels_last": True}),
     ("streamed", {"fused_ops": False}),
+    ("sequential-lora", {"compile": True, "fused_ops": False}),
+    ("streamed", {"compile": True, "channels_last": True}),
 ]
 
 
@@ -68,6 +83,28 @@ def test_every_switch_takes_the_same_steps(
     truth: dict[str, dict[str, Tensor]], plan: str, switches: dict[str, bool]
 ) -> None:
     assert_same_steps(trained(with_speed(settings(**PLANS[plan]), **switches)), truth[plan])
+
+
+def test_blocks_are_compiled_once_and_not_for_every_bucket() -> None:
+    """The tiny UNet has three transformers with two blocks each, all of one width."""
+    counters.clear()
+    config = with_speed(settings(**PLANS["fused-8bit"]), compile=True)
+    truth = prepare_unet(make_unet("sdxl"), settings(**PLANS["fused-8bit"]), FP64, CPU)
+    parts = prepare_unet(make_unet("sdxl"), config, FP64, CPU)
+    engines = [Engine(settings(**PLANS["fused-8bit"]), p, MaPOLoss(), FP64, CPU) for p in (truth, parts)]
+    for pairs, side in ((3, 8), (3, 8), (2, 16), (4, 12)):
+        for engine in engines:
+            engine.start(1e-3)
+            engine.accumulate(pair_of_inputs(pairs, side=side), 1.0)
+            engine.finish()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert parts.compiled is not None
+    assert parts.compiled.seconds > 0
+    assert_same_steps(parts.state_dict(), truth.state_dict())
+    with torch.no_grad():
+        predict(parts.unet, pair_of_inputs())
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_eight_bit_states_follow_the_weights_into_channels_last() -> None:
