@@ -1,0 +1,79 @@
+"""What a provider is: data, forward and backward, update."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from bench.providers.task import Pairs, Task
+from mapo_fast.engine.step import PairInputs
+
+
+Objective = Literal["mapo", "dpo"]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Types in which a provider stores weights and computes."""
+
+    weights: torch.dtype
+    autocast: torch.dtype | None = None
+    factors: torch.dtype | None = None
+    """Of a LoRA; None stores them like the weights."""
+
+    @property
+    def computes_in(self) -> torch.dtype:
+        """The type whose rounding decides how exact results can be."""
+        return self.autocast or self.weights
+
+    def context(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Autocast, where there is any."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast)
+
+
+class Provider(ABC):
+    """One way to train; made with the model loaded and ready."""
+
+    name: ClassVar[str]
+    objective: ClassVar[Objective] = "mapo"
+    arithmetic: Arithmetic
+    unet: Any
+    """What is trained."""
+    differences: Sequence[str] = ()
+    """What it does on purpose otherwise than mapo_fast."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.pairs = Pairs(task)
+
+    @property
+    def forwards(self) -> Sequence[torch.nn.Module]:
+        """Modules whose calls are the forward pass."""
+        return (self.unet,)
+
+    def data(self, step: int) -> PairInputs:
+        """The step's batch on the device, as it comes from what is on disk."""
+        return self.pairs.batch(step)
+
+    @abstractmethod
+    def accumulate(self, inputs: PairInputs) -> Tensor:
+        """Forward and backward; returns the 0-d loss on the device."""
+
+    @abstractmethod
+    def update(self) -> None:
+        """Change the weights and drop the gradients."""
+
+    def watch(self, on: bool) -> None:
+        """Whether `gradient` will be asked for after the next `accumulate`."""
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """The true gradient of a parameter after `accumulate`."""
+        return parameter.grad

@@ -1,0 +1,96 @@
+"""mapo_fast itself: the trainer's own `Engine` and data path, under a plan."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bench.providers.base import Arithmetic, Provider
+from bench.providers.task import LR, Task, fill_factors, load_unet
+from mapo_fast.config import Config
+from mapo_fast.engine.build import prepare_unet
+from mapo_fast.engine.engine import Engine
+from mapo_fast.engine.precision import choose_precision
+from mapo_fast.engine.step import PairInputs
+from mapo_fast.objectives import build_loss
+
+CPU_SPEED = {"fused_ops": False}
+"""Without a GPU there are no kernels behind the fused operators: they save memory and cost time."""
+
+
+class MapoFast(Provider):
+    """The engine under the settings of a plan."""
+
+    name: ClassVar[str] = "mapo_fast"
+
+    def __init__(self, task: Task, switches: dict[str, bool] | None = None) -> None:
+        super().__init__(task)
+        self.config = plan(task, switches or {})
+        precision = choose_precision(self.config, task.device)
+        self.arithmetic = Arithmetic(precision.base, precision.autocast, precision.trainable)
+        parts = prepare_unet(load_unet(task, precision.base), self.config, precision, task.device)
+        self.unet = parts.unet
+        fill_factors(self.unet)
+        self._seen: dict[int, Tensor] = {}
+        self._watching = False
+        if self.config.train.fused_step:  # its gradients are gone when backward ends
+            for p in self.unet.parameters():
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(self._see)
+        self.engine = Engine(self.config, parts, self.loss(), precision, task.device)
+
+    def watch(self, on: bool) -> None:
+        """Keep copies of the gradients that a fused step frees, and let it change nothing."""
+        self._watching = on
+
+    def loss(self) -> Any:
+        """The loss module of the engine."""
+        return build_loss(self.config.objective, self.pairs.diffusion.num_train_timesteps)
+
+    def accumulate(self, inputs: PairInputs) -> Tensor:
+        """One micro-batch, which is all of the step."""
+        self.engine.start(0.0 if self._watching else LR)
+        return self.engine.accumulate(inputs, 1.0).loss
+
+    def update(self) -> None:
+        """The guarded step, or what is left of a fused one."""
+        self.engine.finish()
+
+    def _see(self, parameter: Tensor) -> None:
+        if self._watching and parameter.grad is not None:
+            self._seen[id(parameter)] = parameter.grad.clone()
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """Of a fused step, the copy made before the update."""
+        found = self._seen.pop(id(parameter), None)
+        return parameter.grad if found is None else found
+
+
+def plan(task: Task, switches: dict[str, bool]) -> Config:
+    """The settings that suit a task, with the switches of `[speed]` set."""
+    gpu = task.device.type == "cuda"
+    full = task.kind == "full"
+    train: dict[str, Any] = {
+        "layout": "split" if task.checkpointing else "joint",
+        "gradient_checkpointing": task.checkpointing,
+        "precision": ("pure_bf16" if full else "bf16") if gpu else "fp32",
+        "fused_step": gpu and full,
+    }
+    speed = {**({} if gpu else CPU_SPEED), **switches}
+    known = {name: value for name, value in speed.items() if name in switch_defaults()}
+    return task.config(
+        train=train,
+        optim={"name": "adamw8bit" if gpu else "adamw"},
+        **({"speed": known} if known else {}),
+    )
+
+
+def switch_defaults() -> dict[str, bool]:
+    """The switches of `[speed]` and what they are without being set."""
+    section = Config.model_fields.get("speed")
+    if section is None:
+        return {}
+    fields = section.default.model_dump()
+    return {name: value for name, value in fields.items() if isinstance(value, bool)}

@@ -1,0 +1,81 @@
+"""Where the time of a step goes: by phase, and what the GPU is idle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+Phases = dict[str, float]
+"""Milliseconds of `data`, `forward`, `backward` and `step`. `backward` is what forward and update leave: the
+loss too, and an update that is fused into it."""
+
+
+class Split:
+    """Marks in a step: events on the GPU, clock readings on the CPU.
+
+    Args:
+        device: where the step runs.
+        forwards: modules whose calls are the forward pass.
+    """
+
+    def __init__(self, device: torch.device, forwards: Iterable[torch.nn.Module]) -> None:
+        self._gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+        for module in forwards:
+            module.register_forward_pre_hook(lambda *_: self.mark("forward"))
+            module.register_forward_hook(lambda *_: self.mark("backward"))
+
+    def mark(self, phase: str) -> None:
+        """A phase begins here, and the one before ends."""
+        if self._gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((phase, event))
+        else:
+            self._marks.append((phase, time.perf_counter()))
+
+    def take(self) -> Phases:
+        """Milliseconds by phase since the last call, which waits for the device."""
+        marks, self._marks = self._marks, []
+        if self._gpu:
+            torch.cuda.synchronize()
+        found = dict.fromkeys(("data", "forward", "backward", "step"), 0.0)
+        for (phase, begin), (_, end) in zip(marks, marks[1:], strict=False):
+            if phase != "end":
+                found[phase] += begin.elapsed_time(end) if self._gpu else 1e3 * (end - begin)
+        return found
+
+
+def idle_share(step: Callable[[], Any], steps: int = 3) -> float:
+    """Share of the time between first and last operation on the GPU in which none ran."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return 1.0 - busy / (reached - spans[0][0])
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], float | None]]:
+    """A function that gives the most GiB allocated on a GPU inside the block; None on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def gib() -> float | None:
+        return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+    yield gib
