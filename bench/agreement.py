@@ -1,16 +1,16 @@
-"""Whether a provider computes what it should: loss and gradients on one prepared batch, before any time counts.
+"""Whether a provider computes what it should: loss and gradients on one batch, before any time counts.
 
-The three-way rule. The truth is the plain UNet in fp32 (fp64 at tiny size) with the objective's formula written
-out. The plain UNet in the provider's own types has some error against it; the provider's may be twice that,
-plus a few roundings of the type it computes in, and of the fp32 numbers that errors are: an objective multiplies
-their difference by thousands, and where the plain one's cancel by chance another order of summing may not.
+The three-way rule. The truth is the plain UNet in fp32 (fp64 at tiny size) with the objective's formula
+written out. The plain UNet in the provider's own types has some error against it; the provider's may be twice
+that, plus a few roundings of the type it computes in, and of the fp32 numbers that errors are: an objective
+multiplies their difference by thousands, and where the plain one's cancel by chance another order of summing
+may not.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import functools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
     loss: float
     gradients: dict[str, Tensor]  # by parameter, up to MOST entries, fp64, CPU
     condition: float = 0.0
-    """How many times as large as the errors' relative rounding the loss's may be: Σ |e · ∂loss/∂e| / |loss|."""
+    """How a relative rounding of the errors grows in the loss: Σ |e · ∂loss/∂e| / |loss|."""
 
 
 class Agreement(NamedTuple):

@@ -85,8 +85,10 @@ def _table(pairs: int, buckets: Sequence[Size]) -> np.ndarray:
     bucket = random.integers(0, len(buckets), pairs)
     table["bucket"] = np.array(buckets)[bucket]
     conditions = np.array([time_ids(size, size, "shared") for size in buckets])[bucket]
-    for side in ("chosen", "rejected"):
-        table[side] = np.stack([bucket, random.integers(0, DISTINCT, pairs)], axis=1)
+    chosen = random.integers(0, DISTINCT, pairs)
+    rejected = (chosen + random.integers(1, DISTINCT, pairs)) % DISTINCT  # another one
+    for side, row in (("chosen", chosen), ("rejected", rejected)):
+        table[side] = np.stack([bucket, row], axis=1)
         table[f"time_ids_{side}"] = conditions
     table["text1"][:, 1] = table["text2"][:, 1] = random.integers(0, DISTINCT, pairs)
     return table

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Split:
         if self._gpu:
             torch.cuda.synchronize()
         found = dict.fromkeys(("data", "forward", "backward", "step"), 0.0)
-        for (phase, begin), (_, end) in zip(marks, marks[1:], strict=False):
+        for (phase, begin), (_, end) in pairwise(marks):
             if phase != "end":
                 found[phase] += begin.elapsed_time(end) if self._gpu else 1e3 * (end - begin)
         return found
@@ -67,15 +67,3 @@ def idle_share(step: Callable[[], Any], steps: int = 3) -> float:
         busy += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return 1.0 - busy / (reached - spans[0][0])
-
-
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[Callable[[], float | None]]:
-    """A function that gives the most GiB allocated on a GPU inside the block; None on the CPU."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-    def gib() -> float | None:
-        return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-
-    yield gib

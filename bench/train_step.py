@@ -46,7 +46,7 @@ STEPS = {"cpu": 8, "cuda": 4}
 WARM_UP = 3
 
 
-class Disagreement(Exception):
+class DisagreementError(Exception):
     """A provider does not compute what it should."""
 
 
@@ -133,13 +133,13 @@ def prepare(make: Callable[[Task], Provider], task: Task, objective: agreement.O
     """A provider that agrees with the truth, warmed up.
 
     Raises:
-        Disagreement: it does not.
+        DisagreementError: it does not.
     """
     agreement.truth(task, objective)  # before the provider fills the device
     provider = make(task)
     agreed = agreement.check(provider)
     if not agreed.good:
-        raise Disagreement(
+        raise DisagreementError(
             f"{provider.name}: loss error {agreed.loss_error:.2e} (allowed {agreed.loss_allowed:.2e}), "
             f"gradient error {agreed.gradient_error:.2e} (allowed {agreed.gradient_allowed:.2e})"
         )
@@ -153,17 +153,17 @@ def measure(names: Sequence[str], task: Task, blocks: int = BLOCKS) -> list[dict
     """Rows of the named providers, their blocks interleaved.
 
     Raises:
-        Disagreement: one of them computes something else; nothing has been timed then.
+        DisagreementError: one of them computes something else; nothing has been timed then.
     """
     runners, wrong = [], []
     for name in names:
         make = PROVIDERS[name]
         try:
             runners.append(prepare(make, task, make.objective))
-        except Disagreement as error:
+        except DisagreementError as error:
             wrong.append(str(error))
     if wrong:
-        raise Disagreement("; ".join(wrong))
+        raise DisagreementError("; ".join(wrong))
     arithmetic = torch.bfloat16 if task.device.type == "cuda" else torch.float32
     rate = matrix_rate(task.device, arithmetic)
     for _ in range(blocks):
@@ -240,7 +240,7 @@ def main() -> int:
             torch.set_num_threads(1)  # more gain little on a model this small, and lose much on busy cores
         try:
             rows, wrong = measure(names, task, args.blocks), 0
-        except Disagreement as error:
+        except DisagreementError as error:
             print(f"no time: {error}", file=sys.stderr)
             return 1
     for row in [] if wrong else rows:

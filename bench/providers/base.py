@@ -14,7 +14,6 @@ from torch import Tensor
 from bench.providers.task import Pairs, Task
 from mapo_fast.engine.step import PairInputs
 
-
 Objective = Literal["mapo", "dpo"]
 
 
@@ -71,7 +70,7 @@ class Provider(ABC):
     def update(self) -> None:
         """Change the weights and drop the gradients."""
 
-    def watch(self, on: bool) -> None:
+    def watch(self, on: bool) -> None:  # noqa: B027 - most need not know
         """Whether `gradient` will be asked for after the next `accumulate`."""
 
     def gradient(self, parameter: Tensor) -> Tensor | None:

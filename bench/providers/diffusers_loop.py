@@ -1,8 +1,8 @@
 """A well-tuned loop over diffusers' UNet, without this project's kernels, layouts or data path.
 
-bf16 weights, latents and embeddings cached and resident, SDPA, channels_last, bitsandbytes' AdamW8bit, no host
-wait in a step. On the CPU fp32 and torch's fused AdamW: there it is the bare loop that the engine's own cost is
-measured against, with the same loss module.
+bf16 weights, latents and embeddings cached and resident, SDPA, channels_last, bitsandbytes' AdamW8bit, no
+host wait in a step. On the CPU fp32 and torch's fused AdamW: there it is the bare loop that the engine's own
+cost is measured against, with the same loss module.
 """
 
 from __future__ import annotations

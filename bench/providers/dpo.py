@@ -27,9 +27,7 @@ class _DpoLoss:
     reference: tuple[Tensor, Tensor]
 
     def __call__(self, prediction: Tensor, target: Tensor) -> PairedLoss:
-        return paired_loss(
-            prediction, target, objective="dpo", beta=BETA, reference_errors=self.reference
-        )
+        return paired_loss(prediction, target, objective="dpo", beta=BETA, reference_errors=self.reference)
 
 
 class _Dpo(MapoFast):

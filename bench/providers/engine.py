@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from bench.providers.base import Arithmetic, Provider
 from bench.providers.task import LR, Task, fill_factors, load_unet
-from mapo_fast.config import Config
+from mapo_fast.config import Config, SpeedConfig
 from mapo_fast.engine.build import prepare_unet
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.precision import choose_precision
+from mapo_fast.engine.prefetch import MicroBatch, Prefetch
 from mapo_fast.engine.step import PairInputs
 from mapo_fast.objectives import build_loss
 
+SWITCHES = tuple(name for name, value in SpeedConfig().model_dump().items() if isinstance(value, bool))
+"""The switches of `[speed]`."""
 CPU_SPEED = {"fused_ops": False}
 """Without a GPU there are no kernels behind the fused operators: they save memory and cost time."""
 
@@ -40,10 +44,21 @@ class MapoFast(Provider):
                 if p.requires_grad:
                     p.register_post_accumulate_grad_hook(self._see)
         self.engine = Engine(self.config, parts, self.loss(), precision, task.device)
+        self.micro_batches = self._micro_batches()
+        if self.config.speed.prefetch:
+            self.micro_batches = Prefetch(self.micro_batches, task.device)
 
     def watch(self, on: bool) -> None:
         """Keep copies of the gradients that a fused step frees, and let it change nothing."""
         self._watching = on
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        for step in itertools.count():
+            yield MicroBatch(self.pairs.batch(step), 1.0)
+
+    def data(self, step: int) -> PairInputs:
+        """The next micro-batch, read ahead as the trainer does; `step` counts them."""
+        return next(self.micro_batches).inputs
 
     def loss(self) -> Any:
         """The loss module of the engine."""
@@ -52,7 +67,7 @@ class MapoFast(Provider):
     def accumulate(self, inputs: PairInputs) -> Tensor:
         """One micro-batch, which is all of the step."""
         self.engine.start(0.0 if self._watching else LR)
-        return self.engine.accumulate(inputs, 1.0).loss
+        return self.engine.accumulate(inputs, 1.0).loss.detach()
 
     def update(self) -> None:
         """The guarded step, or what is left of a fused one."""
@@ -79,18 +94,8 @@ def plan(task: Task, switches: dict[str, bool]) -> Config:
         "fused_step": gpu and full,
     }
     speed = {**({} if gpu else CPU_SPEED), **switches}
-    known = {name: value for name, value in speed.items() if name in switch_defaults()}
     return task.config(
         train=train,
         optim={"name": "adamw8bit" if gpu else "adamw"},
-        **({"speed": known} if known else {}),
+        speed=speed,
     )
-
-
-def switch_defaults() -> dict[str, bool]:
-    """The switches of `[speed]` and what they are without being set."""
-    section = Config.model_fields.get("speed")
-    if section is None:
-        return {}
-    fields = section.default.model_dump()
-    return {name: value for name, value in fields.items() if isinstance(value, bool)}

@@ -5,16 +5,16 @@ from __future__ import annotations
 from bench.providers.base import Provider
 from bench.providers.diffusers_loop import CompiledDiffusersLoop, DiffusersLoop
 from bench.providers.dpo import DpoFull, DpoLora
-from bench.providers.engine import MapoFast, switch_defaults
+from bench.providers.engine import SWITCHES, MapoFast, plan
 from bench.providers.released import Released
 from bench.providers.task import Task
 
 
 def _switched(switch: str, on: bool) -> type[MapoFast]:
-    """The engine with one switch of `[speed]` the other way."""
+    """The engine with one switch of `[speed]` set."""
 
     class Switched(MapoFast):
-        name = f"mapo_fast, {switch} {'on' if on else 'off'}"
+        name = switched_name(switch, on)
 
         def __init__(self, task: Task) -> None:
             super().__init__(task, {switch: on})
@@ -22,16 +22,27 @@ def _switched(switch: str, on: bool) -> type[MapoFast]:
     return Switched
 
 
-_SWITCHES = [_switched(name, not default) for name, default in switch_defaults().items()]
+def switched_name(switch: str, on: bool) -> str:
+    """Name of the engine with one switch set."""
+    return f"mapo_fast, {switch} {'on' if on else 'off'}"
+
+
+_SWITCHED = [_switched(name, on) for name in SWITCHES for on in (True, False)]
 
 PROVIDERS: dict[str, type[Provider]] = {
     provider.name: provider
-    for provider in (MapoFast, *_SWITCHES, Released, DiffusersLoop, CompiledDiffusersLoop, DpoLora, DpoFull)
+    for provider in (MapoFast, *_SWITCHED, Released, DiffusersLoop, CompiledDiffusersLoop, DpoLora, DpoFull)
 }
 
 
 def names_for(task: Task) -> list[str]:
-    """The providers that suit a task: compiling the tiny UNet takes longer than it can gain."""
-    other = DpoFull if task.kind == "lora" else DpoLora
-    left_out = {other.name} | ({CompiledDiffusersLoop.name} if task.size == "tiny" else set())
+    """The providers that suit a task: of each switch the value that the plan has not.
+
+    Nothing is compiled at tiny size: that takes longer than it can gain.
+    """
+    speed = plan(task, {}).speed.model_dump()
+    left_out = {switched_name(name, speed[name]) for name in SWITCHES}
+    left_out.add((DpoFull if task.kind == "lora" else DpoLora).name)
+    if task.size == "tiny":
+        left_out |= {CompiledDiffusersLoop.name, switched_name("compile", True)}
     return [name for name in PROVIDERS if name not in left_out]

@@ -1,7 +1,7 @@
 """What every provider trains: the same weights on the same pairs.
 
-`tiny` is the demo's tiny SDXL, trained weights and all; `sdxl` is SDXL's own UNet at 1024² with random weights.
-Weights are numbers that bf16 holds exactly, so that a provider's storage type changes none of them.
+`tiny` is the demo's tiny SDXL, trained weights and all; `sdxl` is SDXL's own UNet at 1024² with random
+weights. Weights are numbers that bf16 holds exactly, so that a provider's storage type changes none of them.
 """
 
 from __future__ import annotations

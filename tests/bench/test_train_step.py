@@ -1,0 +1,79 @@
+"""The side-by-side benchmark: providers agree before they are timed, and what is counted is right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import agreement, train_step
+from bench.flops import model_flops
+from bench.providers.diffusers_loop import DiffusersLoop
+from bench.providers.engine import MapoFast
+from bench.providers.registry import PROVIDERS, names_for
+from bench.providers.task import Task
+
+CPU = torch.device("cpu")
+FULL = Task("tiny", "full", 1, False, CPU)
+LORA = replace(FULL, kind="lora", pairs=2, checkpointing=True)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("task", [FULL, LORA], ids=["full", "lora"])
+def test_all_providers_agree_with_the_truth(task: Task) -> None:
+    for name in names_for(task):
+        agreed = agreement.check(PROVIDERS[name](task))
+        assert agreed.good, (name, agreed)
+        assert agreed.gradient_allowed < 0.2, "a band this wide lets anything through"
+
+
+class WrongByHalves(DiffusersLoop):
+    """Takes the rejected image for the chosen one."""
+
+    def accumulate(self, inputs: object) -> Tensor:
+        swapped = type(inputs)(*(torch.cat(list(reversed(x.chunk(2)))) for x in inputs))  # type: ignore
+        return super().accumulate(swapped)
+
+
+class WrongByALittle(MapoFast):
+    """Leaves the time ids out."""
+
+    def accumulate(self, inputs: object) -> Tensor:
+        return super().accumulate(inputs._replace(time_ids=0 * inputs.time_ids))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("wrong", [WrongByHalves, WrongByALittle])
+def test_what_disagrees_is_not_timed(
+    wrong: type[DiffusersLoop], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(train_step.PROVIDERS, "diffusers", wrong)
+    monkeypatch.setattr("sys.argv", ["train_step", "--device", "cpu", "--provider", "diffusers"])
+    assert train_step.main() == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("no time: ")
+
+
+def test_a_row_has_what_the_table_needs() -> None:
+    (row,) = train_step.measure(["diffusers"], FULL, blocks=1)
+    assert row["pairs_per_s"] == pytest.approx(1e3 / row["ms"], rel=1e-3)
+    assert sum(row["phases_ms"].values()) == pytest.approx(row["ms"], rel=0.1)
+    assert all(ms > 0 for ms in row["phases_ms"].values())
+    assert 0 < row["mfu"] < 1
+
+
+def test_counted_operations() -> None:
+    mapo, dpo = (model_flops(FULL, objective) for objective in ("mapo", "dpo"))
+    assert 1.3 < dpo / mapo < 1.35, "a reference is a third forward-sized pass"
+    assert model_flops(replace(FULL, pairs=4), "mapo") == 4 * mapo
+    assert model_flops(replace(FULL, kind="lora"), "mapo") < mapo
