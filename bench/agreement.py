@@ -113,9 +113,9 @@ def plain_outcome(task: Task, objective: Objective, arithmetic: Arithmetic) -> O
     (slopes,) = torch.autograd.grad(loss, errors, retain_graph=True)
     loss.backward()  # type: ignore[no-untyped-call]
     return Outcome(
-        float(loss),
+        float(loss.detach()),
         {name: _sample(p.grad) for name, p in unet.named_parameters() if p.grad is not None},
-        float((slopes * errors).abs().sum() / loss.abs()),
+        float((slopes * errors.detach()).abs().sum() / loss.detach().abs()),
     )
 
 
