@@ -108,7 +108,8 @@ def predict(name: str, card: Card) -> list[dict[str, Any]]:
         for plan in plans
         if plan.peak <= outcome.usable and plan.pinned <= outcome.host.pinnable and plan.host <= RAM
     ]
-    return [_prediction(RANKINGS[name][1] | plan.settings, plan.peak, plan.ms, card) for plan in fitting[:3]]
+    fastest = sorted(fitting, key=lambda plan: plan.ms)[:3]
+    return [_prediction(RANKINGS[name][1] | plan.settings, plan.peak, plan.ms, card) for plan in fastest]
 
 
 def _prediction(settings: dict[str, Any], peak: int, ms: float, card: Card) -> dict[str, Any]:

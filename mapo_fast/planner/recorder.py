@@ -59,12 +59,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         held: tensors that exist already, such as parameters: counted from the start, once per storage.
-        compute: do what is recorded, on real data, custom operators closed as their caller sees them.
     """
 
-    def __init__(self, held: Iterable[Tensor] = (), *, compute: bool = False) -> None:
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.compute = compute
         self.operations: list[Cost] = []
         self.allocations: list[Allocation] = []
         self.first = 0
@@ -79,7 +77,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Do the operation or not; note its cost and the storages it returns."""
         kwargs = kwargs or {}
         form = _form(func)
-        if not self.compute and form.inside is not None:
+        if form.inside is not None:
             with self:
                 return form.inside(*args, **kwargs)
         given = tensors(args) + tensors(kwargs)
@@ -150,7 +148,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _result(self, func: Any, form: _Form, given: list[Tensor], args: Any, kwargs: Any) -> Any:
         """What the operation returns, computed only where it is small or a view."""
         small = all(x.numel() < _LARGE for x in given) if given else not form.factory
-        if self.compute or form.view or small:
+        if form.view or small:
             return func(*args, **kwargs)
         if form.writes:
             written = [kwargs[name] if i >= len(args) else args[i] for i, name in form.writes]

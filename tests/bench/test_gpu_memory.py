@@ -87,6 +87,21 @@ def test_plans_rank_as_predicted_reversed_or_tied() -> None:
     assert gpu_memory.ranked([plan(100, 120), plan(100.4, 100)]) == "tied"  # predicted equal
 
 
+def test_a_budgets_three_fastest_plans_are_predicted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # for a small UNet more processes only cost time
+    monkeypatch.setattr(gpu_memory, "SDXL_UNET", REDUCED)
+    asked = {"adapter.kind": "full", "data.resolution": 128}
+    monkeypatch.setattr(gpu_memory, "RANKINGS", {"all of it": (12, asked)})
+    plans = gpu_memory.predict("all of it", find_card("RTX 3090"))
+    assert len(plans) == 3
+    assert len({json.dumps(one["plan"]) for one in plans}) == 3
+    assert [one["predicted_ms"] for one in plans] == sorted(one["predicted_ms"] for one in plans)
+    for one in plans:
+        assert asked.items() <= one["plan"].items()
+        assert gpu_memory.config_of(json.loads(json.dumps(one["plan"]))).train.layout
+
+
 def test_every_row_and_ranking_is_measured_once() -> None:
     assert sorted(gpu_memory.names()) == sorted([name for name, *_ in ROWS] + list(gpu_memory.RANKINGS))
 
