@@ -74,8 +74,8 @@ class Monitor:
                     "saturation",
                     step,
                     f"{share:.0%} of the pairs are saturated: their margin no longer changes the model, only "
-                    "the chosen images' error does. Stop here, lower objective.snr (the margin's scale), or "
-                    "use pairs that differ less",
+                    "the chosen images' error does. Stop here, lower the margin's scale (objective.snr of "
+                    "mapo, objective.beta of others), or use pairs that differ less",
                 )
 
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:

@@ -8,7 +8,9 @@ import pytest
 
 from mapo_fast.config import load_config
 from mapo_fast.errors import UserError
+from mapo_fast.objectives import build_loss
 
+MEAN = {"reduction": "mean"}
 MINIMAL = """
 [model]
 path = "base"
@@ -57,7 +59,7 @@ def test_overrides_replace_values_with_toml_types(tmp_path: Path) -> None:
         ("train.layout='both'", r"train\.layout = 'both'.*'joint', 'split' or 'sequential'"),
         ("data.max_tokens=100", r"data\.max_tokens = 100.*77, 150 or 225"),
         ("data.resolution=1020", r"data\.resolution = 1020.*multiple of 8"),
-        ("optim.betas=[0.9, 1.0]", r"betas must both be in \[0, 1\)"),
+        ("optim.betas=[0.9,1.0]", r"betas must both be in \[0, 1\)"),
         ("optim.weight_decay=true", r"optim\.weight_decay = True"),
         ("train.keep_checkpoints=true", r"train\.keep_checkpoints = True"),
         ("train.steps='2'", r"train\.steps = '2'"),
@@ -71,19 +73,61 @@ def test_overrides_replace_values_with_toml_types(tmp_path: Path) -> None:
         ("preview.seed=99999999999999999999", r"preview\.seed = "),
         ("train.seed=99999999999999999999", r"train\.seed = "),
         ("objective.form=paper", r"objective\.beta must be set .* 8 for general"),
+        ("objective.form=paper objective.name=dpo", r"form = 'paper' is of objective\.name = 'mapo'"),
+        ("objective.name=kto", r"objective\.name = 'kto'.*'linear_dpo'"),
+        (
+            "objective.name=dpo objective.snr=0.5",
+            r"objective\.snr is no setting of .* = 'dpo', which has beta$",
+        ),
+        ("objective.name=dmpo objective.eta=0.1", r"objective\.eta .* 'dmpo', which has beta, alpha$"),
+        ("objective.gamma=1", r"objective\.gamma is no setting of .* = 'mapo', which has beta, snr$"),
+        ("objective.name=dmpo objective.alpha=1", r"objective\.alpha = 1 must be between 0 and 1$"),
+        ("objective.beta=0", r"objective\.beta = 0 must be greater than 0$"),
+        ("objective.reference=adapter", r"'mapo' compares with no reference model: leave it out$"),
+        ("objective.name=dpo adapter.kind=full objective.reference=adapter", "use 'precomputed' or 'copy'$"),
+        ("objective.name=dpo objective.reference=copy", "use 'adapter' or 'precomputed'$"),
         ("train", "write it as section.key=value"),
         ("a.b.c=1", "write it as section.key=value"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        load_config(_write(tmp_path), [override])
+        load_config(_write(tmp_path), override.split())
     assert "\n" not in str(caught.value)
 
 
 def test_numbers_that_are_whole_may_be_written_so(tmp_path: Path) -> None:
     config = load_config(_write(tmp_path), ["optim.weight_decay=0", "objective.beta=2", "preview.guidance=7"])
     assert (config.optim.weight_decay, config.objective.beta, config.preview.guidance) == (0.0, 2.0, 7.0)
+
+
+def test_settings_of_an_objective_are_its_own_and_have_its_defaults(tmp_path: Path) -> None:
+    def settings(*overrides: str) -> dict[str, object]:
+        loss = build_loss(load_config(_write(tmp_path), list(overrides)).objective, 500)
+        return {"beta": None, **loss._settings}
+
+    assert settings() == {
+        "objective": "mapo_code",
+        "beta": 0.1,
+        "snr": 0.5,
+        "num_train_timesteps": 500,
+        **MEAN,
+    }
+    assert settings("objective.name=npo") == {"objective": "dpo", "beta": 2000.0, **MEAN}
+    assert settings("objective.name=npo", "objective.beta=3")["beta"] == 3.0
+    given = settings("objective.name=simpo", "objective.gamma=-1")
+    assert given == {"objective": "simpo", "beta": None, "gamma": -1.0, **MEAN}
+
+
+def test_the_reference_follows_from_what_is_trained(tmp_path: Path) -> None:
+    def reference(*overrides: str) -> str | None:
+        return load_config(_write(tmp_path), list(overrides)).reference
+
+    assert reference() is None
+    assert reference("objective.name=dpo") == "adapter"
+    assert reference("objective.name=ipo", "objective.reference=precomputed") == "precomputed"
+    assert reference("objective.name=dpo", "adapter.kind=full") == "precomputed"
+    assert reference("objective.name=dpo", "adapter.kind=full", "objective.reference=copy") == "copy"
 
 
 def test_polynomial_needs_room_above_its_end(tmp_path: Path) -> None:
@@ -127,7 +171,7 @@ def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "b.toml")
 
 
-@pytest.mark.parametrize("name", ["lora_300_pairs", "full_24gb"])
+@pytest.mark.parametrize("name", ["lora_300_pairs", "dpo_lora", "full_24gb"])
 def test_recipes_are_valid_and_labelled(name: str) -> None:
     path = Path(__file__).parent.parent / "recipes" / f"{name}.toml"
     load_config(path)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 from bench.readme import PAGES, README, render
+from mapo_fast.config import ObjectiveConfig
+from mapo_fast.objectives import build_loss
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,3 +32,18 @@ def test_linked_files_exist() -> None:
     assert links
     for link in links:
         assert (ROOT / link).exists(), link
+
+
+def test_the_table_of_objectives_is_that_of_the_code() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)`[^|]*\| (yes|no) \| ?([^|]*?) ?\|$", README.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    found = {}
+    for name in get_args(ObjectiveConfig.model_fields["name"].annotation):
+        config = ObjectiveConfig(name=name)
+        loss: Any = build_loss(config, 1000)
+        known = {key: setting.default for key, setting in config.known.settings.items()} | loss._settings
+        wanted = [] if name == "sft" else [key for key in known if key in ObjectiveConfig.model_fields]
+        settings = ", ".join(f"{key} {known[key]:g}" for key in wanted)
+        found[name] = ("yes" if config.known.reference else "no", settings)
+    assert {name: (reference, settings) for name, reference, settings in rows} == found

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mapo_fast.config import Config, parse_config
-from mapo_fast.engine.build import prepare_unet
+from mapo_fast.engine.build import prepare_unet, with_start_model
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.precision import choose_precision
 from mapo_fast.objectives import build_loss
@@ -63,6 +63,15 @@ PLANS = {
         "adapter": {"kind": "lora"},
         "train": {"layout": "sequential", "gradient_checkpointing": False},
     },
+    "lora, compared with itself switched off": {
+        "adapter": {"kind": "lora"},
+        "objective": {"name": "dpo"},
+        "train": {"layout": "joint", "gradient_checkpointing": False},
+    },
+    "full, compared with a copy": {
+        "objective": {"name": "dpo", "reference": "copy"},
+        "train": {"layout": "split", "fused_step": True},
+    },
 }
 
 
@@ -73,8 +82,13 @@ def real_peak(config: Config) -> int:
         warnings.simplefilter("ignore")
         from diffusers import UNet2DConditionModel
 
-        unet: Any = UNet2DConditionModel.from_config(REDUCED).to(precision.base).train()
-    parts = prepare_unet(unet, config, precision, CPU)
+        unets: list[Any] = [
+            UNet2DConditionModel.from_config(REDUCED).to(precision.base).train() for _ in range(2)
+        ]
+    parts = prepare_unet(unets[0], config, precision, CPU)
+    parts = with_start_model(parts, config, lambda: unets[1])
+    if config.reference != "copy":
+        del unets[1]
     engine = Engine(config, parts, build_loss(config.objective, 1000), precision, CPU)
     inputs = pairs_of_zeros(1, 16, REDUCED)
 
@@ -92,7 +106,7 @@ def real_peak(config: Config) -> int:
     ]
     held = {
         x.untyped_storage()._cdata: x.untyped_storage().nbytes()
-        for x in [*unet.parameters(), *unet.buffers(), *states, *inputs]
+        for x in [*(x for unet in unets for x in (*unet.parameters(), *unet.buffers())), *states, *inputs]
     }
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

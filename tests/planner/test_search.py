@@ -103,6 +103,24 @@ def test_a_composed_plan_is_its_full_trace() -> None:
     assert 1e3 * (made.forward + made.backward) == pytest.approx(simulate(full, RTX).step, rel=0.05)
 
 
+def test_a_streamed_copy_of_the_start_model_is_foreseen() -> None:
+    """Its memory, its copies and its forward pass, without a trace of the plan itself."""
+    config = settings(
+        train={"layout": "split", "fused_step": True, "gradient_checkpointing": True},
+        objective={"name": "dpo", "reference": "copy"},
+        offload=dict.fromkeys(("optimizer", "weights", "activations"), "cpu"),
+    )
+    family = planner_search._Family(config, {}, REDUCED, RTX, GIB)
+    (composed,) = family.plans()
+    traced, _ = family.traced(composed)
+    assert composed.peak == pytest.approx(traced.peak, rel=0.01)
+    assert composed.pinned == pytest.approx(traced.pinned, rel=0.01)
+    assert composed.ms == pytest.approx(traced.ms, rel=0.2)
+    weights = family._loaded()
+    assert weights < 21 * 2**20, "of one UNet: they are loaded one after the other"
+    assert traced.pinned > 1.5 * weights
+
+
 def test_memory_that_lasts_buys_no_recomputation(exact_budget: None) -> None:
     outcome = search(settings(), REDUCED, RTX, GIB, PLENTY)
     assert outcome.chosen is not None
