@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 
 from mapo_fast.config import Config
 from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder
 from mapo_fast.planner.ask import plan_run, refusal
-from mapo_fast.planner.cards import CONTEXT_GIB, GIB, parse_size, vram_for
+from mapo_fast.planner.cards import CONTEXT_GIB, GIB, parse_size, size_text, vram_for
 from mapo_fast.planner.plan import Plan, with_settings
 from mapo_fast.planner.search import Outcome
 
@@ -34,13 +35,19 @@ class Budget(NamedTuple):
     """The fastest plan that needs at least a twentieth less, for a run that fails."""
     rates: str
     """Where the rates come from by which the plan was chosen."""
+    source: str
+    """Where `vram` comes from."""
+    shortage: str = ""
+    """Why it is less than the config asks for."""
 
     def notes(self) -> list[str]:
         """What the user should know before the first step."""
         notes = [
             f"memory plan: {self.plan.name}; {self.plan.peak / GIB:.2f} GiB and {self.plan.ms:.0f} ms a "
-            f"step predicted (train.vram), rates {self.rates}"
+            f"step predicted for {self.vram / GIB:.2f} GiB ({self.source}), rates {self.rates}"
         ]
+        if self.shortage:
+            notes.append(self.shortage)
         if self.plan.changes:
             notes.append(f"no exact plan fits: {', '.join(self.plan.changes)}")
         if self.device.type == "cuda":
@@ -59,7 +66,7 @@ class Budget(NamedTuple):
         """Cap the allocator at the budget, and explain when that is not enough.
 
         Raises:
-            UserError: out of GPU memory: planned, actual, and the next smaller plan.
+            UserError: out of GPU memory: planned, actual, and the next smaller plan; or out of system RAM.
         """
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
@@ -67,6 +74,8 @@ class Budget(NamedTuple):
         try:
             yield
         except RuntimeError as error:
+            if self._is_of_the_host(error):
+                raise UserError(self._out_of_ram()) from error
             if not _is_out_of_memory(error):
                 raise
             raise UserError(self._out_of_memory()) from error
@@ -74,6 +83,27 @@ class Budget(NamedTuple):
             if self.device.type == "cuda":
                 with suppress(RuntimeError):  # of a device that an error has left unusable
                     _cap(1.0, self.device)
+
+    def _is_of_the_host(self, error: RuntimeError) -> bool:
+        """Whether system RAM has run out: CUDA says the same words when it can pin no more of it."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return False
+        if "DefaultCPUAllocator" in str(error):
+            return True
+        if "CUDA error: out of memory" not in str(error) or self.device.type != "cuda":
+            return False
+        try:
+            return _free(self.device) > ENOUGH_FOR_A_LIBRARY
+        except RuntimeError:  # of a device that the error has left unusable
+            return False
+
+    def _out_of_ram(self) -> str:
+        return (
+            f"out of system RAM: the plan ({self.plan.name}) expected {self.plan.host / GIB:.1f} GiB of it, "
+            f"{self.plan.pinned / GIB:.1f} pinned, and {psutil.virtual_memory().available / GIB:.1f} are "
+            "free: close other programs, or set offload.optimizer, offload.weights or offload.activations to "
+            "'gpu'"
+        )
 
     def _out_of_memory(self) -> str:
         planned = f"the plan ({self.plan.name}) expected {self.plan.peak / GIB:.2f} GiB"
@@ -85,7 +115,7 @@ class Budget(NamedTuple):
         if self.smaller is None:
             advice = "there is no smaller plan for these settings: lower data.resolution or state less of it"
         else:
-            vram = f"{vram_for(self.smaller.peak) / GIB:.1f}GiB"
+            vram = size_text(vram_for(self.smaller.peak))
             advice = (
                 f"the next smaller plan ({self.smaller.name}, {self.smaller.peak / GIB:.2f} GiB) is that of "
                 f"--set train.vram={json.dumps(vram)}"
@@ -93,6 +123,8 @@ class Budget(NamedTuple):
         return f"out of GPU memory: {planned}{actual}; {advice}"
 
 
+ENOUGH_FOR_A_LIBRARY = GIB // 2
+"""Free bytes on the card with which no library's own allocation fails."""
 ARITHMETIC = ("train.fused_step", "train.precision", "optim.name", "adapter.base")
 """Settings that a plan may choose and a resumed run has to keep."""
 
@@ -111,22 +143,24 @@ def planned(
     Raises:
         UserError: train.vram is no size, or nothing fits; the message names the smallest change that would.
     """
-    if config.train.vram is not None:
-        vram = parse_size(config.train.vram, "train.vram")
-    elif device.type == "cuda":
-        # What this process has cached and does not use is free to it; asking has made the context.
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        vram = _free(device) + cached + int(CONTEXT_GIB * GIB)
-    else:
+    wanted = None if config.train.vram is None else parse_size(config.train.vram, "train.vram")
+    free = _available(device) if device.type == "cuda" else wanted
+    if free is None:
         return config, None
+    shortage = ""
+    if wanted is None or free < wanted:
+        vram, source = free, "the card's free memory"
+        if wanted is not None:
+            shortage = _shortage(wanted, free, device)
+    else:
+        vram, source = wanted, "train.vram"
     if recorded is not None:
         config = with_settings(config, _open(config, recorded))
     outcome = plan_run(config, folder, vram, device)
     if outcome.chosen is None:
-        raise UserError(refusal(outcome))
-    budget = Budget(
-        device, vram, outcome.chosen, _smaller(outcome, outcome.chosen), outcome.card.rates.source
-    )
+        raise UserError("; ".join(filter(None, [refusal(outcome, source), shortage])))
+    smaller, rates = _smaller(outcome, outcome.chosen), outcome.card.rates.source
+    budget = Budget(device, vram, outcome.chosen, smaller, rates, source, shortage)
     return outcome.chosen.apply(config), budget
 
 
@@ -161,6 +195,24 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return any(words in str(error) for words in ("CUDA error: out of memory", "STATUS_ALLOC_FAILED"))
+
+
+def _available(device: torch.device) -> int:
+    """Bytes that this process can have: what it has cached and does not use too, and its context."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _free(device) + cached + int(CONTEXT_GIB * GIB)  # asking has made the context
+
+
+def _shortage(wanted: int, free: int, device: torch.device) -> str:
+    """Why a run gets less than train.vram."""
+    asked, available = f"train.vram = {wanted / GIB:.2f} GiB", f"{free / GIB:.2f} GiB"
+    total = torch.cuda.get_device_properties(device).total_memory
+    if wanted > total:
+        return f"{asked} is more than the card's {total / GIB:.2f} GiB: the run has what is free, {available}"
+    return (
+        f"{asked} is more than the {available} that are free: other programs hold the rest (nvidia-smi lists "
+        "them), and the run has what is free"
+    )
 
 
 def _free(device: torch.device) -> int:

@@ -437,11 +437,12 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     section[keys[1]] = value
 
 
-_UNIONS = {
+_SHAPES = {
+    "train.vram": 'write a size with its unit, such as "24GiB"',
     "train.gradient_checkpointing": 'write true, false or a list of block names such as ["down_blocks.2"]; '
     "recomputation is always non-reentrant, which 'split' and the fused step need",
 }
-"""What a value of one of several types has to be."""
+"""What values of the wrong type should have been."""
 
 
 def _explain(error: Any) -> str:
@@ -455,7 +456,7 @@ def _explain(error: Any) -> str:
         return f"unknown key {name} (valid: {', '.join(known)})"
     if error["type"] == "missing":
         return f"{name} is missing"
-    message = _UNIONS.get(name) or error["msg"].removeprefix("Value error, ")
+    message = _SHAPES.get(name) or error["msg"].removeprefix("Value error, ")
     if not name:
         return str(message)
     return f"{name} = {error['input']!r}: {message}"

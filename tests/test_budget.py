@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +46,10 @@ def plan_of(name: str, peak: int) -> Plan:
     return Plan(settings, {}, peak, 0, 0, 1.0, True)
 
 
+def budget_of(device: torch.device, vram: int, peak: int, smaller: Plan | None = None) -> Budget:
+    return Budget(device, vram, plan_of("joint", peak), smaller, "assumed", "train.vram")
+
+
 def test_without_a_gpu_nothing_is_planned_unless_asked(tiny_sdxl: Path, tmp_path: Path) -> None:
     config = make_config(tiny_sdxl, tmp_path, tmp_path)
     assert planned(config, open_sdxl(tiny_sdxl), CPU) == (config, None)
@@ -75,16 +80,21 @@ def test_what_cannot_fit_is_refused_before_weights_are_loaded(
 ) -> None:
     monkeypatch.setattr(SDXLFolder, "load_unet", lambda *_: pytest.fail("weights are loaded"))
     config = make_config(tiny_sdxl, cache, tmp_path / "run", train={"vram": "560MiB"})
-    with pytest.raises(UserError, match=r"no plan fits train\.vram = 0\.55 GiB") as refused:
+    with pytest.raises(UserError, match=r"no plan fits train\.vram, 0\.55 GiB") as refused:
         train(config)
-    assert "\n" not in str(refused.value)
+    message = str(refused.value)
+    assert "\n" not in message
+    enough = re.search(r'train\.vram = "([\d.]+GiB)" would do', message)
+    assert enough is not None
+    config = make_config(tiny_sdxl, cache, tmp_path / "run", train={"vram": enough[1]})
+    assert planned(config, open_sdxl(tiny_sdxl), CPU)[1] is not None
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("text", ["24", "lots", "0GiB", "-1GiB"])
+@pytest.mark.parametrize("text", ["lots", "0GiB", "-1GiB", "24"])
 def test_a_size_is_checked(tiny_sdxl: Path, tmp_path: Path, text: str) -> None:
     config = make_config(tiny_sdxl, tmp_path, tmp_path, train={"vram": text})
-    with pytest.raises(UserError, match=r"train\.vram = '.*' is not a size; write it as"):
+    with pytest.raises(UserError, match=r"train\.vram = '.*' is not a size; .*\"24GiB\""):
         planned(config, open_sdxl(tiny_sdxl), CPU)
 
 
@@ -94,15 +104,15 @@ def test_running_out_of_memory_is_explained() -> None:
         pytest.raises(
             UserError, match=r"out of GPU memory: the plan \(joint, checkpointed\) expected 8\.00 GiB"
         ) as e,
-        Budget(CPU, 10 * GIB, plan_of("joint", 8 * GIB), smaller, "assumed").kept(),
+        budget_of(CPU, 10 * GIB, 8 * GIB, smaller).kept(),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    assert 'next smaller plan (split, checkpointed, 5.00 GiB) is that of --set train.vram="5.7GiB"' in str(
+    assert 'next smaller plan (split, checkpointed, 5.00 GiB) is that of --set train.vram="5.71GiB"' in str(
         e.value
     )
     with (
         pytest.raises(UserError, match="there is no smaller plan"),
-        Budget(CPU, 10 * GIB, plan_of("joint", 8 * GIB), None, "assumed").kept(),
+        budget_of(CPU, 10 * GIB, 8 * GIB).kept(),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -115,6 +125,8 @@ class PretendedCard:
         fakes: dict[str, Any] = {
             "mem_get_info": lambda device: (int(free * GIB), 24 * GIB),
             "memory_reserved": lambda device: int(reserved * GIB),
+            "memory_allocated": lambda device: 0,
+            "get_device_name": lambda device: "RTX 4090",
             "get_device_properties": lambda device: SimpleNamespace(total_memory=24 * GIB),
             "current_device": lambda: 0,
             "max_memory_allocated": lambda device: 7 * GIB,
@@ -157,10 +169,10 @@ def test_text_encoders_larger_than_the_budget_run_on_the_cpu(
 
 def test_the_allocator_is_capped_while_a_run_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     card = PretendedCard(monkeypatch, free=20, reserved=0)
-    with Budget(CUDA, int(12.4 * GIB), plan_of("joint", 8 * GIB), None, "assumed").kept():
+    with budget_of(CUDA, int(12.4 * GIB), 8 * GIB).kept():
         assert card.caps == [(pytest.approx(0.5), 0)]
     assert card.caps[1:] == [(1.0, 0)]
-    with Budget(CUDA, 80 * GIB, plan_of("joint", 8 * GIB), None, "assumed").kept():
+    with budget_of(CUDA, 80 * GIB, 8 * GIB).kept():
         assert card.caps[-1] == (1.0, 0)
 
 
@@ -169,16 +181,71 @@ def test_the_allocator_is_capped_while_a_run_lasts(monkeypatch: pytest.MonkeyPat
     ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"],
 )
 def test_libraries_run_out_of_memory_too(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    PretendedCard(monkeypatch, free=20, reserved=0)
-    budget = Budget(CUDA, 12 * GIB, plan_of("joint", 8 * GIB), None, "assumed")
+    PretendedCard(monkeypatch, free=0.1, reserved=0)
+    budget = budget_of(CUDA, 12 * GIB, 8 * GIB)
     with pytest.raises(UserError, match=r"8\.00 GiB, 7\.00 were allocated and 9\.00 reserved"), budget.kept():
         raise RuntimeError(words)
     with pytest.raises(RuntimeError, match="illegal memory access"), budget.kept():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
+@pytest.mark.parametrize(
+    ("words", "device"),
+    [
+        ("CUDA error: out of memory", CUDA),
+        ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes", CPU),
+    ],
+)
+def test_system_ram_that_runs_out_is_named(
+    words: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA says the same words where it can pin no more; the card has memory left then."""
+    PretendedCard(monkeypatch, free=20, reserved=0)
+    with (
+        pytest.raises(UserError, match=r"out of system RAM: .*set offload\.optimizer"),
+        budget_of(device, 12 * GIB, 8 * GIB).kept(),
+    ):
+        raise RuntimeError(words)
+    with (
+        pytest.raises(UserError, match="out of GPU memory"),
+        budget_of(device, 12 * GIB, 8 * GIB).kept(),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "free", "planned_for", "source", "note"),
+    [
+        ("1GiB", 20.0, 1.0, "train.vram", ""),
+        ("12GiB", 5.6, 6.0, "the card's free memory", "other programs hold the rest (nvidia-smi"),
+        ("25GiB", 20.0, 20.4, "the card's free memory", "more than the card's 24.00 GiB"),
+        (None, 20.0, 20.4, "the card's free memory", ""),
+    ],
+)
+def test_what_is_not_free_is_not_planned_for(
+    tiny_sdxl: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: str | None,
+    free: float,
+    planned_for: float,
+    source: str,
+    note: str,
+) -> None:
+    """Neither planned for nor under the cap: a driver that is asked for more goes on in system RAM."""
+    card = PretendedCard(monkeypatch, free=free, reserved=0)
+    config = make_config(tiny_sdxl, tmp_path, tmp_path, train={} if wanted is None else {"vram": wanted})
+    budget = planned(config, open_sdxl(tiny_sdxl), CUDA)[1]
+    assert budget is not None
+    assert budget.vram == pytest.approx(planned_for * GIB, abs=2)
+    assert f"({source})" in budget.notes()[0]
+    assert budget.shortage == "" if not note else note in budget.notes()[1]
+    with budget.kept():
+        assert card.caps[-1][0] == pytest.approx((planned_for - 0.4) / 24)
+
+
 def test_what_the_run_itself_holds_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    budget = Budget(CUDA, 20 * GIB, plan_of("joint", 17 * GIB), None, "assumed")
+    budget = budget_of(CUDA, 20 * GIB, 17 * GIB)
     PretendedCard(monkeypatch, free=10, reserved=9.7)
     assert len(budget.notes()) == 1
     PretendedCard(monkeypatch, free=4, reserved=9.7)

@@ -23,6 +23,7 @@ holds more memory while the second half runs, needs the same copies, and a copy 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -70,7 +71,7 @@ def apply_layout(
     blocks = checkpoint_blocks(unet)
     if isinstance(gradient_checkpointing, tuple):
         _check_names(gradient_checkpointing, list(blocks))
-        chosen = {b for name, b in blocks.items() if _below(name, gradient_checkpointing)}
+        chosen = {b for name, b in blocks.items() if below(name, gradient_checkpointing)}
     else:
         chosen = set(blocks.values())
     unet.enable_gradient_checkpointing(_BlockRunner(chosen, layout == "split", offload))
@@ -167,7 +168,8 @@ def has_dropout(module: nn.Module) -> bool:
     return any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in module.modules())
 
 
-def _below(name: str, prefixes: tuple[str, ...]) -> bool:
+def below(name: str, prefixes: Collection[str]) -> bool:
+    """Whether a module's name is one of these or below one."""
     return any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
 
 

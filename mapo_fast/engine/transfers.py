@@ -71,7 +71,10 @@ class Transfers:
             return torch.empty(tuple(shape), dtype=dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < _REGISTERED_BYTES:
-            return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+            try:
+                return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+            except RuntimeError as error:
+                raise _cannot_pin(nbytes, error) from error
         return torch.frombuffer(_pinned_pages(nbytes, self.device), dtype=dtype).view(tuple(shape))
 
     def fetch(self, dst: Tensor, src: Tensor) -> Ticket:
@@ -128,6 +131,13 @@ class _PinnedPages(mmap.mmap):
         torch.cuda.check_error(cudart.cudaHostUnregister(self.address))
 
 
+def _cannot_pin(nbytes: int, error: Exception) -> UserError:
+    return UserError(
+        f"{max(1, nbytes >> 20)} MiB more of system RAM cannot be pinned for offload ({error}): close other "
+        "programs, or set offload.optimizer, offload.weights or offload.activations to 'gpu'"
+    )
+
+
 def _pinned_pages(nbytes: int, device: torch.device) -> _PinnedPages:
     """Pages that cannot be swapped.
 
@@ -144,9 +154,6 @@ def _pinned_pages(nbytes: int, device: torch.device) -> _PinnedPages:
             cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             torch.cuda.check_error(cudart.cudaHostRegister(address, nbytes, 0))
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{nbytes / 2**20:.0f} MiB more of system RAM cannot be pinned for offload ({error}): close "
-            "other programs, or set offload.optimizer, offload.weights or offload.activations to 'gpu'"
-        ) from error
+        raise _cannot_pin(nbytes, error) from error
     pages.address, pages.device = address, device
     return pages

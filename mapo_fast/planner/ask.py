@@ -10,7 +10,7 @@ import torch
 from mapo_fast.config import Config, apply_override, load_config, parse_config
 from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder
-from mapo_fast.planner.cards import GIB, Card, card_with, find_card, parse_size
+from mapo_fast.planner.cards import GIB, Card, card_with, find_card, parse_size, size_text
 from mapo_fast.planner.host import host
 from mapo_fast.planner.models import unet_config
 from mapo_fast.planner.rates import rates_of
@@ -59,11 +59,12 @@ def plan_run(config: Config, folder: SDXLFolder, vram: int, device: torch.device
     return search(config, folder.config("unet"), card, vram, host(None), vae=vae_of(folder))
 
 
-def refusal(outcome: Outcome) -> str:
-    """Why nothing fits and what would, in one line."""
+def refusal(outcome: Outcome, source: str) -> str:
+    """Why nothing fits into what `source` gives, and what would, in one line."""
+    enough = f'; train.vram = "{size_text(outcome.enough)}" would do' if outcome.enough else ""
     return (
-        f"no plan fits train.vram = {outcome.vram / GIB:.2f} GiB ({outcome.usable / GIB:.2f} beside the CUDA "
-        f"context and workspaces): {outcome.advice}"
+        f"no plan fits {source}, {outcome.vram / GIB:.2f} GiB ({outcome.usable / GIB:.2f} beside the CUDA "
+        f"context and workspaces): {outcome.advice}{enough}"
     )
 
 

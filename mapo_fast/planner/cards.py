@@ -8,6 +8,7 @@ machine's card are measured: `rates.py`.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from typing import NamedTuple
 
@@ -128,6 +129,11 @@ def card_with(vram: int) -> Card:
     return min((c for c in CARDS if c.gib == smallest), key=lambda card: card.rates.matrix)
 
 
+def size_text(nbytes: int) -> str:
+    """A size that `parse_size` reads as at least this many bytes."""
+    return f"{math.ceil(100 * nbytes / GIB) / 100:.2f}GiB"
+
+
 def parse_size(text: str, name: str) -> int:
     """Bytes of a size such as "24GiB" or "11.5 GB"; GB is taken as GiB, which card makers mean.
 
@@ -136,7 +142,9 @@ def parse_size(text: str, name: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(g|gb|gib|m|mb|mib)\s*", text.lower())
     if match is None or float(match[1]) == 0:
-        raise UserError(f'{name} = {text!r} is not a size; write it as "24GiB" or "6144MiB"')
+        number = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*", text)
+        example = f"{number[1]}GiB" if number and float(number[1]) else "24GiB"
+        raise UserError(f'{name} = {text!r} is not a size; write it with its unit, "{example}"')
     return int(float(match[1]) * (GIB if match[2].startswith("g") else 2**20))
 
 

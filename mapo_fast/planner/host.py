@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -26,9 +27,43 @@ def host(ram: int | None) -> Host:
 
     Linux lets most memory be pinned; Windows and WSL half of it.
     """
-    ram = psutil.virtual_memory().total if ram is None else ram
+    if ram is None:
+        ram = min([psutil.virtual_memory().total, *_container_limits(Path("/"))])
     wsl = "microsoft" in platform.release().lower()
     return Host(ram, int(ram * (0.5 if sys.platform == "win32" or wsl else 0.8)))
+
+
+def _container_limits(root: Path) -> list[int]:
+    """Memory limits of the control groups (v2, v1) that this process is in; one that has none is left out.
+
+    Where a container sees only its own group, the path that the kernel names is not there: the top is.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, names = root / "sys/fs/cgroup", ["memory.max", "memory.high"]
+        elif "memory" in controllers.split(","):
+            top, names = root / "sys/fs/cgroup/memory", ["memory.limit_in_bytes"]
+        else:
+            continue
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top):
+                limits += [limit for name in names if (limit := _limit(folder / name)) is not None]
+    return limits
+
+
+def _limit(file: Path) -> int | None:
+    """None for "max", and where there is no such file."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def highest(pinned: int, loaded: int) -> int:

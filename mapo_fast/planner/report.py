@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mapo_fast.errors import UserError
-from mapo_fast.planner.cards import CONTEXT_GIB, FRAGMENTATION, GIB, WORKSPACE_GIB
+from mapo_fast.planner.cards import CONTEXT_GIB, FRAGMENTATION, GIB, WORKSPACE_GIB, size_text
 from mapo_fast.planner.plan import Plan
 from mapo_fast.planner.search import Outcome
 from mapo_fast.planner.timeline import simulate
@@ -28,6 +28,7 @@ def as_text(outcome: Outcome) -> str:
     ]
     if outcome.chosen is None:
         lines += ["nothing fits", outcome.advice]
+        lines += [f"--vram {size_text(outcome.enough)} would do"] if outcome.enough else []
     else:
         plan = outcome.chosen
         lines += [
@@ -79,6 +80,7 @@ def as_json(outcome: Outcome) -> str:
             "plan": None if outcome.chosen is None else _row(outcome.chosen),
             "others": [_row(loser.plan) | {"reason": loser.reason} for loser in outcome.others],
             "advice": outcome.advice,
+            "enough": outcome.enough,
         },
         indent=1,
     )

@@ -12,10 +12,10 @@ import multiprocessing
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,7 @@ import mapo_kernels
 from mapo_fast.config import Config
 from mapo_fast.planner.trace import Mark, Trace, record_step
 
+_Work = tuple[Path, str, dict[str, Any], bool]
 _ARRAYS = ("kinds", "flops", "nbytes", "links", "live", "kept")
 
 
@@ -38,20 +39,65 @@ def folder() -> Path:
 
 def traces(configs: Sequence[Config], unet_config: dict[str, Any], *, settled: bool = True) -> list[Trace]:
     """The traces of these configs, from disk or made now, two at a time; see `record_step`."""
-    paths = [folder() / f"{_digest(config, unet_config, settled)}.npz" for config in configs]
-    found = [_read(path) for path in paths]
-    missing = [i for i, trace in enumerate(found) if trace is None]
-    work = [(configs[i].model_dump_json(), unet_config, settled) for i in missing]
-    made: list[Trace] = []
-    if len(work) > 1 and (os.cpu_count() or 1) > 1 and not multiprocessing.current_process().daemon:
+    with closing(Tracing()) as tracing:
+        return list(tracing.traces(configs, unet_config, settled=settled))
+
+
+class Tracing:
+    """Makes traces in this process and in one other, which starts when there is work for two.
+
+    Importing torch and diffusers takes as long as half a trace: the other one serves until `close`.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def close(self) -> None:
+        """End the other process."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def traces(
+        self, configs: Sequence[Config], unet_config: dict[str, Any], *, settled: bool = True
+    ) -> Generator[Trace, None, None]:
+        """One after the other; those behind a trace that is not asked for any more are not made."""
+        paths = [folder() / f"{_digest(config, unet_config, settled)}.npz" for config in configs]
+        found = {i: trace for i, path in enumerate(paths) if (trace := _read(path)) is not None}
+        work = {
+            i: (path, configs[i].model_dump_json(), unet_config, settled)
+            for i, path in enumerate(paths)
+            if i not in found
+        }
+        futures = self._begin(dict(list(work.items())[1:]))
+        try:
+            for i in range(len(configs)):
+                while i not in found:
+                    future = futures.get(i)
+                    here = i if future is None else None if future.done() else _taken_back(futures)
+                    if here is not None:
+                        futures.pop(here, None)
+                        found[here] = _record(work[here])
+                        continue
+                    with suppress(BrokenProcessPool):
+                        found[i] = futures.pop(i).result()
+                yield found.pop(i)
+        finally:
+            for future in futures.values():
+                future.cancel()
+
+    def _begin(self, work: dict[int, _Work]) -> dict[int, Future[Trace]]:
+        if not work or (os.cpu_count() or 1) == 1 or multiprocessing.current_process().daemon:
+            return {}
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        with suppress(BrokenProcessPool), _no_main(), ProcessPoolExecutor(2, mp_context=context) as pool:
-            made = list(pool.map(_record, work))
-    made = made or [_record(one) for one in work]
-    for i, trace in zip(missing, made, strict=True):
-        _write(paths[i], trace)
-        found[i] = trace
-    return [trace for trace in found if trace is not None]
+        with suppress(BrokenProcessPool), _no_main():
+            self._pool = self._pool or ProcessPoolExecutor(1, mp_context=context)
+            return {i: self._pool.submit(_record, one) for i, one in work.items()}
+        return {}
+
+
+def _taken_back(futures: dict[int, Future[Trace]]) -> int | None:
+    """The last that the other process has not begun."""
+    return next((i for i in reversed(futures) if futures[i].cancel()), None)
 
 
 @contextmanager
@@ -64,11 +110,13 @@ def _no_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _record(work: tuple[str, dict[str, Any], bool]) -> Trace:
-    text, unet_config, settled = work
+def _record(work: _Work) -> Trace:
+    path, text, unet_config, settled = work
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # third-party deprecations
-        return record_step(Config.model_validate_json(text), unet_config, settled=settled)
+        trace = record_step(Config.model_validate_json(text), unet_config, settled=settled)
+    _write(path, trace)
+    return trace
 
 
 def _digest(config: Config, unet_config: dict[str, Any], settled: bool) -> str:

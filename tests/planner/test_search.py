@@ -12,12 +12,23 @@ from typing import NoReturn
 import pytest
 
 from mapo_fast.errors import UserError
+from mapo_fast.planner import host as planner_host
 from mapo_fast.planner import search as planner_search
 from mapo_fast.planner import store
-from mapo_fast.planner.cards import CARDS, GIB, card_with, find_card, parse_size, usable_bytes
-from mapo_fast.planner.host import Host
+from mapo_fast.planner.cards import (
+    CARDS,
+    GIB,
+    card_with,
+    find_card,
+    parse_size,
+    size_text,
+    usable_bytes,
+    vram_for,
+)
+from mapo_fast.planner.family import BLOCKS, prefixes, stated
+from mapo_fast.planner.host import Host, _container_limits, host
 from mapo_fast.planner.report import check_picture
-from mapo_fast.planner.search import BLOCKS, prefixes, search, stated
+from mapo_fast.planner.search import search
 from mapo_fast.planner.stages import Vae
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import record_step
@@ -61,8 +72,14 @@ def test_memory_tells_cards_of_one_name_apart_and_super_is_another() -> None:
 def test_unknown_cards_and_sizes_are_one_line() -> None:
     with pytest.raises(UserError, match="RTX 4090"):
         find_card("RTX 409")
-    for wrong in ("24", "lots", "-3GiB", "0GiB"):
-        with pytest.raises(UserError, match="24GiB"):
+    for wrong, example in (
+        ("12", "12GiB"),
+        ("7.5", "7.5GiB"),
+        ("0", "24GiB"),
+        ("lots", "24GiB"),
+        ("-3GiB", "24GiB"),
+    ):
+        with pytest.raises(UserError, match=f'--vram = {wrong!r} is not a size; .* "{example}"'):
             parse_size(wrong, "--vram")
     assert parse_size("1.5 GB", "--vram") == 3 * GIB // 2
 
@@ -71,6 +88,36 @@ def test_the_slowest_card_with_enough_memory_is_assumed() -> None:
     assert card_with(24 * GIB).name == "RTX 3090"
     assert card_with(200 * GIB) in CARDS
     assert usable_bytes(24 * GIB) < 23.5 * GIB
+
+
+@pytest.mark.parametrize("peak", [1, 3 * GIB + 17, 21 * GIB // 2])
+def test_a_proposed_size_is_enough(peak: int) -> None:
+    assert usable_bytes(parse_size(size_text(vram_for(peak)), "--vram")) >= peak
+
+
+def test_memory_limits_of_containers_count(tmp_path: Path) -> None:
+    """Of the process's own group and of all above it, in both versions of control groups."""
+
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+
+    assert _container_limits(tmp_path) == []
+    write("proc/self/cgroup", "1:name=systemd:/x\n0::/jobs/one")
+    write("sys/fs/cgroup/jobs/one/memory.max", "max")
+    write("sys/fs/cgroup/jobs/one/memory.high", "7000")
+    write("sys/fs/cgroup/jobs/memory.max", "9000")
+    write("sys/fs/memory.max", "1")
+    assert sorted(_container_limits(tmp_path)) == [7000, 9000]
+    write("proc/self/cgroup", "5:cpu,memory:/docker/abc\n2:cpuset:/docker/abc")
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "8000")
+    assert _container_limits(tmp_path) == [8000]
+
+
+def test_a_container_is_not_planned_for_the_whole_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner_host, "_container_limits", lambda root: [GIB, 2 * GIB])
+    assert host(None).ram == GIB
+    assert host(3 * GIB).ram == 3 * GIB
 
 
 def test_prefixes_hold_exactly_the_chosen_blocks() -> None:
@@ -138,9 +185,9 @@ def test_little_memory_moves_things_off_the_card_and_little_more_is_refused(exac
     assert poor.chosen.settings["offload.weights"] == "cpu"
     applied = poor.chosen.apply(settings())
     assert applied.offload.weights == "cpu"
-    none = search(settings(), REDUCED, RTX, least // 2, PLENTY, advise=False)
+    none = search(settings(), REDUCED, RTX, least // 2, PLENTY)
     assert none.chosen is None
-    pinned = search(settings(), REDUCED, RTX, int(least * 1.02), Host(64 * GIB, 0), advise=False)
+    pinned = search(settings(), REDUCED, RTX, int(least * 1.02), Host(64 * GIB, 0))
     assert pinned.chosen is None
     assert any("system RAM" in loser.reason for loser in pinned.others)
 
@@ -192,7 +239,7 @@ def test_traces_are_made_here_where_workers_die(tmp_path: Path, monkeypatch: pyt
         def __init__(self, workers: int, mp_context: object) -> None:
             super().__init__(workers)
 
-        def map(self, *_: object) -> NoReturn:  # type: ignore[override]
+        def submit(self, *_: object) -> NoReturn:  # type: ignore[override]
             raise BrokenProcessPool
 
     monkeypatch.setattr(store, "folder", lambda: tmp_path)
@@ -223,7 +270,7 @@ def test_previews_need_room_beside_what_lies_on_the_card(exact_budget: None) -> 
     resident = sum(chosen.device[name] for name in ("parameters", "states", "staging"))
     found = search(asked, REDUCED, RTX, GIB, PLENTY, vae=small)
     assert found.stages["previews"] == resident + 1 + decode_bytes(small.config, 128**2, 4)
-    refused = search(asked, REDUCED, RTX, GIB, PLENTY, vae=large, advise=False)
+    refused = search(asked, REDUCED, RTX, GIB, PLENTY, vae=large)
     assert refused.chosen is None
     assert any("for a preview's VAE" in loser.reason for loser in refused.others)
     assert search(settings(), REDUCED, RTX, GIB, PLENTY, vae=large).chosen is not None
