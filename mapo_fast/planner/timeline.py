@@ -63,7 +63,7 @@ def _run(trace: Trace, seconds: np.ndarray, host: float, issued: float) -> tuple
 
     The device is free from 0 on; the host begins at `issued`, and waits when it is `AHEAD` of the device.
     """
-    ends = np.zeros(len(seconds))
+    ends = [0.0] * len(seconds)
     computed = 0.0
     queues = {FETCH: 0.0, STORE: 0.0}
     rows = zip(trace.kinds.tolist(), seconds.tolist(), trace.links.tolist(), strict=True)
@@ -78,4 +78,4 @@ def _run(trace: Trace, seconds: np.ndarray, host: float, issued: float) -> tuple
             queues[kind] = ends[i] = max(issued, computed, queues[kind], behind) + duration
         else:
             computed = ends[i] = max(issued, computed) + duration
-    return ends, computed, issued
+    return np.array(ends), computed, issued
