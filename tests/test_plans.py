@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,13 @@ def everything_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def sections(plan: dict[str, Any], **train_settings: Any) -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {
-        "train": {"precision": "pure_bf16", "steps": 4, "checkpoint_every": 2, **train_settings},
+        "train": {
+            "precision": "pure_bf16",
+            "steps": 3,
+            "checkpoint_every": 1,
+            "keep_checkpoints": 3,
+            **train_settings,
+        },
         "optim": {"name": "adamw8bit"},
         "preview": {"prompts": ["red square"], "every": 2, "steps": 2},
     }
@@ -51,7 +58,10 @@ def test_a_run_and_its_resume(
     kind = plan["adapter.kind"]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     assert train(make_config(tiny_sdxl, cache, straight, **sections(plan))).finished
-    assert train(make_config(tiny_sdxl, cache, resumed, **sections(plan, steps=2))).finished
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / RESULT[kind].partition("/")[0])
+    for step in (2, 3):  # as if it had been killed behind its first step
+        shutil.rmtree(resumed / "checkpoints" / f"step-{step:08d}")
     assert train(make_config(tiny_sdxl, cache, resumed, **sections(plan)), resume=True).finished
     one, other = load_file(straight / RESULT[kind]), load_file(resumed / RESULT[kind])
     assert one.keys() == other.keys()

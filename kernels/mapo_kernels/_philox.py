@@ -39,7 +39,6 @@ def philox_torch(
 
 
 def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """Low and high word of a 32 × 32-bit product, without leaving int64."""
-    low = a * (constant & 0xFFFF)  # < 2⁴⁸
-    high = a * (constant >> 16) + (low >> 16)  # < 2⁴⁹: the product divided by 2¹⁶
-    return ((high & 0xFFFF) << 16) | (low & 0xFFFF), high >> 16
+    """Low and high word of a 32 × 32-bit product; int64 keeps all 64 bits of it, the top one as its sign."""
+    product = a * constant
+    return product & _WORD, (product >> 32) & _WORD

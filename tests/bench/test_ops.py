@@ -1,7 +1,6 @@
 """The microbenchmarks' machinery on the CPU: what is measured, in which order, when not, and the tables."""
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -200,12 +199,11 @@ def test_tables_compare_with_the_newest_row_of_each_provider(tmp_path: Path) -> 
     assert path.stat().st_size > 0
 
 
-def test_the_command_says_that_there_is_no_gpu() -> None:
+def test_the_command_says_that_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    command = [sys.executable, "-m", "bench.ops", "--device", "cuda"]
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
-    )
-    assert result.returncode == 2
-    assert "no NVIDIA GPU" in result.stderr
+    monkeypatch.setattr(sys, "argv", ["ops", "--device", "cuda"])
+    assert ops.main() == 2
+    assert "no NVIDIA GPU" in capsys.readouterr().err
