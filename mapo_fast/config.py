@@ -269,6 +269,10 @@ class SpeedConfig(Section):
     compile: bool = False
     """Compile the transformer blocks with torch.compile: once for every width of a block, not for an aspect
     bucket. The log's `compile_s` says how long it took."""
+    cuda_graph: bool = False
+    """Capture a whole step (forward, backward, update) and replay it: of every shape of a micro-batch the
+    first step runs as usual, the second is captured, later ones cost the host one launch. Needs an NVIDIA GPU
+    and memory beside the plan's: what a step took stays reserved for the graphs."""
     prefetch: bool = True
     """Read the next micro-batch, draw its noise and copy it to the device while the current step runs."""
 

@@ -354,29 +354,29 @@ class Plan(NamedTuple):
     buckets: list[_Bucket]
     table: Tensor  # (tensors, 10) int64
     scalars: Tensor  # (tensors, 16) fp32
+    hosts: list[Tensor]  # what a CUDA graph copies the tables from each time it is replayed
 
 
 def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A table on the device, without a wait for it."""
+def _upload(values: Any, dtype: torch.dtype, device: torch.device, hosts: list[Tensor]) -> Tensor:
+    """A table on the device, without a wait for it. In a capture `hosts` gets what it is copied from."""
     host = torch.as_tensor(values, dtype=dtype)
     if device.type != "cuda":
         return host
+    host = host.pin_memory()
     if capturing(device):
-        raise RuntimeError(
-            "AdamW8bit: the gradients moved, and a CUDA graph cannot keep the memory their addresses come "
-            "from; take one step with the same .grad tensors first (zero_grad(set_to_none=False))"
-        )
-    return host.pin_memory().to(device, non_blocking=True)
+        hosts.append(host)
+    return host.to(device, non_blocking=True)
 
 
 def make_plan(tensors: Tensors, last: Plan | None = None) -> Plan:
     """The plan of these tensors, as far as possible with the tables of the last one."""
     where = [t.data_ptr() for values in tensors[:7] for t in values]
     device = tensors.params[0].device
+    hosts: list[Tensor] = []
     kinds: _Kinds = {}
     for i, (p, g, s1, s2) in enumerate(
         zip(tensors.params, tensors.grads, tensors.state1, tensors.state2, strict=True)
@@ -387,6 +387,7 @@ def make_plan(tensors: Tensors, last: Plan | None = None) -> Plan:
             kinds.setdefault(((p.dtype, g.dtype, s1.dtype), aligned), []).append(i)
     if last is not None and last.kinds == kinds:
         starts, buckets, scalars = last.starts, last.buckets, last.scalars
+        hosts += last.hosts  # of its buckets
     else:
         starts, buckets = [0] * len(tensors.params), []
         scalars = torch.empty(len(tensors.params), 16, device=device)
@@ -400,14 +401,13 @@ def make_plan(tensors: Tensors, last: Plan | None = None) -> Plan:
             number = torch.arange(len(owner)) - first.repeat_interleave(counts)
             for i, start in zip(members, first.tolist(), strict=True):
                 starts[i] = start
-            chunks = _upload(torch.stack([owner, number], 1), torch.int32, device)
-            buckets.append(
-                _Bucket(dtypes, aligned, block, chunk, chunks, _upload(members, torch.int32, device))
-            )
+            chunks = _upload(torch.stack([owner, number], 1), torch.int32, device, hosts)
+            uploaded = _upload(members, torch.int32, device, hosts)
+            buckets.append(_Bucket(dtypes, aligned, block, chunk, chunks, uploaded))
     rest = [[p.numel() for p in tensors.params], list(tensors.ids), starts]
     addresses = torch.cat([torch.tensor(where).view(7, -1), torch.tensor(rest)]).T.contiguous()
-    table = _upload(addresses, torch.int64, device)
-    return Plan(where, tensors.steps, kinds, starts, buckets, table, scalars)
+    table = _upload(addresses, torch.int64, device, hosts)
+    return Plan(where, tensors.steps, kinds, starts, buckets, table, scalars, hosts)
 
 
 def _triton_dtype(dtype: torch.dtype) -> Any:

@@ -247,8 +247,8 @@ class AdamW8bit(torch.optim.Optimizer):
     torch's fused AdamW, so `torch.amp.GradScaler` skips bad steps without a host wait. `found_inf` may also
     have a value for each parameter with a gradient, in order: those where it is not 0 are skipped.
 
-    CUDA graphs: capture `step()` after one step with the same `.grad` tensors; pass `lr` as a tensor and
-    change it in place.
+    CUDA graphs: capture `step()` after one step outside; pass `lr` as a tensor and change it in place. A
+    graph needs its step's tables: they live as long as the optimizer, or as what `take_captured` returns.
 
     Args:
         params, lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
@@ -307,6 +307,11 @@ class AdamW8bit(torch.optim.Optimizer):
         """Of a copy, which has parameters, settings and states and nothing else."""
         super().__setstate__(state)
         self._forget()
+
+    def take_captured(self) -> list[Plan]:
+        """The tables of the steps captured since the last call, to be kept as long as their graph."""
+        taken, self._captured = self._captured, []
+        return taken
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -5,12 +5,15 @@ The trainer and the planner's trace use the same `Engine`, so that what is predi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from mapo_fast.config import Config
 from mapo_fast.engine.build import TrainingUnet
 from mapo_fast.engine.fused_step import FusedStep
+from mapo_fast.engine.graphs import StepGraphs, check_capture
 from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
 from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.reference import StartModel
@@ -19,6 +22,7 @@ from mapo_fast.engine.step import PairInputs, predict
 from mapo_fast.engine.stream_states import StateStreaming
 from mapo_fast.loss import PairLoss
 from mapo_kernels import PairedLoss
+from mapo_kernels.adamw8bit import AdamW8bit
 
 
 class Engine:
@@ -64,10 +68,29 @@ class Engine:
                 optimizer, self.parameters, max_grad_norm=config.optim.max_grad_norm, scaler=self.scaler
             )
 
+        self._lr: Tensor | None = None
+        self._graphs: StepGraphs | None = None
+        if config.speed.cuda_graph:
+            check_capture(config, device)
+            self._capture_steps(StepGraphs)
+
+    def _capture_steps(self, graphs: type[StepGraphs]) -> None:
+        """From now on run whole steps as CUDA graphs."""
+        optimizer = self.optimizer.optimizer
+        eight_bit = isinstance(optimizer, AdamW8bit)
+        for group in optimizer.param_groups:
+            group["capturable"] = True  # torch's own optimizers ask for it
+        self._lr = torch.zeros((), dtype=torch.float64 if eight_bit else torch.float32, device=self.device)
+        self._norm: Tensor | None = None
+        keep = optimizer.take_captured if isinstance(optimizer, AdamW8bit) else lambda: None
+        self._graphs = graphs(self._whole_step, self.device, keep)
+
     def start(self, lr: float) -> None:
         """Begin an optimizer step at learning rate `lr`."""
+        if self._lr is not None:
+            self._lr.fill_(lr)
         for group in self.optimizer.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr if self._lr is None else self._lr
 
     def accumulate(
         self,
@@ -89,6 +112,19 @@ class Engine:
         Returns:
             The micro-batch's loss, errors and logits.
         """
+        if self._graphs is not None:
+            out, self._norm = self._graphs((*inputs, reference_errors, labels))
+            return out  # type: ignore[no-any-return]
+        return self._accumulate(inputs, share, reference_errors, labels)
+
+    def _whole_step(self, tensors: Sequence[Tensor | None]) -> tuple[PairedLoss, Tensor]:
+        *inputs, reference_errors, labels = tensors
+        out = self._accumulate(PairInputs(*inputs), 1.0, reference_errors, labels)  # type: ignore[arg-type]
+        return out._replace(loss=out.loss.detach()), self._finish()
+
+    def _accumulate(
+        self, inputs: PairInputs, share: float, reference_errors: Tensor | None, labels: Tensor | None
+    ) -> PairedLoss:
         if reference_errors is None and self.parts.start is not None:
             reference_errors = self.errors_of(self.parts.start, inputs)
         named = {"reference_errors": reference_errors, "labels": labels}
@@ -120,6 +156,12 @@ class Engine:
 
     def finish(self) -> Tensor:
         """Complete the optimizer step; returns its 0-d gradient norm on the device."""
+        if self._graphs is not None:
+            assert self._norm is not None
+            return self._norm
+        return self._finish()
+
+    def _finish(self) -> Tensor:
         norm = self.optimizer.step()
         if self.parts.activations is not None:
             self.parts.activations.reset()

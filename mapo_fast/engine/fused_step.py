@@ -113,6 +113,7 @@ class FusedStep:
         """
         if self._running:
             raise RuntimeError("FusedStep: one backward a step: its gradients are applied as they come")
+        self._start()
         self._running = True
         self._bad_loss = ~torch.isfinite(loss.detach())
         if self.states is not None:
@@ -130,10 +131,10 @@ class FusedStep:
         tensors = torch.where(self._bad_loss, 0, self._bad_tensors)
         self.skipped += self._bad_loss
         self.skipped_tensors += tensors
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * (self._bad_loss | (tensors > 0))
-        self._norm = torch.where(torch.isfinite(norm), norm, self._norm)
+        # In place, as all that a step leaves to the next one: a captured step finds it where it was.
+        self.skipped_in_a_row.add_(1).mul_(self._bad_loss | (tensors > 0))
+        self._norm.copy_(torch.where(torch.isfinite(norm), norm, self._norm))
         self._running = False
-        self._start()
         return norm
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -94,7 +94,7 @@ class GuardedOptimizer:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         bad = (~torch.isfinite(norm)).to(torch.float32)
         self.skipped += bad
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * bad
+        self.skipped_in_a_row.add_(1).mul_(bad)  # in place: a captured step finds it where it was
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()

@@ -72,7 +72,7 @@ def flatten_optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], di
                 if _by_memory_order(optimizer) and not value.is_contiguous():
                     strides[name] = list(value.stride())
     groups = [
-        {key: value for key, value in group.items() if key not in _IMPLEMENTATION_KEYS}
+        {key: _plain(value) for key, value in group.items() if key not in _IMPLEMENTATION_KEYS}
         for group in optimizer.param_groups
     ]
     description = {
@@ -146,6 +146,11 @@ def restore_optimizer_state(
     for name, value in entries.items():
         index, key = _split(name)
         optimizer.state[parameters[index]][key] = value
+
+
+def _plain(value: Any) -> Any:
+    """A setting for JSON; the learning rate may be a tensor."""
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

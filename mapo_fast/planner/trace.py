@@ -37,6 +37,8 @@ from mapo_kernels._dynamic_code import code_book
 from mapo_kernels._launch import Card
 
 CPU = torch.device("cpu")
+_EAGER = {"train.attention": "sdpa", "speed.compile": False, "speed.cuda_graph": False}
+"""What a recorder can look into."""
 CARD = Card(89, 128)
 """What kernels are launched for. On another card they need more or less by a few hundred kB of partial sums:
 one trace serves all."""
@@ -111,7 +113,11 @@ def record_step(config: Config, unet_config: dict[str, Any], *, settled: bool = 
         stack.enter_context(card_path(CARD, recorder.launched))
         stack.enter_context(recorder)
         links = stack.enter_context(_transfers(recorder))
-        eager = {"train.attention": "sdpa", "speed.compile": False}  # what a recorder can look into
+        eager = {
+            "train.attention": "sdpa",
+            "speed.compile": False,
+            "speed.cuda_graph": False,
+        }  # what a recorder can look into
         plain = with_settings(config, eager)
         parts = prepare_unet(unet, plain, precision, CPU)
         parts = with_start_model(parts, plain, lambda: unets[1])
@@ -122,7 +128,7 @@ def record_step(config: Config, unet_config: dict[str, Any], *, settled: bool = 
         for p in unet.parameters():
             if p.requires_grad:
                 p.register_post_accumulate_grad_hook(_tag_gradient(recorder))
-        engine = Engine(config, parts, loss, precision, CPU)
+        engine = Engine(plain, parts, loss, precision, CPU)
         side, chunks = config.data.resolution // 8, chunk_count(config.data.max_tokens)
         inputs = [
             pairs_of_zeros(config.train.pairs_per_batch, side, unet_config, chunks=chunks)
