@@ -20,7 +20,7 @@ from mapo_fast.engine.build import TrainingUnet, prepare_unet, with_start_model
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.reference import PrecomputedErrors, StartModel
-from mapo_fast.engine.step import predict
+from mapo_fast.engine.step import PairInputs, predict
 from mapo_fast.lora import add_lora, lora_state_dict
 from mapo_fast.objectives import build_loss
 from tests.engine.pair_steps import gradients, pair_of_inputs, worst
@@ -312,3 +312,34 @@ def test_errors_of_another_run_or_damaged_ones_are_made_again(tmp_path: Path) ->
     fill(opened(tmp_path), seen := [])
     assert seen == [4, 5, 6, 7]
     check(opened(tmp_path), 10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize(("kind", "source"), KINDS)
+def test_the_reference_makes_nobody_wait_for_a_gpu(tmp_path: Path, kind: str, source: str) -> None:
+    """A step's forward and backward with a streamed copy, a switched-off LoRA, or errors from pinned memory."""
+    cuda, precision = torch.device("cuda"), Precision(torch.float32, torch.float32, None, scaled=False)
+    away = {"weights": "cpu", "optimizer": "cpu"} if source == "copy" else {}
+    train = {"fused_step": source == "copy"}
+    config = config_of("dpo", kind, source, train=train, offload=away)
+    parts = prepare_unet(make_unet("sdxl", dtype=torch.float32), config, precision, cuda)
+    parts = with_start_model(parts, config, lambda: make_unet("sdxl", dtype=torch.float32))
+    engine = Engine(config, parts, build_loss(config.objective, 1000), precision, cuda)
+    inputs = PairInputs(*(x.to(cuda) for x in pair_of_inputs(2, torch.float32)))
+    table = PrecomputedErrors(tmp_path, {}, batches(4), 1, cuda)
+    list(table.compute(lambda _: engine.errors_of(StartModel(parts.unet), inputs)))
+
+    def step() -> Tensor:
+        known = table.at(0, 2) if source == "precomputed" else None
+        return engine.accumulate(inputs, 1.0, reference_errors=known).logits
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logits = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    if source != "copy":  # whose fused step has changed the weights
+        assert torch.equal(logits, torch.zeros_like(logits))
