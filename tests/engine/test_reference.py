@@ -318,8 +318,11 @@ def test_errors_of_another_run_or_damaged_ones_are_made_again(tmp_path: Path) ->
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize(("kind", "source"), KINDS)
-def test_the_reference_makes_nobody_wait_for_a_gpu(tmp_path: Path, kind: str, source: str) -> None:
-    """A step's forward and backward with a streamed copy, a switched-off LoRA, or errors from pinned memory."""
+def test_nobody_waits_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, source: str
+) -> None:
+    """A step with a streamed copy, with the LoRA switched off, or with errors from pinned memory."""
+    monkeypatch.setattr(stream_weights, "STREAMED_BYTES", 1)
     cuda, precision = torch.device("cuda"), Precision(torch.float32, torch.float32, None, scaled=False)
     away = {"weights": "cpu", "optimizer": "cpu"} if source == "copy" else {}
     train = {"fused_step": source == "copy"}
@@ -331,15 +334,15 @@ def test_the_reference_makes_nobody_wait_for_a_gpu(tmp_path: Path, kind: str, so
     table = PrecomputedErrors(tmp_path, {}, batches(4), 1, cuda)
     list(table.compute(lambda _: engine.errors_of(StartModel(parts.unet), inputs)))
 
-    def step() -> Tensor:
+    def step() -> None:
         known = table.at(0, 2) if source == "precomputed" else None
-        return engine.accumulate(inputs, 1.0, reference_errors=known).logits
+        engine.start(1e-4)
+        engine.accumulate(inputs, 1.0, reference_errors=known)
+        engine.finish()
 
     step()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        logits = step()
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    if source != "copy":  # whose fused step has changed the weights
-        assert torch.equal(logits, torch.zeros_like(logits))
