@@ -212,8 +212,8 @@ class TrainConfig(Section):
     """Update weights and free gradients as soon as backward has completed them: all gradients never exist at
     once. One micro-batch per step only. True by default where offload.optimizer, or a full fine-tune's
     offload.weights, is `cpu`."""
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    """Attention back end."""
+    attention: Literal["sdpa", "xformers", "flash"] = "sdpa"
+    """Attention back end: torch's own, or that of the xformers or the flash-attn package."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to train; `auto` takes the GPU when there is one."""
     threads: int = Field(0, ge=0, le=1024)

@@ -8,7 +8,7 @@ is strict JSON.
     step         loss, chosen_error, rejected_error, margin (mean e_l − e_w), logits (mean z), saturation
                  (mean σ(−z)), saturated (share of pairs with σ(−z) < 0.05), accuracy (share of pairs with
                  z > 0; with a reference model: pairs of which the chosen image has improved more), grad_norm,
-                 lr, pairs_per_s, peak_memory_mib, skipped_steps; compile_s, what speed.compile has taken
+                 lr, pairs_per_s, peak_memory_mib, skipped_steps; compile_s, what speed.compile took so far
     evaluation   held-out figures, each against the start model
     warning      message
     end          whether the run is finished, and the session's seconds

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mapo_fast.config import Config, OptimConfig, TrainConfig
 from mapo_fast.engine.compile import CompiledBlocks
+from mapo_fast.engine.flash import use_flash
 from mapo_fast.engine.layouts import apply_layout
 from mapo_fast.engine.offload_activations import ActivationOffload
 from mapo_fast.engine.precision import Precision
@@ -114,7 +115,9 @@ def with_start_model(parts: TrainingUnet, config: Config, load: Callable[[], Any
 def _choose_kernels(unet: Any, config: Config) -> None:
     if config.speed.fused_ops:
         patch_unet(unet)
-    if config.train.attention == "xformers":
+    if config.train.attention == "flash":
+        use_flash(unet, config.train.precision)
+    elif config.train.attention == "xformers":
         try:
             unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ModuleNotFoundError, ValueError) as error:

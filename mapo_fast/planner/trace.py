@@ -121,7 +121,7 @@ def record_step(config: Config, unet_config: dict[str, Any], *, settled: bool = 
         plain = with_settings(config, eager)
         parts = prepare_unet(unet, plain, precision, CPU)
         parts = with_start_model(parts, plain, lambda: unets[1])
-        if config.train.attention == "xformers":
+        if config.train.attention != "sdpa":
             for one in unets:
                 _attend_apart(one)
         loss = build_loss(config.objective, 1000)
@@ -197,7 +197,7 @@ class _Apart(AttnProcessor2_0):  # type: ignore[misc]
 
 
 def _attend_apart(unet: Any) -> None:
-    """As with xformers, which has nothing that runs on the CPU; its kernels need what SDPA's need."""
+    """As with xformers and flash-attn, which have nothing for the CPU; both need what SDPA's kernels need."""
     for module in unet.modules():
         if isinstance(module, Attention):
             module.set_processor(_Apart())
