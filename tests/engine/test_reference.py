@@ -24,6 +24,7 @@ from mapo_fast.engine.step import PairInputs, predict
 from mapo_fast.lora import add_lora, lora_state_dict
 from mapo_fast.objectives import build_loss
 from tests.engine.pair_steps import gradients, pair_of_inputs, worst
+from tests.test_no_sync import no_sync
 from tests.unets import make_unet
 
 FP64 = Precision(torch.float64, torch.float64, None, scaled=False)
@@ -312,6 +313,20 @@ def test_errors_of_another_run_or_damaged_ones_are_made_again(tmp_path: Path) ->
     fill(opened(tmp_path), seen := [])
     assert seen == [4, 5, 6, 7]
     check(opened(tmp_path), 10)
+
+
+@pytest.mark.parametrize(("kind", "source"), KINDS)
+def test_the_host_reads_no_errors(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, source: str
+) -> None:
+    engine, known = engine_of(config_of("dpo", kind, source))
+    inputs = pair_of_inputs()
+    table = PrecomputedErrors(tmp_path, {}, MicroBatches([], 3, seed=0), 1, CPU)
+    if known is not None:
+        list(table.compute(lambda _: known))
+    with no_sync(monkeypatch):
+        given = None if known is None else table.at(0, 3)
+        engine.accumulate(inputs, 1.0, reference_errors=given)
 
 
 @pytest.mark.gpu
