@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from multiprocessing.spawn import get_preparation_data
 from pathlib import Path
 from typing import NoReturn
@@ -25,7 +26,7 @@ from mapo_fast.planner.cards import (
     usable_bytes,
     vram_for,
 )
-from mapo_fast.planner.family import BLOCKS, prefixes, stated
+from mapo_fast.planner.family import BLOCKS, Family, prefixes, stated
 from mapo_fast.planner.host import Host, _container_limits, host
 from mapo_fast.planner.report import check_picture
 from mapo_fast.planner.search import search
@@ -157,9 +158,11 @@ def test_a_streamed_copy_of_the_start_model_is_foreseen() -> None:
         objective={"name": "dpo", "reference": "copy"},
         offload=dict.fromkeys(("optimizer", "weights", "activations"), "cpu"),
     )
-    family = planner_search._Family(config, {}, REDUCED, RTX, GIB)
-    (composed,) = family.plans()
-    traced, _ = family.traced(composed)
+    with closing(store.Tracing()) as tracing:
+        family = Family(config, {}, REDUCED, RTX, GIB, tracing)
+        family.frugal()
+        (composed,) = family.plans()
+        traced, _ = family.traced(composed)
     assert composed.peak == pytest.approx(traced.peak, rel=0.01)
     assert composed.pinned == pytest.approx(traced.pinned, rel=0.01)
     assert composed.ms == pytest.approx(traced.ms, rel=0.2)
