@@ -86,7 +86,13 @@ def prepare_unet(unet: Any, config: Config, precision: Precision, device: torch.
     transfers = Transfers(device)
     weights = WeightStreaming(unet, transfers) if offload.weights == "cpu" else None
     activations = ActivationOffload(transfers) if offload.activations == "cpu" else None
-    apply_layout(unet, train.layout, gradient_checkpointing=train.gradient_checkpointing, offload=activations)
+    apply_layout(
+        unet,
+        train.layout,
+        gradient_checkpointing=train.gradient_checkpointing,
+        offload=activations,
+        recompute_norms=config.speed.fused_ops,
+    )
     compiled = CompiledBlocks(unet) if config.speed.compile else None
     return TrainingUnet(unet.train(), transfers, weights, activations, compiled)
 

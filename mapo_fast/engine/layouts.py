@@ -14,7 +14,8 @@ gradients. Checkpointing has to be non-reentrant: there a parameter used by both
 gradient hook once, with the sum; reentrant checkpointing would fire the hook once a half.
 
 In every layout the norm in front of a transformer's blocks is computed again in backward where what it feeds
-saves its output: element-wise work, for 0.08 GiB of an SDXL pair at 1024².
+saves its output: element-wise work, for 0.08 GiB of an SDXL pair at 1024². It goes with the fused operators,
+which do the same inside blocks; without them (speed.fused_ops = false) the step is diffusers' own.
 
 `split` copies a block's output once, where the halves are joined. Writing them into one output made before
 holds more memory while the second half runs, needs the same copies, and a copy of the gradient in backward.
@@ -46,6 +47,7 @@ def apply_layout(
     *,
     gradient_checkpointing: bool | tuple[str, ...],
     offload: ActivationOffload | None = None,
+    recompute_norms: bool = True,
 ) -> None:
     """Set a diffusers UNet's checkpointing to the layout.
 
@@ -53,6 +55,7 @@ def apply_layout(
         gradient_checkpointing: all blocks of `checkpoint_blocks`, none, or those at or below one of these
             names, such as "down_blocks.2" or "mid_block.attentions.0.transformer_blocks".
         offload: where the inputs of checkpointed blocks wait for backward; None leaves them on the device.
+        recompute_norms: in front of a transformer's blocks; see the top of this file.
 
     Raises:
         UserError: a name that is no block and holds none.
@@ -61,6 +64,8 @@ def apply_layout(
     for module in unet.modules():
         if type(module) is Transformer2DModel:
             module.__class__ = _Transformer
+        if isinstance(module, _Transformer):
+            module.recompute_norm = recompute_norms
     if not gradient_checkpointing:
         if layout == "split":
             raise ValueError(
@@ -100,8 +105,12 @@ class _Transformer(Transformer2DModel):  # type: ignore[misc]
     Tokens are an image in channels_last: where the residual lies so, nothing is copied on the way out.
     """
 
+    recompute_norm: bool
+
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> Any:
         run = super()._operate_on_continuous_inputs
+        if not self.recompute_norm:
+            return run(hidden_states)
         if not any(p.requires_grad for p in self.proj_in.parameters()):
             return run(hidden_states)  # a frozen projection does not save its input
         dropout = has_dropout(self.proj_in)
