@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from mapo_fast.config import Config
+from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder
 from mapo_fast.planner.ask import plan_run, refusal
@@ -130,23 +131,32 @@ ARITHMETIC = ("train.fused_step", "train.precision", "optim.name", "adapter.base
 
 
 def planned(
-    config: Config, folder: SDXLFolder, device: torch.device, recorded: dict[str, Any] | None = None
+    config: Config,
+    folder: SDXLFolder,
+    device: torch.device,
+    recorded: dict[str, Any] | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[Config, Budget | None]:
     """The config with the fastest plan for train.vram, or for the free memory of a GPU.
+
+    Several processes take the plan of the GPU with the least free memory; process 0 makes it.
 
     Args:
         recorded: settings of the run to resume, section by section: what the updates depend on is kept.
 
     Returns:
-        The config as it is and None on the CPU without train.vram.
+        The config as it is and None on the CPU without train.vram, and where the model is split.
 
     Raises:
         UserError: train.vram is no size, or nothing fits; the message names the smallest change that would.
     """
+    if processes.shard(config):
+        return config, None
     wanted = None if config.train.vram is None else parse_size(config.train.vram, "train.vram")
     free = _available(device) if device.type == "cuda" else wanted
     if free is None:
         return config, None
+    free = int(processes.smallest(free))
     shortage = ""
     if wanted is None or free < wanted:
         vram, source = free, "the card's free memory"
@@ -156,12 +166,15 @@ def planned(
         vram, source = wanted, "train.vram"
     if recorded is not None:
         config = with_settings(config, _open(config, recorded))
-    outcome = plan_run(config, folder, vram, device)
-    if outcome.chosen is None:
-        raise UserError("; ".join(filter(None, [refusal(outcome, source), shortage])))
-    smaller, rates = _smaller(outcome, outcome.chosen), outcome.card.rates.source
-    budget = Budget(device, vram, outcome.chosen, smaller, rates, source, shortage)
-    return outcome.chosen.apply(config), budget
+
+    def choose() -> tuple[Plan, Plan | None, str]:
+        outcome = plan_run(config, folder, vram, device, processes.local_size)
+        if outcome.chosen is None:
+            raise UserError("; ".join(filter(None, [refusal(outcome, source), shortage])))
+        return outcome.chosen, _smaller(outcome, outcome.chosen), outcome.card.rates.source
+
+    chosen, smaller, rates = processes.once(choose)
+    return chosen.apply(config), Budget(device, vram, chosen, smaller, rates, source, shortage)
 
 
 def _open(config: Config, recorded: dict[str, Any]) -> dict[str, Any]:

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from mapo_fast.errors import UserError
 from mapo_fast.files import disk_errors, fsync, sha256_file
 from mapo_fast.tensorfile import write_tensors
+from mapo_fast.tensorparts import fill
 
 _FORMAT = 1
 _STEP = re.compile(r"step-(\d{8,})")
@@ -68,9 +68,8 @@ class Checkpoint:
                 f"and {wanted.get(first, 'absent')} here ({len(differing)} tensors differ); resume with the "
                 "model and adapter settings of the run"
             )
-        with torch.no_grad():
-            for key, view in self.views(name):
-                targets[key].copy_(view)
+        for key, view in self.views(name):
+            fill(targets[key], view)
 
     def views(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """Names and memory-mapped tensors saved under `name`, one by one: copy them, do not keep them."""

@@ -58,17 +58,21 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in train.output.")] = False,
 ) -> None:
-    """Fine-tune on a prepared cache."""
+    """Fine-tune on a prepared cache; under accelerate launch or torchrun, on one GPU per process."""
     from mapo_fast.config import load_config
     from mapo_fast.train import train as run
 
     settings = load_config(config, overrides)
     result = run(settings, resume=resume, console=Console())
+    main = os.environ.get("RANK", "0") == "0"  # of several processes one talks
     if not result.finished:
-        typer.echo(
-            f"stopped at step {result.step}, saved; continue with the same command and --resume", err=True
-        )
+        if main:
+            typer.echo(
+                f"stopped at step {result.step}, saved; continue with the same command and --resume", err=True
+            )
         raise typer.Exit(130)
+    if not main:
+        return
     made = result.output / ("lora" if settings.adapter.kind == "lora" else "unet")
     typer.echo(f"finished: {result.step} steps; result in {made}, log in {result.output / 'log.jsonl'}")
 
@@ -151,7 +155,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"mapo-fast: {error}", file=sys.stderr)
+        if not error.reported:
+            print(f"mapo-fast: {error}", file=sys.stderr)
         sys.exit(2)
 
 

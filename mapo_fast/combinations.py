@@ -36,11 +36,13 @@ Checkpointing may also be of some blocks by name: it then counts as true."""
 _OTHERS: dict[str, tuple[Any, ...]] = {
     "train.accumulation": (1,),
     "train.precision": ("bf16",),
-    "optim.name": ("adamw8bit",),
+    "train.shard": (False,),
+    "optim.name": ("adamw8bit", "adamw"),
     "optim.max_update_rms": (None,),
     "adapter.kind": ("lora", "full"),
     "adapter.base": ("dense",),
     "train.attention": ("sdpa",),
+    "speed.channels_last": (False,),
     "speed.compile": (False,),
 }
 """The other settings that rules speak of, with the values that a message may propose."""
@@ -95,6 +97,31 @@ _RULES = (
         ("train.precision", "adapter.kind"),
         lambda precision, kind: precision == "fp16" and kind == "full",
         "fp16 weights of a full fine-tune under- and overflow",
+    ),
+    _Rule(
+        ("train.shard", "adapter.kind"),
+        lambda shard, kind: shard and kind == "lora",
+        "the weights of a full fine-tune are split, a LoRA's base is whole on each GPU",
+    ),
+    _Rule(
+        ("train.shard", "optim.name"),
+        lambda shard, optimizer: shard and optimizer != "adamw",
+        "only 'adamw' updates a part of a tensor as it would the whole",
+    ),
+    _Rule(
+        ("train.shard", "train.fused_step"),
+        lambda shard, fused: shard and fused,
+        "split gradients are summed behind a block's backward, a fused step has used them by then",
+    ),
+    _Rule(
+        ("train.shard", "speed.channels_last"),
+        lambda shard, channels_last: shard and channels_last,
+        "FSDP2 splits contiguous weights only",
+    ),
+    _Rule(
+        ("train.shard", "speed.compile"),
+        lambda shard, compiled: shard and compiled,
+        "compiled blocks do not know that their weights come and go",
     ),
     _Rule(
         ("offload.activations", "train.gradient_checkpointing"),

@@ -210,8 +210,11 @@ class TrainConfig(Section):
     of these names, such as "down_blocks.2". `split` needs it; with false, the default layout is `joint`."""
     fused_step: bool = False
     """Update weights and free gradients as soon as backward has completed them: all gradients never exist at
-    once. One micro-batch per step only. True by default where offload.optimizer, or a full fine-tune's
-    offload.weights, is `cpu`."""
+    once. One micro-batch per step only, in one process. True by default where offload.optimizer, or a full
+    fine-tune's offload.weights, is `cpu`."""
+    shard: bool = False
+    """With several processes: split weights, gradients and optimizer states among their GPUs (FSDP2), instead
+    of a whole model on each. For adapter.kind = "full" with optim.name = "adamw"."""
     attention: Literal["sdpa", "xformers", "flash"] = "sdpa"
     """Attention back end: torch's own, or that of the xformers or the flash-attn package."""
     device: Literal["auto", "cuda", "cpu"] = "auto"

@@ -6,3 +6,6 @@ class UserError(Exception):
 
     The command line prints the message without a stack trace and exits with code 2.
     """
+
+    reported = False
+    """Whether another process prints it."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mapo_fast.data.cache import CachedPair, PairCache
 from mapo_fast.diffusion import Diffusion
+from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.draws import pair_noise, stratified_timesteps
 from mapo_fast.engine.step import pair_inputs, predict
 from mapo_fast.files import atomic_path
@@ -47,6 +48,7 @@ class HeldOut:
             evaluation needs no more memory than training.
         seed: the run's seed.
         device: the UNet's device.
+        processes: of the run; they share the pairs.
     """
 
     def __init__(
@@ -59,26 +61,32 @@ class HeldOut:
         draws_per_batch: int,
         seed: int,
         device: torch.device,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.cache, self.pairs, self.diffusion = cache, list(pairs), diffusion
         self.draws, self.draws_per_batch = draws, draws_per_batch
         self.seed, self.device = seed, device
 
     @torch.no_grad()
     def errors(self, unet: Any, context: AbstractContextManager[None]) -> HeldOutErrors:
-        """Chosen and rejected errors of every pair at every draw."""
-        chosen, rejected, predictions = [], [], []
+        """Chosen and rejected errors of every pair at every draw, in all processes.
+
+        Each takes every W-th pair, and all as many: a UNet that is split runs in all of them or in none.
+        """
+        count, (rank, size) = len(self.pairs), (self.processes.rank, self.processes.size)
+        mine = []
         training = unet.training
         unet.eval()
         with context:
-            for index, pair in enumerate(self.pairs):
-                rows, kept = self._pair_errors(unet, pair, keep=index % self.draws)
-                chosen.append(rows[0])
-                rejected.append(rows[1])
-                predictions.append(kept)
+            for place in range(rank, -(-count // size) * size, size):
+                index = place % count
+                mine.append(self._pair_errors(unet, self.pairs[index], keep=index % self.draws))
         unet.train(training)
-        stack = torch.stack([torch.stack(chosen), torch.stack(rejected)]).cpu()
-        return HeldOutErrors(stack[0], stack[1], [p.cpu() for p in predictions])
+        shared = self.processes.gathered([(rows.cpu(), kept.cpu()) for rows, kept in mine])
+        results = [result for row in zip(*shared, strict=True) for result in row][:count]
+        stack = torch.stack([rows for rows, _ in results], dim=1)
+        return HeldOutErrors(stack[0], stack[1], [kept for _, kept in results])
 
     def _pair_errors(self, unet: Any, pair: CachedPair, keep: int) -> tuple[Tensor, Tensor]:
         """(2, draws) errors of one pair, and its (2, C, h, w) prediction at draw `keep`."""

@@ -45,8 +45,13 @@ class Previews:
         prompts = encode_prompts(self.folder, self.config.preview.prompts, **settings)
         return prompts, empty_prompt(self.folder, **settings)
 
-    def write(self, unet: Any, step: int, context: AbstractContextManager[None]) -> None:
-        """Write `<output>/previews/step-XXXXXXXX/NN.png`, one image per prompt."""
+    def write(
+        self, unet: Any, step: int, context: AbstractContextManager[None], *, main: bool = True
+    ) -> None:
+        """Write `<output>/previews/step-XXXXXXXX/NN.png`, one image per prompt.
+
+        Processes other than the main one only sample: a UNet that is split runs in all of them.
+        """
         preview, side = self.config.preview, self.config.data.resolution
         with context:
             latents = sample_latents(
@@ -61,6 +66,8 @@ class Previews:
                 guidance=preview.guidance,
                 batch_size=1,
             )
+        if not main:
+            return
         vae = use_tiles(self.folder.load_vae(torch.float32).to(self.device))
         target = self.config.train.output / "previews" / f"step-{step:08d}"
         with disk_errors(target):

@@ -29,6 +29,7 @@ _MAY_CHANGE = frozenset(
         "train.threads",
         "train.vram",
         "train.layout",
+        "train.shard",
         "train.gradient_checkpointing",
         "train.attention",
         "train.log_every",
@@ -50,13 +51,15 @@ _SECTIONS_MAY_CHANGE = ("data", "model", "offload", "preview")
 """Data and start model are compared by content instead, so that folders may move."""
 
 
-def check_output(config: Config, identity: dict[str, str], *, resume: bool) -> None:
+def check_output(config: Config, identity: dict[str, str], *, resume: bool, processes: int = 1) -> None:
     """Refuse an output folder that is not this run's; nothing is written.
 
     Args:
         config: this run's settings.
         identity: fingerprints of the cache, the start model and its noise schedule.
         resume: whether to continue; resuming a folder that holds nothing starts there.
+        processes: of this run. A resume may have another number of them if it has as many micro-batches a
+            step: they are the same ones then.
 
     Raises:
         UserError: another run is there, or the resumed run had other settings, data or start model.
@@ -70,7 +73,7 @@ def check_output(config: Config, identity: dict[str, str], *, resume: bool) -> N
             raise UserError(
                 f"{output} already holds a run: add --resume to continue it, or set another train.output"
             )
-        _check_same_run(path, _record(config, identity))
+        _check_same_run(path, _record(config, identity, processes))
     elif output.exists() and (not output.is_dir() or any(not _leftover(file) for file in output.iterdir())):
         raise UserError(f"{output} exists and is not an empty folder: set another train.output")
 
@@ -102,26 +105,45 @@ def check_results(output: Path) -> None:
             )
 
 
-def claim_output(config: Config, identity: dict[str, str]) -> None:
+def claim_output(config: Config, identity: dict[str, str], processes: int = 1) -> None:
     """Create the output folder with its `run.json`, unless it is there already."""
     output = config.train.output
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     if not (output / "run.json").exists():
-        write_json(output / "run.json", _record(config, identity))
+        write_json(output / "run.json", _record(config, identity, processes))
 
 
-def _record(config: Config, identity: dict[str, str]) -> dict[str, Any]:
-    return {"version": __version__, "config": config.model_dump(mode="json"), "identity": identity}
+def _record(config: Config, identity: dict[str, str], processes: int) -> dict[str, Any]:
+    return {
+        "version": __version__,
+        "config": config.model_dump(mode="json"),
+        "identity": identity,
+        "processes": processes,
+    }
 
 
 def _check_same_run(path: Path, record: dict[str, Any]) -> None:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         old, old_identity = _arithmetic(before["config"]), dict(before["identity"])
+        per_step = old["train.accumulation"] * before.get("processes", 1)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}): start again with another train.output") from None
     new = _arithmetic(record["config"])
+    processes = record["processes"]
+    now = new.pop("train.accumulation") * processes
+    if now != per_step:
+        way_out = (
+            f"set train.accumulation = {per_step // processes}"
+            if per_step % processes == 0
+            else f"the number of processes must divide {per_step}"
+        )
+        raise UserError(
+            f"cannot resume {path.parent}: a step had {per_step} micro-batches, train.accumulation = "
+            f"{now // processes} in {processes} process(es) makes it {now} ({way_out})"
+        )
+    del old["train.accumulation"]
     for name in sorted(new.keys() | old.keys()):
         if new.get(name) != old.get(name):
             raise UserError(

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +18,7 @@ from mapo_fast.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.config import Config
 from mapo_fast.data.cache import PairCache
 from mapo_fast.diffusion import Diffusion
+from mapo_fast.distributed import Processes, environment, in_processes, joined
 from mapo_fast.engine.build import build_unet, scheduler_overrides
 from mapo_fast.engine.precision import choose_device, choose_precision
 from mapo_fast.errors import UserError
@@ -42,37 +42,35 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     Raises:
         UserError: anything wrong with the config, the model folder, the cache or the output folder.
     """
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise UserError(
-            f"WORLD_SIZE = {processes}: training runs in one process on one GPU; start it without torchrun "
-            "or accelerate launch"
-        )
+    processes = environment()
+    config = in_processes(config, processes)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     if config.train.wandb is not None:
         find_wandb()
-    device = choose_device(config.train)
+    device = choose_device(config.train, processes)
+    with joined(processes, device):
+        return _train(config, device, processes, resume, console if processes.main else None)
+
+
+def _train(
+    config: Config, device: torch.device, processes: Processes, resume: bool, console: Console | None
+) -> TrainResult:
     if console is not None:
         why = " (torch sees no NVIDIA GPU: mapo-fast doctor)" if device.type == "cpu" else ""
-        console.print(f"training on {device}{why}", highlight=False)
+        where = f"{processes.size} × {device.type}" if processes.size > 1 else str(device)
+        console.print(f"training on {where}{why}", highlight=False)
     folder = open_sdxl(config.model.path, config.model.vae, scheduler_overrides(config.train))
     if console is not None and (device.type == "cuda" or config.train.vram is not None):
         console.print(
             "planning memory; the first time on a machine this takes a minute or two", highlight=False
         )
     recorded = recorded_settings(config.train.output) if resume else None
-    config, budget = planned(config, folder, device, recorded)
+    config, budget = planned(config, folder, device, recorded, processes)
     precision = choose_precision(config, device)
     diffusion = Diffusion(folder.scheduler_config)
     cache = PairCache.open(config.data.cache)
     cache.check(folder, config.data)
-    schedule = json.dumps(folder.scheduler_config, sort_keys=True)
-    identity = {
-        "cache": cache.fingerprint,
-        "start model": folder.fingerprint(("unet",)),
-        "noise schedule": hashlib.sha256(schedule.encode()).hexdigest(),
-    }
     if config.objective.known.labels == "required" and not cache.labelled:
         raise UserError(
             f"objective.name = {config.objective.name!r} needs a soft label for every pair, data.cache "
@@ -80,19 +78,36 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             "image is the better one (0 to 1), and run mapo-fast prepare again"
         )
     output = config.train.output
-    check_output(config, identity, resume=resume)
     store = CheckpointStore(output / "checkpoints", config.train.keep_checkpoints)
-    checkpoint = store.newest() if resume else None
-    if checkpoint is None:
-        check_results(output)
+
+    def look() -> tuple[dict[str, str], Checkpoint | None]:
+        schedule = json.dumps(folder.scheduler_config, sort_keys=True)
+        identity = {
+            "cache": cache.fingerprint,
+            "start model": folder.fingerprint(("unet",)),
+            "noise schedule": hashlib.sha256(schedule.encode()).hexdigest(),
+        }
+        check_output(config, identity, resume=resume, processes=processes.size)
+        checkpoint = store.newest() if resume else None
+        if checkpoint is None:
+            check_results(output)
+        return identity, checkpoint
+
+    identity, checkpoint = processes.once(look)
     with nullcontext() if budget is None else budget.kept():
-        previews = Previews(config, folder, device) if config.preview.prompts else None
+        sampling = config.preview.prompts and (processes.main or processes.shard(config))
+        previews = Previews(config, folder, device) if sampling else None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # text encoders are gone and are not the plan's
-        parts = build_unet(config, folder, precision, device)
-        trainer = Trainer(config, parts, cache, diffusion, precision, device, store, previews)
-        claim_output(config, identity)
-        with exclusive(output):
+        parts = build_unet(config, folder, precision, device, processes)
+        trainer = Trainer(config, parts, cache, diffusion, precision, device, store, previews, processes)
+        with ExitStack() as held:
+
+            def claim() -> None:
+                claim_output(config, identity, processes.size)
+                held.enter_context(exclusive(output))
+
+            processes.once(claim)
             trainer.measure_start(output / "held_out_start.safetensors")
             if config.reference == "precomputed":
                 with StopRequest() as stop:
@@ -100,13 +115,16 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
                         return TrainResult(output, checkpoint.step if checkpoint else 0, False, 0)
             if checkpoint is not None:
                 trainer.restore(checkpoint)
-            log = RunLog(
-                output, config.train.steps, console, start_step=trainer.step, wandb=config.train.wandb
-            )
-            with log, StopRequest() as stop:
+            log = None
+            if processes.main:
+                log = RunLog(
+                    output, config.train.steps, console, start_step=trainer.step, wandb=config.train.wandb
+                )
+                held.enter_context(log)
                 notes = [] if budget is None else budget.notes()
                 for note in notes + _notes(config, cache, checkpoint, resume):
                     log.warning(trainer.step, note)
+            with StopRequest() as stop:
                 return trainer.run(log, stop, folder)
 
 

@@ -4,12 +4,16 @@ A step is `train.accumulation` micro-batches. Everything random is a function of
 the data order a function of (seed, position), so a checkpoint needs weights, optimizer and the step count
 and nothing else to continue bit for bit. The host waits for the device once per logging interval; with
 bitsandbytes' paged optimizer once per step.
+
+Of W processes the r-th takes micro-batches r, r + W, r + 2W, … of the order of one: a step with
+`train.accumulation` A is the step of one process with A · W. Process 0 writes everything; all take part in
+evaluations, and in previews and checkpoints where the model is split.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +27,7 @@ from mapo_fast.checkpoint import Checkpoint, CheckpointStore, save_unet
 from mapo_fast.config import Config
 from mapo_fast.data.cache import CachedPair, PairCache
 from mapo_fast.diffusion import Diffusion
+from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.engine.batches import MicroBatches
 from mapo_fast.engine.build import TrainingUnet, learning_rate
 from mapo_fast.engine.engine import Engine
@@ -40,6 +45,7 @@ from mapo_fast.objectives import build_loss
 from mapo_fast.preview import Previews
 from mapo_fast.runlog import RunLog
 from mapo_fast.signals import StopRequest
+from mapo_fast.tensorparts import whole
 
 
 @dataclass(frozen=True)
@@ -67,16 +73,18 @@ class Trainer:
         device: torch.device,
         store: CheckpointStore,
         previews: Previews | None,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.config, self.unet, self.cache, self.diffusion = config, parts.unet, cache, diffusion
         self.precision, self.device, self.store, self.previews = precision, device, store, previews
         self.step = 0
         loss = build_loss(config.objective, diffusion.num_train_timesteps)
-        self.engine = Engine(config, parts, loss, precision, device)
+        self.engine = Engine(config, parts, loss, precision, device, processes)
         self.optimizer = self.engine.optimizer
         self.batches = MicroBatches(cache.train, config.train.pairs_per_batch, config.train.seed)
         self.learning_rate = learning_rate(config.optim, config.train.steps)
-        self.metrics = Metrics(device)
+        self.metrics = Metrics(device, processes)
         self.held_out = HeldOut(
             cache,
             cache.held_out[: config.train.evaluate_pairs],
@@ -85,6 +93,7 @@ class Trainer:
             draws_per_batch=config.train.pairs_per_batch,
             seed=config.train.seed,
             device=device,
+            processes=processes,
         )
         self.start: HeldOutErrors | None = None
         self.reference: PrecomputedErrors | None = None
@@ -93,10 +102,11 @@ class Trainer:
         """Read the start model's held-out errors, or measure them; call it before `restore`."""
         if not self.held_out.pairs:
             return
-        self.start = load_errors(path, self.held_out)
+        self.start = self.processes.once(lambda: load_errors(path, self.held_out))
         if self.start is None:
-            self.start = self.held_out.errors(self.unet, self.precision.context(self.device))
-            save_errors(self.start, path)
+            start = self.held_out.errors(self.unet, self.precision.context(self.device))
+            self.processes.once(lambda: save_errors(start, path))
+            self.start = start
 
     def precompute(self, identity: dict[str, str], stop: StopRequest, console: Console | None) -> bool:
         """Compute the start model's errors for all of the run, or what of them is missing in its folder.
@@ -117,8 +127,9 @@ class Trainer:
             train.output / "reference",
             {**identity, **settings, "base": self.config.adapter.base},
             self.batches,
-            train.steps * train.accumulation,
+            train.steps * train.accumulation * self.processes.size,
             self.device,
+            self.processes,
         )
         start = StartModel(self.unet)
 
@@ -135,12 +146,16 @@ class Trainer:
             task = progress.add_task("", total=missing)
             for _ in positions:
                 progress.advance(task)
-                if stop.requested:
+                if self.processes.any(stop.requested):
                     break
         return not self.reference.missing
 
-    def run(self, log: RunLog, stop: StopRequest, folder: SDXLFolder) -> TrainResult:
-        """Train to the last step or the first signal, then save."""
+    def run(self, log: RunLog | None, stop: StopRequest, folder: SDXLFolder) -> TrainResult:
+        """Train to the last step or the first signal to any process, then save.
+
+        Args:
+            log: of process 0; None in the others.
+        """
         config = self.config.train
         if self.step == 0:
             self._look(log, always=True)
@@ -154,18 +169,22 @@ class Trainer:
             self._export(folder)
         elif self._healthy():
             self.save()
-        log.end(self.step, finished=finished)
+        if log is not None:
+            log.end(self.step, finished=finished)
         return TrainResult(config.output, self.step, finished, int(self.optimizer.skipped))
 
-    def _loop(self, micro_batches: Iterator[MicroBatch], log: RunLog, stop: StopRequest) -> None:
+    def _loop(self, micro_batches: Iterator[MicroBatch], log: RunLog | None, stop: StopRequest) -> None:
         config = self.config.train
-        while self.step < config.steps and not stop.requested:
+        stopping = self.processes.any(stop.requested)
+        while self.step < config.steps and not stopping:
             self.metrics.add_step(self._step(micro_batches))
-            log.advance(self.step)
+            stopping = self.processes.any(stop.requested)
+            if log is not None:
+                log.advance(self.step)
             finished = self.step == config.steps
-            if finished or stop.requested or self.step % config.log_every == 0:
+            if finished or stopping or self.step % config.log_every == 0:
                 self._log(log)
-            if stop.requested and not finished:
+            if stopping and not finished:
                 break  # save first: an evaluation may take minutes
             try:
                 self._look(log, always=finished)
@@ -173,7 +192,7 @@ class Trainer:
                 self.save()
                 raise
             if finished and not self._healthy(always=True):
-                raise UserError(self._diverged("the run's last step"))
+                raise self.processes.error(self._diverged("the run's last step"))
             if finished or (_due(self.step, config.checkpoint_every) and self._healthy()):
                 self.save()
 
@@ -189,12 +208,13 @@ class Trainer:
         return self.engine.finish()
 
     def _micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """Those of all steps from `step` on."""
-        count = self.config.train.accumulation
+        """This process's ones of all steps from `step` on."""
+        count = self.config.train.accumulation * self.processes.size
         for first in range(step * count, self.config.train.steps * count, count):
             found = [self.batches.at(first + i) for i in range(count)]
             total = sum(len(pairs) for _, pairs in found)
-            for position, (epoch, pairs) in enumerate(found, start=first):
+            for i in range(self.processes.rank, count, self.processes.size):
+                position, (epoch, pairs) = first + i, found[i]
                 reference = None if self.reference is None else self.reference.at(position, len(pairs))
                 yield MicroBatch(
                     self._inputs(epoch, pairs), len(pairs) / total, reference, self._labels(pairs)
@@ -218,16 +238,17 @@ class Trainer:
             return None
         return upload(self.cache.labels(pairs), self.device)
 
-    def _log(self, log: RunLog) -> None:
+    def _log(self, log: RunLog | None) -> None:
         """Fetch the interval's metrics (the one wait for the device) and write them."""
         figures, in_a_row = self.metrics.fetch(self.optimizer)
         figures["lr"] = self.learning_rate(self.step - 1)
-        figures["peak_memory_mib"] = peak_memory_mib(self.device)
+        figures["peak_memory_mib"] = self.processes.largest(peak_memory_mib(self.device))
         if self.engine.parts.compiled is not None:
             figures["compile_s"] = self.engine.parts.compiled.seconds
-        log.step(self.step, figures)
+        if log is not None:
+            log.step(self.step, figures)
         if in_a_row > self.config.train.max_skipped_steps:
-            raise UserError(self._stopped(in_a_row))
+            raise self.processes.error(self._stopped(in_a_row))
 
     def _stopped(self, in_a_row: int) -> str:
         """Keep the last good state and say where it is."""
@@ -240,7 +261,8 @@ class Trainer:
 
     def _diverged(self, reason: str) -> str:
         """Drop the checkpoints that may hold the model as it is now and name the one before them."""
-        kept = self.store.discard_from(self.step - int(self.optimizer.skipped_in_a_row))
+        first = self.step - int(self.optimizer.skipped_in_a_row)
+        kept = self.processes.once(lambda: self.store.discard_from(first))
         if kept is None:
             return f"{reason}: the model has diverged before its first checkpoint; lower optim.lr"
         return (
@@ -253,18 +275,34 @@ class Trainer:
         if not always and not bool(self.optimizer.skipped_in_a_row):
             return True
         with torch.no_grad(), self.precision.context(self.device):
-            return bool(torch.isfinite(predict(self.unet, self._inputs(*self.batches.at(0)))).all())
+            prediction = predict(self.unet, self._inputs(*self.batches.at(0)))
+        return not self.processes.any(not bool(torch.isfinite(prediction).all()))
 
-    def _look(self, log: RunLog, *, always: bool) -> None:
+    def _look(self, log: RunLog | None, *, always: bool) -> None:
         """Evaluate and preview where this step is due for it."""
         config = self.config
         context = self.precision.context(self.device)
         if self.start is not None and (always or _due(self.step, config.train.evaluate_every)):
             errors = self.start if self.step == 0 else self.held_out.errors(self.unet, context)
-            log.evaluation(self.step, compare(errors, self.start))
-        if self.previews is not None and (always or _due(self.step, config.preview.every)):
-            self.previews.write(self.unet, self.step, context)
+            start = self.start
+
+            def report() -> None:
+                assert log is not None
+                log.evaluation(self.step, compare(errors, start))
+
+            self.processes.once(report)
+        if config.preview.prompts and (always or _due(self.step, config.preview.every)):
+            self._preview(context)
         self.metrics.restart_clock()
+
+    def _preview(self, context: AbstractContextManager[None]) -> None:
+        def write() -> None:
+            assert self.previews is not None
+            self.previews.write(self.unet, self.step, context, main=self.processes.main)
+
+        if self.processes.shard(self.config) and not self.processes.main:
+            write()
+        self.processes.once(write)
 
     def _model_tensors(self) -> dict[str, Tensor]:
         if self.config.adapter.kind == "lora":
@@ -275,7 +313,9 @@ class Trainer:
         """Write a checkpoint of this step."""
         tensors, state = self.optimizer.state()
         state |= {"seed": self.config.train.seed, "metrics": self.metrics.state()}
-        self.store.save(self.step, {"model": self._model_tensors(), "optimizer": tensors}, state)
+        keep = self.processes.main
+        files = {"model": whole(self._model_tensors(), keep=keep), "optimizer": whole(tensors, keep=keep)}
+        self.processes.once(lambda: self.store.save(self.step, files, state))
         self.metrics.restart_clock()
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -299,13 +339,18 @@ class Trainer:
     def _export(self, folder: SDXLFolder) -> None:
         """Write the result for plain diffusers, with the scheduler config it was trained under."""
         output = self.config.train.output
-        if self.config.adapter.kind == "lora":
-            save_lora(self.unet, output / "lora")
-        else:
-            save_unet(self.unet, output / "unet", self.engine.parts.state_dict())
-        with disk_errors(output):
-            (output / "scheduler").mkdir(exist_ok=True)
-        write_json(output / "scheduler" / "scheduler_config.json", folder.scheduler_config)
+        tensors = whole(self._model_tensors(), keep=self.processes.main)
+
+        def write() -> None:
+            if self.config.adapter.kind == "lora":
+                save_lora(self.unet, output / "lora")
+            else:
+                save_unet(self.unet, output / "unet", tensors)
+            with disk_errors(output):
+                (output / "scheduler").mkdir(exist_ok=True)
+            write_json(output / "scheduler" / "scheduler_config.json", folder.scheduler_config)
+
+        self.processes.once(write)
 
 
 def _due(step: int, every: int) -> bool:

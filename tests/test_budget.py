@@ -250,12 +250,3 @@ def test_what_the_run_itself_holds_is_not_missing(monkeypatch: pytest.MonkeyPatc
     assert len(budget.notes()) == 1
     PretendedCard(monkeypatch, free=4, reserved=9.7)
     assert "needs 18.1 GiB of GPU memory and only 13.7 are free" in budget.notes()[1]
-
-
-def test_several_processes_are_refused(
-    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="WORLD_SIZE = 2: training runs in one process"):
-        train(make_config(tiny_sdxl, tmp_path, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from mapo_fast.config import Config, OptimConfig, TrainConfig
+from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.engine.compile import CompiledBlocks
 from mapo_fast.engine.flash import use_flash
 from mapo_fast.engine.layouts import apply_layout
@@ -18,6 +19,7 @@ from mapo_fast.engine.offload_activations import ActivationOffload
 from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.quantise import quantise_base
 from mapo_fast.engine.reference import StartModel
+from mapo_fast.engine.shard import shard_unet
 from mapo_fast.engine.stream_weights import WeightStreaming
 from mapo_fast.engine.transfers import Transfers
 from mapo_fast.errors import UserError
@@ -54,22 +56,29 @@ class TrainingUnet:
 
 
 def build_unet(
-    config: Config, folder: SDXLFolder, precision: Precision, device: torch.device
+    config: Config,
+    folder: SDXLFolder,
+    precision: Precision,
+    device: torch.device,
+    processes: Processes = ALONE,
 ) -> TrainingUnet:
     """The folder's UNet, ready to train on the device as the settings say."""
-    parts = prepare_unet(folder.load_unet(precision.base), config, precision, device)
+    parts = prepare_unet(folder.load_unet(precision.base), config, precision, device, processes)
     return with_start_model(parts, config, lambda: folder.load_unet(precision.base))
 
 
-def prepare_unet(unet: Any, config: Config, precision: Precision, device: torch.device) -> TrainingUnet:
+def prepare_unet(
+    unet: Any, config: Config, precision: Precision, device: torch.device, processes: Processes = ALONE
+) -> TrainingUnet:
     """Make a UNet on the CPU ready to train: storage, adapter, kernels, attention, streaming, pair layout.
 
-    Weights that are quantised or streamed go to the device layer by layer or not at all.
+    Weights that are quantised, split or streamed go to the device layer by layer or not at all.
     """
     train, adapter, offload = config.train, config.adapter, config.offload
+    sharded = processes.shard(config)
     if adapter.base != "dense":
         quantise_base(unet, adapter.base, device)
-    elif offload.weights == "gpu":
+    elif offload.weights == "gpu" and not sharded:
         unet.to(device)
     if config.speed.channels_last:
         unet.to(memory_format=torch.channels_last)
@@ -94,6 +103,8 @@ def prepare_unet(unet: Any, config: Config, precision: Precision, device: torch.
         recompute_norms=config.speed.fused_ops,
     )
     compiled = CompiledBlocks(unet) if config.speed.compile else None
+    if sharded:
+        shard_unet(unet, device, processes.size)
     return TrainingUnet(unet.train(), transfers, weights, activations, compiled)
 
 

@@ -6,11 +6,13 @@ The trainer and the planner's trace use the same `Engine`, so that what is predi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mapo_fast.config import Config
+from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.engine.build import TrainingUnet
 from mapo_fast.engine.fused_step import FusedStep
 from mapo_fast.engine.graphs import StepGraphs, check_capture
@@ -18,6 +20,7 @@ from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
 from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.reference import StartModel
 from mapo_fast.engine.sequential import sequential_backward
+from mapo_fast.engine.shard import ShardedOptimizer
 from mapo_fast.engine.step import PairInputs, predict
 from mapo_fast.engine.stream_states import StateStreaming
 from mapo_fast.loss import PairLoss
@@ -34,6 +37,7 @@ class Engine:
         loss: the objective, as `build_loss` makes it.
         precision: storage and arithmetic types of the run.
         device: where the UNet computes.
+        processes: of the run; each gives its micro-batches, and all take the same step.
     """
 
     def __init__(
@@ -43,18 +47,25 @@ class Engine:
         loss: PairLoss,
         precision: Precision,
         device: torch.device,
+        processes: Processes = ALONE,
     ) -> None:
         self.config, self.parts, self.loss = config, parts, loss
-        self.precision, self.device = precision, device
+        self.precision, self.device, self.processes = precision, device, processes
         self.unet = parts.unet
         self.parameters = [p for p in self.unet.parameters() if p.requires_grad]
         alone = config.train.pairs_per_batch == config.train.accumulation == 1
         # The second set of gradients is small with a LoRA, and not needed where a step has one pair.
-        self._scratch = config.adapter.kind == "lora" or alone
+        self._sharded = processes.shard(config)
+        self._scratch = config.adapter.kind == "lora" or (alone and not self._sharded)
         self.scaler = torch.amp.GradScaler(device.type) if precision.scaled else None
-        optimizer = build_optimizer(config.optim, self.parameters, seed=config.train.seed)
+        build = partial(build_optimizer, config.optim, seed=config.train.seed)
         self.optimizer: GuardedOptimizer | FusedStep
-        if config.train.fused_step:
+        if self._sharded:
+            self.optimizer = ShardedOptimizer(
+                build, self.parameters, max_grad_norm=config.optim.max_grad_norm, processes=processes
+            )
+        elif config.train.fused_step:
+            optimizer = build(self.parameters)
             states = StateStreaming(optimizer, parts.transfers) if config.offload.optimizer == "cpu" else None
             self.optimizer = FusedStep(
                 optimizer,
@@ -65,7 +76,10 @@ class Engine:
             )
         else:
             self.optimizer = GuardedOptimizer(
-                optimizer, self.parameters, max_grad_norm=config.optim.max_grad_norm, scaler=self.scaler
+                build(self.parameters),
+                self.parameters,
+                max_grad_norm=config.optim.max_grad_norm,
+                scaler=self.scaler,
             )
 
         self._lr: Tensor | None = None
@@ -162,6 +176,8 @@ class Engine:
         return self._finish()
 
     def _finish(self) -> Tensor:
+        if not self._sharded:  # those of shards are summed in backward
+            self.processes.sum_gradients(self.parameters)
         norm = self.optimizer.step()
         if self.parts.activations is not None:
             self.parts.activations.reset()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.engine.fused_step import FusedStep
 from mapo_fast.engine.optim import GuardedOptimizer
 from mapo_fast.monitor import SATURATED_BELOW
@@ -31,9 +32,11 @@ class Metrics:
     `margin` is mean(e_l − e_w), `saturation` mean σ(−logit) (the share of the margin's gradient that is
     left), `saturated` the share of pairs where that is below 0.05, `accuracy` the share with logit > 0.
     A micro-batch with a figure that is not finite is left out of the sums: its step is skipped and counted.
+    Of several processes each sums its own pairs; `fetch` and `state`, which all of them call, add them up.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, processes: Processes = ALONE) -> None:
+        self.processes = processes
         self._pairs = torch.zeros(len(_PER_PAIR) + 1, dtype=torch.float64, device=device)
         self._steps = torch.zeros(2, dtype=torch.float64, device=device)
         self.restart_clock()
@@ -44,11 +47,13 @@ class Metrics:
 
     def state(self) -> dict[str, list[float]]:
         """The sums since the last fetch, for a checkpoint inside a logging interval."""
-        return {"pairs": self._pairs.tolist(), "steps": self._steps.tolist()}
+        pairs = self.processes.sum_(self._pairs.clone())
+        return {"pairs": pairs.tolist(), "steps": self._steps.tolist()}
 
     def restore(self, state: dict[str, list[float]]) -> None:
         """Take over what `state` gave."""
-        self._pairs.copy_(torch.tensor(state["pairs"], dtype=torch.float64))
+        if self.processes.main:
+            self._pairs.copy_(torch.tensor(state["pairs"], dtype=torch.float64))
         self._steps.copy_(torch.tensor(state["steps"], dtype=torch.float64))
 
     def add(self, out: Any) -> None:
@@ -82,7 +87,8 @@ class Metrics:
         fused = optimizer if isinstance(optimizer, FusedStep) else None
         tensors = torch.zeros_like(optimizer.skipped) if fused is None else fused.skipped_tensors
         counters = torch.stack([tensors, optimizer.skipped, optimizer.skipped_in_a_row]).double()
-        values = torch.cat([self._pairs, self._steps, counters]).tolist()
+        pairs_of_all = self.processes.sum_(self._pairs)
+        values = torch.cat([pairs_of_all, self._steps, counters]).tolist()
         seconds = time.perf_counter() - self._started
         *sums, pairs, norms, steps, skipped_tensors, skipped, in_a_row = values
         figures = {
@@ -90,7 +96,8 @@ class Metrics:
             for name, total in zip(_PER_PAIR, sums, strict=True)
         }
         figures["grad_norm"] = norms / steps if steps else float("nan")
-        figures["pairs_per_s"] = self._timed / seconds
+        timed = sum(self.processes.gathered(self._timed))
+        figures["pairs_per_s"] = timed / seconds
         figures["skipped_steps"] = skipped
         if fused is not None:
             figures["skipped_tensors"] = skipped_tensors

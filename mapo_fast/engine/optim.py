@@ -86,12 +86,12 @@ class GuardedOptimizer:
         """Apply the accumulated gradients and clear them; returns the 0-d gradient norm before clipping."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+        norm = self._norm()
         if isinstance(self.optimizer, AdamW8bit):
             # It divides as it reads the gradients: no pass over them, and no rounding of what is clipped.
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             self.optimizer.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
         else:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         bad = (~torch.isfinite(norm)).to(torch.float32)
         self.skipped += bad
         self.skipped_in_a_row.add_(1).mul_(bad)  # in place: a captured step finds it where it was
@@ -105,6 +105,9 @@ class GuardedOptimizer:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint needs: tensors by name, not copied, and a dict for JSON."""

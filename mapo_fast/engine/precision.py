@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from mapo_fast.config import Config, TrainConfig
+from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.errors import UserError
 
 
@@ -69,14 +70,22 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
     return Precision(torch.bfloat16 if lora else torch.float32, torch.float32, torch.bfloat16, scaled=False)
 
 
-def choose_device(config: TrainConfig) -> torch.device:
-    """The device of a run.
+def choose_device(config: TrainConfig, processes: Processes = ALONE) -> torch.device:
+    """The device of a run; of several processes on a machine each one has its own GPU.
 
     Raises:
-        UserError: `cuda` is asked for and there is no NVIDIA GPU that torch can use.
+        UserError: `cuda` is asked for and there is no NVIDIA GPU that torch can use, or not one for each.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device = 'cuda', but torch sees no NVIDIA GPU (see mapo-fast doctor)")
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda")
+    if processes.size == 1:
+        return torch.device("cuda")
+    gpus = torch.cuda.device_count()
+    if processes.local_size > gpus:
+        raise UserError(
+            f"{processes.local_size} processes were launched on this machine, where torch sees {gpus} "
+            f"GPU(s): launch {gpus}, or set train.device = 'cpu'"
+        )
+    return torch.device("cuda", processes.local_rank)

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.engine.batches import MicroBatches
 from mapo_fast.engine.step import PairInputs, predict, sample_errors
 from mapo_fast.engine.stream_weights import WeightStreaming
@@ -96,12 +97,19 @@ class PrecomputedErrors:
         batches: the run's micro-batches.
         count: positions that the run will visit.
         device: where the UNet computes.
+        processes: of the run; they share the work, each keeps all errors, and the main one writes them.
     """
 
     def __init__(
-        self, folder: Path, identity: dict[str, Any], batches: MicroBatches, count: int, device: torch.device
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        batches: MicroBatches,
+        count: int,
+        device: torch.device,
+        processes: Processes = ALONE,
     ) -> None:
-        self.folder, self.device = folder, device
+        self.folder, self.device, self.processes = folder, device, processes
         self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self._table = torch.full((count, 2 * batches.pairs_per_batch), float("nan"))
         if device.type == "cuda":  # only from pinned memory does the copy to the device not wait
@@ -117,7 +125,8 @@ class PrecomputedErrors:
     def compute(self, errors: Callable[[int], Tensor]) -> Generator[int]:
         """Fill in what is missing, part by part; yields positions as they are done.
 
-        Whoever stops in between, by closing the iterator, keeps what was done.
+        Whoever stops in between, by closing the iterator, keeps what was done. Several processes go together,
+        as many positions at a time, and have to stop together.
 
         Args:
             errors: position → (2B,) errors of its micro-batch on the device.
@@ -128,12 +137,15 @@ class PrecomputedErrors:
                 continue
             found: list[Tensor] = []
             try:
-                for position in range(first + known, last):
-                    found.append(errors(position))
-                    yield position
+                for start in range(first + known, last, self.processes.size):
+                    group = range(start, min(start + self.processes.size, last))
+                    mine = errors(group[self.processes.rank % len(group)])
+                    alone = self.processes.size == 1
+                    found += [mine] if alone else self.processes.gathered(mine.cpu())[: len(group)]
+                    yield from group
             finally:
                 if found:
-                    self._write(first, known, found)
+                    self._keep(first, known, found)
 
     def at(self, position: int, pairs: int) -> Tensor:
         """(2B,) fp32 errors of the micro-batch of B pairs at a position, on the device."""
@@ -157,10 +169,12 @@ class PrecomputedErrors:
         rows[:known] = found[:known]
         return known
 
-    def _write(self, first: int, known: int, found: list[Tensor]) -> None:
+    def _keep(self, first: int, known: int, found: list[Tensor]) -> None:
         for row, errors in zip(self._table[first + known :], found, strict=False):
             row[: len(errors)] = errors.float().cpu()
         self._done[first] = known + len(found)
+        if not self.processes.main:
+            return
         rows = self._table[first : first + self._done[first]].clone()
         with disk_errors(self.folder):
             self.folder.mkdir(exist_ok=True)

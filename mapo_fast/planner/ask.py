@@ -47,16 +47,20 @@ def ask(
     return search(settings, unet_config(model), found or card_with(nbytes), nbytes, limits)
 
 
-def plan_run(config: Config, folder: SDXLFolder, vram: int, device: torch.device) -> Outcome:
+def plan_run(
+    config: Config, folder: SDXLFolder, vram: int, device: torch.device, processes: int = 1
+) -> Outcome:
     """Plan for a run on this machine.
 
     Args:
         folder: of the model; no weights are read.
         vram: bytes that the run may use.
         device: a GPU's rates are measured, once.
+        processes: those that share this machine's RAM.
     """
     card = card_of(device) if device.type == "cuda" else card_with(vram)
-    return search(config, folder.config("unet"), card, vram, host(None), vae=vae_of(folder))
+    limits = host(None, processes)
+    return search(config, folder.config("unet"), card, vram, limits, vae=vae_of(folder))
 
 
 def refusal(outcome: Outcome, source: str) -> str:

@@ -22,13 +22,14 @@ class Host(NamedTuple):
     pinnable: int
 
 
-def host(ram: int | None) -> Host:
-    """This machine's limits, or those of another with this much RAM.
+def host(ram: int | None, processes: int = 1) -> Host:
+    """This machine's limits, or those of another with this much RAM, for each of some processes on it.
 
     Linux lets most memory be pinned; Windows and WSL half of it.
     """
     if ram is None:
         ram = min([psutil.virtual_memory().total, *_container_limits(Path("/"))])
+    ram //= processes
     wsl = "microsoft" in platform.release().lower()
     return Host(ram, int(ram * (0.5 if sys.platform == "win32" or wsl else 0.8)))
 
