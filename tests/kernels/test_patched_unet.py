@@ -14,9 +14,14 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.5)]
+    ("dtype", "bound", "channels_last"),
+    [  # both memory orders where a mistake shows best; of the other types the operators' own tests know more
+        (torch.float64, 1e-9, False),
+        (torch.float64, 1e-9, True),
+        (torch.float32, 1e-4, False),
+        (torch.bfloat16, 0.5, True),
+    ],
 )
 def test_patched_sdxl_unet(device: str, dtype: torch.dtype, bound: float, channels_last: bool) -> None:
     """Relative error per tensor. The bounds in half and single precision only tell arithmetic from mistakes;
