@@ -8,6 +8,7 @@ refused by name.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,19 @@ from mapo_fast import __version__
 from mapo_fast.config import Config
 from mapo_fast.errors import UserError
 from mapo_fast.files import disk_errors, write_json
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run ended."""
+
+    output: Path
+    step: int
+    finished: bool
+    """False when a signal stopped it early; the checkpoint to resume from is written."""
+    skipped_steps: int
+    """Steps that were not finite and changed nothing."""
+
 
 _MAY_CHANGE = frozenset(
     {

@@ -24,11 +24,12 @@ from mapo_fast.engine.precision import choose_device, choose_precision
 from mapo_fast.errors import UserError
 from mapo_fast.files import exclusive
 from mapo_fast.model import open_sdxl
+from mapo_fast.precompute import precompute
 from mapo_fast.preview import Previews
-from mapo_fast.runfolder import check_output, check_results, claim_output, recorded_settings
+from mapo_fast.runfolder import TrainResult, check_output, check_results, claim_output, recorded_settings
 from mapo_fast.runlog import RunLog, find_wandb
 from mapo_fast.signals import StopRequest
-from mapo_fast.trainer import Trainer, TrainResult
+from mapo_fast.trainer import Trainer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,7 +112,7 @@ def _train(
             trainer.measure_start(output / "held_out_start.safetensors")
             if config.reference == "precomputed":
                 with StopRequest() as stop:
-                    if not trainer.precompute(identity, stop, console):
+                    if not precompute(trainer, identity, stop, console):
                         return TrainResult(output, checkpoint.step if checkpoint else 0, False, 0)
             if checkpoint is not None:
                 trainer.restore(checkpoint)

@@ -13,14 +13,11 @@ evaluations, and in previews and checkpoints where the model is split.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from mapo_fast.checkpoint import Checkpoint, CheckpointStore, save_unet
@@ -34,7 +31,7 @@ from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.metrics import Metrics, peak_memory_mib
 from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.prefetch import MicroBatch, Prefetch
-from mapo_fast.engine.reference import PrecomputedErrors, StartModel
+from mapo_fast.engine.reference import PrecomputedErrors
 from mapo_fast.engine.step import PairInputs, predict, training_inputs, upload
 from mapo_fast.errors import UserError
 from mapo_fast.evaluate import HeldOut, HeldOutErrors, compare, load_errors, save_errors
@@ -43,21 +40,10 @@ from mapo_fast.lora import lora_state_dict, save_lora
 from mapo_fast.model import SDXLFolder
 from mapo_fast.objectives import build_loss
 from mapo_fast.preview import Previews
+from mapo_fast.runfolder import TrainResult
 from mapo_fast.runlog import RunLog
 from mapo_fast.signals import StopRequest
 from mapo_fast.tensorparts import whole
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Where a run ended."""
-
-    output: Path
-    step: int
-    finished: bool
-    """False when a signal stopped it early; the checkpoint to resume from is written."""
-    skipped_steps: int
-    """Steps that were not finite and changed nothing."""
 
 
 class Trainer:
@@ -107,48 +93,6 @@ class Trainer:
             start = self.held_out.errors(self.unet, self.precision.context(self.device))
             self.processes.once(lambda: save_errors(start, path))
             self.start = start
-
-    def precompute(self, identity: dict[str, str], stop: StopRequest, console: Console | None) -> bool:
-        """Compute the start model's errors for all of the run, or what of them is missing in its folder.
-
-        Call it before `restore`: it takes the start model that was built.
-
-        Args:
-            identity: fingerprints of the cache, the start model and its noise schedule.
-            stop: ends it early; what is done is kept.
-            console: where to show progress.
-
-        Returns:
-            Whether nothing is missing.
-        """
-        train = self.config.train
-        settings = train.model_dump(include={"seed", "pairs_per_batch", "precision", "caption_dropout"})
-        self.reference = PrecomputedErrors(
-            train.output / "reference",
-            {**identity, **settings, "base": self.config.adapter.base},
-            self.batches,
-            train.steps * train.accumulation * self.processes.size,
-            self.device,
-            self.processes,
-        )
-        start = StartModel(self.unet)
-
-        def errors(position: int) -> Tensor:
-            return self.engine.errors_of(start, self._inputs(*self.batches.at(position)))
-
-        if not (missing := self.reference.missing):
-            return True
-        columns = (TextColumn("reference"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with (
-            Progress(*columns, console=console or Console(quiet=True)) as progress,
-            closing(self.reference.compute(errors)) as positions,
-        ):
-            task = progress.add_task("", total=missing)
-            for _ in positions:
-                progress.advance(task)
-                if self.processes.any(stop.requested):
-                    break
-        return not self.reference.missing
 
     def run(self, log: RunLog | None, stop: StopRequest, folder: SDXLFolder) -> TrainResult:
         """Train to the last step or the first signal to any process, then save.
@@ -215,20 +159,18 @@ class Trainer:
             total = sum(len(pairs) for _, pairs in found)
             for i in range(self.processes.rank, count, self.processes.size):
                 position, (epoch, pairs) = first + i, found[i]
-                reference = None if self.reference is None else self.reference.at(position, len(pairs))
-                yield MicroBatch(
-                    self._inputs(epoch, pairs), len(pairs) / total, reference, self._labels(pairs)
-                )
+                known = None if self.reference is None else self.reference.at(position, len(pairs))
+                yield MicroBatch(self.inputs(epoch, pairs), len(pairs) / total, known, self._labels(pairs))
 
-    def _inputs(self, epoch: int, pairs: list[CachedPair]) -> PairInputs:
-        config = self.config.train
+    def inputs(self, epoch: int, pairs: list[CachedPair]) -> PairInputs:
+        """What the UNet is given for these pairs in this epoch."""
         return training_inputs(
             self.cache,
             pairs,
             self.diffusion,
-            seed=config.seed,
+            seed=self.config.train.seed,
             epoch=epoch,
-            caption_dropout=config.caption_dropout,
+            caption_dropout=self.config.train.caption_dropout,
             device=self.device,
         )
 
@@ -275,7 +217,7 @@ class Trainer:
         if not always and not bool(self.optimizer.skipped_in_a_row):
             return True
         with torch.no_grad(), self.precision.context(self.device):
-            prediction = predict(self.unet, self._inputs(*self.batches.at(0)))
+            prediction = predict(self.unet, self.inputs(*self.batches.at(0)))
         return not self.processes.any(not bool(torch.isfinite(prediction).all()))
 
     def _look(self, log: RunLog | None, *, always: bool) -> None:

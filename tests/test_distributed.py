@@ -28,9 +28,10 @@ from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.step import PairInputs
 from mapo_fast.errors import UserError
 from mapo_fast.planner.plan import Plan
+from mapo_fast.runfolder import TrainResult
 from mapo_fast.runlog import read_log
 from mapo_fast.tensorparts import whole
-from mapo_fast.trainer import Trainer, TrainResult
+from mapo_fast.trainer import Trainer
 from tests.engine.pair_steps import pair_of_inputs
 from tests.processes import together
 from tests.training import make_cache, make_config, settings
