@@ -36,16 +36,22 @@ def tensors(tree: Any) -> list[Tensor]:
         tree = tree.values()
     elif not isinstance(tree, (list, tuple)):
         return []
-    return [x for part in tree for x in tensors(part)]
+    found = []
+    for part in tree:
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, (list, tuple, dict)):
+            found += tensors(part)
+    return found
 
 
 def size(given: Sequence[Tensor]) -> int:
     """Bytes of these tensors, each one once; a broadcast dimension counts once."""
     total = 0
     for x in {id(x): x for x in given}.values():
-        elements = 1
-        for n, stride in zip(x.shape, x.stride(), strict=True):
-            elements *= n if stride or not n else 1
+        elements = x.numel()
+        if elements and 0 in (strides := x.stride()):
+            elements = math.prod(n for n, stride in zip(x.shape, strides, strict=True) if stride)
         total += elements * x.element_size()
     return total
 

@@ -73,6 +73,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in held:
             self.allocation(tensor)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and saying so takes longer at every call than most of them."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do the operation or not; note its cost and the storages it returns."""
         kwargs = kwargs or {}
@@ -80,12 +85,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if form.inside is not None:
             with self:
                 return form.inside(*args, **kwargs)
-        given = tensors(args) + tensors(kwargs)
-        out = self._result(func, form, given, args, kwargs)
         if form.view:
+            out = func(*args, **kwargs)
             for tensor in tensors(out):  # `x.data = y` and the like: a view that nobody else has shown
                 self.allocation(tensor)
             return out
+        given = tensors(args) + tensors(kwargs)
+        out = self._result(func, form, given, args, kwargs)
         made = tensors(out)
         for tensor in made:
             self.allocation(tensor)
@@ -146,9 +152,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return new
 
     def _result(self, func: Any, form: _Form, given: list[Tensor], args: Any, kwargs: Any) -> Any:
-        """What the operation returns, computed only where it is small or a view."""
+        """What the operation returns, computed only where it is small."""
         small = all(x.numel() < _LARGE for x in given) if given else not form.factory
-        if form.view or small:
+        if small:
             return func(*args, **kwargs)
         if form.writes:
             written = [kwargs[name] if i >= len(args) else args[i] for i, name in form.writes]
