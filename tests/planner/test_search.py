@@ -8,10 +8,11 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from multiprocessing.spawn import get_preparation_data
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
+from mapo_fast.combinations import OPEN
 from mapo_fast.errors import UserError
 from mapo_fast.planner import host as planner_host
 from mapo_fast.planner import search as planner_search
@@ -28,6 +29,7 @@ from mapo_fast.planner.cards import (
 )
 from mapo_fast.planner.family import BLOCKS, Family, prefixes, stated
 from mapo_fast.planner.host import Host, _container_limits, host
+from mapo_fast.planner.plan import with_settings
 from mapo_fast.planner.report import check_picture
 from mapo_fast.planner.search import search
 from mapo_fast.planner.stages import Vae
@@ -36,6 +38,7 @@ from mapo_fast.planner.trace import record_step
 from mapo_fast.planner.windows import compose, cut
 from mapo_fast.vae import decode_bytes
 from tests.planner.test_recorder import REDUCED, settings
+from tests.test_combinations import stated_together
 
 PLENTY = Host(64 * GIB, 32 * GIB)
 RTX = find_card("RTX 4090")
@@ -277,3 +280,61 @@ def test_previews_need_room_beside_what_lies_on_the_card(exact_budget: None) -> 
     assert refused.chosen is None
     assert any("for a preview's VAE" in loser.reason for loser in refused.others)
     assert search(settings(), REDUCED, RTX, GIB, PLENTY, vae=large).chosen is not None
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_whatever_is_stated_there_are_plans_to_compose_and_traces_to_compose_them_from(
+    count: int, kind: str
+) -> None:
+    for some in stated_together(count):
+        try:
+            config = with_settings(settings(adapter={"kind": kind}), some)
+        except UserError:
+            continue  # tests/test_combinations.py
+        family = Family(config, {}, REDUCED, RTX, GIB, store.Tracing())
+        assert family.combinations
+        for combination in family.combinations:
+            assert not {k: v for k, v in some.items() if k != BLOCKS}.items() - combination.items()
+            assert set(family._modes(combination)) <= set(family.names)
+        moved = any("cpu" in (s["offload.weights"], s["offload.optimizer"]) for s in family.combinations)
+        assert any("offloaded" not in name for name in family.names)
+        assert any("offloaded" in name for name in family.names) or not moved
+        for name in family.names:
+            with_settings(config, family._settings(name))
+
+
+@pytest.mark.parametrize(
+    ("kind", "some"),
+    [
+        ("full", {"train.layout": "split", "offload.activations": "cpu", BLOCKS: True}),
+        ("full", {BLOCKS: False, "offload.optimizer": "cpu"}),
+        ("lora", {"offload.optimizer": "cpu"}),
+        ("lora", {"train.layout": "sequential", "offload.weights": "cpu"}),
+    ],
+    ids=str,
+)
+def test_what_is_stated_is_kept_where_it_is_not_best(
+    kind: str, some: dict[str, Any], exact_budget: None
+) -> None:
+    config = with_settings(settings(adapter={"kind": kind}), some)
+    plan = search(config, REDUCED, RTX, GIB, PLENTY).chosen
+    assert plan is not None
+    assert plan.traced
+    assert not some.items() - {k: v for k, v in plan.settings.items() if k in some}.items()
+    assert stated(plan.apply(config)).keys() == OPEN.keys()
+
+
+def test_what_does_not_fit_costs_one_trace(exact_budget: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen weights alone are too many: nothing else of the family is traced."""
+    config = settings(
+        adapter={"kind": "lora", "base": "dense"}, offload={"weights": "gpu"}, data={"resolution": 64}
+    )
+    asked: list[str] = []
+    real = store._record
+    monkeypatch.setattr(store, "_record", lambda work: asked.append(work[1]) or real(work))
+    monkeypatch.setattr(planner_search._Search, "_attempts", lambda search: iter(()))
+    outcome = search(config, REDUCED, RTX, 1 << 20, PLENTY)
+    assert outcome.chosen is None
+    assert len(asked) == 1
+    assert outcome.enough > 1 << 20
