@@ -265,7 +265,8 @@ class SpeedConfig(Section):
     """`[speed]`: how a step is executed. No switch changes what is computed, only its order of rounding."""
 
     fused_ops: bool = True
-    """Put the fused kernels into the UNet (`patch_unet`); without them it saves more for backward."""
+    """Put the fused operators into the UNet (`patch_unet`); without them it saves more for backward. A run on
+    the CPU, which has no kernels for them, has false by default: there they cost time."""
     channels_last: bool = False
     """Keep convolution weights and the activations between them in channels_last, the order of cuDNN's tensor
     core kernels."""

@@ -24,6 +24,7 @@ from mapo_fast.engine.precision import choose_device, choose_precision
 from mapo_fast.errors import UserError
 from mapo_fast.files import exclusive
 from mapo_fast.model import open_sdxl
+from mapo_fast.planner.plan import with_settings
 from mapo_fast.precompute import precompute
 from mapo_fast.preview import Previews
 from mapo_fast.runfolder import TrainResult, check_output, check_results, claim_output, recorded_settings
@@ -68,6 +69,8 @@ def _train(
         )
     recorded = recorded_settings(config.train.output) if resume else None
     config, budget = planned(config, folder, device, recorded, processes)
+    if device.type == "cpu" and "fused_ops" not in config.speed.model_fields_set:
+        config = with_settings(config, {"speed.fused_ops": False})
     precision = choose_precision(config, device)
     diffusion = Diffusion(folder.scheduler_config)
     cache = PairCache.open(config.data.cache)
