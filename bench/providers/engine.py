@@ -20,8 +20,9 @@ from mapo_fast.objectives import build_loss
 
 SWITCHES = tuple(name for name, value in SpeedConfig().model_dump().items() if isinstance(value, bool))
 """The switches of `[speed]`."""
-CPU_SPEED = {"fused_ops": False}
-"""Without a GPU there are no kernels behind the fused operators: they save memory and cost time."""
+CPU_SPEED = {"fused_ops": False, "prefetch": False}
+"""Without a GPU there are no kernels behind the fused operators, which then save memory and cost time, and on
+one core there is nothing to read ahead beside."""
 
 
 class MapoFast(Provider):

@@ -159,7 +159,7 @@ class PairCache:
         self.labelled: bool = index.get("labelled", False)
         """Whether every pair has a soft label."""
         self._unverified = unverified
-        self._shards: OrderedDict[str, Any] = OrderedDict()
+        self._shards: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._lock = threading.Lock()
         """Of the open shards: a batch may be read ahead while another one is evaluated."""
 
@@ -279,19 +279,21 @@ class PairCache:
 
     def _item(self, family: str, name: str, place: Sequence[int]) -> Tensor:
         shard, row = int(place[0]), int(place[1])
-        item: Tensor = self._shard(shard_path(self.folder / "shards", family, shard)).get_slice(name)[row]
+        item: Tensor = self._shard(family, shard).get_slice(name)[row]
         return item
 
-    def _shard(self, path: Path) -> Any:
+    def _shard(self, family: str, number: int) -> Any:
+        key = (family, number)
         with self._lock:
-            if path.name not in self._shards:
+            if key not in self._shards:
+                path = shard_path(self.folder / "shards", family, number)
                 with _reading(self.folder):
                     _verify(self.folder, f"shards/{path.name}", self.index, self._unverified)
-                    self._shards[path.name] = safe_open(path, framework="pt")
+                    self._shards[key] = safe_open(path, framework="pt")
                 if len(self._shards) > OPEN_SHARDS:
                     self._shards.popitem(last=False)  # the file closes with its last reference
-            self._shards.move_to_end(path.name)
-            return self._shards[path.name]
+            self._shards.move_to_end(key)
+            return self._shards[key]
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:

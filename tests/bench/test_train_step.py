@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import agreement, train_step
+from bench import agreement, overhead, train_step
 from bench.flops import model_flops
 from bench.providers.diffusers_loop import DiffusersLoop
 from bench.providers.engine import MapoFast
@@ -77,3 +78,20 @@ def test_counted_operations() -> None:
     assert 1.3 < dpo / mapo < 1.35, "a reference is a third forward-sized pass"
     assert model_flops(replace(FULL, pairs=4), "mapo") == 4 * mapo
     assert model_flops(replace(FULL, kind="lora"), "mapo") < mapo
+
+
+def test_the_engine_keeps_up_with_a_bare_loop() -> None:
+    row = overhead.run()
+    assert row["ratio"] >= overhead.TARGET, row
+
+
+def test_a_slow_engine_is_noticed() -> None:
+    class Slow(DiffusersLoop):
+        def update(self) -> None:
+            super().update()
+            until = time.process_time() + 0.1
+            while time.process_time() < until:
+                pass
+
+    row = overhead.measure(Slow(FULL), DiffusersLoop(FULL), precise=0.1)
+    assert row["ratio"] < overhead.TARGET
