@@ -81,6 +81,7 @@ def write_random_cache(
 def _table(pairs: int, buckets: Sequence[Size]) -> np.ndarray:
     random = np.random.default_rng(0)
     table = np.zeros(pairs, PAIR)
+    table["label"] = np.nan
     table["id"] = np.sort(random.integers(0, 2**63, (pairs, 2)), axis=0).astype(">u8").view("u1")
     bucket = random.integers(0, len(buckets), pairs)
     table["bucket"] = np.array(buckets)[bucket]

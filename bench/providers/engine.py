@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.providers.base import Arithmetic, Provider
 from bench.providers.task import LR, Task, fill_factors, load_unet
 from mapo_fast.config import Config, SpeedConfig
-from mapo_fast.engine.build import prepare_unet
+from mapo_fast.engine.build import prepare_unet, with_start_model
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.precision import choose_precision
 from mapo_fast.engine.prefetch import MicroBatch, Prefetch
@@ -29,22 +29,25 @@ class MapoFast(Provider):
     """The engine under the settings of a plan."""
 
     name: ClassVar[str] = "mapo_fast"
+    reference: ClassVar[str] = "auto"
 
     def __init__(self, task: Task, switches: dict[str, bool] | None = None) -> None:
         super().__init__(task)
-        self.config = plan(task, switches or {})
+        self.config = plan(task, switches or {}, self.objective, self.reference)
         precision = choose_precision(self.config, task.device)
         self.arithmetic = Arithmetic(precision.base, precision.autocast, precision.trainable)
         parts = prepare_unet(load_unet(task, precision.base), self.config, precision, task.device)
+        parts = with_start_model(parts, self.config, lambda: load_unet(task, precision.base))
         self.unet = parts.unet
         fill_factors(self.unet)
         self._seen: dict[int, Tensor] = {}
         self._watching = False
-        if self.config.train.fused_step:  # its gradients are gone when backward ends
+        if self.config.train.fused_step or self.config.speed.cuda_graph:  # whose gradients are gone at once
             for p in self.unet.parameters():
                 if p.requires_grad:
                     p.register_post_accumulate_grad_hook(self._see)
-        self.engine = Engine(self.config, parts, self.loss(), precision, task.device)
+        loss = build_loss(self.config.objective, self.pairs.diffusion.num_train_timesteps)
+        self.engine = Engine(self.config, parts, loss, precision, task.device)
         self.micro_batches = self._micro_batches()
         if self.config.speed.prefetch:
             self.micro_batches = Prefetch(self.micro_batches, task.device)
@@ -60,10 +63,6 @@ class MapoFast(Provider):
     def data(self, step: int) -> PairInputs:
         """The next micro-batch, read ahead as the trainer does; `step` counts them."""
         return next(self.micro_batches).inputs
-
-    def loss(self) -> Any:
-        """The loss module of the engine."""
-        return build_loss(self.config.objective, self.pairs.diffusion.num_train_timesteps)
 
     def accumulate(self, inputs: PairInputs) -> Tensor:
         """One micro-batch, which is all of the step."""
@@ -84,7 +83,7 @@ class MapoFast(Provider):
         return parameter.grad if found is None else found
 
 
-def plan(task: Task, switches: dict[str, bool]) -> Config:
+def plan(task: Task, switches: dict[str, bool], objective: str = "mapo", reference: str = "auto") -> Config:
     """The settings that suit a task, with the switches of `[speed]` set."""
     gpu = task.device.type == "cuda"
     full = task.kind == "full"
@@ -98,5 +97,6 @@ def plan(task: Task, switches: dict[str, bool]) -> Config:
     return task.config(
         train=train,
         optim={"name": "adamw8bit" if gpu else "adamw"},
+        objective={"name": objective, "reference": reference},
         speed=speed,
     )

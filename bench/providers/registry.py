@@ -45,4 +45,6 @@ def names_for(task: Task) -> list[str]:
     left_out.add((DpoFull if task.kind == "lora" else DpoLora).name)
     if task.size == "tiny":
         left_out |= {CompiledDiffusersLoop.name, switched_name("compile", True)}
+    if task.device.type == "cpu":
+        left_out.add(switched_name("cuda_graph", True))
     return [name for name in PROVIDERS if name not in left_out]
