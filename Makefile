@@ -6,6 +6,7 @@
 #   make races             the kernels under two checkers for races and bounds, without a GPU
 #   make gpu-check PART=ops     what needs an NVIDIA GPU: kernel tests, then microbenchmarks
 #   make gpu-check PART=memory  likewise: the engine's tests, then the memory table's rows at full size
+#   make gpu-check PART=step    likewise: whole training steps beside other recipes, and every switch
 #   make test-base         the loss in an environment with the base install only
 #
 # PIP_ARGS is handed to pip, for instance to choose the CPU build of torch:

@@ -3,6 +3,8 @@
 - `ops` runs the kernel tests on the GPU and then the microbenchmarks, the most telling first.
 - `memory` runs the engine's tests on the GPU and then the memory table at full size, capped, beside the
   predictions, whose traces `python -m bench.gpu_memory --plan` makes beforehand.
+- `step` measures whole training steps at full size: this engine, the recipes that people use, Diffusion-DPO,
+  and every switch of the engine; what does not agree with fp32 is not timed.
 
 Results are written as they come, under `bench/results/`; when the time is up, run it again to go on where it
 stopped.
@@ -17,10 +19,9 @@ from pathlib import Path
 
 import torch
 
-from bench import gpu_memory, ops
+from bench import gpu_memory, gpu_step, ops
 from bench.environment import environment
 
-PARTS = ("ops", "memory", "step")
 SECONDS = 8 * 60
 RESERVE = 20
 """Seconds before the end at which nothing new is begun."""
@@ -53,16 +54,18 @@ def _failed(folder: Path, deadline: float) -> list[str]:
     return failed
 
 
-CHECKS = {"ops": check_ops, "memory": check_memory}
+def check_step(deadline: float) -> int:
+    """Providers and switches of whole steps."""
+    return 1 if gpu_step.run(deadline) else 0
+
+
+CHECKS = {"ops": check_ops, "memory": check_memory, "step": check_step}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("part", choices=tuple(CHECKS))
     args = parser.parse_args()
-    if args.part not in CHECKS:
-        print(f"gpu-check: part {args.part!r} does not exist yet", file=sys.stderr)
-        return 1
     if not torch.cuda.is_available():
         print("gpu-check: this machine has no NVIDIA GPU that torch can use", file=sys.stderr)
         return 2

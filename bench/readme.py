@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import plot
+from bench import plot, step_tables
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -166,7 +166,15 @@ def ops() -> str:
 
 README = Path(__file__).parents[1] / "README.md"
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {"demo": demo, "photographs": photographs, "memory": memory, "saved_memory": saved_memory},
+    README: {
+        "demo": demo,
+        "photographs": photographs,
+        "memory": memory,
+        "providers": step_tables.providers,
+        "switches": step_tables.switches,
+        "targets": step_tables.targets,
+        "saved_memory": saved_memory,
+    },
     README.parent / "kernels" / "README.md": {"ops": ops, "traffic": traffic, "resources": resources},
 }
 """Which sections stand on which page."""

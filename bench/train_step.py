@@ -36,7 +36,7 @@ from bench.flops import matrix_rate, model_flops
 from bench.providers.base import Provider
 from bench.providers.registry import PROVIDERS, names_for
 from bench.providers.task import Task
-from bench.split import Split, idle_share
+from bench.split import Split, profiled
 
 RESULTS = Path(__file__).parent / "results" / "train_step.jsonl"
 BLOCKS = 5
@@ -100,7 +100,7 @@ class Runner:
         flops = model_flops(task, provider.objective)
         ms = statistics.median(self.wall)
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.gpu else None
-        idle = idle_share(self.step) if self.gpu else None
+        shares = profiled(self.step) if self.gpu else {"idle": None, "update": None}
         return {
             "provider": provider.name,
             "size": task.size,
@@ -118,7 +118,7 @@ class Runner:
             "matrix_tflops": rate / 1e12,
             "mfu": round(flops / (1e-3 * ms) / rate, 4),
             "peak_gib": None if peak is None else round(peak, 3),
-            "idle": None if idle is None else round(idle, 4),
+            **shares,
             "phases_ms": {
                 name: round(statistics.median(block[name] for block in self.phases), 3)
                 for name in self.phases[0]

@@ -1,0 +1,86 @@
+"""Whole steps of full SDXL on an NVIDIA GPU: providers and switches, the most telling first.
+
+Every case runs in a process of its own, and its row goes to bench/results/train_step.jsonl as soon as it is
+measured; what this GPU and commit have measured already is not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.environment import environment
+from bench.providers.registry import names_for
+from bench.providers.task import Task
+from bench.train_step import RESULTS
+
+SHORTEST = 45
+"""Seconds that a case takes at least; none is begun later than this before the end."""
+
+
+class Case(NamedTuple):
+    """A provider at a task."""
+
+    provider: str
+    kind: str
+    pairs: int
+    checkpointing: bool
+
+    def arguments(self) -> list[str]:
+        """For `python -m bench.train_step`."""
+        checkpointing = "--checkpointing" if self.checkpointing else "--no-checkpointing"
+        return ["--provider", self.provider, "--kind", self.kind, "--pairs", str(self.pairs), checkpointing]
+
+
+def cases() -> list[Case]:
+    """Against the other recipes at 4 pairs and 1, then each switch of the engine at 1."""
+    found = []
+    for kind, pairs in (("full", 4), ("full", 1), ("lora", 4)):
+        names = ["mapo_fast", "released", "diffusers"]
+        if pairs == 4:
+            names.append(f"dpo_{kind}")
+        found += [Case(name, kind, pairs, False) for name in names]
+    task = Task("sdxl", "full", 1, False, torch.device("cuda"))
+    rest = ["diffusers, compiled", *(name for name in names_for(task) if name.startswith("mapo_fast, "))]
+    return [*found, *(Case(name, "full", 1, False) for name in rest)]
+
+
+def run(deadline: float) -> int:
+    """Measure what is missing until the time is up; the number of cases that failed."""
+    stamp = environment()
+    done = {
+        Case(row["provider"], row["kind"], row["pairs"], row["checkpointing"])
+        for row in map(
+            json.loads, RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+        )
+        if (row["environment"]["gpu"], row["environment"]["commit"]) == (stamp["gpu"], stamp["commit"])
+    }
+    failed = 0
+    for case in cases():
+        if case in done:
+            continue
+        left = deadline - time.monotonic()
+        if left < SHORTEST:
+            print("Time is up: run again to go on.", file=sys.stderr)
+            break
+        command = [sys.executable, "-m", "bench.train_step", "--size", "sdxl", *case.arguments(), "--json"]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left)
+        except subprocess.TimeoutExpired:
+            print(f"{case.provider}: not finished when the time was up; run again.", file=sys.stderr)
+            break
+        row: dict[str, Any] = case._asdict() | {"size": "sdxl", "device": "cuda"}
+        if result.returncode == 0:
+            row |= json.loads(result.stdout.splitlines()[-1])
+        else:
+            row["error"] = (result.stderr.strip().splitlines() or ["no message"])[-1]
+            failed += "out of memory" not in row["error"]  # that is a result
+        print(json.dumps(row), flush=True)
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row | {"environment": stamp}) + "\n")
+    return failed

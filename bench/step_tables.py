@@ -1,0 +1,180 @@
+"""Tables and targets of whole training steps, from the rows that `bench.train_step` left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parent / "results"
+NOT_MEASURED = "not measured yet"
+SWITCHED = "mapo_fast, "
+
+Row = dict[str, Any]
+
+
+def rows(name: str = "train_step") -> list[Row]:
+    """All rows of a results file; none where there is no file."""
+    path = RESULTS / f"{name}.jsonl"
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
+
+
+def newest(measured: list[Row]) -> dict[tuple[str, str, int, str], Row]:
+    """The last row of each (size, kind, pairs, provider) of the machine that was measured last.
+
+    Rows of one machine and commit only: what is compared was measured together.
+    """
+    found = {}
+    for row in measured:
+        if "error" not in row and _origin(row) == _origin(measured[-1]):
+            found[row["size"], row["kind"], row["pairs"], row["provider"]] = row
+    return found
+
+
+def _origin(row: Row) -> tuple[Any, ...]:
+    return row["device"], row["environment"]["gpu"], row["environment"]["commit"]
+
+
+def _on(device: str) -> dict[tuple[str, str, int, str], Row]:
+    return newest([row for row in rows() if row["device"] == device])
+
+
+def _milliseconds(row: Row) -> float:
+    """On the CPU the least CPU time, which other work on the machine disturbs least."""
+    return float(row["ms"] if row["device"] == "cuda" else row["cpu_ms_least"]) / row["pairs"]
+
+
+def providers() -> str:
+    """All ways to train, beside this engine."""
+    lines = [
+        "| | pairs in a step | ms per pair | engine is faster by | MFU | memory, GiB | idle |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for device, machine in (("cuda", "SDXL, 1024²"), ("cpu", "tiny SDXL on one CPU core")):
+        found = {key: row for key, row in _on(device).items() if not key[3].startswith(SWITCHED)}
+        if not found:
+            lines.append(f"| {machine}, all | | {NOT_MEASURED} | | | | |")
+        for (size, kind, pairs, name), row in found.items():
+            ours = found.get((size, kind, pairs, "mapo_fast"))
+            faster = "" if ours is None else f"{_milliseconds(row) / _milliseconds(ours):.2f} ×"
+            mfu, memory, idle = "", "", ""
+            if device == "cuda":
+                mfu, memory = f"{row['mfu']:.0%}", f"{row['peak_gib']:.1f}"
+                idle = f"{row['idle']:.1%}"
+            lines.append(
+                f"| {machine}, {kind}: {name} | {pairs} | {_milliseconds(row):.1f} | {faster} | {mfu} "
+                f"| {memory} | {idle} |"
+            )
+    return "\n".join(lines)
+
+
+def switches() -> str:
+    """The engine with each switch of `[speed]` the other way."""
+    lines = [
+        "| `[speed]`, against the default plan | SDXL, 1024² | tiny SDXL on one CPU core |",
+        "|---|---|---|",
+    ]
+    cells: dict[str, dict[str, str]] = {}
+    for device in ("cuda", "cpu"):
+        found = _on(device)
+        for (size, kind, pairs, name), row in found.items():
+            plan = found.get((size, kind, pairs, "mapo_fast"))
+            if name.startswith(SWITCHED) and plan is not None:
+                times = _milliseconds(row) / _milliseconds(plan)
+                cells.setdefault(name.removeprefix(SWITCHED), {})[device] = f"time × {times:.2f}"
+    for name, by_device in cells.items():
+        on_gpu, on_cpu = (by_device.get(device, NOT_MEASURED) for device in ("cuda", "cpu"))
+        lines.append(f"| {name} | {on_gpu} | {on_cpu} |")
+    return "\n".join(lines) if cells else NOT_MEASURED
+
+
+class Target(NamedTuple):
+    """A measure, what it should be, and how to read it from rows."""
+
+    measure: str
+    target: str
+    limit: float
+    least: bool
+    """Whether the figure has to be at least the limit; else at most."""
+    form: str
+    value: Callable[[dict[tuple[str, str, int, str], Row]], float | None]
+
+
+def _ratio(kind: str, pairs: int, other: str) -> Callable[..., float | None]:
+    """How many times as fast as `other` the engine is."""
+
+    def value(found: dict[tuple[str, str, int, str], Row]) -> float | None:
+        ours, theirs = (found.get(("sdxl", kind, pairs, name)) for name in ("mapo_fast", other))
+        return None if ours is None or theirs is None else theirs["ms"] / ours["ms"]
+
+    return value
+
+
+def _saved(kind: str) -> Callable[..., float | None]:
+    """Share of Diffusion-DPO's time that MaPO does not take."""
+
+    def value(found: dict[tuple[str, str, int, str], Row]) -> float | None:
+        times = _ratio(kind, 4, f"dpo_{kind}")(found)
+        return None if times is None else 1 - 1 / times
+
+    return value
+
+
+def _field(name: str, pairs: int) -> Callable[..., float | None]:
+    def value(found: dict[tuple[str, str, int, str], Row]) -> float | None:
+        row = found.get(("sdxl", "full", pairs, "mapo_fast"))
+        return None if row is None else row[name]
+
+    return value
+
+
+TARGETS = (
+    Target(
+        "full, 4 pairs: against the released recipe", "≥ 3 ×", 3, True, ".2f", _ratio("full", 4, "released")
+    ),
+    Target(
+        "LoRA, 4 pairs: against the released recipe", "≥ 3 ×", 3, True, ".2f", _ratio("lora", 4, "released")
+    ),
+    Target(
+        "full, 4 pairs: against the diffusers loop",
+        "≥ 1.3 ×",
+        1.3,
+        True,
+        ".2f",
+        _ratio("full", 4, "diffusers"),
+    ),
+    Target("full, 4 pairs: MFU", "≥ 55 %", 0.55, True, ".1%", _field("mfu", 4)),
+    Target("full, 1 pair: MFU", "≥ 45 %", 0.45, True, ".1%", _field("mfu", 1)),
+    Target("full: time less than Diffusion-DPO's", "≥ 22 %", 0.22, True, ".1%", _saved("full")),
+    Target("LoRA: time less than Diffusion-DPO's", "≥ 28 %", 0.28, True, ".1%", _saved("lora")),
+    Target("optimizer's share of the step, 4 pairs", "≤ 4 %", 0.04, False, ".1%", _field("update", 4)),
+    Target("idle between kernels, 4 pairs", "≤ 3 %", 0.03, False, ".1%", _field("idle", 4)),
+)
+
+
+def targets() -> str:
+    """Each target, and whether it is met."""
+    lines = ["| measure | target | measured | |", "|---|---|---|---|"]
+    found = _on("cuda")
+    for target in TARGETS:
+        lines.append(_line(target, target.value(found)))
+    overhead = rows("overhead")
+    ratio = overhead[-1]["ratio"] if overhead else None
+    cpu = Target(
+        "tiny SDXL on one CPU core: against a bare loop", "≥ 0.95 ×", 0.95, True, ".3f", lambda _: ratio
+    )
+    return "\n".join([*lines, _line(cpu, ratio)])
+
+
+def _line(target: Target, value: float | None) -> str:
+    if value is None:
+        return f"| {target.measure} | {target.target} | {NOT_MEASURED} | |"
+    met = value >= target.limit if target.least else value <= target.limit
+    return f"| {target.measure} | {target.target} | {value:{target.form}} | {'met' if met else 'MISSED'} |"
+
+
+if __name__ == "__main__":
+    print(providers(), switches(), targets(), sep="\n\n")
