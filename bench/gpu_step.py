@@ -17,6 +17,7 @@ import torch
 from bench.environment import environment
 from bench.providers.registry import names_for
 from bench.providers.task import Task
+from bench.step_tables import rows
 from bench.train_step import RESULTS
 
 SHORTEST = 45
@@ -55,9 +56,7 @@ def run(deadline: float) -> int:
     stamp = environment()
     done = {
         Case(row["provider"], row["kind"], row["pairs"], row["checkpointing"])
-        for row in map(
-            json.loads, RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-        )
+        for row in rows()
         if (row["environment"]["gpu"], row["environment"]["commit"]) == (stamp["gpu"], stamp["commit"])
     }
     failed = 0

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+UPDATES = ("_advance_kernel", "_update_kernel", "_squares_kernel", "_clip_kernel")
+"""AdamW8bit's kernels."""
 Phases = dict[str, float]
 """Milliseconds of `data`, `forward`, `backward` and `step`. `backward` is what forward and update leave: the
 loss too, and an update that is fused into it."""
@@ -53,7 +55,7 @@ class Split:
 def profiled(step: Callable[[], Any], steps: int = 3) -> dict[str, float]:
     """Shares of the time between first and last operation on the GPU.
 
-    `idle`: in which none ran. `update`: in which an AdamW kernel did, fused into backward or not.
+    `idle`: in which none ran. `update`: in which our AdamW's kernels did, fused into backward or not.
     """
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -62,7 +64,7 @@ def profiled(step: Callable[[], Any], steps: int = 3) -> dict[str, float]:
         torch.cuda.synchronize()
     events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     spans = sorted((e.time_range.start, e.time_range.end) for e in events)
-    update = sum(e.time_range.elapsed_us() for e in events if "adamw" in e.name.lower())
+    update = sum(e.time_range.elapsed_us() for e in events if e.name.startswith(UPDATES))
     busy, reached = 0.0, spans[0][0]
     for start, end in spans:
         busy += max(0.0, end - max(start, reached))

@@ -39,9 +39,9 @@ from bench.providers.task import Task
 from bench.split import Split, profiled
 
 RESULTS = Path(__file__).parent / "results" / "train_step.jsonl"
-BLOCKS = 5
+BLOCKS = {"cpu": 40, "cuda": 5}
 """Blocks of steps per provider; medians and minima are taken over them."""
-STEPS = {"cpu": 8, "cuda": 4}
+STEPS = {"cpu": 1, "cuda": 4}
 """Steps in a block."""
 WARM_UP = 3
 
@@ -93,6 +93,10 @@ class Runner:
         self.wall.append(1e3 * (time.perf_counter() - wall) / steps)
         self.cpu.append(1e3 * (time.process_time() - cpu) / steps)
         self.phases.append({name: ms / steps for name, ms in self.split.take().items()})
+
+    def cpu_ratio(self, other: Runner) -> float:
+        """How many times as much CPU time its steps take as another's, by the median over all blocks."""
+        return round(statistics.median(a / b for a, b in zip(self.cpu, other.cpu, strict=True)), 4)
 
     def row(self, rate: float) -> dict[str, Any]:
         """What was found, as a JSON-able record."""
@@ -149,7 +153,7 @@ def prepare(make: Callable[[Task], Provider], task: Task, objective: agreement.O
     return Runner(provider, agreed)
 
 
-def measure(names: Sequence[str], task: Task, blocks: int = BLOCKS) -> list[dict[str, Any]]:
+def measure(names: Sequence[str], task: Task, blocks: int) -> list[dict[str, Any]]:
     """Rows of the named providers, their blocks interleaved.
 
     Raises:
@@ -166,11 +170,14 @@ def measure(names: Sequence[str], task: Task, blocks: int = BLOCKS) -> list[dict
         raise DisagreementError("; ".join(wrong))
     arithmetic = torch.bfloat16 if task.device.type == "cuda" else torch.float32
     rate = matrix_rate(task.device, arithmetic)
-    for _ in range(blocks):
-        for runner in runners:
-            runner.block(STEPS[task.device.type])
+    for i in range(blocks):
+        for j in range(len(runners)):
+            runners[(i + j) % len(runners)].block(STEPS[task.device.type])
     rate = max(rate, matrix_rate(task.device, arithmetic))
-    return [runner.row(rate) for runner in runners]
+    return [
+        runner.row(rate) | {"cpu_ratio": runner.cpu_ratio(runners[0]), "cpu_ratio_to": names[0]}
+        for runner in runners
+    ]
 
 
 def measure_apart(names: Sequence[str], arguments: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
@@ -216,7 +223,7 @@ def main() -> int:
         "--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute activations"
     )
     parser.add_argument("--provider", nargs="+", choices=tuple(PROVIDERS), metavar="NAME")
-    parser.add_argument("--blocks", type=int, default=BLOCKS)
+    parser.add_argument("--blocks", type=int)
     parser.add_argument("--json", action="store_true", help="print JSON rows")
     parser.add_argument("--append", action="store_true", help="add the rows to the results file")
     args = parser.parse_args()
@@ -230,16 +237,17 @@ def main() -> int:
         args.checkpointing,
         device,
     )
+    blocks = args.blocks or BLOCKS[args.device]
     names = args.provider or names_for(task)
     if args.device == "cuda" and len(names) > 1:
         same = ["--size", task.size, "--kind", task.kind, "--pairs", str(task.pairs)]
-        same += ["--blocks", str(args.blocks)] + (["--checkpointing"] if task.checkpointing else [])
+        same += ["--blocks", str(blocks)] + (["--checkpointing"] if task.checkpointing else [])
         rows, wrong = measure_apart(names, same)
     else:
         if args.device == "cpu":
             torch.set_num_threads(1)  # more gain little on a model this small, and lose much on busy cores
         try:
-            rows, wrong = measure(names, task, args.blocks), 0
+            rows, wrong = measure(names, task, blocks), 0
         except DisagreementError as error:
             print(f"no time: {error}", file=sys.stderr)
             return 1

@@ -140,7 +140,7 @@ def test_a_passed_file_is_not_run_again_on_the_same_gpu_and_commit(tmp_path: Pat
     [
         ("ops", 2, "no NVIDIA GPU"),
         ("memory", 2, "no NVIDIA GPU"),
-        ("step", 1, "'step' does not"),
+        ("step", 2, "no NVIDIA GPU"),
     ],
 )
 def test_gpu_check_says_why_it_cannot(
