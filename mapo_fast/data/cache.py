@@ -11,6 +11,9 @@
                       shard, and a SHA-256 of all this; without it the cache is unfinished
     .lock             held by a running prepare
 
+A cache of single images has one record for each: a wanted one has the chosen half alone, an unwanted one the
+rejected half.
+
 pairs.npy is memory-mapped and pairs are made on access, so that opening is quick and memory flat however
 many there are. Shards are memory-mapped too.
 """
@@ -53,6 +56,8 @@ PAIR = np.dtype(
         ("label", "<f4"),  # how probably chosen is the better one; NaN where the source does not say
     ]
 )
+NOWHERE = (-1, -1)
+"""Place of the half that a single image does not have."""
 OPEN_SHARDS = 128
 _SETTINGS = (
     "resolution",
@@ -91,7 +96,7 @@ def difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class CachedPair:
-    """One pair of the cache."""
+    """One pair of the cache, or one single image."""
 
     id: str
     """32 hex digits: hash of prompt, chosen and rejected image."""
@@ -119,6 +124,16 @@ class PairBatch:
     pooled_embeds: Tensor  # (B, P) fp32
     time_ids_chosen: Tensor  # (B, 6) fp32
     time_ids_rejected: Tensor  # (B, 6) fp32
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """n single images, CPU tensors."""
+
+    latents: Tensor  # (n, C, h, w) fp32 or bf16, as data.vae_dtype
+    prompt_embeds: Tensor  # (n, S, D) fp32
+    pooled_embeds: Tensor  # (n, P) fp32
+    time_ids: Tensor  # (n, 6) fp32
 
 
 class PairRows(Sequence[CachedPair]):
@@ -158,6 +173,8 @@ class PairCache:
         self.flips: bool = self.settings["flip"]
         self.labelled: bool = index.get("labelled", False)
         """Whether every pair has a soft label."""
+        self.paired: bool = index.get("paired", True)
+        """Whether it holds pairs; else single images, each wanted or unwanted."""
         self._unverified = unverified
         self._shards: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -227,6 +244,10 @@ class PairCache:
         """(B,) fp32 soft labels, how probably the chosen image is the better one; for a `labelled` cache."""
         return torch.tensor([float(self._table[pair.index]["label"]) for pair in pairs])
 
+    def wanted(self, samples: Sequence[CachedPair]) -> Tensor:
+        """(n,) bool, which single images are wanted; for a cache that is not `paired`."""
+        return torch.tensor([self._half(self._table[sample.index]) == "chosen" for sample in samples])
+
     def batch(
         self,
         pairs: Sequence[CachedPair],
@@ -245,19 +266,64 @@ class PairCache:
             ValueError: no pairs, several buckets, or flip without mirrored latents.
             UserError: a shard turns out to be damaged.
         """
+        records = self._records(pairs, flip)
+        prompt_embeds, pooled_embeds = self._text(records, drop)
+        chosen, rejected = (
+            self._images(records, [half] * len(records), pairs[0].bucket, flip)
+            for half in ("chosen", "rejected")
+        )
+        return PairBatch(
+            chosen_latents=chosen[0],
+            rejected_latents=rejected[0],
+            prompt_embeds=prompt_embeds,
+            pooled_embeds=pooled_embeds,
+            time_ids_chosen=chosen[1],
+            time_ids_rejected=rejected[1],
+        )
+
+    def samples(
+        self,
+        samples: Sequence[CachedPair],
+        *,
+        flip: Sequence[bool] | None,
+        drop: Sequence[bool] | None,
+    ) -> SampleBatch:
+        """Load single images of one bucket; as `batch`, for a cache that is not `paired`."""
+        records = self._records(samples, flip)
+        halves = [self._half(record) for record in records]
+        latents, time_ids = self._images(records, halves, samples[0].bucket, flip)
+        return SampleBatch(latents, *self._text(records, drop), time_ids)
+
+    def _records(self, pairs: Sequence[CachedPair], flip: Sequence[bool] | None) -> list[np.void]:
         if not pairs or len({pair.bucket for pair in pairs}) > 1:
             raise ValueError(f"a batch needs pairs of exactly one bucket, got {[p.bucket for p in pairs]}")
         if flip is not None and any(flip) and not self.flips:
             raise ValueError("this cache holds no mirrored latents (data.flip = false)")
-        records = [self._table[pair.index] for pair in pairs]
-        name = "latents_{}x{}".format(*pairs[0].bucket)
-        mirrored = list(flip) if flip is not None else [False] * len(records)
+        return [self._table[pair.index] for pair in pairs]
 
-        def latents(side: str) -> Tensor:
-            found = [self._item("latents", name, record[side]) for record in records]
-            if self.flips:
-                found = [latent[int(m)] for latent, m in zip(found, mirrored, strict=True)]
-            return torch.stack(found)
+    @staticmethod
+    def _half(record: np.void) -> str:
+        """Which half a single image is."""
+        return "rejected" if tuple(record["chosen"]) == NOWHERE else "chosen"
+
+    def _images(
+        self,
+        records: Sequence[np.void],
+        halves: Sequence[str],
+        bucket: tuple[int, int],
+        flip: Sequence[bool] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Latents and time ids of one half of each record."""
+        name = "latents_{}x{}".format(*bucket)
+        found = [self._item("latents", name, r[half]) for r, half in zip(records, halves, strict=True)]
+        if self.flips:
+            mirrored = flip if flip is not None else [False] * len(records)
+            found = [latent[int(m)] for latent, m in zip(found, mirrored, strict=True)]
+        ids = np.stack([record[f"time_ids_{half}"] for record, half in zip(records, halves, strict=True)])
+        return torch.stack(found), torch.from_numpy(ids)
+
+    def _text(self, records: Sequence[np.void], drop: Sequence[bool] | None) -> tuple[Tensor, Tensor]:
+        """Prompt embeddings and pooled ones."""
 
         def text(family: str, name: str) -> Tensor:
             empty = self.index["empty"][family]
@@ -265,17 +331,8 @@ class PairCache:
             places = [empty if d else record[family] for record, d in zip(records, dropped, strict=True)]
             return torch.stack([self._item(family, name, place).float() for place in places])
 
-        def ids(field: str) -> Tensor:
-            return torch.from_numpy(np.stack([record[field] for record in records]))
-
-        return PairBatch(
-            chosen_latents=latents("chosen"),
-            rejected_latents=latents("rejected"),
-            prompt_embeds=torch.cat([text("text1", "hidden"), text("text2", "hidden")], dim=-1),
-            pooled_embeds=text("text2", "pooled"),
-            time_ids_chosen=ids("time_ids_chosen"),
-            time_ids_rejected=ids("time_ids_rejected"),
-        )
+        hidden = torch.cat([text("text1", "hidden"), text("text2", "hidden")], dim=-1)
+        return hidden, text("text2", "pooled")
 
     def _item(self, family: str, name: str, place: Sequence[int]) -> Tensor:
         shard, row = int(place[0]), int(place[1])

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mapo_fast.data.pairs import (
     MissingImageError,
@@ -16,6 +17,7 @@ from mapo_fast.data.pairs import (
     SkippedRow,
     clean_prompt,
     soft_label,
+    wanted,
 )
 from mapo_fast.errors import UserError
 
@@ -33,7 +35,7 @@ def read_image_file(path: Path) -> bytes:
 
 
 class JsonlPairs(PreferencePairs):
-    """A folder with `pairs.jsonl`. Empty lines are no rows."""
+    """A folder with `pairs.jsonl`. Empty lines are no rows. All are pairs, or all are single images."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.table = folder, folder / "pairs.jsonl"
@@ -46,6 +48,9 @@ class JsonlPairs(PreferencePairs):
                     self._offsets.append(offset)
                     self._lines.append(number)
                 offset += len(line)
+            file.seek(0)
+            kinds = (kind for line in file if (kind := _pairs(_parsed(line))) is not None)
+            self.paired = next(kinds, True)
 
     def __len__(self) -> int:
         """Lines that are not empty."""
@@ -63,26 +68,35 @@ class JsonlPairs(PreferencePairs):
         yield self.table
         for row in self.read(range(len(self))):
             if isinstance(row, PairRecord):
-                yield from (row.chosen.args[0], row.rejected.args[0])  # type: ignore[attr-defined]
+                yield from (read.args[0] for read in (row.chosen, row.rejected) if isinstance(read, partial))
 
     def _row(self, index: int, line: bytes) -> PairRecord | SkippedRow:
         name = f"pairs.jsonl:{self._lines[index]}"
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            return SkippedRow(index, name, "bad line", f"not JSON: {error}")
-        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("chosen", "rejected")):
+        row = _parsed(line)
+        if isinstance(row, Exception):
+            return SkippedRow(index, name, "bad line", f"not JSON: {row}")
+        if _pairs(row) is (not self.paired):
+            raise UserError(
+                f"data.source {self.table} mixes pairs (prompt, chosen, rejected) and single images (prompt, "
+                f"image, label): line {self._lines[index]} is not what the first one is; make two sources"
+            )
+        keys = ("chosen", "rejected") if self.paired else ("image",)
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
             return SkippedRow(
-                index, name, "bad line", "needs the keys prompt, chosen, rejected with text values"
+                index, name, "bad line", f"needs the keys prompt, {', '.join(keys)} with text values"
             )
         prompt = clean_prompt(index, name, row.get("prompt"))
         if isinstance(prompt, SkippedRow):
             return prompt
-        label = None if row.get("label") is None else soft_label(index, name, row["label"])
+        label: float | bool | SkippedRow | None = row.get("label")
+        if not self.paired:
+            label = wanted(index, name, label)
+        elif label is not None:
+            label = soft_label(index, name, label)
         if isinstance(label, SkippedRow):
             return label
         paths = []
-        for key in ("chosen", "rejected"):
+        for key in keys:
             try:
                 path = (self._root / row[key]).resolve()
                 found = path.is_file()
@@ -95,8 +109,26 @@ class JsonlPairs(PreferencePairs):
             if not found:
                 return SkippedRow(index, name, "missing image", f"{key} = {row[key]!r} is not a file")
             paths.append(path)
+        if not self.paired:
+            image = partial(read_image_file, paths[0])
+            return PairRecord(index, name, prompt, *((image, None) if label else (None, image)))
         chosen, rejected = (partial(read_image_file, path) for path in paths)
         return PairRecord(index, name, prompt, chosen, rejected, label)
+
+
+def _parsed(line: bytes) -> Any:
+    """What a line of JSON says, or the error."""
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+def _pairs(row: Any) -> bool | None:
+    """Whether a line is a pair or a single image; None where it is neither."""
+    if not isinstance(row, dict) or not {"chosen", "rejected", "image"} & row.keys():
+        return None
+    return bool({"chosen", "rejected"} & row.keys())
 
 
 def twin_folders(folder: Path) -> tuple[str, str] | None:

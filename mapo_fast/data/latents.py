@@ -215,7 +215,8 @@ def images(jobs: Sequence[ImageJob], source: PreferencePairs) -> Iterator[tuple[
                 data = b""
                 if isinstance(row, PairRecord):
                     with suppress(MissingImageError):
-                        data = row.chosen() if job.chosen else row.rejected()
+                        read = row.chosen if job.chosen else row.rejected
+                        data = b"" if read is None else read()
                 if content_hash(data) != job.file_hash:
                     raise UserError(
                         f"{row.name} in data.source changed during prepare: run the command again"

@@ -1,20 +1,21 @@
-"""One source of preference pairs for every layout people have them in.
+"""One source of preference pairs, or of single labelled images, for every layout people have them in.
 
 `PreferencePairs.open(path)` recognises
 
 - `pairs.jsonl` in a folder: one object per line with `prompt`, `chosen`, `rejected`; the two are paths
   relative to the folder that stay inside it (anything else is skipped and listed). It wins over the folders
   below, which may hold its images, and says so in `note`. A `label` is how probably the chosen image is the
-  better one, 0 to 1;
+  better one, 0 to 1. Or every line is a single image: `prompt`, `image`, and a `label` that says whether the
+  image is wanted (true or 1) or not (false or 0);
 - folders `chosen/` and `rejected/` (or `w/` and `l/`) with equal file names up to the suffix, subfolders
   included, and a caption `<name>.txt` beside the chosen or the rejected image;
 - a Hugging Face dataset saved to disk, or a folder of arrow files;
 - parquet: one file or a folder of them.
 
 The last two hold either Pick-a-Pic's columns (`jpg_0`, `jpg_1`, `label_0`, `label_1`, `caption`, `has_label`;
-`label_0` = 1: `jpg_0` is chosen, 0: `jpg_1` is, 0.5: a tie, another share: the image with more is), or
-`prompt`, `chosen`, `rejected`. A source with several splits is read as its `train` split, and says so in
-`note`.
+`label_0` = 1: `jpg_0` is chosen, 0: `jpg_1` is, 0.5: a tie, another share: the image with more is),
+`prompt`, `chosen`, `rejected`, or, of single images, `prompt`, `image`, `label`. A source with several splits
+is read as its `train` split, and says so in `note`.
 
 Rows are numbered 0 … len−1 in a fixed order and read in ascending order. Nothing but the rows asked for is
 read, and of rows without a usable label not even the images.
@@ -35,15 +36,16 @@ from mapo_fast.errors import UserError
 
 @dataclass(frozen=True)
 class PairRecord:
-    """A pair as the source has it."""
+    """A pair as the source has it; or a single image, which is a pair without one of its halves."""
 
     index: int
     name: str
     """Where it stands in the source, for people: `train-0.parquet:17`, `pairs.jsonl:3`, `chosen/a.png`."""
     prompt: str
-    chosen: Callable[[], bytes]
-    """Reads the chosen image's file."""
-    rejected: Callable[[], bytes]
+    chosen: Callable[[], bytes] | None
+    """Reads the chosen image's file. None beside a single unwanted image."""
+    rejected: Callable[[], bytes] | None
+    """The rejected image's; None beside a single wanted image."""
     label: float | None = None
     """How probably the chosen image is the better one, where the source says so."""
 
@@ -65,6 +67,8 @@ class MissingImageError(Exception):
 class PreferencePairs(ABC):
     """A source of preference pairs; see the module's text. Make one with `PreferencePairs.open`."""
 
+    paired: bool = True
+    """Whether its rows are pairs; else single images."""
     note: str = ""
     where: Path
     """What `open` was given."""
@@ -164,6 +168,15 @@ def soft_label(index: int, name: str, label: object) -> float | SkippedRow:
     if isinstance(label, (int, float)) and not isinstance(label, bool) and 0 <= label <= 1:
         return float(label)
     return SkippedRow(index, name, "bad label", f"label = {label!r} is no number from 0 to 1")
+
+
+def wanted(index: int, name: str, label: object) -> bool | SkippedRow:
+    """Whether a single image is wanted, or why the row cannot be used."""
+    if label is None:
+        return SkippedRow(index, name, "no label")
+    if isinstance(label, (bool, int, float)) and label in (0, 1):
+        return bool(label)
+    return SkippedRow(index, name, "bad label", f"label = {label!r} is neither true or 1 nor false or 0")
 
 
 def _unknown(source: Path) -> UserError:

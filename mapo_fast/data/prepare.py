@@ -36,7 +36,7 @@ from torch import Tensor
 from mapo_fast.config import Config
 from mapo_fast.data import shards
 from mapo_fast.data.buckets import Size, choose_bucket, fit, make_buckets, time_ids
-from mapo_fast.data.cache import PAIR, cache_settings, difference, index_digest, read_index
+from mapo_fast.data.cache import NOWHERE, PAIR, cache_settings, difference, index_digest, read_index
 from mapo_fast.data.latents import DTYPES, ImageJob, LatentEncoder, encode_shard, images, latent_shape, plan
 from mapo_fast.data.leak import size_leaks
 from mapo_fast.data.pairs import PreferencePairs, SkippedRow
@@ -80,19 +80,21 @@ class PrepareSummary:
     nan_retries: int
     """Latents encoded again in fp32 because they came out non-finite."""
     warnings: tuple[str, ...]
+    paired: bool = True
+    """False: what counts as a pair here is a single labelled image."""
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A usable pair with its bucket."""
+    """A usable pair with its bucket, or a single image."""
 
     row: ScannedRow
     id: bytes
     bucket: Size
     prompt: bytes
-    chosen: bytes
-    rejected: bytes
+    images: dict[str, bytes]
+    """Key of the latents of each half that there is, `chosen` and `rejected`."""
 
 
 @dataclass
@@ -191,7 +193,7 @@ class Preparation:
             (self.cache / "index.json").unlink(missing_ok=True)
         self._encode_images(todo)
         failed = self.families["latents"].failed
-        good = [p.chosen not in failed and p.rejected not in failed for p in choice.pairs]
+        good = [failed.isdisjoint(pair.images.values()) for pair in choice.pairs]
         for pair in compress(choice.pairs, map(operator.not_, good)):
             detail = "the VAE gives non-finite latents even in fp32"
             choice.skipped.append(SkippedRow(pair.row.index, pair.row.name, "non-finite latent", detail))
@@ -315,20 +317,24 @@ class Preparation:
     def _finish(self, choice: Choice, prompts: dict[bytes, str], truncated: int) -> dict[str, Any]:
         pairs, data = choice.pairs, self.data
         held = held_out_pairs(
-            [(p.prompt, p.row.chosen_hash, p.row.rejected_hash) for p in pairs], data.held_out
+            [(p.prompt, *(file_hash for file_hash, _ in p.row.images.values())) for p in pairs], data.held_out
         )
         order = sorted(range(len(pairs)), key=lambda i: (held[i], pairs[i].id))
         train = held.count(False)
-        warnings = size_leaks(
-            [p.row.chosen_size for p in pairs], [p.row.rejected_size for p in pairs], data.size_conditioning
+        chosen, rejected = (
+            [p.row.images[half][1] for p in pairs if half in p.row.images] for half in ("chosen", "rejected")
         )
+        warnings = size_leaks(chosen, rejected, data.size_conditioning) if chosen and rejected else []
+        if not self.source.paired and not (chosen and rejected):
+            warnings.append(
+                f"all images are {'wanted' if chosen else 'unwanted'}: nothing shows the difference"
+            )
         if data.held_out > 0 and train == len(pairs):
             warnings.append(
                 "no pair is held out: too few groups of pairs that share neither a prompt nor an image"
             )
         self._write_tables([pairs[i] for i in order], [held[i] for i in order])
-        sizes = {p.chosen: (p.row.chosen_size, p.bucket) for p in pairs}
-        sizes |= {p.rejected: (p.row.rejected_size, p.bucket) for p in pairs}
+        sizes = {key: (p.row.images[half][1], p.bucket) for p in pairs for half, key in p.images.items()}
         index: dict[str, Any] = {
             "settings": self.settings,
             "source": self.identity,
@@ -336,6 +342,7 @@ class Preparation:
             "pairs": len(pairs),
             "train": train,
             "labelled": all(p.row.label is not None for p in pairs),
+            "paired": self.source.paired,
             "empty": {name: self.families[name].places[EMPTY] for name in ("text1", "text2")},
             "summary": {
                 "images": len(sizes),
@@ -359,7 +366,8 @@ class Preparation:
         for record, pair in zip(table, pairs, strict=True):
             record["id"] = np.frombuffer(pair.id, np.uint8)
             record["bucket"] = pair.bucket
-            record["chosen"], record["rejected"] = latents[pair.chosen], latents[pair.rejected]
+            for half in ("chosen", "rejected"):
+                record[half] = latents[pair.images[half]] if half in pair.images else NOWHERE
             record["text1"], record["text2"] = text1[pair.prompt], text2[pair.prompt]
             record["label"] = float("nan") if pair.row.label is None else pair.row.label
             for side, size in (("chosen", pair.row.chosen_size), ("rejected", pair.row.rejected_size)):
@@ -408,7 +416,8 @@ def choose(rows: Iterable[ScannedRow], buckets: list[Size], max_crop: float) -> 
     """Keep each usable pair once and give it its bucket.
 
     A row that repeats a pair is counted as a duplicate. Rows that contradict each other (same prompt, same
-    images, the other one chosen) are all skipped: together they say nothing.
+    images, the other one chosen; or a single image that is wanted here and unwanted there) are all skipped:
+    together they say nothing.
     """
     choice = Choice()
     by_id: dict[bytes, ScannedRow] = {}
@@ -423,7 +432,9 @@ def choose(rows: Iterable[ScannedRow], buckets: list[Size], max_crop: float) -> 
     for pair_id, row in by_id.items():
         other = by_id.get(_pair_id(row.prompt, row.rejected_hash, row.chosen_hash))
         if other is not None:
-            detail = f"{other.name} chooses the other image for the same prompt"
+            single = len(row.images) == 1
+            detail = f"{other.name} {'labels it otherwise' if single else 'chooses the other image'} for the"
+            detail += " same prompt"
             choice.skipped.append(SkippedRow(row.index, row.name, "contradiction", detail))
             continue
         sizes = (row.chosen_size, row.rejected_size)
@@ -434,8 +445,8 @@ def choose(rows: Iterable[ScannedRow], buckets: list[Size], max_crop: float) -> 
             detail = f"the best bucket cuts off {best.crop:.2f} of an image, data.max_crop = {max_crop}"
             choice.skipped.append(SkippedRow(row.index, row.name, "too much crop", detail))
             continue
-        keys = (image_key(h, best.bucket) for h in (row.chosen_hash, row.rejected_hash))
-        choice.pairs.append(Candidate(row, pair_id, best.bucket, prompt_key(row.prompt), *keys))
+        keys = {half: image_key(file_hash, best.bucket) for half, (file_hash, _) in row.images.items()}
+        choice.pairs.append(Candidate(row, pair_id, best.bucket, prompt_key(row.prompt), keys))
     return choice
 
 
@@ -444,11 +455,9 @@ def image_jobs(pairs: Iterable[Candidate]) -> list[ImageJob]:
     jobs: dict[bytes, ImageJob] = {}
     for pair in pairs:
         row = pair.row
-        for chosen, key, file_hash in (
-            (True, pair.chosen, row.chosen_hash),
-            (False, pair.rejected, row.rejected_hash),
-        ):
-            jobs.setdefault(key, ImageJob(row.index, chosen, file_hash, key, pair.bucket))
+        for half, (file_hash, _) in row.images.items():
+            key = pair.images[half]
+            jobs.setdefault(key, ImageJob(row.index, half == "chosen", file_hash, key, pair.bucket))
     return list(jobs.values())
 
 
@@ -499,13 +508,15 @@ def _whole(cache: Path, index: dict[str, Any]) -> bool:
 def _summary(index: dict[str, Any], seconds: float) -> PrepareSummary:
     counts = index["summary"] | {"warnings": tuple(index["summary"]["warnings"])}
     held_out = index["pairs"] - index["train"]
-    return PrepareSummary(index["pairs"], index["train"], held_out, **counts, seconds=seconds)
+    paired = index.get("paired", True)
+    return PrepareSummary(index["pairs"], index["train"], held_out, **counts, paired=paired, seconds=seconds)
 
 
 def _report(summary: PrepareSummary, cache: Path, console: Console) -> None:
     _say(
         console,
-        f"{cache}: {summary.train} pairs for training, {summary.held_out} held out; {summary.images} images "
+        f"{cache}: {summary.train} {'pairs' if summary.paired else 'labelled images'} for training, "
+        f"{summary.held_out} held out; {summary.images} images "
         f"({summary.upscaled} upscaled), {summary.prompts} prompts ({summary.truncated} truncated); "
         f"{summary.duplicates} duplicates, {sum(summary.skipped.values())} skipped, "
         f"{summary.nan_retries} latents encoded again in fp32; {summary.seconds:.0f} s",

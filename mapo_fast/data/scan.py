@@ -23,6 +23,9 @@ from mapo_fast.files import atomic_path, disk_errors
 
 PART_ROWS = 1000
 
+ABSENT = bytes(16)
+"""Hash of the half that a single image does not have."""
+
 
 @dataclass(frozen=True)
 class ScannedRow:
@@ -31,13 +34,22 @@ class ScannedRow:
     index: int
     name: str
     prompt: str
-    chosen_hash: bytes  # first 16 bytes of the SHA-256 of the file
+    chosen_hash: bytes  # first 16 bytes of the SHA-256 of the file; `ABSENT` where there is none
     rejected_hash: bytes
-    chosen_size: Size
+    chosen_size: Size  # of a single image both have its size
     rejected_size: Size
     reason: str = ""
     detail: str = ""
     label: float | None = None
+
+    @property
+    def images(self) -> dict[str, tuple[bytes, Size]]:
+        """Hash and size of the images that there are, by half."""
+        halves = {
+            "chosen": (self.chosen_hash, self.chosen_size),
+            "rejected": (self.rejected_hash, self.rejected_size),
+        }
+        return {half: image for half, image in halves.items() if image[0] != ABSENT}
 
 
 _SCHEMA = pa.schema(
@@ -118,6 +130,8 @@ def _scan_row(row: PairRecord | SkippedRow, known: dict[bytes, Size | ImageProbl
         return _skipped(row.index, row.name, "", row.reason, row.detail)
     found: list[tuple[bytes, Size]] = []
     for side, read in (("chosen", row.chosen), ("rejected", row.rejected)):
+        if read is None:
+            continue
         try:
             data = read()
             key = content_hash(data)
@@ -133,6 +147,9 @@ def _scan_row(row: PairRecord | SkippedRow, known: dict[bytes, Size | ImageProbl
             return _skipped(
                 row.index, row.name, row.prompt, error.reason, f"{side}: {error.detail}".rstrip(": ")
             )
+    if len(found) == 1:
+        ((image, size),) = found
+        found = [(image, size), (ABSENT, size)] if row.rejected is None else [(ABSENT, size), (image, size)]
     (chosen, chosen_size), (rejected, rejected_size) = found
     if chosen == rejected:
         return _skipped(row.index, row.name, row.prompt, "identical images", "chosen and rejected are equal")

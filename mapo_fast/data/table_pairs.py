@@ -1,4 +1,4 @@
-"""Preference pairs from tables: Pick-a-Pic parquet files and Hugging Face datasets.
+"""Preference pairs, or single images, from tables: Pick-a-Pic parquet files and Hugging Face datasets.
 
 Parquet is read lazily: for each row group first the small columns, then, in small batches, the images of the
 rows that are usable. An image column may hold bytes, or a Hugging Face `Image` feature (a struct of bytes and
@@ -11,14 +11,22 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow.parquet as pq
 from pyarrow import ArrowInvalid
 
 from mapo_fast.data.folder_pairs import read_image_file
-from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, SkippedRow, clean_prompt
+from mapo_fast.data.pairs import (
+    MissingImageError,
+    PairRecord,
+    PreferencePairs,
+    SkippedRow,
+    clean_prompt,
+    wanted,
+)
 from mapo_fast.errors import UserError
 
 IMAGE_ROWS = 16  # rows of images decoded from parquet at a time
@@ -28,8 +36,8 @@ class Verdict(NamedTuple):
     """What a row says: its prompt, the columns of its two images, and how sure the preference is."""
 
     prompt: str
-    chosen: str
-    rejected: str
+    chosen: str | None
+    rejected: str | None
     label: float | None
 
 
@@ -37,15 +45,22 @@ class Verdict(NamedTuple):
 class Columns:
     """Which columns a table has, and what a row of them means."""
 
-    images: tuple[str, str]
+    images: tuple[str, ...]
     small: tuple[str, ...]
-    ranked: bool
-    """Pick-a-Pic's columns, where labels say which image is chosen; else chosen and rejected are columns."""
+    kind: Literal["ranked", "named", "single"]
+    """Pick-a-Pic's columns, where labels say which image is chosen; chosen and rejected; or one image."""
 
     def judge(self, index: int, name: str, row: dict[str, Any]) -> Verdict | SkippedRow:
         """What a row says, or why it cannot be used."""
+        if self.kind == "single":
+            good = wanted(index, name, row["label"])
+            prompt = clean_prompt(index, name, row["prompt"])
+            for skipped in (good, prompt):
+                if isinstance(skipped, SkippedRow):
+                    return skipped
+            return Verdict(str(prompt), *(("image", None) if good else (None, "image")), None)
         first, second = self.images
-        if not self.ranked:
+        if self.kind == "named":
             prompt = clean_prompt(index, name, row["prompt"])
             return prompt if isinstance(prompt, SkippedRow) else Verdict(prompt, first, second, None)
         labels = (row["label_0"], row["label_1"])
@@ -67,12 +82,14 @@ def columns_of(names: Iterable[str], where: Path) -> Columns:
     have = set(names)
     if {"jpg_0", "jpg_1", "label_0", "label_1", "caption"} <= have:
         small = ("label_0", "label_1", "caption", *(("has_label",) if "has_label" in have else ()))
-        return Columns(("jpg_0", "jpg_1"), small, ranked=True)
+        return Columns(("jpg_0", "jpg_1"), small, "ranked")
     if {"prompt", "chosen", "rejected"} <= have:
-        return Columns(("chosen", "rejected"), ("prompt",), ranked=False)
+        return Columns(("chosen", "rejected"), ("prompt",), "named")
+    if {"prompt", "image", "label"} <= have:
+        return Columns(("image",), ("prompt", "label"), "single")
     raise UserError(
         f"{where} has the columns {', '.join(sorted(have))}; needed are jpg_0, jpg_1, label_0, label_1, "
-        "caption (Pick-a-Pic) or prompt, chosen, rejected"
+        "caption (Pick-a-Pic), or prompt, chosen, rejected, or prompt, image, label (single images)"
     )
 
 
@@ -128,6 +145,7 @@ class ParquetPairs(PreferencePairs):
         if len(columns) > 1:
             raise UserError(f"the parquet files in {paths[0].parent} do not have the same columns")
         self.columns: Columns = columns.pop()
+        self.paired = self.columns.kind != "single"
 
     def __len__(self) -> int:
         """Rows in all files."""
@@ -190,6 +208,7 @@ class DatasetPairs(PreferencePairs):
         from datasets import Image
 
         self.columns = columns_of(dataset.column_names, where)
+        self.paired = self.columns.kind != "single"
         for column in self.columns.images:
             if isinstance(dataset.features[column], Image):
                 dataset = dataset.cast_column(column, Image(decode=False))
@@ -254,7 +273,12 @@ def _parquet(path: Path) -> Any:
 
 
 def _record(index: int, name: str, verdict: Verdict, cells: dict[str, Any]) -> PairRecord:
-    prompt, chosen, rejected, label = verdict
-    return PairRecord(
-        index, name, prompt, lambda: image_bytes(cells[chosen]), lambda: image_bytes(cells[rejected]), label
+    chosen, rejected = (
+        None if column is None else partial(_read_cell, cells, column)
+        for column in (verdict.chosen, verdict.rejected)
     )
+    return PairRecord(index, name, verdict.prompt, chosen, rejected, verdict.label)
+
+
+def _read_cell(cells: dict[str, Any], column: str) -> bytes:
+    return image_bytes(cells[column])
