@@ -84,10 +84,23 @@ class ObjectiveConfig(Section):
     """
 
     name: Literal[
-        "mapo", "sft", "dpo", "smpo", "ipo", "hinge", "dmpo", "linear_dpo", "npo", "orpo", "simpo", "cpo"
+        "mapo",
+        "sft",
+        "dpo",
+        "smpo",
+        "ipo",
+        "hinge",
+        "kto",
+        "dmpo",
+        "linear_dpo",
+        "npo",
+        "orpo",
+        "simpo",
+        "cpo",
     ] = "mapo"
     """`mapo`, or `sft` (the chosen image's denoising error alone) as a control; `dpo` (Diffusion-DPO) and the
-    others as in `mapo_kernels.objectives`. `smpo` needs soft labels in the data. `npo` is `dpo` with chosen
+    others as in `mapo_kernels.objectives`. `smpo` needs soft labels in the data. `kto` (Diffusion-KTO) learns
+    from single images, each with a label, and no other does. `npo` is `dpo` with chosen
     and rejected exchanged: its result is the negative model of guidance."""
     form: Literal["code", "paper"] = "code"
     """MaPO as in the authors' released code, or as in the paper; they are not the same objective."""
@@ -104,6 +117,10 @@ class ObjectiveConfig(Section):
     """`dmpo`: the share of preferences that are taken for wrong."""
     eta: float | None = None
     """`linear_dpo`: least weight of a pair, and 1 less the largest."""
+    desirable_weight: float | None = None
+    """`kto`: weight of wanted images, 1."""
+    undesirable_weight: float | None = None
+    """`kto`: weight of unwanted images, 1."""
     reference: Literal["auto", "adapter", "copy", "precomputed"] = "auto"
     """The frozen start model that the objective compares with. `adapter`: the LoRA switched off. `copy`: a
     second UNet, in system RAM where offload.weights is. `precomputed`: its errors for every draw of the run,
@@ -125,8 +142,14 @@ class ObjectiveConfig(Section):
     @property
     def settings(self) -> dict[str, float]:
         """The objective's settings that are stated."""
-        stated = {name: getattr(self, name) for name in ("beta", "snr", "gamma", "alpha", "eta")}
+        names = {name for objective in OBJECTIVES.values() for name in objective.settings}
+        stated = {name: getattr(self, name) for name in names & ObjectiveConfig.model_fields.keys()}
         return {name: float(value) for name, value in stated.items() if value is not None}
+
+    @property
+    def paired(self) -> bool:
+        """Whether it learns from pairs; else from single images with labels."""
+        return self.name != "kto"
 
 
 class AdapterConfig(Section):
@@ -189,7 +212,7 @@ class TrainConfig(Section):
     steps: int = Field(1000, ge=1, le=10**9)
     """Optimizer steps."""
     pairs_per_batch: int = Field(1, ge=1)
-    """Pairs in one micro-batch (two images each)."""
+    """Pairs in one micro-batch (two images each); `kto` takes two single images for a pair."""
     accumulation: int = Field(1, ge=1)
     """Micro-batches per optimizer step."""
     precision: Literal["fp32", "bf16", "fp16", "pure_bf16"] = "bf16"

@@ -20,20 +20,21 @@ from safetensors.torch import load_file, save_file
 from scipy.special import stdtrit
 from torch import Tensor
 
-from mapo_fast.data.cache import CachedPair, PairCache
+from mapo_fast.data.cache import CachedPair, PairBatch, PairCache, SampleBatch
 from mapo_fast.diffusion import Diffusion
 from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.draws import pair_noise, stratified_timesteps
-from mapo_fast.engine.step import pair_inputs, predict
+from mapo_fast.engine.step import pair_inputs, predict, sample_inputs
 from mapo_fast.files import atomic_path
 
 
 class HeldOutErrors(NamedTuple):
-    """Denoising errors of one model on the held-out pairs."""
+    """Denoising errors of one model on the held-out pairs, or single images."""
 
-    chosen: Tensor  # (pairs, draws) fp32, CPU
-    rejected: Tensor  # (pairs, draws) fp32, CPU
+    chosen: Tensor  # (pairs, draws) fp32, CPU; of single images those that are wanted
+    rejected: Tensor  # (pairs, draws) fp32, CPU; those that are not
     predictions: list[Tensor]  # one draw per pair: chosen and rejected prediction, (2, C, h, w) fp16, CPU
+    paired: bool = True
 
 
 class HeldOut:
@@ -86,12 +87,33 @@ class HeldOut:
         shared = self.processes.gathered([(rows.cpu(), kept.cpu()) for rows, kept in mine])
         results = [result for row in zip(*shared, strict=True) for result in row][:count]
         stack = torch.stack([rows for rows, _ in results], dim=1)
-        return HeldOutErrors(stack[0], stack[1], [kept for _, kept in results])
+        predictions = [kept for _, kept in results]
+        if self.cache.paired:
+            return HeldOutErrors(stack[0], stack[1], predictions)
+        wanted = self.cache.wanted(self.pairs)
+        return HeldOutErrors(stack[0, wanted], stack[0, ~wanted], predictions, paired=False)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of the chosen and the rejected errors."""
+        chosen = rejected = len(self.pairs)
+        if not self.cache.paired:
+            chosen = int(self.cache.wanted(self.pairs).sum())
+            rejected -= chosen
+        return (chosen, self.draws), (rejected, self.draws)
 
     def _pair_errors(self, unet: Any, pair: CachedPair, keep: int) -> tuple[Tensor, Tensor]:
-        """(2, draws) errors of one pair, and its (2, C, h, w) prediction at draw `keep`."""
-        single = self.cache.batch([pair], flip=None, drop=None)
-        shape = tuple(single.chosen_latents.shape[1:])
+        """(2, draws) errors of one pair, and its (2, C, h, w) prediction at draw `keep`.
+
+        Of a single image one instead of two.
+        """
+        single: PairBatch | SampleBatch
+        if self.cache.paired:
+            single = self.cache.batch([pair], flip=None, drop=None)
+            shape, halves = tuple(single.chosen_latents.shape[1:]), 2
+        else:
+            single = self.cache.samples([pair], flip=None, drop=None)
+            shape, halves = tuple(single.latents.shape[1:]), 1
         timesteps = stratified_timesteps(
             self.seed, "held-out", pair.id, self.diffusion.num_train_timesteps, self.draws
         )
@@ -101,12 +123,15 @@ class HeldOut:
             batch = type(single)(*(t.expand(len(draws), *t.shape[1:]) for t in vars(single).values()))
             noise = torch.stack([pair_noise(self.seed, "held-out", pair.id, shape, draw=d) for d in draws])
             steps = torch.tensor([timesteps[d] for d in draws])
-            inputs = pair_inputs(batch, noise, steps, self.diffusion, self.device)
+            if isinstance(batch, PairBatch):
+                inputs = pair_inputs(batch, noise, steps, self.diffusion, self.device)
+            else:
+                inputs = sample_inputs(batch, noise, steps, self.diffusion, self.device)
             prediction = predict(unet, inputs).float()
             error = (prediction - inputs.target).square().mean(dim=(1, 2, 3))
-            errors.append(error.view(2, len(draws)))
+            errors.append(error.view(halves, len(draws)))
             if keep in draws:
-                kept = prediction.view(2, len(draws), *shape)[:, keep - first].half()
+                kept = prediction.view(halves, len(draws), *shape)[:, keep - first].half()
         assert kept is not None
         return torch.cat(errors, dim=1), kept
 
@@ -132,6 +157,9 @@ def paired_change(now: Tensor, start: Tensor) -> PairedChange:
 def compare(now: HeldOutErrors, start: HeldOutErrors) -> dict[str, Any]:
     """Figures of one evaluation, each against the start model.
 
+    Single images have no accuracy and no margin: there are the changes of the wanted and of the unwanted
+    images' error, where there are such images.
+
     `drift` is Σ‖prediction − start prediction‖² / Σ‖start prediction‖².
     """
 
@@ -149,6 +177,15 @@ def compare(now: HeldOutErrors, start: HeldOutErrors) -> dict[str, Any]:
         for a, b in zip(now.predictions, start.predictions, strict=True)
     )
     size = sum(float(b.float().square().sum()) for b in start.predictions)
+    drift = {"drift": moved / size if size else 0.0}
+    if not now.paired:
+        figures: dict[str, Any] = {"images": len(now.predictions), "draws": now.chosen.shape[1]}
+        for name in ("chosen", "rejected"):
+            one, other = getattr(now, name), getattr(start, name)
+            if len(one):
+                figures[f"{name}_error"] = float(one.mean())
+                figures[f"{name}_error_change"] = paired_change(one.mean(dim=1), other.mean(dim=1))._asdict()
+        return figures | drift
     return {
         "pairs": len(now.chosen),
         "draws": now.chosen.shape[1],
@@ -158,7 +195,7 @@ def compare(now: HeldOutErrors, start: HeldOutErrors) -> dict[str, Any]:
         "margin_change": paired_change(margin(now), margin(start))._asdict(),
         "chosen_error": float(now.chosen.mean()),
         "chosen_error_change": paired_change(now.chosen.mean(dim=1), start.chosen.mean(dim=1))._asdict(),
-        "drift": moved / size if size else 0.0,
+        **drift,
     }
 
 
@@ -178,10 +215,12 @@ def load_errors(path: Path, held_out: HeldOut) -> HeldOutErrors | None:
         tensors = load_file(path)
         count = len(tensors) - 2
         predictions = [tensors[f"prediction.{i}"] for i in range(count)]
-        errors = HeldOutErrors(tensors["chosen"], tensors["rejected"], predictions)
+        errors = HeldOutErrors(
+            tensors["chosen"], tensors["rejected"], predictions, paired=held_out.cache.paired
+        )
     except (OSError, SafetensorError, KeyError):
         return None
-    shape = (len(held_out.pairs), held_out.draws)
-    if count != shape[0] or any(tuple(e.shape) != shape for e in (errors.chosen, errors.rejected)):
+    shapes = tuple(errors.chosen.shape), tuple(errors.rejected.shape)
+    if count != len(held_out.pairs) or shapes != held_out.shapes:
         return None
     return errors

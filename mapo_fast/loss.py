@@ -1,4 +1,5 @@
-"""The fused losses as modules: `MaPOLoss`, its control `SFTLoss`, and `PreferenceLoss`. Needs torch only.
+"""The fused losses as modules: `MaPOLoss`, its control `SFTLoss`, and `PreferenceLoss`; `KTOLoss` of single
+images in plain torch. Needs torch only.
 
 loss_fn = MaPOLoss(form="code", beta=0.1)
 out = loss_fn(prediction, target)      # (2B, C, H, W) each, the B chosen samples first
@@ -10,7 +11,8 @@ out = loss_fn(prediction, target, reference_errors=errors)  # (2B,): a frozen mo
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -235,6 +237,108 @@ class PreferenceLoss(PairLoss):
         return ", ".join(
             f"{name}={value!r}" for name, value in {**self._settings, "objective": self.objective}.items()
         )
+
+
+class UnpairedLoss(NamedTuple):
+    """Loss and diagnostics of n single samples, on their device; fp64 if the errors are, else fp32."""
+
+    loss: Tensor
+    """(); the only output that carries a gradient."""
+    errors: Tensor
+    """(n,) mean squared errors e."""
+    wanted: Tensor
+    """(n,) bool, the labels."""
+    logits: Tensor
+    """(n,) z = ±β(g − k), + for a wanted sample."""
+    correct: Tensor
+    """(n,) bool, z > 0: the model has improved more than k on a wanted sample, or less on an unwanted one."""
+
+
+class KTOLoss(nn.Module):
+    """Diffusion-KTO on single samples, each wanted or not.
+
+    With e a sample's mean squared error, r the same of a frozen reference and g = r − e:
+
+        mean of w·(1 − σ(z)),  z = β(g − k) and w = `desirable_weight` for a wanted sample,
+                               z = −β(g − k) and w = `undesirable_weight` for another,
+
+    where k, the mean of g over the samples of an optimizer step and at least 0, is taken as a number. (Of
+    pairs, `PreferenceLoss("kto")` is the same with the mean over both halves.) n scalars in fp64.
+
+    Args:
+        beta: β.
+        desirable_weight: weight of wanted samples.
+        undesirable_weight: weight of the others.
+    """
+
+    def __init__(
+        self, beta: float = 1000.0, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.beta, self.weights = beta, (desirable_weight, undesirable_weight)
+        check_settings(
+            "kto", dict(zip(OBJECTIVES["kto"].settings, (beta, *self.weights), strict=True)), "mean"
+        )
+
+    def forward(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        *,
+        reference_errors: Tensor,
+        labels: Tensor,
+        baseline: Callable[[Tensor], Tensor] | None = None,
+    ) -> UnpairedLoss:
+        """Return loss, errors and logits of n samples.
+
+        Args:
+            prediction: (n, C, H, W), fp16, bf16, fp32 or fp64.
+            target: as `prediction`, in its own dtype.
+            reference_errors: (n,), a frozen model's mean squared errors on the same samples.
+            labels: (n,) bool, which are wanted.
+            baseline: gives k, 0-d, from the (n,) detached g; by default that of these samples alone.
+        """
+        dtype = torch.promote_types(target.dtype, torch.float32)
+        errors = (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
+        return self._of(errors, reference_errors, labels, baseline)
+
+    def from_errors(
+        self,
+        first: Tensor,
+        second: Tensor,
+        *,
+        reference_errors: Tensor,
+        labels: Tensor,
+        baseline: Callable[[Tensor], Tensor] | None = None,
+    ) -> UnpairedLoss:
+        """Return the same from the mean squared errors of the first and the second half of the samples."""
+        return self._of(torch.cat([first, second]), reference_errors, labels, baseline)
+
+    def _of(
+        self,
+        errors: Tensor,
+        reference_errors: Tensor,
+        labels: Tensor,
+        baseline: Callable[[Tensor], Tensor] | None,
+    ) -> UnpairedLoss:
+        gains = reference_errors.double() - errors.double()
+        k = (baseline or _mean_gain)(gains.detach())
+        distance = self.beta * (gains - k)
+        z = torch.where(labels, distance, -distance)
+        away = torch.sigmoid(-z)
+        desirable, undesirable = self.weights
+        # 0·z: a saturated sigmoid would hide an infinite error
+        terms = torch.where(labels, desirable * away, undesirable * away) + 0.0 * z
+        logits = z.detach().to(errors.dtype)
+        return UnpairedLoss(terms.mean().to(errors.dtype), errors.detach(), labels, logits, logits > 0)
+
+    def extra_repr(self) -> str:
+        """Show the settings in `print(module)`."""
+        return f"beta={self.beta}, desirable_weight={self.weights[0]}, undesirable_weight={self.weights[1]}"
+
+
+def _mean_gain(gains: Tensor) -> Tensor:
+    return gains.mean().clamp(min=0.0)
 
 
 NPO_BETA = 2000.0

@@ -5,7 +5,8 @@ event's own fields. Non-finite numbers are written as the strings "nan", "inf" a
 is strict JSON.
 
     start        the beginning of a session; `step` is where it starts from
-    step         loss, chosen_error, rejected_error, margin (mean e_l − e_w), logits (mean z), saturation
+    step         loss, chosen_error, rejected_error (of single images: of wanted and unwanted ones), margin
+                 (mean e_l − e_w; not of single images), logits (mean z), saturation
                  (mean σ(−z)), saturated (share of pairs with σ(−z) < 0.05), accuracy (share of pairs with
                  z > 0; with a reference model: pairs of which the chosen image has improved more), grad_norm,
                  lr, pairs_per_s, peak_memory_mib, skipped_steps; compile_s, what speed.compile took so far
@@ -150,7 +151,10 @@ class RunLog:
         parts = []
         if "accuracy" in figures:
             parts.append(f"accuracy {figures['accuracy']:.3f}")
-        for name in ("accuracy", "margin", "chosen_error"):
+        names = ["accuracy", "margin", "chosen_error"]
+        if "accuracy" not in figures:
+            names.append("rejected_error")  # of single images it is not in the margin
+        for name in names:
             if change := figures.get(f"{name}_change"):
                 parts.append(f"{name.replace('_', ' ')} change {_change(change)}")
         if "drift" in figures:

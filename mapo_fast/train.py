@@ -75,6 +75,15 @@ def _train(
     diffusion = Diffusion(folder.scheduler_config)
     cache = PairCache.open(config.data.cache)
     cache.check(folder, config.data)
+    if config.objective.paired != cache.paired:
+        wants, has = "pairs (chosen, rejected)", "single labelled images (image, label)"
+        other = "objective.name = 'kto'"
+        if cache.paired:
+            wants, has, other = has, wants, "another objective.name"
+        raise UserError(
+            f"objective.name = {config.objective.name!r} learns from {wants}, data.cache {config.data.cache} "
+            f"holds {has}: use {other}, or prepare another data.source into another data.cache"
+        )
     if config.objective.known.labels == "required" and not cache.labelled:
         raise UserError(
             f"objective.name = {config.objective.name!r} needs a soft label for every pair, data.cache "
@@ -126,13 +135,15 @@ def _train(
                 )
                 held.enter_context(log)
                 notes = [] if budget is None else budget.notes()
-                for note in notes + _notes(config, cache, checkpoint, resume):
+                for note in notes + _notes(config, cache, checkpoint, resume, processes.size):
                     log.warning(trainer.step, note)
             with StopRequest() as stop:
                 return trainer.run(log, stop, folder)
 
 
-def _notes(config: Config, cache: PairCache, checkpoint: Checkpoint | None, resume: bool) -> list[str]:
+def _notes(
+    config: Config, cache: PairCache, checkpoint: Checkpoint | None, resume: bool, processes: int
+) -> list[str]:
     """What the user should know before the first step."""
     notes = []
     if resume and checkpoint is None:
@@ -154,6 +165,17 @@ def _notes(config: Config, cache: PairCache, checkpoint: Checkpoint | None, resu
             f"optim.warmup_steps = {config.optim.warmup_steps} is not less than train.steps: the learning "
             "rate never reaches optim.lr"
         )
+    samples = 2 * config.train.pairs_per_batch * config.train.accumulation * processes
+    if not config.objective.paired and samples < 8:
+        notes.append(
+            f"a step has {samples} images, and 'kto' compares each with their mean: of fewer than 8 that is "
+            "mostly noise. Raise train.pairs_per_batch (2 images each) or train.accumulation"
+        )
     if not cache.held_out:
-        notes.append("no pair is held out (data.held_out): preference accuracy cannot be measured")
+        what = (
+            "pair is held out (data.held_out): preference accuracy"
+            if cache.paired
+            else ("image is held out (data.held_out): the change on new ones")
+        )
+        notes.append(f"no {what} cannot be measured")
     return notes

@@ -68,9 +68,11 @@ class Trainer:
         loss = build_loss(config.objective, diffusion.num_train_timesteps)
         self.engine = Engine(config, parts, loss, precision, device, processes)
         self.optimizer = self.engine.optimizer
-        self.batches = MicroBatches(cache.train, config.train.pairs_per_batch, config.train.seed)
+        self.batches = MicroBatches(
+            cache.train, config.train.pairs_per_batch, config.train.seed, paired=config.objective.paired
+        )
         self.learning_rate = learning_rate(config.optim, config.train.steps)
-        self.metrics = Metrics(device, processes)
+        self.metrics = Metrics(device, processes, paired=config.objective.paired)
         self.held_out = HeldOut(
             cache,
             cache.held_out[: config.train.evaluate_pairs],
@@ -159,8 +161,10 @@ class Trainer:
             total = sum(len(pairs) for _, pairs in found)
             for i in range(self.processes.rank, count, self.processes.size):
                 position, (epoch, pairs) = first + i, found[i]
-                known = None if self.reference is None else self.reference.at(position, len(pairs))
-                yield MicroBatch(self.inputs(epoch, pairs), len(pairs) / total, known, self._labels(pairs))
+                inputs, known = self.inputs(epoch, pairs), None
+                if self.reference is not None:
+                    known = self.reference.at(position, len(inputs.noisy) // 2)
+                yield MicroBatch(inputs, len(pairs) / total, known, self._labels(pairs))
 
     def inputs(self, epoch: int, pairs: list[CachedPair]) -> PairInputs:
         """What the UNet is given for these pairs in this epoch."""
@@ -175,7 +179,9 @@ class Trainer:
         )
 
     def _labels(self, pairs: list[CachedPair]) -> Tensor | None:
-        """(B,) soft labels on the device, for an objective that needs them."""
+        """(B,) soft labels on the device, for an objective that needs them; (2B,) of single images."""
+        if not self.config.objective.paired:
+            return upload(self.cache.wanted(pairs), self.device)
         if self.config.objective.known.labels != "required":
             return None
         return upload(self.cache.labels(pairs), self.device)
@@ -255,6 +261,8 @@ class Trainer:
         """Write a checkpoint of this step."""
         tensors, state = self.optimizer.state()
         state |= {"seed": self.config.train.seed, "metrics": self.metrics.state()}
+        if self.engine.baseline is not None:
+            state["baseline"] = self.engine.baseline.state()
         keep = self.processes.main
         files = {"model": whole(self._model_tensors(), keep=keep), "optimizer": whole(tensors, keep=keep)}
         self.processes.once(lambda: self.store.save(self.step, files, state))
@@ -276,6 +284,8 @@ class Trainer:
             self.engine.parts.weights.reload()
         self.optimizer.restore(checkpoint.views("optimizer"), checkpoint.state)
         self.metrics.restore(checkpoint.state["metrics"])
+        if self.engine.baseline is not None:
+            self.engine.baseline.restore(checkpoint.state["baseline"])
         self.step = checkpoint.step
 
     def _export(self, folder: SDXLFolder) -> None:

@@ -58,7 +58,8 @@ class Columns:
             for skipped in (good, prompt):
                 if isinstance(skipped, SkippedRow):
                     return skipped
-            return Verdict(str(prompt), *(("image", None) if good else (None, "image")), None)
+            chosen, rejected = ("image", None) if good else (None, "image")
+            return Verdict(str(prompt), chosen, rejected, None)
         first, second = self.images
         if self.kind == "named":
             prompt = clean_prompt(index, name, row["prompt"])

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mapo_fast.config import Config
 from mapo_fast.distributed import ALONE, Processes
+from mapo_fast.engine.baseline import Baseline
 from mapo_fast.engine.build import TrainingUnet
 from mapo_fast.engine.fused_step import FusedStep
 from mapo_fast.engine.graphs import StepGraphs, check_capture
@@ -23,7 +25,7 @@ from mapo_fast.engine.sequential import sequential_backward
 from mapo_fast.engine.shard import ShardedOptimizer
 from mapo_fast.engine.step import PairInputs, predict
 from mapo_fast.engine.stream_states import StateStreaming
-from mapo_fast.loss import PairLoss
+from mapo_fast.loss import KTOLoss, PairLoss, UnpairedLoss
 from mapo_kernels import PairedLoss
 from mapo_kernels.adamw8bit import AdamW8bit
 
@@ -44,7 +46,7 @@ class Engine:
         self,
         config: Config,
         parts: TrainingUnet,
-        loss: PairLoss,
+        loss: PairLoss | KTOLoss,
         precision: Precision,
         device: torch.device,
         processes: Processes = ALONE,
@@ -57,6 +59,10 @@ class Engine:
         # The second set of gradients is small with a LoRA, and not needed where a step has one pair.
         self._sharded = processes.shard(config)
         self._scratch = config.adapter.kind == "lora" or (alone and not self._sharded)
+        self.baseline: Baseline | None = None
+        if not config.objective.paired:
+            self.baseline = Baseline(config.train.accumulation, device, processes)
+            self._scratch = False  # all samples of a micro-batch have a part in each one's coefficient
         self.scaler = torch.amp.GradScaler(device.type) if precision.scaled else None
         build = partial(build_optimizer, config.optim, seed=config.train.seed)
         self.optimizer: GuardedOptimizer | FusedStep
@@ -113,15 +119,16 @@ class Engine:
         *,
         reference_errors: Tensor | None = None,
         labels: Tensor | None = None,
-    ) -> PairedLoss:
+    ) -> PairedLoss | UnpairedLoss:
         """Forward and backward of one micro-batch, which is `share` of the step's pairs.
 
         Args:
-            inputs: B pairs.
+            inputs: B pairs, or 2B single samples.
             share: of the step's pairs.
             reference_errors: (2B,) precomputed errors of the start model, chosen half first; without them
                 the start model of `parts`, if there is one, makes them.
-            labels: (B,) soft labels, for an objective that needs them.
+            labels: (B,) soft labels, for an objective that needs them; of single samples (2B,) bool, which
+                are wanted.
 
         Returns:
             The micro-batch's loss, errors and logits.
@@ -131,18 +138,18 @@ class Engine:
             return out  # type: ignore[no-any-return]
         return self._accumulate(inputs, share, reference_errors, labels)
 
-    def _whole_step(self, tensors: Sequence[Tensor | None]) -> tuple[PairedLoss, Tensor]:
+    def _whole_step(self, tensors: Sequence[Tensor | None]) -> tuple[PairedLoss | UnpairedLoss, Tensor]:
         *inputs, reference_errors, labels = tensors
         out = self._accumulate(PairInputs(*inputs), 1.0, reference_errors, labels)  # type: ignore[arg-type]
         return out._replace(loss=out.loss.detach()), self._finish()
 
     def _accumulate(
         self, inputs: PairInputs, share: float, reference_errors: Tensor | None, labels: Tensor | None
-    ) -> PairedLoss:
+    ) -> PairedLoss | UnpairedLoss:
         if reference_errors is None and self.parts.start is not None:
             reference_errors = self.errors_of(self.parts.start, inputs)
-        named = {"reference_errors": reference_errors, "labels": labels}
-        given = {name: value for name, value in named.items() if value is not None}
+        named = {"reference_errors": reference_errors, "labels": labels, "baseline": self.baseline}
+        given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
         if self.config.train.layout == "sequential":
             return sequential_backward(
                 self.unet,
@@ -157,7 +164,7 @@ class Engine:
             )
         with self.precision.context(self.device):
             prediction = predict(self.unet, inputs)
-        out: PairedLoss = self.loss(prediction, inputs.target, **given)
+        out: PairedLoss | UnpairedLoss = self.loss(prediction, inputs.target, **given)
         del prediction  # the loss keeps what it needs
         self.optimizer.backward(out.loss * share)
         return out
@@ -166,6 +173,8 @@ class Engine:
         """(2B,) errors of the start model, with as many samples at once as the step takes."""
         sequential = self.config.train.layout == "sequential"
         at_once = 0 if not sequential else 1 if self._scratch else len(inputs.noisy) // 2
+        if self.baseline is not None and not sequential:
+            at_once = len(inputs.noisy)  # reduced as `KTOLoss` does
         return start.errors(inputs, self.precision.context(self.device), at_once)
 
     def finish(self) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,18 +11,12 @@ from torch import Tensor
 from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.engine.fused_step import FusedStep
 from mapo_fast.engine.optim import GuardedOptimizer
+from mapo_fast.loss import UnpairedLoss
 from mapo_fast.monitor import SATURATED_BELOW
+from mapo_kernels import PairedLoss
 
-_PER_PAIR = (
-    "loss",
-    "chosen_error",
-    "rejected_error",
-    "margin",
-    "logits",
-    "saturation",
-    "saturated",
-    "accuracy",
-)
+_EVERY = ("loss", "logits", "saturation", "saturated", "accuracy")
+_HALVES = ("chosen_error", "rejected_error")
 
 
 class Metrics:
@@ -31,19 +24,22 @@ class Metrics:
 
     `margin` is mean(e_l − e_w), `saturation` mean σ(−logit) (the share of the margin's gradient that is
     left), `saturated` the share of pairs where that is below 0.05, `accuracy` the share with logit > 0.
+    Of single images, which count as half a pair, `chosen_error` is the wanted ones' and `rejected_error` the
+    others', and there is no `margin`.
     A micro-batch with a figure that is not finite is left out of the sums: its step is skipped and counted.
     Of several processes each sums its own pairs; `fetch` and `state`, which all of them call, add them up.
     """
 
-    def __init__(self, device: torch.device, processes: Processes = ALONE) -> None:
-        self.processes = processes
-        self._pairs = torch.zeros(len(_PER_PAIR) + 1, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, processes: Processes = ALONE, *, paired: bool = True) -> None:
+        self.processes, self.paired = processes, paired
+        self._pairs = torch.zeros(len(_EVERY) + 1 + 2 * len(_HALVES), dtype=torch.float64, device=device)
+        """Sums of `_EVERY`, their number, then the sum and number of each of `_HALVES`."""
         self._steps = torch.zeros(2, dtype=torch.float64, device=device)
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave what happened since the last step (evaluation, saving) out of pairs per second."""
-        self._started, self._timed = time.perf_counter(), 0
+        self._started, self._timed = time.perf_counter(), 0.0
 
     def state(self) -> dict[str, list[float]]:
         """The sums since the last fetch, for a checkpoint inside a logging interval."""
@@ -56,26 +52,28 @@ class Metrics:
             self._pairs.copy_(torch.tensor(state["pairs"], dtype=torch.float64))
         self._steps.copy_(torch.tensor(state["steps"], dtype=torch.float64))
 
-    def add(self, out: Any) -> None:
-        """Add one micro-batch's loss output of B pairs."""
-        pairs = out.logits.shape[0]
-        strength = torch.sigmoid(-out.logits)
+    def add(self, out: PairedLoss | UnpairedLoss) -> None:
+        """Add one micro-batch's loss output of B pairs, or 2B single samples."""
+        strength, ones = torch.sigmoid(-out.logits), torch.ones_like(out.logits)
+        if isinstance(out, UnpairedLoss):
+            wanted = out.wanted.to(ones.dtype)
+            halves = [out.errors * wanted, wanted, out.errors * (1 - wanted), 1 - wanted]
+        else:
+            halves = [out.chosen_error, ones, out.rejected_error, ones]
         rows = torch.stack(
             [
-                out.loss.detach().expand(pairs),
-                out.chosen_error,
-                out.rejected_error,
-                out.rejected_error - out.chosen_error,
+                out.loss.detach().expand(len(ones)),
                 out.logits,
                 strength,
-                (strength < SATURATED_BELOW).to(strength.dtype),
-                out.correct.to(out.logits.dtype),
-                torch.ones_like(out.logits),
+                (strength < SATURATED_BELOW).to(ones.dtype),
+                out.correct.to(ones.dtype),
+                ones,
+                *halves,
             ]
         )
         sums = rows.double().sum(dim=1)
         self._pairs += torch.where(torch.isfinite(sums).all(), sums, torch.zeros_like(sums))
-        self._timed += pairs
+        self._timed += len(ones) / 2 if isinstance(out, UnpairedLoss) else len(ones)
 
     def add_step(self, norm: Tensor) -> None:
         """Add one optimizer step's gradient norm, 0-d; a step that is not finite is left out."""
@@ -90,11 +88,16 @@ class Metrics:
         pairs_of_all = self.processes.sum_(self._pairs)
         values = torch.cat([pairs_of_all, self._steps, counters]).tolist()
         seconds = time.perf_counter() - self._started
-        *sums, pairs, norms, steps, skipped_tensors, skipped, in_a_row = values
+        *sums, count, chosen, n_chosen, rejected, n_rejected = values[: len(self._pairs)]
+        norms, steps, skipped_tensors, skipped, in_a_row = values[len(self._pairs) :]
+        halves = (chosen, n_chosen), (rejected, n_rejected)
+        means = [*((total, count) for total in sums), *halves]
         figures = {
-            name: total / pairs if pairs else float("nan")
-            for name, total in zip(_PER_PAIR, sums, strict=True)
+            name: total / n if n else float("nan")
+            for name, (total, n) in zip((*_EVERY, *_HALVES), means, strict=True)
         }
+        if self.paired:
+            figures["margin"] = figures["rejected_error"] - figures["chosen_error"]
         figures["grad_norm"] = norms / steps if steps else float("nan")
         timed = sum(self.processes.gathered(self._timed))
         figures["pairs_per_s"] = timed / seconds

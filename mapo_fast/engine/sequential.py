@@ -16,7 +16,8 @@ derivative is linear in it, and there are two ways around it, without any approx
   computed twice. It is exact only pair by pair: from the two sums Σ ∇e_w,i and Σ ∇e_l,i over several pairs
   no recombination gives Σ c_w,i·∇e_w,i + c_l,i·∇e_l,i, since every pair has coefficients of its own.
 - the extra forward: the rejected half's errors come from a forward pass without gradients first. Then the
-  chosen half knows its coefficients when it is differentiated, any number of pairs at once.
+  chosen half knows its coefficients when it is differentiated, any number of pairs at once. It serves single
+  samples too (`KTOLoss`), whose coefficients depend on all errors: halves are then any two of equal size.
 
 Memory. `scratch` has one image's activations at a time, and a second set of gradients wherever there are
 gradients already: with a first and only pair, s becomes the gradient. The extra forward has the activations
@@ -37,22 +38,22 @@ from torch import Tensor
 
 from mapo_fast.engine.layouts import has_dropout
 from mapo_fast.engine.step import PairInputs, predict, sample_errors
-from mapo_fast.loss import PairLoss
+from mapo_fast.loss import KTOLoss, PairLoss, UnpairedLoss
 from mapo_kernels import PairedLoss
 
 
 def sequential_backward(
     unet: Any,
     inputs: PairInputs,
-    loss: PairLoss,
+    loss: PairLoss | KTOLoss,
     parameters: Sequence[torch.nn.Parameter],
     *,
     weight: float,
     scratch: bool,
     scale: torch.amp.GradScaler | None = None,
     context: AbstractContextManager[Any] | None = None,
-    given: Mapping[str, Tensor] | None = None,
-) -> PairedLoss:
+    given: Mapping[str, Any] | None = None,
+) -> PairedLoss | UnpairedLoss:
     """Add `weight` times the loss's gradients to `.grad`, with one half in memory at a time.
 
     Args:
@@ -64,7 +65,7 @@ def sequential_backward(
         scale: multiplies the gradients by its scale. Under `scratch` a chosen gradient has it before its
             coefficient, so it may overflow where `joint`'s does not, or the other way round.
         context: autocast of the forward passes, entered anew for each.
-        given: what else the loss takes of all pairs: `reference_errors`, `labels`.
+        given: what else the loss takes of all pairs: `reference_errors`, `labels`; `baseline` of `KTOLoss`.
 
     Returns:
         What `loss(prediction, target)` would return, detached.
@@ -77,13 +78,13 @@ def sequential_backward(
 class _Halves:
     unet: Any
     inputs: PairInputs
-    loss: PairLoss
+    loss: PairLoss | KTOLoss
     weight: float
     scale: torch.amp.GradScaler | None
     context: AbstractContextManager[Any]
-    given: Mapping[str, Tensor]
+    given: Mapping[str, Any]
 
-    def pair_by_pair(self, parameters: Sequence[torch.nn.Parameter]) -> PairedLoss:
+    def pair_by_pair(self, parameters: Sequence[torch.nn.Parameter]) -> PairedLoss | UnpairedLoss:
         pairs = len(self.inputs.noisy) // 2
         errors = torch.ones(2, pairs, dtype=self._dtype, device=self.inputs.target.device)
         for i in range(pairs):
@@ -101,7 +102,7 @@ class _Halves:
             self._backward(c_l[i] * rejected)
         return out
 
-    def half_by_half(self) -> PairedLoss:
+    def half_by_half(self) -> PairedLoss | UnpairedLoss:
         pairs = len(self.inputs.noisy) // 2
         replay = _replayable(self.inputs.noisy.device) if has_dropout(self.unet) else nullcontext
         with torch.no_grad():
@@ -126,7 +127,9 @@ class _Halves:
             prediction = predict(self.unet, part)
         return sample_errors(prediction, part.target)
 
-    def _coefficients(self, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, PairedLoss]:
+    def _coefficients(
+        self, chosen: Tensor, rejected: Tensor
+    ) -> tuple[Tensor, Tensor, PairedLoss | UnpairedLoss]:
         """c_w and c_l of the module's docstring, (B,) each, with the weight; and the loss."""
         leaves = chosen.detach().requires_grad_(), rejected.detach().requires_grad_()
         out = self.loss.from_errors(*leaves, **self.given)

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mapo_fast.data.cache import CachedPair, PairBatch, PairCache
+from mapo_fast.data.cache import CachedPair, PairBatch, PairCache, SampleBatch
 from mapo_fast.diffusion import Diffusion
 from mapo_fast.draws import pair_drop, pair_flip, pair_noise, pair_timestep
 
 
 class PairInputs(NamedTuple):
-    """What the UNet is given for B pairs: 2B samples, chosen half first."""
+    """What the UNet is given for B pairs: 2B samples, chosen half first; or 2B single samples."""
 
     noisy: Tensor  # (2B, C, h, w) fp32
     timesteps: Tensor  # (2B,) int64
@@ -34,14 +34,19 @@ def training_inputs(
     caption_dropout: float,
     device: torch.device,
 ) -> PairInputs:
-    """Inputs of one micro-batch, every draw a function of (seed, epoch, pair id)."""
+    """Inputs of one micro-batch, every draw a function of (seed, epoch, pair id).
+
+    Single images have ids, and with them draws, of their own.
+    """
     flip = [pair_flip(seed, epoch, p.id) for p in pairs] if cache.flips else None
     drop = [pair_drop(seed, epoch, p.id, caption_dropout) for p in pairs] if caption_dropout else None
-    batch = cache.batch(pairs, flip=flip, drop=drop)
-    shape = tuple(batch.chosen_latents.shape[1:])
-    noise = torch.stack([pair_noise(seed, epoch, p.id, shape) for p in pairs])
-    steps = [pair_timestep(seed, epoch, p.id, diffusion.num_train_timesteps) for p in pairs]
-    return pair_inputs(batch, noise, torch.tensor(steps), diffusion, device)
+    batch = (cache.batch if cache.paired else cache.samples)(pairs, flip=flip, drop=drop)
+    latents = batch.chosen_latents if isinstance(batch, PairBatch) else batch.latents
+    noise = torch.stack([pair_noise(seed, epoch, p.id, tuple(latents.shape[1:])) for p in pairs])
+    steps = torch.tensor([pair_timestep(seed, epoch, p.id, diffusion.num_train_timesteps) for p in pairs])
+    if isinstance(batch, PairBatch):
+        return pair_inputs(batch, noise, steps, diffusion, device)
+    return sample_inputs(batch, noise, steps, diffusion, device)
 
 
 def pair_inputs(
@@ -53,17 +58,34 @@ def pair_inputs(
 ) -> PairInputs:
     """Noise both halves of a batch with the pair's own noise and timestep, and move them to the device."""
 
-    def both(chosen: Tensor, rejected: Tensor) -> Tensor:
-        return upload(torch.cat([chosen, rejected]), device)
+    def twice(shared: Tensor) -> Tensor:
+        return torch.cat([shared, shared])
 
-    latents = both(batch.chosen_latents, batch.rejected_latents).float()
-    noise, timesteps = both(noise, noise), both(timesteps, timesteps)
+    samples = SampleBatch(
+        latents=torch.cat([batch.chosen_latents, batch.rejected_latents]),
+        prompt_embeds=twice(batch.prompt_embeds),
+        pooled_embeds=twice(batch.pooled_embeds),
+        time_ids=torch.cat([batch.time_ids_chosen, batch.time_ids_rejected]),
+    )
+    return sample_inputs(samples, twice(noise), twice(timesteps), diffusion, device)
+
+
+def sample_inputs(
+    batch: SampleBatch,
+    noise: Tensor,  # (n, C, h, w) fp32
+    timesteps: Tensor,  # (n,) int64
+    diffusion: Diffusion,
+    device: torch.device,
+) -> PairInputs:
+    """Noise n samples, each with its own noise and timestep, and move them to the device."""
+    latents = upload(batch.latents, device).float()
+    noise, timesteps = upload(noise, device), upload(timesteps, device)
     return PairInputs(
         noisy=diffusion.add_noise(latents, noise, timesteps),
         timesteps=timesteps,
-        prompt_embeds=both(batch.prompt_embeds, batch.prompt_embeds),
-        pooled_embeds=both(batch.pooled_embeds, batch.pooled_embeds),
-        time_ids=both(batch.time_ids_chosen, batch.time_ids_rejected),
+        prompt_embeds=upload(batch.prompt_embeds, device),
+        pooled_embeds=upload(batch.pooled_embeds, device),
+        time_ids=upload(batch.time_ids, device),
         target=diffusion.target(latents, noise, timesteps),
     )
 

@@ -156,6 +156,8 @@ def _step(engine: Engine, inputs: list[PairInputs]) -> None:
     objective, pairs = engine.config.objective, engine.config.train.pairs_per_batch
     known = torch.zeros(2 * pairs) if engine.config.reference == "precomputed" else None
     labels = torch.zeros(pairs) if objective.known.labels == "required" else None
+    if not objective.paired:
+        labels = torch.zeros(2 * pairs, dtype=torch.bool)
     engine.start(1e-5)
     for batch in inputs:
         engine.accumulate(batch, 1 / len(inputs), reference_errors=known, labels=labels)
