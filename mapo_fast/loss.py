@@ -275,10 +275,12 @@ class KTOLoss(nn.Module):
         self, beta: float = 1000.0, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
     ) -> None:
         super().__init__()
-        self.beta, self.weights = beta, (desirable_weight, undesirable_weight)
-        check_settings(
-            "kto", dict(zip(OBJECTIVES["kto"].settings, (beta, *self.weights), strict=True)), "mean"
-        )
+        self._settings = {
+            "beta": beta,
+            "desirable_weight": desirable_weight,
+            "undesirable_weight": undesirable_weight,
+        }
+        check_settings("kto", self._settings, "mean")
 
     def forward(
         self,
@@ -323,10 +325,10 @@ class KTOLoss(nn.Module):
     ) -> UnpairedLoss:
         gains = reference_errors.double() - errors.double()
         k = (baseline or _mean_gain)(gains.detach())
-        distance = self.beta * (gains - k)
+        beta, desirable, undesirable = self._settings.values()
+        distance = beta * (gains - k)
         z = torch.where(labels, distance, -distance)
         away = torch.sigmoid(-z)
-        desirable, undesirable = self.weights
         # 0·z: a saturated sigmoid would hide an infinite error
         terms = torch.where(labels, desirable * away, undesirable * away) + 0.0 * z
         logits = z.detach().to(errors.dtype)
@@ -334,7 +336,7 @@ class KTOLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the settings in `print(module)`."""
-        return f"beta={self.beta}, desirable_weight={self.weights[0]}, undesirable_weight={self.weights[1]}"
+        return ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
 
 
 def _mean_gain(gains: Tensor) -> Tensor:

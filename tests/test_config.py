@@ -74,7 +74,12 @@ def test_overrides_replace_values_with_toml_types(tmp_path: Path) -> None:
         ("train.seed=99999999999999999999", r"train\.seed = "),
         ("objective.form=paper", r"objective\.beta must be set .* 8 for general"),
         ("objective.form=paper objective.name=dpo", r"form = 'paper' is of objective\.name = 'mapo'"),
-        ("objective.name=kto", r"objective\.name = 'kto'.*'linear_dpo'"),
+        ("objective.name=ppo", r"objective\.name = 'ppo'.*'linear_dpo'"),
+        ("objective.name=dpo objective.desirable_weight=2", r"desirable_weight is no setting of .* = 'dpo'"),
+        (
+            "objective.name=kto objective.undesirable_weight=0",
+            r"undesirable_weight = 0 must be greater than 0$",
+        ),
         (
             "objective.name=dpo objective.snr=0.5",
             r"objective\.snr is no setting of .* = 'dpo', which has beta$",
