@@ -5,9 +5,10 @@
 Measured on the trained tiny SDXL of the demo, 16 preference pairs of its world at 8 timesteps, LoRA r16:
 
 - `code`: error of the weights alone, ‖W' − W‖ / ‖W‖, for 8-bit codes that were tried; mean over the layers.
-- `base`: the whole UNet in bf16 as it trains. Error of the prediction and of the LoRA gradients against fp32
-  with dense weights, ‖x' − x‖ / ‖x‖; change of the mean denoising error; the margin's change in its own
-  standard deviations; and the share of predictions of which image is preferred that stay.
+- `base`: the whole UNet in bf16 as it trains, fp8 rounded as on a GPU and multiplied in bf16. Error of the
+  prediction and of the LoRA gradients against fp32 with dense weights, ‖x' − x‖ / ‖x‖; change of the mean
+  denoising error; the margin's change in its own standard deviations; and the share of predictions of which
+  image is preferred that stay.
 - `group`: only these layers stored, linear ones in nf4, convolutions in int8, the rest fp32: error of the
   prediction, and how many weights of the full SDXL they are. `quantise.INT8` and `DENSE` follow from them.
 - `sdxl`: layers and bytes of the full SDXL's UNet, from shapes alone.
@@ -39,6 +40,7 @@ from mapo_fast.lora import add_lora
 from mapo_fast.loss import MaPOLoss
 from mapo_fast.model import SDXLFolder, open_sdxl
 from mapo_fast.planner.models import SDXL_UNET
+from mapo_kernels._fp8 import from_fp8, to_fp8
 from mapo_kernels._linear import dense_weight
 
 RESULTS = Path(__file__).parent / "results" / "quantised_base.jsonl"
@@ -96,8 +98,12 @@ def code_rows(unet: Any) -> Iterator[dict[str, Any]]:
             "int8 per 64": lambda _, w: per_64(w),
             "dynamic 8-bit per 64": lambda _, w: dynamic(w),
             "as stored": lambda name, _: stored[name],
-            **({} if kind == "convolution" else {"nf4": lambda _, w: nf4(w)}),
         }
+        if kind == "linear":
+            codes |= {
+                "fp8": lambda _, w: from_fp8(*to_fp8(w), torch.float32),
+                "nf4": lambda _, w: nf4(w),
+            }
         for code, make in codes.items():
             errors = [relative(make(name, w), w) for name, w in weights.items()]
             yield {
@@ -186,7 +192,7 @@ def measure(unet: Any, batches: list[PairInputs], dtype: torch.dtype) -> dict[st
 def base_rows(folder: SDXLFolder, batches: list[PairInputs]) -> Iterator[dict[str, Any]]:
     want = measure(folder.load_unet(), batches, torch.float32)
     margin = want["errors"][:, PAIRS:] - want["errors"][:, :PAIRS]  # rejected − chosen
-    for base in ("dense", "int8", "nf4"):
+    for base in ("dense", "int8", "fp8", "nf4"):
         unet = folder.load_unet(torch.bfloat16)
         if base != "dense":
             quantise_base(unet, base, CPU)  # type: ignore[arg-type]
@@ -232,7 +238,7 @@ def group_rows(folder: SDXLFolder, batches: list[PairInputs]) -> Iterator[dict[s
 
 
 def sdxl_rows() -> Iterator[dict[str, Any]]:
-    for base in ("int8", "nf4"):
+    for base in ("int8", "fp8", "nf4"):
         with torch.device("meta"):
             unet: Any = UNet2DConditionModel(**SDXL_UNET).to(torch.bfloat16)
         total = sum(p.nbytes for p in unet.parameters())

@@ -428,7 +428,7 @@ def _hooked(module: nn.Module) -> bool:
 def _self_attention_weights(attn: Any) -> Iterator[Tensor]:
     for layer in (attn.to_q, attn.to_k, attn.to_v):
         base = getattr(layer, "base_layer", layer)
-        if type(base) is nn.Linear:
+        if type(base) is nn.Linear or (type(base) is QuantisedLinear and base.format.startswith("fp8")):
             yield base.weight
 
 

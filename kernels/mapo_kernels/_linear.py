@@ -15,7 +15,7 @@ is accumulated in one buffer: no gradients are concatenated.
 Quantised weights are frozen. They are dequantised inside the operator, in forward and again in backward, and
 never saved: nf4 and fp4 by bitsandbytes to the dtype that was quantised, int8 as CB · (SCB / 127), with one
 SCB per row or per group of columns. Unlike bitsandbytes' own int8 layer, activations are not quantised and
-there are no outlier columns.
+there are no outlier columns. fp8 is different: it stays as it is, and n and dy are rounded to it (_fp8.py).
 
 Custom operators take tensors, numbers and strings. `pack` turns projections into a list of tensors and one
 format each, such as `nf4 640 320 bfloat16 64 256+bias+lora`; `unpack` turns them back.
@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapo_kernels._autocast import autocast_dtype
+from mapo_kernels._fp8 import Rows, fp8_input_gradient, fp8_linear, from_fp8, to_fp8
 from mapo_kernels._pair_checks import FLOATING
 
 __all__ = [
@@ -61,9 +62,10 @@ class FrozenWeight(NamedTuple):
     tensors: tuple[Tensor, ...]
     """int8: CB (N, C), or (O, C, kh, kw) of a convolution, and SCB (N,) or (N, G), see `from_int8`. nf4, fp4:
     packed, absmax, and for nested statistics, where absmax is quantised itself, the inner absmax, code and
-    offset."""
+    offset. fp8: codes (N, C) uint8 and scales (N,), see _fp8.py."""
     format: str
-    """`int8 N C` or `nf4 N C dtype blocksize nested_blocksize`, the last 0 without nested statistics."""
+    """`int8 N C`, `fp8 N C`, or `nf4 N C dtype blocksize nested_blocksize`, the last 0 without nested
+    statistics."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -132,9 +134,9 @@ def dense_weight(weight: Tensor | FrozenWeight, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, Tensor):
         return weight.to(dtype)
     kind, _, _, *rest = weight.format.split()
-    if kind == "int8":
+    if kind in ("int8", "fp8"):
         codes, scales = weight.tensors
-        return from_int8(codes, scales, dtype)
+        return (from_int8 if kind == "int8" else from_fp8)(codes, scales, dtype)
     # bitsandbytes, which made this weight, has registered its operators.
     packed, absmax, *nested = weight.tensors
     stored, block, nested_block = getattr(torch, rest[0]), int(rest[1]), int(rest[2])
@@ -224,7 +226,7 @@ def _roles(form: str) -> list[str]:
     if weight == "dense":
         found = ["weight"]
     else:
-        found = ["frozen"] * (2 if weight.startswith("int8") or weight.endswith(" 0") else 5)
+        found = ["frozen"] * (2 if weight.startswith(("int8", "fp8")) or weight.endswith(" 0") else 5)
     if "bias" in parts:
         found.append("bias")
     if "lora" in parts:
@@ -276,12 +278,19 @@ def project(n: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, Tenso
     """All projections of n (M, C): y (M, ΣN) and t (M, Σr), which backward needs for dB."""
     dtype = n.dtype
     sizes = widths(projections)
+    rounded = to_fp8(n) if any(_in_fp8(p.weight) for p in projections) else None
     matrix = _one_matrix(projections, dtype)
-    if matrix is not None:
+    if isinstance(matrix, Rows):
+        assert rounded is not None
+        y = fp8_linear(rounded, matrix, _one_bias(projections, dtype), dtype)
+    elif matrix is not None:
         y = F.linear(n, matrix, _one_bias(projections, dtype))
     else:
         y = n.new_empty(n.shape[0], sum(sizes))
         for projection, part in zip(projections, y.split_with_sizes(sizes, 1), strict=True):
+            if rounded is not None and (codes := _in_fp8(projection.weight)):
+                part.copy_(fp8_linear(rounded, codes, projection.bias, dtype))
+                continue
             weight = dense_weight(projection.weight, dtype).t()
             if projection.bias is None:
                 torch.mm(n, weight, out=part)
@@ -310,12 +319,23 @@ def input_gradients(
             dt_part.addmm_(dy, lora.b.to(dtype), beta=0, alpha=lora.scale)
     if not with_dn:
         return None, dt
-    dn = torch.mm(grads[0], dense_weight(projections[0].weight, dtype))
-    for dy, projection in zip(grads[1:], projections[1:], strict=True):
-        dn.addmm_(dy, dense_weight(projection.weight, dtype))
+    dn: Tensor | None = None
+    for dy, projection in zip(grads, projections, strict=True):
+        dn = _add_input_gradient(dn, dy, projection.weight)
+    assert dn is not None
     if dt.shape[1]:
         dn.addmm_(dt, _stacked_a(projections, dtype))
     return dn, dt
+
+
+def _add_input_gradient(dn: Tensor | None, dy: Tensor, weight: Tensor | FrozenWeight) -> Tensor:
+    """dn + dy W, in place; dy W if there is no dn yet."""
+    codes = _in_fp8(weight)
+    if codes is not None:
+        more = fp8_input_gradient(dy, codes)
+        return more if dn is None else dn.add_(more)
+    dense = dense_weight(weight, dy.dtype)
+    return torch.mm(dy, dense) if dn is None else dn.addmm_(dy, dense)
 
 
 def parameter_gradients(
@@ -349,9 +369,20 @@ def parameter_gradients(
     return found
 
 
-def _one_matrix(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
+def _in_fp8(weight: Tensor | FrozenWeight) -> Rows | None:
+    """The codes and scales of a weight that is kept in fp8."""
+    if isinstance(weight, FrozenWeight) and weight.format.startswith("fp8"):
+        return Rows(*weight.tensors)
+    return None
+
+
+def _one_matrix(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | Rows | None:
+    codes = [rows for p in projections if (rows := _in_fp8(p.weight)) is not None]
     if len(projections) == 1:
-        return dense_weight(projections[0].weight, dtype)
+        return codes[0] if codes else dense_weight(projections[0].weight, dtype)
+    if len(codes) == len(projections):
+        one = views_of_one([rows.codes for rows in codes])
+        return None if one is None else Rows(one, torch.cat([rows.scales for rows in codes]))
     weights = [p.weight for p in projections if isinstance(p.weight, Tensor)]
     matrix = views_of_one(weights) if len(weights) == len(projections) else None
     return None if matrix is None else matrix.to(dtype)

@@ -1,21 +1,27 @@
-"""A frozen UNet in fewer bits: linear layers in nf4 or int8 by bitsandbytes, convolutions in grouped int8.
+"""A frozen UNet in fewer bits: linear layers in nf4, int8 or fp8, convolutions in grouped int8.
 
 | layer       | base   | stored                                                    | bits per weight |
 |-------------|--------|-----------------------------------------------------------|-----------------|
 | linear      | `nf4`  | blocks of 64, their maxima in 8 bits again (QLoRA)        | 4.13            |
 | linear      | `int8` | int8, one maximum per row (LLM.int8)                      | 8.0             |
-| in `INT8`   | both   | the same                                                  | 8.0             |
-| convolution | both   | int8, one maximum per output and group of input channels  | 8.4             |
+| linear      | `fp8`  | e4m3, one power of two per row; products in fp8           | 8.0             |
+| in `INT8`   | all    | as `int8`                                                 | 8.0             |
+| convolution | all    | int8, one maximum per output and group of input channels  | 8.4             |
 
 A group is the smallest number of input channels that divides all and has at least 64 weights: 8 channels of a
 3 × 3 kernel. Its error is a fraction of a per-output scale's, and 0.01 % from the best tried,
 whose blocks do not follow channels (bench/results/quantised_base.jsonl).
 
-Only weights are quantised. A layer makes its weight dense inside the operator, in forward and again in
-backward, so neither dense weights nor inputs are saved; the fused operators of `patch_unet` take the codes as
-they are. bitsandbytes quantises the weights, but its layers are not used: Linear8bitLt quantises activations
-too, Linear4bit repacks itself for inference on some CPUs, and neither can be traced on fake tensors. Here
-codes are a Parameter and scales are buffers, which move, load and copy like those of any other layer.
+In nf4 and int8 only weights are quantised. A layer makes its weight dense inside the operator, in forward and
+again in backward, so neither dense weights nor inputs are saved; the fused operators of `patch_unet` take the
+codes as they are. bitsandbytes makes nf4 and int8, but its layers are not used: Linear8bitLt quantises
+activations too, Linear4bit repacks itself for inference on some CPUs, and neither can be traced on fake
+tensors. Here codes are a Parameter and scales are buffers, which move, load and copy like those of any layer.
+
+fp8 is there for its products, in which activations and gradients are fp8 too (kernels/mapo_kernels/_fp8.py);
+it saves no more memory than int8 and is less exact. So only layers of transformer blocks, where the
+arithmetic is, are kept in it, and a GPU that cannot multiply fp8 is refused. The CPU computes the same in the
+dtype of training.
 
 Left dense: `conv_in` and `conv_out`, everything with fewer than 4,096 weights, norms and biases. `INT8` are
 layers that everything passes through: in nf4 they cause half of the tiny SDXL's squared error, in int8 they
@@ -33,6 +39,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mapo_fast.errors import UserError
 from mapo_kernels import FrozenWeight, frozen_conv2d, frozen_linear
+from mapo_kernels._fp8 import MULTIPLE, in_fp8, to_fp8
 
 __all__ = ["Quantised", "QuantisedConv2d", "QuantisedLinear", "quantise_base"]
 
@@ -48,7 +55,7 @@ GROUP = 64
 NF4_BLOCK, NESTED_BLOCK = 64, 256
 """bitsandbytes' own defaults."""
 
-Base = Literal["int8", "nf4"]
+Base = Literal["int8", "nf4", "fp8"]
 
 
 class Quantised(NamedTuple):
@@ -56,7 +63,7 @@ class Quantised(NamedTuple):
 
     name: str
     kind: str
-    """`int8` or `nf4` of a linear layer, `int8 conv` of a convolution."""
+    """`int8`, `nf4` or `fp8` of a linear layer, `int8 conv` of a convolution."""
     dense_bytes: int
     """Its weight before."""
     stored_bytes: int
@@ -142,8 +149,14 @@ def quantise_base(unet: Any, base: Base, device: torch.device) -> list[Quantised
         The quantised layers in the UNet's order.
 
     Raises:
-        UserError: bitsandbytes cannot be imported.
+        UserError: bitsandbytes cannot be imported, or the GPU cannot multiply fp8.
     """
+    if base == "fp8" and device.type == "cuda" and not in_fp8(device):
+        raise UserError(
+            "adapter.base = 'fp8' needs Triton, Linux and a GPU of compute capability 8.9 or newer (RTX 40, "
+            f"H100), not {torch.cuda.get_device_name(device)} here: use adapter.base = 'int8', as small and "
+            "more exact"
+        )
     done = []
     traced = False
     for name, layer in unet.named_modules():
@@ -158,7 +171,7 @@ def quantise_base(unet: Any, base: Base, device: torch.device) -> list[Quantised
             kind, frozen = "int8 conv", _grouped_int8(weight)
             layer.__class__ = QuantisedConv2d
         else:
-            kind = "int8" if name.rpartition(".")[2] in INT8 else base
+            kind = _kind(name, weight, base)
             frozen = (_sizes if traced else _quantise)(weight, kind)
             layer.__class__ = QuantisedLinear
         layer.store(frozen)
@@ -175,15 +188,25 @@ def _large(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and layer.weight.numel() >= SMALLEST
 
 
+def _kind(name: str, weight: Tensor, base: Base) -> str:
+    """Of a linear layer."""
+    if name.rpartition(".")[2] in INT8:
+        return "int8"
+    if base == "fp8" and (".transformer_blocks." not in name or any(n % MULTIPLE for n in weight.shape)):
+        return "int8"
+    return base
+
+
 def _quantise(weight: Tensor, kind: str) -> FrozenWeight:  # (N, C)
-    """By bitsandbytes."""
+    if kind == "fp8":
+        return FrozenWeight(to_fp8(weight), _format(kind, weight))
     try:
         from bitsandbytes import functional
     except Exception as error:  # of many kinds: not there, or its library does not load
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"adapter.base = 'int8' and 'nf4' need bitsandbytes, which cannot be imported ({first}): install "
-            "it, or use adapter.base = 'dense'"
+            "adapter.base = 'int8', 'nf4' and 'fp8' need bitsandbytes, which cannot be imported "
+            f"({first}): install it, or use adapter.base = 'dense'"
         ) from None
     if kind == "int8":
         codes, absmax, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
@@ -208,15 +231,15 @@ def _grouped_int8(weight: Tensor) -> FrozenWeight:  # (O, C, kh, kw)
 
 
 def _sizes(weight: Tensor, kind: str) -> FrozenWeight:
-    """What bitsandbytes would make of a meta or fake (N, C), unwritten."""
+    """What `_quantise` would make of a meta or fake (N, C), unwritten."""
 
     def new(*shape: int, dtype: torch.dtype) -> Tensor:
         return weight.new_empty(shape, dtype=dtype)
 
     rows = weight.shape[0]
-    if kind == "int8":
+    if kind in ("int8", "fp8"):
         tensors: tuple[Tensor, ...] = (
-            new(*weight.shape, dtype=torch.int8),
+            new(*weight.shape, dtype=torch.int8 if kind == "int8" else torch.uint8),
             new(rows, dtype=torch.float32),
         )
     else:
@@ -233,7 +256,7 @@ def _sizes(weight: Tensor, kind: str) -> FrozenWeight:
 
 def _format(kind: str, weight: Tensor) -> str:
     rows, columns = weight.shape
-    if kind == "int8":
-        return f"int8 {rows} {columns}"
+    if kind in ("int8", "fp8"):
+        return f"{kind} {rows} {columns}"
     dtype = str(weight.dtype).removeprefix("torch.")
     return f"nf4 {rows} {columns} {dtype} {NF4_BLOCK} {NESTED_BLOCK}"

@@ -13,12 +13,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from mapo_fast import patch_unet
+from mapo_fast import patch_unet, unpatch_unet
 from mapo_fast.engine.layouts import apply_layout
 from mapo_fast.engine.quantise import INT8, QuantisedConv2d, QuantisedLinear, quantise_base
 from mapo_fast.errors import UserError
 from mapo_fast.lora import add_lora, lora_state_dict, save_lora
-from mapo_kernels._linear import dense_weight
+from mapo_kernels._linear import dense_weight, views_of_one
 from tests.unets import make_unet, run
 
 pytestmark = [
@@ -27,7 +27,9 @@ pytestmark = [
 ]
 CPU = torch.device("cpu")
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-BASES: Any = pytest.mark.parametrize("base", ["int8", "nf4"])
+EXACT: Any = pytest.mark.parametrize("base", ["int8", "nf4"])
+"""The ones that round no activations."""
+BASES: Any = pytest.mark.parametrize("base", ["int8", "nf4", "fp8"])
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +77,7 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         assert float((got[name] - want[name]).norm() / want[name].norm()) <= 1e-9, name
 
 
-@BASES
+@EXACT
 @pytest.mark.parametrize("targets", [TARGETS, ("conv1", "conv_shortcut", "proj_in", "ff.net.2", "to_v")])
 @pytest.mark.parametrize("patched", [False, True])
 def test_it_is_the_dense_twin(base: Any, targets: tuple[str, ...], patched: bool) -> None:
@@ -119,13 +121,39 @@ def test_what_is_stored(base: Any) -> None:
         assert row.dense_bytes == before[row.name][0]
         assert row.stored_bytes == sum(t.nbytes for t in layer.frozen_weight.tensors)
         fine = row.name.rpartition(".")[2] in INT8 or isinstance(layer, QuantisedConv2d)
+        if base == "fp8":
+            fine |= ".transformer_blocks." not in row.name or any(n % 16 for n in weight.shape)
         assert row.kind == ("int8 conv" if isinstance(layer, QuantisedConv2d) else "int8" if fine else base)
         if weight.numel() >= 4096 and row.kind == "nf4":  # smaller ones pay for a table of 1 KiB
             assert row.stored_bytes < 0.4 * row.dense_bytes
         error = float((dense_weight(layer.frozen_weight, torch.float32) - weight).norm() / weight.norm())
-        assert error <= {"nf4": 0.12, "int8": 0.01, "int8 conv": 0.01}[row.kind]
+        assert error <= {"nf4": 0.12, "fp8": 0.04, "int8": 0.01, "int8 conv": 0.01}[row.kind]
         assert not layer.weight.requires_grad
         assert not layer.weight.is_floating_point()
+
+
+def test_fp8_fused_is_fp8_unfused() -> None:
+    """The same rounding, q, k and v as one product, and adapters on top; joined codes come apart again."""
+    unet = quantised("fp8")
+    want = run(adapt(copy.deepcopy(unet)), "sdxl", torch.float64)
+    before = {name: t.clone() for name, t in unet.state_dict().items()}
+    attention = unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    codes = [layer.weight for layer in (attention.to_q, attention.to_k, attention.to_v)]
+    patch_unet(unet)
+    assert views_of_one(codes) is not None
+    assert all(torch.equal(t, before[name]) for name, t in unet.state_dict().items())
+    assert_same(run(adapt(unet), "sdxl", torch.float64), want)
+    unpatch_unet(unet)
+    assert views_of_one(codes) is None
+
+
+def test_fp8_needs_a_gpu_that_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mapo_fast.engine.quantise.in_fp8", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
+    message = r"8\.9 or newer .*, not NVIDIA GeForce RTX 3090 .*= 'int8'"
+    with pytest.raises(UserError, match=message) as caught:
+        quantise_base(make_unet("sdxl"), "fp8", torch.device("cuda"))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_channel_of_zeros() -> None:
