@@ -2,8 +2,8 @@
 
 One multiply-add counts as two operations. Every operation reads its inputs and writes its outputs once;
 views and allocations move nothing. Attention is counted as the kernels compute it: scores and values in
-forward, and in backward the scores again and four more products. Products in fp8 count as those in bf16: their
-own rate is not measured.
+forward, and in backward the scores again and four more products. Products in fp8 count as those in bf16:
+their own rate is not measured.
 """
 
 from __future__ import annotations
