@@ -18,10 +18,9 @@ from torch.nn import functional as F
 
 from bench import peers
 from bench.dispatch import size, tensors
-from mapo_kernels._fp8 import to_fp8
-from mapo_kernels._linear import FrozenWeight, Projection
+from mapo_kernels._fp8 import to_fp8, to_fp8_eager
+from mapo_kernels._linear import Projection
 from mapo_kernels.adamw8bit import AdamW8bit
-from mapo_kernels.frozen import frozen_linear
 from mapo_kernels.geglu import geglu
 from mapo_kernels.geglu_linear import geglu_linear
 from mapo_kernels.group_norm_silu import group_norm_silu
@@ -540,40 +539,40 @@ def _lora_linear_cases() -> Iterator[Case]:
     yield _lora_linear(2, 5, 48, factors=FP32, uses=TINY)
 
 
-# --- frozen_linear ---
+# --- fp8 ---
 
 
-def _fp8_linear(batch: int, tokens: int, channels: int, width: int, **options: Any) -> Case:
-    """A weight kept in fp8 and multiplied as such, against the same product in bf16."""
+def _fp8(rows: int, columns: int, *, scaled: bool = False, dtype: torch.dtype = BF16, **options: Any) -> Case:
+    """Rounding to fp8 by rows: an input, or with `scaled` a gradient times the weight's scales."""
 
     def inputs(new: New) -> tuple[Tensor, ...]:
-        weight = new.parameter(width, channels, dtype=BF16, grad=False)
-        return new(batch, tokens, channels, dtype=BF16, grad=True), weight, *to_fp8(weight.detach())
-
-    def ours(x: Tensor, weight: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-        return frozen_linear(x, FrozenWeight((codes, scales), f"fp8 {width} {channels}"))
-
-    def eager(x: Tensor, weight: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-        return F.linear(x, weight)
+        x = new(rows, columns, dtype=dtype)
+        return (x, torch.ones(columns, device=new.device)) if scaled else (x,)
 
     return Case(
-        op="frozen_linear",
-        shape=f"{_times(batch, tokens, channels)} → {width} in fp8",
-        dtype=BF16,
+        op="fp8",
+        shape=_times(rows, columns) + (" × scales" if scaled else ""),
+        dtype=dtype,
         inputs=inputs,
-        providers={"ours": _plain(ours), "eager": _plain(eager)},
-        compiled=eager,
-        uses=SWEEP,
+        providers={"ours": _plain(to_fp8), "eager": _plain(to_fp8_eager)},
+        compiled=to_fp8_eager,
         **options,
     )
 
 
-def _frozen_linear_cases() -> Iterator[Case]:
+def _fp8_cases() -> Iterator[Case]:
     for side, channels in FEED_FORWARD:
-        for width in (channels, 3 * channels, 8 * channels):
-            yield _fp8_linear(4, side * side, channels, width)
-        yield _fp8_linear(4, side * side, 4 * channels, channels)
-        yield _fp8_linear(4, 77, 2048, channels)
+        yield _fp8(4 * side * side, channels, headline=True)
+        yield _fp8(4 * side * side, 8 * channels, scaled=True)
+        for columns in (channels, 3 * channels, 4 * channels):
+            yield _fp8(4 * side * side, columns, scaled=True, uses=SWEEP)
+        yield _fp8(4 * side * side, 4 * channels, uses=SWEEP)
+    yield _fp8(4 * 77, 2048, uses=SWEEP)
+    yield _fp8(150, 48, uses=TINY)
+    yield _fp8(150, 80, scaled=True, uses=TINY)
+    for dtype in (FP16, FP32):
+        yield _fp8(640, 1280, dtype=dtype, uses=CORNER)
+    yield _fp8(5, 97, uses=CORNER)
 
 
 # --- group_norm_silu ---
@@ -758,7 +757,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "layer_norm": _layer_norm_cases,
     "layer_norm_linear": _layer_norm_linear_cases,
     "lora_linear": _lora_linear_cases,
-    "frozen_linear": _frozen_linear_cases,
+    "fp8": _fp8_cases,
     "group_norm_silu": _group_norm_silu_cases,
     "group_norm_silu_conv": _group_norm_silu_conv_cases,
     "adamw8bit": _adamw8bit_cases,

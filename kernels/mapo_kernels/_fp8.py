@@ -44,6 +44,9 @@ MULTIPLE = 16
 """What both dimensions of a weight are multiples of, for `scaled_mm`."""
 TILE = 4096
 """Elements a program handles at a time, 16 per thread."""
+ROWS_PER_PROGRAM = 32
+"""Fewest rows per program once each multiprocessor has one: factors are read once per program."""
+PROGRAMS_PER_MULTIPROCESSOR = 4
 LONGEST_ROW = 16384
 """What fits the registers of a program; longer rows take the plain torch path."""
 
@@ -72,25 +75,28 @@ def _fp8_rows_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (column < columns)
-    value = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
-    if factors is not None:
-        value *= tl.load(factors + column, mask=column < columns, other=0.0)
-    bits = value.to(tl.int32, bitcast=True)
-    largest = tl.max(bits & 0x7FFFFFFF, axis=1, keep_dims=True)  # as integers: NaN > infinity > numbers
-    exponent = (largest >> 23) - 8 + tl.where((largest & 0x7FFFFF) > 0x600000, 1, 0)
-    exponent = tl.maximum(exponent, 1)
-    scale = tl.where(largest >= 0x7F800000, 0x7FC00000, exponent << 23).to(tl.float32, bitcast=True)
-    tl.store(scales + row, scale, mask=row < rows)
-    scaled = value * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    size = scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)  # 3 of 23 bits, to nearest even
-    # Next to 2^14 fp32's spacing is e4m3's least, 2^-9: the sum rounds to it.
-    small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    code = tl.where(size < 0x3C800000, small, normal) | ((bits >> 24) & 0x80)
-    tl.store(codes + row * columns + column, code.to(tl.uint8), mask=inside)
+    in_row = column < columns
+    factor = tl.load(factors + column, mask=in_row, other=0.0) if factors is not None else None
+    for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        inside = (row < rows) & in_row
+        value = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
+        if factor is not None:
+            value *= factor
+        bits = value.to(tl.int32, bitcast=True)
+        largest = tl.max(bits & 0x7FFFFFFF, axis=1, keep_dims=True)  # as integers: NaN > infinity > numbers
+        exponent = (largest >> 23) - 8 + tl.where((largest & 0x7FFFFF) > 0x600000, 1, 0)
+        exponent = tl.maximum(exponent, 1)
+        scale = tl.where(largest >= 0x7F800000, 0x7FC00000, exponent << 23).to(tl.float32, bitcast=True)
+        tl.store(scales + row, scale, mask=row < rows)
+        scaled = value * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        size = scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)  # 3 of 23 bits, to nearest even
+        # Next to 2^14 fp32's spacing is e4m3's least, 2^-9: the sum rounds to it.
+        small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+        code = tl.where(size < 0x3C800000, small, normal) | ((bits >> 24) & 0x80)
+        tl.store(codes + row * columns + column, code.to(tl.uint8), mask=inside)
 
 
 # --- Launcher, and the same without Triton ---
@@ -100,9 +106,15 @@ def _launch(x: Tensor, factors: Tensor | None) -> Rows:
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
     block = 1 << (x.shape[1] - 1).bit_length()
-    height = max(1, block_size(TILE, x.numel()) // block)
+    height = max(1, block_size(TILE, len(x) * block) // block)
+    multiprocessors = card(x.device).multiprocessors
+    programs = min(
+        -(-len(x) // height),
+        max(multiprocessors, len(x) // ROWS_PER_PROGRAM),
+        multiprocessors * PROGRAMS_PER_MULTIPROCESSOR,
+    )
     with on_device(x):
-        _fp8_rows_kernel[(-(-len(x) // height),)](
+        _fp8_rows_kernel[(programs,)](
             x,
             factors,
             codes,
@@ -118,7 +130,8 @@ def _launch(x: Tensor, factors: Tensor | None) -> Rows:
     return Rows(codes, scales)
 
 
-def _eager(x: Tensor, factors: Tensor | None) -> Rows:
+def to_fp8_eager(x: Tensor, factors: Tensor | None = None) -> Rows:
+    """`to_fp8` in plain torch, the same bits."""
     x = x.float() if factors is None else x.float() * factors
     largest = x.abs().amax(1, keepdim=True).view(torch.int32)
     exponent = ((largest >> 23) - 8 + ((largest & 0x7FFFFF) > 0x600000)).clamp_min(1)
@@ -144,7 +157,7 @@ def to_fp8(x: Tensor, factors: Tensor | None = None) -> Rows:
         factors: (K,) fp32, powers of two.
     """
     if backend(x.device).name == "eager" or x.numel() == 0 or x.shape[1] > LONGEST_ROW:
-        return _eager(x, factors)
+        return to_fp8_eager(x, factors)
     return _launch(as_rows(x), factors)
 
 

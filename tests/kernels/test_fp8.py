@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapo_kernels import FrozenWeight, Lora, Projection, frozen_linear, layer_norm_linear, lora_linear
-from mapo_kernels._fp8 import FP8, Rows, _eager, fp8_input_gradient, fp8_linear, from_fp8, in_fp8, to_fp8
+from mapo_kernels._fp8 import (
+    FP8,
+    Rows,
+    fp8_input_gradient,
+    fp8_linear,
+    from_fp8,
+    in_fp8,
+    to_fp8,
+    to_fp8_eager,
+)
 from mapo_kernels._linear import dense_weight, join_weights, views_of_one
 from tests.kernels.linear_cases import DTYPES, same_bits
 from tests.tolerances import assert_three_way
@@ -40,7 +49,7 @@ def test_rounds_to_the_nearest_even(device: str, dtype: torch.dtype, shape: tupl
     x = matrix(*shape, device, dtype)
     x[0, 0] = 0.0
     rows = to_fp8(x)
-    same_bits(rows, _eager(x, None))
+    same_bits(rows, to_fp8_eager(x, None))
     scales = rows.scales.double()[:, None]
     assert torch.equal(scales.frexp().mantissa, torch.full_like(scales, 0.5))
     scaled = x.float().double() / scales
@@ -62,7 +71,7 @@ def test_ties_and_subnormals(device: str) -> None:
     rows = to_fp8(x)
     assert rows.scales.tolist() == [1.0]
     assert not (rows.codes & 1).any()
-    same_bits(rows, _eager(x, None))
+    same_bits(rows, to_fp8_eager(x, None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
