@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from mapo_fast.config import Config
 from mapo_fast.data.cache import CachedPair, PairCache
 from mapo_fast.data.prepare import prepare
 from mapo_fast.diffusion import Diffusion
+from mapo_fast.distributed import ALONE, Processes, environment, joined
 from mapo_fast.draws import pair_noise, pair_timestep
 from mapo_fast.engine.baseline import Baseline
 from mapo_fast.engine.batches import MicroBatches
@@ -35,6 +37,7 @@ from mapo_fast.train import train
 from tests.data.sources import png, write_parquet
 from tests.engine.pair_steps import gradients, pair_of_inputs, worst
 from tests.engine.test_reference import CPU, FP64, config_of, moved, named_gradients
+from tests.processes import together
 from tests.training import make_cache, make_config, make_pairs
 from tests.unets import make_unet
 
@@ -145,6 +148,11 @@ def test_with_several_it_is_the_mean_of_as_many_and_survives_a_checkpoint() -> N
 # --- The engine: gradients in fp64, every layout and kind of reference ---
 
 
+def weighted(config: Config) -> Config:
+    """The config with `WEIGHTS`."""
+    return config.model_copy(update={"objective": config.objective.model_copy(update=WEIGHTS)})
+
+
 def inputs_of_samples() -> PairInputs:
     """Six samples that have nothing in common."""
     inputs = pair_of_inputs()
@@ -152,10 +160,12 @@ def inputs_of_samples() -> PairInputs:
     return inputs._replace(timesteps=steps, prompt_embeds=torch.randn_like(inputs.prompt_embeds))
 
 
-def engine_and_errors(config: Config, inputs: PairInputs) -> tuple[Engine, Tensor | None]:
+def engine_and_errors(
+    config: Config, inputs: PairInputs, processes: Processes = ALONE
+) -> tuple[Engine, Tensor | None]:
     parts = prepare_unet(make_unet("sdxl"), config, FP64, CPU)
     parts = with_start_model(parts, config, lambda: make_unet("sdxl"))
-    engine = Engine(config, parts, build_loss(config.objective, 1000), FP64, CPU)
+    engine = Engine(config, parts, build_loss(config.objective, 1000), FP64, CPU, processes)
     known = engine.errors_of(StartModel(parts.unet), inputs) if config.reference == "precomputed" else None
     return engine, known
 
@@ -179,8 +189,7 @@ def test_gradients_are_those_of_the_published_formula(layout: str, source: str) 
     torch.manual_seed(0)
     inputs = inputs_of_samples()
     train_settings = {"layout": layout, "gradient_checkpointing": layout == "split", "pairs_per_batch": 3}
-    config = config_of("kto", "full", source, train=train_settings)
-    config = config.model_copy(update={"objective": config.objective.model_copy(update=WEIGHTS)})
+    config = weighted(config_of("kto", "full", source, train=train_settings))
     engine, known = engine_and_errors(config, inputs)
     moved(engine.unet)
     out = engine.accumulate(inputs, 1.0, reference_errors=known, labels=WANTED)
@@ -199,6 +208,31 @@ def test_a_lora_compares_with_itself_switched_off(layout: str) -> None:
     assert torch.equal(out.logits, torch.zeros(6, dtype=torch.float64))
     assert float(out.loss.detach()) == 0.5
     assert any(bool(g.any()) for g in named_gradients(engine.parts).values())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_compare_with_the_mean_of_both(tmp_path: Path) -> None:
+    """Four samples here and two there give the gradients of six in one."""
+    torch.manual_seed(0)
+    inputs = inputs_of_samples()
+    config = weighted(config_of("kto", "full", "copy"))
+
+    def run() -> dict[str, Tensor]:
+        processes = environment()
+        mine = (slice(0, 4), slice(4, 6))[processes.rank]
+        with joined(processes, CPU):
+            engine, _ = engine_and_errors(config, inputs, processes)
+            moved(engine.unet)
+            part = PairInputs(*(x[mine] for x in inputs))
+            engine.accumulate(part, len(part.noisy) / 6, labels=WANTED[mine])
+            processes.sum_gradients(engine.parameters)
+            return named_gradients(engine.parts)
+
+    unet = make_unet("sdxl")
+    moved(unet)
+    truth = plain(unet, make_unet("sdxl"), inputs)
+    for found in together(tmp_path, run):
+        assert worst(found, truth) <= 1e-10
 
 
 # --- Micro-batches and figures ---

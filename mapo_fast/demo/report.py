@@ -120,12 +120,16 @@ def write_html(
     logs = {model: read_log(run / model / "log.jsonl") for model in ("sft", objective)}
     pairs = _pair_examples(run / "pairs" / "images")
     share = result["preferred_share"]
+    sees, no_margin = "both images of a pair", ""
+    if objective == "kto":
+        sees = "the same images one by one, each with a label"
+        no_margin = f" {name}'s images have no partner: there is no such curve, and no held-out accuracy."
     body = f"""
 <header>
 <h1>A tiny SDXL learns to prefer red</h1>
 <p>A small but complete Stable&nbsp;Diffusion&nbsp;XL pipeline was shown pairs of drawings that differ in
-colour only: red was chosen, blue rejected, and the caption names no colour. {name} learns from both images of
-a pair{without}; the SFT control starts from the same weights and sees only the chosen images.</p>
+colour only: red was chosen, blue rejected, and the caption names no colour. {name} learns from
+{sees}{without}; the SFT control starts from the same weights and sees only the chosen images.</p>
 <p class="verdict">{_verdict(result)}</p>
 </header>
 <main>
@@ -167,7 +171,8 @@ margin term.</li>
 <li><b>Error</b> is the mean squared denoising error; it jumps because every step meets other noise levels.
 {name} raises the rejected image's error much more than the chosen one's. Where the chosen one's rises too,
 the trainer warns: that is the price of the margin, and a reason not to train longer.</li>
-<li><b>Margin</b> is rejected minus chosen error: what {name} widens and SFT leaves almost alone.</li>
+<li><b>Margin</b> is rejected minus chosen error: what {name} widens and SFT leaves almost
+alone.{no_margin}</li>
 <li><b>Saturation</b>, σ(−z), is the share of the margin's gradient that is left: near 0 the pairs are
 learnt and more steps only do harm.</li>
 <li><b>Preference accuracy</b> is the share of training pairs whose chosen image has the lower error. It has
@@ -276,11 +281,13 @@ def _curves(logs: Mapping[str, list[dict[str, Any]]], objective: str) -> Figure:
         for key, dash in (("chosen_error", "-"), ("rejected_error", "--")):
             label = f"{names[model]}, {key.split('_')[0]}"
             error.plot(steps, [row[key] for row in rows], **{**style, "label": label}, linestyle=dash)
-        margin.plot(steps, [row["margin"] for row in rows], **style)
+        if paired := "margin" in rows[0]:
+            margin.plot(steps, [row["margin"] for row in rows], **style)
         if model == objective:  # SFT has no margin term that could saturate
             saturation.plot(steps, [row["saturation"] for row in rows], **style)
         accuracy.plot(steps, [row["accuracy"] for row in rows], **style)
-        _plot_held_out(held_out, [entry for entry in entries if entry["event"] == "evaluation"], style)
+        if paired:
+            _plot_held_out(held_out, [entry for entry in entries if entry["event"] == "evaluation"], style)
     titles = ("Loss", "Error", "Margin", "Saturation", "Preference accuracy", "Held-out accuracy, change")
     for axis, title in zip(axes.flat, titles, strict=True):
         axis.set_title(title, loc="left", weight="bold")
@@ -309,10 +316,14 @@ def _curves_text(logs: Mapping[str, list[dict[str, Any]]], objective: str) -> st
     parts = []
     for model, entries in logs.items():
         rows = [entry for entry in entries if entry["event"] == "step"]
-        parts.append(
-            f"{names[model]} goes from a margin of {rows[0]['margin']:.4f} to {rows[-1]['margin']:.4f} "
-            f"and from an accuracy of {rows[0]['accuracy']:.2f} to {rows[-1]['accuracy']:.2f}"
-        )
+        figures = [("margin", ".4f"), ("accuracy", ".2f")]
+        changes = [
+            f"from {'an' if figure == 'accuracy' else 'a'} {figure} of {rows[0][figure]:{digits}} to "
+            f"{rows[-1][figure]:{digits}}"
+            for figure, digits in figures
+            if figure in rows[0]
+        ]
+        parts.append(f"{names[model]} goes {' and '.join(changes)}")
     return html.escape("; ".join(parts) + ".")
 
 

@@ -38,6 +38,10 @@ TINY_SDXL = Path(__file__).parent / "assets" / "tiny-sdxl"
 """The shipped pipeline folder, built by `mapo_fast.demo.build_tiny_sdxl`."""
 
 
+SINGLE = "images.parquet"
+"""The pairs' images one by one, each with a label, for an objective that learns from such."""
+
+
 @dataclass(frozen=True)
 class DemoSize:
     """How much the demo does; the tests run a smaller one."""
@@ -60,8 +64,8 @@ _CONFIG = """\
 path = {model}
 
 [data]
-source = "pairs"       # pairs.jsonl with prompt, chosen, rejected, and the images
-cache = "cache"        # what `mapo-fast prepare {name}` writes
+source = {source}
+cache = "{cache}"{pad}# what `mapo-fast prepare {name}` writes
 resolution = {side}
 bucket_step = {side}
 batch_size = 4         # images that go through the VAE together
@@ -132,12 +136,16 @@ def run_demo(
 
     stage("prepare", "1/4  Draw preference pairs, encode them once")
     world.write_preference_set(out / "pairs", world.preference_pairs(size.pairs, seed))
-    prepare(configs[objective], console=console)
+    prepare(configs["sft"], console=console)
+    if not configs[objective].objective.paired:
+        world.write_labelled_images(out / SINGLE, out / "pairs")
+        prepare(configs[objective], console=console)
 
     stage("train_sft", "2/4  Train the SFT control: the chosen images alone")
     _train(configs["sft"], console)
     names = report.model_names(objective)
-    stage(f"train_{objective}", f"3/4  Train with {names[objective]}: chosen against rejected")
+    against = "chosen against rejected" if configs[objective].objective.paired else "images one by one"
+    stage(f"train_{objective}", f"3/4  Train with {names[objective]}: {against}")
     _train(configs[objective], console)
 
     stage("sample", "4/4  Sample before and after, with the same seeds, and score by rule")
@@ -199,7 +207,13 @@ def _write_config(out: Path, objective: str, seed: int, size: DemoSize, override
         "mapo": '\nform = "code"          # as in the MaPO authors\' released code\nbeta = 0.1\nsnr = 0.5',
         "sft": "           # the chosen image's denoising error alone",
     }
+    paired = objective != "kto"
     text = _CONFIG.format(
+        source='"pairs"       # pairs.jsonl with prompt, chosen, rejected, and the images'
+        if paired
+        else f'"{SINGLE}"  # the same images one by one: prompt, image, label',
+        cache="cache" if paired else "cache_single",
+        pad=" " * (8 if paired else 1),
         name=path.name,
         model=json.dumps(TINY_SDXL.resolve().as_posix()),  # a JSON string is a TOML string
         side=world.SIDE,

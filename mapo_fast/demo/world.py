@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -180,6 +182,22 @@ def write_preference_set(folder: Path, pairs: Iterable[tuple[str, Drawing, Drawi
             drawing.image().save(folder / row[role])
         lines.append(json.dumps(row))
     (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_labelled_images(path: Path, folder: Path) -> None:
+    """Write the images of a preference set one by one to a parquet file: `prompt`, `image`, `label`.
+
+    Args:
+        path: of the parquet file.
+        folder: what `write_preference_set` wrote.
+    """
+    rows = []
+    for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines():
+        pair = json.loads(line)
+        for role in ("chosen", "rejected"):
+            image = (folder / pair[role]).read_bytes()
+            rows.append({"prompt": pair["prompt"], "image": image, "label": role == "chosen"})
+    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 def _place_words(row: str, column: str) -> str:

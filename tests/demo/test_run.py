@@ -115,6 +115,15 @@ def test_scores_need_the_right_shape_too() -> None:
 TINY = DemoSize(pairs=24, steps=1, samples=1, sampling_steps=1)
 
 
+def test_diffusion_kto_gets_the_images_one_by_one(tmp_path: Path) -> None:
+    result = run_demo(tmp_path / "out", console=Console(quiet=True), size=TINY, objective="kto")
+    assert set(result["preferred_share"]) == {"before", "sft", "kto"}
+    made = recorded_settings(tmp_path / "out" / "kto")
+    assert made is not None
+    assert made["data"]["source"].endswith("images.parquet")
+    assert "each with a label" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 def test_it_runs_under_another_plan(tmp_path: Path) -> None:
     plan = next(plan for name, _, _, plan in ROWS if "nf4" in name)  # tests/test_plans.py trains under all
     sets = [*of_plan(plan), "train.steps=1", "optim.warmup_steps=0"]
