@@ -252,13 +252,13 @@ def test_every_pair_of_an_epoch_trains_once_in_one_process(
     make: Callable[..., Config], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, str]] = []
-    inputs = Trainer._inputs
+    inputs = Trainer.inputs
 
     def look(self: Trainer, epoch: int, pairs: list[Any]) -> PairInputs:
         seen.extend((epoch, p.id) for p in pairs)
         return inputs(self, epoch, pairs)
 
-    monkeypatch.setattr(Trainer, "_inputs", look)
+    monkeypatch.setattr(Trainer, "inputs", look)
     monkeypatch.setattr(Trainer, "_healthy", lambda self, **_: True)  # looks at the first pairs again
 
     def run() -> Any:
