@@ -47,7 +47,7 @@ class DataConfig(Section):
 
     source: Path | None = None
     """Pick-a-Pic parquet file or folder, Hugging Face dataset folder, folder with `pairs.jsonl`, or
-    `chosen/` + `rejected/` folders. Needed by `prepare` only."""
+    `chosen/` + `rejected/` folders; or single images with labels, for `kto`. Needed by `prepare` only."""
     cache: Path
     """Folder of the cache that `prepare` writes and `train` reads."""
     resolution: int = Field(1024, ge=16, le=4096, multiple_of=8)
