@@ -1,4 +1,4 @@
-"""What a quantised base costs in quality and saves in bytes.
+"""What a quantised base, or fp8 in training, costs in quality, and what bytes it saves.
 
     python -m bench.quantised_base        prints the rows and writes bench/results/quantised_base.jsonl
 
@@ -9,6 +9,7 @@ Measured on the trained tiny SDXL of the demo, 16 preference pairs of its world 
   prediction and of the LoRA gradients against fp32 with dense weights, ‖x' − x‖ / ‖x‖; change of the mean
   denoising error; the margin's change in its own standard deviations; and the share of predictions of which
   image is preferred that stay.
+- `full`: likewise a full fine-tune, its weights in bf16, with `speed.fp8` and without.
 - `group`: only these layers stored, linear ones in nf4, convolutions in int8, the rest fp32: error of the
   prediction, and how many weights of the full SDXL they are. `quantise.INT8` and `DENSE` follow from them.
 - `sdxl`: layers and bytes of the full SDXL's UNet, from shapes alone.
@@ -33,6 +34,7 @@ from mapo_fast.data.latents import LatentEncoder
 from mapo_fast.data.text import encode_prompts
 from mapo_fast.demo import world
 from mapo_fast.diffusion import Diffusion
+from mapo_fast.engine.fp8 import use_fp8
 from mapo_fast.engine.quantise import DENSE, QuantisedConv2d, QuantisedLinear, quantise_base
 from mapo_fast.engine.step import PairInputs, predict
 from mapo_fast.fuse import patch_unet
@@ -162,13 +164,18 @@ def pair_batches(folder: SDXLFolder) -> list[PairInputs]:
     return found
 
 
-def measure(unet: Any, batches: list[PairInputs], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Predictions, errors per sample and gradients of a LoRA that is not at zero any more."""
+def with_adapter(unet: Any) -> Any:
+    """A LoRA that is not at zero any more."""
     add_lora(unet, rank=16, alpha=16.0, targets=("to_q", "to_k", "to_v", "to_out.0"), seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, p in unet.named_parameters():
         if "lora_B" in name:
             p.data.copy_(torch.randn(p.shape, generator=generator) * 0.01)
+    return unet
+
+
+def measure(unet: Any, batches: list[PairInputs], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Predictions, errors per sample and gradients of what trains."""
     patch_unet(unet)
     predictions, gradients = [], defaultdict(list)
     for inputs in batches:
@@ -190,23 +197,35 @@ def measure(unet: Any, batches: list[PairInputs], dtype: torch.dtype) -> dict[st
 
 
 def base_rows(folder: SDXLFolder, batches: list[PairInputs]) -> Iterator[dict[str, Any]]:
-    want = measure(folder.load_unet(), batches, torch.float32)
-    margin = want["errors"][:, PAIRS:] - want["errors"][:, :PAIRS]  # rejected − chosen
+    want = measure(with_adapter(folder.load_unet()), batches, torch.float32)
     for base in ("dense", "int8", "fp8", "nf4"):
         unet = folder.load_unet(torch.bfloat16)
         if base != "dense":
             quantise_base(unet, base, CPU)  # type: ignore[arg-type]
-        got = measure(unet, batches, torch.bfloat16)
-        moved = got["errors"][:, PAIRS:] - got["errors"][:, :PAIRS]
-        yield {
-            "what": "base",
-            "base": base,
-            "prediction_error": relative(got["prediction"], want["prediction"]),
-            "gradient_error": relative(got["gradients"], want["gradients"]),
-            "denoising_error_change": float(got["errors"].mean() / want["errors"].mean() - 1),
-            "margin_change_in_deviations": float((moved - margin).std() / margin.std()),
-            "same_preference": float((moved.sign() == margin.sign()).float().mean()),
-        }
+        got = measure(with_adapter(unet), batches, torch.bfloat16)
+        yield {"what": "base", "base": base, **differences(got, want)}
+
+
+def full_rows(folder: SDXLFolder, batches: list[PairInputs]) -> Iterator[dict[str, Any]]:
+    want = measure(folder.load_unet().requires_grad_(True), batches, torch.float32)
+    for fp8 in (False, True):
+        unet = folder.load_unet(torch.bfloat16).requires_grad_(True)
+        if fp8:
+            use_fp8(unet)
+        yield {"what": "full", "fp8": fp8, **differences(measure(unet, batches, torch.bfloat16), want)}
+
+
+def differences(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
+    moved, margin = (
+        found["errors"][:, PAIRS:] - found["errors"][:, :PAIRS] for found in (got, want)
+    )  # rejected − chosen
+    return {
+        "prediction_error": relative(got["prediction"], want["prediction"]),
+        "gradient_error": relative(got["gradients"], want["gradients"]),
+        "denoising_error_change": float(got["errors"].mean() / want["errors"].mean() - 1),
+        "margin_change_in_deviations": float((moved - margin).std() / margin.std()),
+        "same_preference": float((moved.sign() == margin.sign()).float().mean()),
+    }
 
 
 def group_rows(folder: SDXLFolder, batches: list[PairInputs]) -> Iterator[dict[str, Any]]:
@@ -271,6 +290,7 @@ def main() -> None:
     rows = [
         *code_rows(folder.load_unet()),
         *base_rows(folder, batches),
+        *full_rows(folder, batches),
         *group_rows(folder, batches),
         *sdxl_rows(),
     ]

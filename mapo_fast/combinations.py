@@ -44,6 +44,7 @@ _OTHERS: dict[str, tuple[Any, ...]] = {
     "train.attention": ("sdpa",),
     "speed.channels_last": (False,),
     "speed.compile": (False,),
+    "speed.fp8": (False,),
 }
 """The other settings that rules speak of, with the values that a message may propose."""
 
@@ -147,6 +148,11 @@ _RULES = (
         ("offload.weights", "adapter.base"),
         lambda weights, base: weights == "cpu" and base != "dense",
         "dense weights can be streamed, quantised ones cannot",
+    ),
+    _Rule(
+        ("speed.fp8", "adapter.kind"),
+        lambda fp8, kind: fp8 and kind == "lora",
+        "what a LoRA leaves frozen is multiplied in fp8 with adapter.base = 'fp8'",
     ),
     _Rule(
         ("speed.compile", "train.attention"),

@@ -287,7 +287,8 @@ class OffloadConfig(Section):
 
 
 class SpeedConfig(Section):
-    """`[speed]`: how a step is executed. No switch changes what is computed, only its order of rounding."""
+    """`[speed]`: how a step is executed. No switch but `fp8` changes what is computed, only its order of
+    rounding."""
 
     fused_ops: bool = True
     """Put the fused operators into the UNet (`patch_unet`); without them it saves more for backward. A run on
@@ -302,6 +303,10 @@ class SpeedConfig(Section):
     """Capture a whole step (forward, backward, update) and replay it: of every shape of a micro-batch the
     first step runs as usual, the second is captured, later ones cost the host one launch. Needs an NVIDIA GPU
     and memory beside the plan's: what a step took stays reserved for the graphs."""
+    fp8: bool = False
+    """Multiply the linear layers of the transformer blocks in fp8, except for their weights' gradients. Only
+    for adapter.kind = "full"; a LoRA's base has adapter.base = "fp8". For RTX 40, H100 and newer. Less exact,
+    meant to be faster, not measured yet."""
     prefetch: bool = True
     """Read the next micro-batch, draw its noise and copy it to the device while the current step runs."""
 

@@ -37,6 +37,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mapo_fast.engine.fp8 import Fp8Linear
 from mapo_fast.engine.quantise import QuantisedConv2d, QuantisedLinear
 from mapo_kernels import (
     GroupNormSilu,
@@ -147,8 +148,9 @@ def _lora_class(plain: type[nn.Module]) -> type[nn.Module]:
 def projection_of(module: Any) -> Projection | None:
     """The linear map that a module computes, or None where it computes more than one product and an adapter.
 
-    Understands `nn.Linear`, `QuantisedLinear`, bitsandbytes' 4-bit and 8-bit linears, and peft's LoRA over
-    any of these with one active adapter: no dropout in effect, no DoRA or other variant, no bias of its own.
+    Understands `nn.Linear`, `Fp8Linear`, `QuantisedLinear`, bitsandbytes' 4-bit and 8-bit linears, and peft's
+    LoRA over any of these with one active adapter: no dropout in effect, no DoRA or other variant, no bias of
+    its own.
     """
     return None if _hooked(module) else _projection(module)
 
@@ -173,8 +175,8 @@ def _projection(module: Any) -> Projection | None:
                     return None
         if _hooked(base):
             return None
-    if type(base) is nn.Linear:
-        return Projection(base.weight, base.bias, lora)
+    if type(base) in (nn.Linear, Fp8Linear):
+        return Projection(base.weight, base.bias, lora, fp8=type(base) is Fp8Linear)
     if type(base) is QuantisedLinear or type(base).__name__ in ("Linear4bit", "Linear8bitLt"):
         return Projection(frozen_or_dense(base), base.bias, lora)
     return None
@@ -428,7 +430,8 @@ def _hooked(module: nn.Module) -> bool:
 def _self_attention_weights(attn: Any) -> Iterator[Tensor]:
     for layer in (attn.to_q, attn.to_k, attn.to_v):
         base = getattr(layer, "base_layer", layer)
-        if type(base) is nn.Linear or (type(base) is QuantisedLinear and base.format.startswith("fp8")):
+        kept_in_fp8 = type(base) is QuantisedLinear and base.format.startswith("fp8")
+        if type(base) in (nn.Linear, Fp8Linear) or kept_in_fp8:
             yield base.weight
 
 

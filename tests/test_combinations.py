@@ -135,6 +135,7 @@ def test_completed_settings_give_way_to_stated_ones() -> None:
             r'use train\.fused_step = false, or use train\.layout = "split"$',
         ),
         ({"adapter.kind": "full", "adapter.base": "nf4"}, 'use adapter.base = "dense", or use adapter.kind'),
+        ({"adapter.kind": "lora", "speed.fp8": True}, 'use speed.fp8 = false, or use adapter.kind = "full"$'),
         ({"optim.max_update_rms": 1.0}, 'leave out optim.max_update_rms, or use optim.name = "adamw8bit"$'),
         (
             {"train.gradient_checkpointing": "reentrant"},

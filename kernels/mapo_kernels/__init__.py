@@ -8,6 +8,7 @@ beside it. Other modules with an underscore are shared between operators.
 from mapo_kernels._launch import Backend, backend
 from mapo_kernels._linear import FrozenWeight, Lora, Projection, frozen_or_dense, join_weights
 from mapo_kernels.adamw8bit import AdamW8bit
+from mapo_kernels.fp8_linear import fp8_linear
 from mapo_kernels.frozen import (
     frozen_conv2d,
     frozen_conv2d_reference,
@@ -43,6 +44,7 @@ __all__ = [
     "PairedLoss",
     "Projection",
     "backend",
+    "fp8_linear",
     "frozen_conv2d",
     "frozen_conv2d_reference",
     "frozen_linear",

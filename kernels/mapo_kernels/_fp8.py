@@ -167,7 +167,7 @@ def from_fp8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(out, scales[:, None], out=out)
 
 
-def fp8_linear(n: Rows, weight: Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def fp8_product(n: Rows, weight: Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """n Wᵀ + bias, (M, N) in `dtype`."""
     if not _multiplied_in_fp8(n, weight, dtype):
         bias = None if bias is None else bias.to(dtype)
@@ -190,7 +190,7 @@ def fp8_input_gradient(dy: Tensor, weight: Rows) -> Tensor:
     """dy W, (M, K) in dy's dtype, from dy (M, N)."""
     codes, scales = weight
     across = Rows(codes.t().contiguous(), torch.ones_like(scales[:1]).expand(codes.shape[1]).contiguous())
-    return fp8_linear(to_fp8(dy, scales), across, None, dy.dtype)
+    return fp8_product(to_fp8(dy, scales), across, None, dy.dtype)
 
 
 def _multiplied_in_fp8(n: Rows, weight: Rows, dtype: torch.dtype) -> bool:

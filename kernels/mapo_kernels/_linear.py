@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapo_kernels._autocast import autocast_dtype
-from mapo_kernels._fp8 import Rows, fp8_input_gradient, fp8_linear, from_fp8, to_fp8
+from mapo_kernels._fp8 import Rows, fp8_input_gradient, fp8_product, from_fp8, to_fp8
 from mapo_kernels._pair_checks import FLOATING
 
 __all__ = [
@@ -80,6 +80,8 @@ class Projection(NamedTuple):
     weight: Tensor | FrozenWeight
     bias: Tensor | None = None
     lora: Lora | None = None
+    fp8: bool = False
+    """Round a dense weight to fp8, and n and dy with it, for y and dn; dW is not rounded."""
 
 
 # --- Quantised weights ---
@@ -202,13 +204,13 @@ def pack(projections: Sequence[Projection]) -> tuple[list[Tensor], list[str], li
     """Tensors in order (weight…, bias, A, B of each projection), formats, and LoRA scales (0.0 without)."""
     tensors: list[Tensor] = []
     formats, scales = [], []
-    for weight, bias, lora in projections:
+    for weight, bias, lora, fp8 in projections:
         if isinstance(weight, FrozenWeight):
             tensors.extend(weight.tensors)
             form = weight.format
         else:
             tensors.append(weight)
-            form = "dense"
+            form = "dense+fp8" if fp8 else "dense"
         if bias is not None:
             tensors.append(bias)
             form += "+bias"
@@ -247,6 +249,7 @@ def unpack(tensors: Sequence[Tensor], formats: Sequence[str], scales: Sequence[f
                 FrozenWeight(frozen, form.split("+")[0]) if frozen else by_role["weight"],
                 by_role.get("bias"),
                 Lora(by_role["a"], by_role["b"], scale) if "a" in by_role else None,
+                "+fp8" in form,
             )
         )
     return projections
@@ -278,18 +281,18 @@ def project(n: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, Tenso
     """All projections of n (M, C): y (M, ΣN) and t (M, Σr), which backward needs for dB."""
     dtype = n.dtype
     sizes = widths(projections)
-    rounded = to_fp8(n) if any(_in_fp8(p.weight) for p in projections) else None
+    rounded = to_fp8(n) if any(map(_in_fp8, projections)) else None
     matrix = _one_matrix(projections, dtype)
     if isinstance(matrix, Rows):
         assert rounded is not None
-        y = fp8_linear(rounded, matrix, _one_bias(projections, dtype), dtype)
+        y = fp8_product(rounded, matrix, _one_bias(projections, dtype), dtype)
     elif matrix is not None:
         y = F.linear(n, matrix, _one_bias(projections, dtype))
     else:
         y = n.new_empty(n.shape[0], sum(sizes))
         for projection, part in zip(projections, y.split_with_sizes(sizes, 1), strict=True):
-            if rounded is not None and (codes := _in_fp8(projection.weight)):
-                part.copy_(fp8_linear(rounded, codes, projection.bias, dtype))
+            if rounded is not None and _in_fp8(projection):
+                part.copy_(fp8_product(rounded, _codes(projection), projection.bias, dtype))
                 continue
             weight = dense_weight(projection.weight, dtype).t()
             if projection.bias is None:
@@ -321,20 +324,19 @@ def input_gradients(
         return None, dt
     dn: Tensor | None = None
     for dy, projection in zip(grads, projections, strict=True):
-        dn = _add_input_gradient(dn, dy, projection.weight)
+        dn = _add_input_gradient(dn, dy, projection)
     assert dn is not None
     if dt.shape[1]:
         dn.addmm_(dt, _stacked_a(projections, dtype))
     return dn, dt
 
 
-def _add_input_gradient(dn: Tensor | None, dy: Tensor, weight: Tensor | FrozenWeight) -> Tensor:
+def _add_input_gradient(dn: Tensor | None, dy: Tensor, projection: Projection) -> Tensor:
     """dn + dy W, in place; dy W if there is no dn yet."""
-    codes = _in_fp8(weight)
-    if codes is not None:
-        more = fp8_input_gradient(dy, codes)
+    if _in_fp8(projection):
+        more = fp8_input_gradient(dy, _codes(projection))
         return more if dn is None else dn.add_(more)
-    dense = dense_weight(weight, dy.dtype)
+    dense = dense_weight(projection.weight, dy.dtype)
     return torch.mm(dy, dense) if dn is None else dn.addmm_(dy, dense)
 
 
@@ -369,23 +371,31 @@ def parameter_gradients(
     return found
 
 
-def _in_fp8(weight: Tensor | FrozenWeight) -> Rows | None:
-    """The codes and scales of a weight that is kept in fp8."""
-    if isinstance(weight, FrozenWeight) and weight.format.startswith("fp8"):
-        return Rows(*weight.tensors)
-    return None
+def _in_fp8(projection: Projection) -> bool:
+    weight = projection.weight
+    return projection.fp8 or (isinstance(weight, FrozenWeight) and weight.format.startswith("fp8"))
+
+
+def _codes(projection: Projection) -> Rows:
+    """Of a weight in fp8: kept, or rounded now."""
+    weight = projection.weight
+    return to_fp8(weight.detach()) if isinstance(weight, Tensor) else Rows(*weight.tensors)
 
 
 def _one_matrix(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | Rows | None:
-    codes = [rows for p in projections if (rows := _in_fp8(p.weight)) is not None]
+    fp8 = all(map(_in_fp8, projections))
     if len(projections) == 1:
-        return codes[0] if codes else dense_weight(projections[0].weight, dtype)
-    if len(codes) == len(projections):
-        one = views_of_one([rows.codes for rows in codes])
-        return None if one is None else Rows(one, torch.cat([rows.scales for rows in codes]))
+        return _codes(projections[0]) if fp8 else dense_weight(projections[0].weight, dtype)
+    kept = [p.weight.tensors for p in projections if isinstance(p.weight, FrozenWeight)]
+    if fp8 and len(kept) == len(projections):
+        one = views_of_one([codes for codes, _ in kept])
+        return None if one is None else Rows(one, torch.cat([scales for _, scales in kept]))
     weights = [p.weight for p in projections if isinstance(p.weight, Tensor)]
-    matrix = views_of_one(weights) if len(weights) == len(projections) else None
-    return None if matrix is None else matrix.to(dtype)
+    alike = len(weights) == len(projections) and len({p.fp8 for p in projections}) == 1
+    matrix = views_of_one(weights) if alike else None
+    if matrix is None:
+        return None
+    return to_fp8(matrix) if fp8 else matrix.to(dtype)
 
 
 def _one_bias(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
@@ -430,7 +440,7 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def reference_projection(n: Tensor, projection: Projection) -> Tensor:
     """One projection of n in fp64, differentiated by autograd."""
-    weight, bias, lora = projection
+    weight, bias, lora, _ = projection
     y = F.linear(n, dense_weight(weight, torch.float64), None if bias is None else bias.double())
     return y if lora is None else y + lora.scale * F.linear(F.linear(n, lora.a.double()), lora.b.double())
 
@@ -454,7 +464,7 @@ def check_input(name: str, x: Any, shape: str) -> None:
 
 def check_projection(name: str, projection: Projection, features: int, x: Tensor) -> None:
     """Raise unless the projection fits an input of `features` features in x's dtype or autocast's."""
-    weight, bias, lora = projection
+    weight, bias, lora, _ = projection
     if not isinstance(weight, FrozenWeight):
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise TypeError(

@@ -14,6 +14,7 @@ from mapo_fast.config import Config, OptimConfig, TrainConfig
 from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.engine.compile import CompiledBlocks
 from mapo_fast.engine.flash import use_flash
+from mapo_fast.engine.fp8 import refuse_without_fp8, use_fp8
 from mapo_fast.engine.layouts import apply_layout
 from mapo_fast.engine.offload_activations import ActivationOffload
 from mapo_fast.engine.precision import Precision
@@ -75,6 +76,8 @@ def prepare_unet(
     Weights that are quantised, split or streamed go to the device layer by layer or not at all.
     """
     train, adapter, offload = config.train, config.adapter, config.offload
+    if config.speed.fp8:
+        refuse_without_fp8(device, "speed.fp8 = true", "set speed.fp8 = false")
     sharded = processes.shard(config)
     if adapter.base != "dense":
         quantise_base(unet, adapter.base, device)
@@ -130,6 +133,8 @@ def with_start_model(parts: TrainingUnet, config: Config, load: Callable[[], Any
 
 
 def _choose_kernels(unet: Any, config: Config) -> None:
+    if config.speed.fp8:
+        use_fp8(unet)
     if config.speed.fused_ops:
         patch_unet(unet)
     if config.train.attention == "flash":

@@ -37,9 +37,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from mapo_fast.engine.fp8 import fits_fp8, refuse_without_fp8
 from mapo_fast.errors import UserError
 from mapo_kernels import FrozenWeight, frozen_conv2d, frozen_linear
-from mapo_kernels._fp8 import MULTIPLE, in_fp8, to_fp8
+from mapo_kernels._fp8 import to_fp8
 
 __all__ = ["Quantised", "QuantisedConv2d", "QuantisedLinear", "quantise_base"]
 
@@ -151,12 +152,9 @@ def quantise_base(unet: Any, base: Base, device: torch.device) -> list[Quantised
     Raises:
         UserError: bitsandbytes cannot be imported, or the GPU cannot multiply fp8.
     """
-    if base == "fp8" and device.type == "cuda" and not in_fp8(device):
-        raise UserError(
-            "adapter.base = 'fp8' needs Triton, Linux and a GPU of compute capability 8.9 or newer (RTX 40, "
-            f"H100), not {torch.cuda.get_device_name(device)} here: use adapter.base = 'int8', as small and "
-            "more exact"
-        )
+    if base == "fp8":
+        instead = "use adapter.base = 'int8', as small and more exact"
+        refuse_without_fp8(device, "adapter.base = 'fp8'", instead)
     done = []
     traced = False
     for name, layer in unet.named_modules():
@@ -190,11 +188,8 @@ def _large(layer: nn.Module) -> bool:
 
 def _kind(name: str, weight: Tensor, base: Base) -> str:
     """Of a linear layer."""
-    if name.rpartition(".")[2] in INT8:
-        return "int8"
-    if base == "fp8" and (".transformer_blocks." not in name or any(n % MULTIPLE for n in weight.shape)):
-        return "int8"
-    return base
+    low = name.rpartition(".")[2] not in INT8 and (base != "fp8" or fits_fp8(name, weight))
+    return base if low else "int8"
 
 
 def _quantise(weight: Tensor, kind: str) -> FrozenWeight:  # (N, C)

@@ -129,7 +129,7 @@ def _digest(config: Config, unet_config: dict[str, Any], settled: bool) -> str:
         },
     )  # fmt: skip
     table["optim"].pop("lr")
-    table["speed"] = config.speed.model_dump(mode="json", include={"fused_ops", "channels_last"})
+    table["speed"] = config.speed.model_dump(mode="json", include={"fused_ops", "channels_last", "fp8"})
     first_step = config.offload.optimizer == "cpu" and not settled
     parts = [
         first_step,

@@ -148,7 +148,7 @@ def test_fp8_fused_is_fp8_unfused() -> None:
 
 
 def test_fp8_needs_a_gpu_that_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mapo_fast.engine.quantise.in_fp8", lambda device: False)
+    monkeypatch.setattr("mapo_fast.engine.fp8.in_fp8", lambda device: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
     message = r"8\.9 or newer .*, not NVIDIA GeForce RTX 3090 .*= 'int8'"
     with pytest.raises(UserError, match=message) as caught:

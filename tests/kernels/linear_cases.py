@@ -76,7 +76,7 @@ def quantised(
 
 def plain(n: Tensor, projection: Projection) -> Tensor:
     """What one writes by hand, as peft does: the adapter in its factors' dtype, rounded to the base's."""
-    weight, bias, lora = projection
+    weight, bias, lora, _ = projection
     y = F.linear(n, dense_weight(weight, n.dtype) if isinstance(weight, FrozenWeight) else weight, bias)
     if lora is None:
         return y
@@ -138,7 +138,7 @@ def dequantised(projection: Projection, dtype: torch.dtype) -> Projection:
 def frozen_projection(kind: str, out: int, features: int, device: str, dtype: torch.dtype) -> Projection:
     """A quantised weight with a bias and an adapter."""
     layer = quantised(kind, out, features, device)
-    _, bias, lora = projection(out, features, device, dtype, rank=3, trainable=False)
+    _, bias, lora, _ = projection(out, features, device, dtype, rank=3, trainable=False)
     return Projection(frozen_or_dense(layer), bias, lora)
 
 

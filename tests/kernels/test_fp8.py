@@ -7,12 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mapo_kernels import FrozenWeight, Lora, Projection, frozen_linear, layer_norm_linear, lora_linear
+from mapo_kernels import (
+    FrozenWeight,
+    Lora,
+    Projection,
+    fp8_linear,
+    frozen_linear,
+    layer_norm_linear,
+    lora_linear,
+)
 from mapo_kernels._fp8 import (
     FP8,
     Rows,
     fp8_input_gradient,
-    fp8_linear,
+    fp8_product,
     from_fp8,
     in_fp8,
     to_fp8,
@@ -139,11 +147,50 @@ def test_products(device: str, dtype: torch.dtype, rank: int) -> None:
         assert_three_way(got, truth, eager, ulps=4.0)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_a_weight_that_trains(device: str, dtype: torch.dtype) -> None:
+    """Two products of rounded operands; the weight's gradient is of what was not rounded."""
+    x, w, bias = (torch.randn(*s).to(device, dtype).requires_grad_() for s in ((3, 5, 32), (48, 32), (48,)))
+    grad = torch.randn(3, 5, 48).to(device, dtype)
+    y = fp8_linear(x, w, bias)
+    results = [y.detach(), *torch.autograd.grad(y, [x, w, bias], grad)]
+    scales = to_fp8(w.detach()).scales
+
+    def definition(kind: torch.dtype) -> list[Tensor]:
+        n, dy, more = (t.detach().to(kind).reshape(-1, t.shape[-1]) for t in (x, grad, bias))
+        dense = rounded(w.detach()).to(kind)
+        dx = (rounded(grad.flatten(0, 1), scales) / scales).to(kind) @ dense
+        y = F.linear(rounded(x.detach().flatten(0, 1)).to(kind), dense, more[0])
+        return [y.view(3, 5, 48), dx.view(3, 5, 32), dy.t() @ n, dy.sum(0)]
+
+    kinds = torch.float64, dtype
+    for i, (got, truth, eager) in enumerate(zip(results, *map(definition, kinds), strict=True)):
+        if in_fp8(x.device) and i < 2 and dtype in (torch.float32, torch.float16):
+            got, eager = got.bfloat16(), eager.bfloat16()
+        assert_three_way(got, truth, eager, ulps=4.0)
+
+
+def test_weights_that_train_as_one_matrix(device: str) -> None:
+    """q, k and v of one matrix are rounded as one, and give what they give apart, in every gradient."""
+    x, norm = torch.randn(5, 32, dtype=torch.float64, device=device), torch.ones(32, device=device).double()
+    found = []
+    for joined in (False, True):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(n, 32, device=device).double()) for n in (16, 48, 32)]
+        if joined:
+            join_weights(weights)
+        n = x.clone().requires_grad_()
+        y = layer_norm_linear(n, norm, None, [Projection(w, fp8=True) for w in weights])
+        found.append([*y, *torch.autograd.grad(y, [n, *weights], [t.sin() for t in y])])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 def test_error_of_a_product(device: str) -> None:
     """What rounding both operands may cost, element by element; and it is there."""
     x, w = (torch.randn(n, 64, dtype=torch.float64, device=device) for n in (7, 32))
     rows, frozen = to_fp8(x), to_fp8(w)
-    got = fp8_linear(rows, frozen, None, torch.float64)
+    got = fp8_product(rows, frozen, None, torch.float64)
 
     def bounds(exact: Tensor, scales: Tensor) -> Tensor:
         return torch.maximum(exact.abs() / 16, scales.double()[:, None] * 2**-10) + exact.abs() * 2**-24
@@ -158,11 +205,11 @@ def test_samples_do_not_meet(device: str) -> None:
     """A row's output and gradient are the same bits whatever the other rows are."""
     frozen = Rows(*weight(32, 48, device).tensors)
     x, dy = matrix(6, 48, device, torch.float64), matrix(6, 32, device, torch.float64)
-    both = fp8_linear(to_fp8(x), frozen, None, torch.float64), fp8_input_gradient(dy, frozen)
+    both = fp8_product(to_fp8(x), frozen, None, torch.float64), fp8_input_gradient(dy, frozen)
     for i in range(6):
         one = slice(i, i + 1)
         same_bits(
-            [fp8_linear(to_fp8(x[one]), frozen, None, torch.float64), fp8_input_gradient(dy[one], frozen)],
+            [fp8_product(to_fp8(x[one]), frozen, None, torch.float64), fp8_input_gradient(dy[one], frozen)],
             [t[one] for t in both],
         )
 
@@ -232,7 +279,7 @@ def test_scaled_mm(rows: int, out: int, features: int) -> None:
     bias = torch.randn(out, device="cuda", dtype=torch.bfloat16)
     exact = from_fp8(*frozen, torch.float64)
     for got, left, right, more in (
-        (fp8_linear(to_fp8(x), frozen, bias, torch.bfloat16), rounded(x), exact.t(), bias.double()),
+        (fp8_product(to_fp8(x), frozen, bias, torch.bfloat16), rounded(x), exact.t(), bias.double()),
         (fp8_input_gradient(dy, frozen), rounded(dy, frozen.scales) / frozen.scales, exact, 0.0),
     ):
         want = left @ right + more

@@ -104,7 +104,7 @@ def test_hypothesis_shapes(rows: int, features: int, out: int, rank: int) -> Non
 def test_not_contiguous(device: str) -> None:
     """Input and gradient may have any strides, and so may the weights."""
     x = leaf(80, 5, 6, device=device, dtype=torch.float32).detach().permute(1, 2, 0).requires_grad_()
-    weight, bias, lora = projection(48, 80, device, torch.float32, rank=8)
+    weight, bias, lora, _ = projection(48, 80, device, torch.float32, rank=8)
     assert isinstance(weight, Tensor)
     turned = weight.detach().t().contiguous().t().requires_grad_()
     p = Projection(turned, bias, lora)
