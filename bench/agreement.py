@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench.providers.base import Arithmetic, Objective, Provider
 from bench.providers.task import Pairs, Task, adapt, fill_factors, load_unet
+from mapo_fast.engine.fp8 import use_fp8
 from mapo_fast.engine.step import PairInputs, predict
 
 MOST = 4096
@@ -90,9 +91,11 @@ def outcome_of(provider: Provider, inputs: PairInputs) -> Outcome:
 
 @functools.cache
 def plain_outcome(task: Task, objective: Objective, arithmetic: Arithmetic) -> Outcome:
-    """diffusers' UNet as it is, in the given types."""
+    """diffusers' UNet as it is, in the given types; in fp8 with linear layers that round."""
     inputs = Pairs(task).batch(0)
     unet = load_unet(task, arithmetic.weights)
+    if arithmetic.fp8:
+        use_fp8(unet)
     reference = None
     if task.kind == "lora":
         adapt(unet, arithmetic.factors or arithmetic.weights)

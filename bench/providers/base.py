@@ -25,6 +25,8 @@ class Arithmetic:
     autocast: torch.dtype | None = None
     factors: torch.dtype | None = None
     """Of a LoRA; None stores them like the weights."""
+    fp8: bool = False
+    """`speed.fp8`: some products are of operands rounded to fp8."""
 
     @property
     def computes_in(self) -> torch.dtype:

@@ -35,7 +35,9 @@ class MapoFast(Provider):
         super().__init__(task)
         self.config = plan(task, switches or {}, self.objective, self.reference)
         precision = choose_precision(self.config, task.device)
-        self.arithmetic = Arithmetic(precision.base, precision.autocast, precision.trainable)
+        self.arithmetic = Arithmetic(
+            precision.base, precision.autocast, precision.trainable, self.config.speed.fp8
+        )
         parts = prepare_unet(load_unet(task, precision.base), self.config, precision, task.device)
         parts = with_start_model(parts, self.config, lambda: load_unet(task, precision.base))
         self.unet = parts.unet

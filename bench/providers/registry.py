@@ -8,6 +8,7 @@ from bench.providers.dpo import DpoFull, DpoLora
 from bench.providers.engine import SWITCHES, MapoFast, plan
 from bench.providers.released import Released
 from bench.providers.task import Task
+from mapo_kernels._fp8 import in_fp8
 
 
 def _switched(switch: str, on: bool) -> type[MapoFast]:
@@ -36,7 +37,7 @@ PROVIDERS: dict[str, type[Provider]] = {
 
 
 def names_for(task: Task) -> list[str]:
-    """The providers that suit a task: of each switch the value that the plan has not.
+    """The providers that suit a task: of each switch the value that the plan has not. fp8 where a GPU has it.
 
     Nothing is compiled at tiny size: that takes longer than it can gain.
     """
@@ -45,6 +46,8 @@ def names_for(task: Task) -> list[str]:
     left_out.add((DpoFull if task.kind == "lora" else DpoLora).name)
     if task.size == "tiny":
         left_out |= {CompiledDiffusersLoop.name, switched_name("compile", True)}
+    if task.kind == "lora" or not in_fp8(task.device):
+        left_out.add(switched_name("fp8", True))
     if task.device.type == "cpu":
         left_out.add(switched_name("cuda_graph", True))
     return [name for name in PROVIDERS if name not in left_out]
