@@ -495,6 +495,9 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"{name} is missing"
     message = _SHAPES.get(name) or error["msg"].removeprefix("Value error, ")
+    if error["type"] == "multiple_of":
+        step = error["ctx"]["multiple_of"]
+        message += f", such as {max(1, round(error['input'] / step)) * step}"
     if not name:
         return str(message)
     return f"{name} = {error['input']!r}: {message}"

@@ -38,11 +38,14 @@ def ask(
         overrides += [] if value is None else [f"{key}={value}"]
     settings = _assumed(overrides) if config is None else load_config(config, overrides)
     model = model or ("sdxl" if config is None else str(settings.model.path))
-    wanted = vram or settings.train.vram
     found = find_card(card) if card else None
-    if found is None and wanted is None:
+    sizes = [] if settings.train.vram is None else [parse_size(settings.train.vram, "train.vram")]
+    sizes += [] if found is None else [int(found.gib * GIB)]
+    if vram:
+        sizes = [parse_size(vram, "--vram")]
+    if not sizes:
         raise UserError('say which card: --card "RTX 4090", or --vram 24GiB')
-    nbytes = int(found.gib * GIB) if wanted is None and found else parse_size(wanted or "", "--vram")
+    nbytes = min(sizes)  # a run has no more than its card either
     limits = host(None if ram is None else parse_size(ram, "--ram"))
     return search(settings, unet_config(model), found or card_with(nbytes), nbytes, limits)
 

@@ -113,12 +113,7 @@ def record_step(config: Config, unet_config: dict[str, Any], *, settled: bool = 
         stack.enter_context(card_path(CARD, recorder.launched))
         stack.enter_context(recorder)
         links = stack.enter_context(_transfers(recorder))
-        eager = {
-            "train.attention": "sdpa",
-            "speed.compile": False,
-            "speed.cuda_graph": False,
-        }  # what a recorder can look into
-        plain = with_settings(config, eager)
+        plain = with_settings(config, _EAGER)
         parts = prepare_unet(unet, plain, precision, CPU)
         parts = with_start_model(parts, plain, lambda: unets[1])
         if config.train.attention != "sdpa":

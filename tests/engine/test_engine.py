@@ -1,4 +1,4 @@
-"""Every three settings of layout, checkpointing, optimizer and offload together take the same steps."""
+"""Every layout with every optimizer and every offload takes the same steps, and any three settings together."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def settings(
 
 
 def combinations() -> list[tuple[str, str, Config]]:
-    """(kind, optimizer, config): of all that the config allows, those in which any three settings meet."""
+    """(kind, optimizer, config): of all that the config allows, every layout × optimizer × offload once, and
+    those in which any three settings meet.
+    """
     places = ("gpu", "cpu")
     rows, configs = [], []
     for kind, optimizer, *rest in product(
@@ -68,7 +70,7 @@ def combinations() -> list[tuple[str, str, Config]]:
         places,
         places,
     ):
-        if optimizer != "adamw" and (kind == "lora" or rest[1] is not True):
+        if optimizer != "adamw" and rest[1] is not True:
             continue  # which blocks are checkpointed is nothing that an optimizer could notice
         if isinstance(rest[1], tuple) and "cpu" in rest[3:5]:
             continue  # nor something that states or weights could
@@ -78,7 +80,13 @@ def combinations() -> list[tuple[str, str, Config]]:
             continue
         rows.append((kind, optimizer, *rest))
         configs.append(config)
-    return [(rows[i][0], rows[i][1], configs[i]) for i in covering(rows)]
+    chosen = covering(rows)
+    known = {(*rows[i][:3], *rows[i][5:]) for i in chosen}
+    for i, row in enumerate(rows):
+        if (key := (*row[:3], *row[5:])) not in known:
+            known.add(key)
+            chosen.append(i)
+    return [(rows[i][0], rows[i][1], configs[i]) for i in sorted(chosen)]
 
 
 COMBINATIONS = combinations()

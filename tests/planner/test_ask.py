@@ -1,0 +1,116 @@
+"""`mapo-fast plan`, from its arguments to its text, its JSON, its picture and its exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from mapo_fast import cli
+from mapo_fast.errors import UserError
+from mapo_fast.planner import ask as planner_ask
+from mapo_fast.planner import store
+from mapo_fast.planner.ask import ask
+from mapo_fast.planner.cards import GIB
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture(autouse=True)
+def planned_here(traces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process and with a cache of its own: for a tiny UNet two more processes only cost time."""
+    monkeypatch.setattr(store, "folder", lambda: traces)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, model: Path, *args: str) -> int:
+    """The exit code."""
+    given = ["mapo-fast", "plan", "--model", str(model), "--resolution", "64", "--ram", "64GiB", *args]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def test_a_plan_as_text_as_json_and_as_a_picture(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "memory.png"
+    assert plan(monkeypatch, tiny_sdxl, "--card", "RTX 3060", "--plot", str(picture)) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("12.00 GiB: ")
+    assert "(predicted)" in text
+    for part in ("parameters", "gradients", "states", "saved", "transient", "staging", "CUDA context"):
+        assert f"\n  {part} " in text
+    assert "train.layout = " in text
+    assert "not chosen:" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert plan(monkeypatch, tiny_sdxl, "--card", "RTX 3060", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind_of_figure"] == "predicted"
+    assert found["card"] == "RTX 3060"
+    assert found["vram"] == 12 * GIB
+    assert sum(n for name, n in found["plan"]["device"].items() if name != "host") == found["plan"]["peak"]
+    assert f"\n{found['plan']['name']}\n" in text
+    assert all(other["reason"] for other in found["others"])
+
+
+def test_what_does_not_fit_says_what_would_and_that_fits(
+    tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(monkeypatch, tiny_sdxl, "--vram", "560MiB") == 3
+    text = capsys.readouterr().out
+    assert "nothing fits" in text
+    (line,) = (line for line in text.splitlines() if line.endswith("would do"))
+    assert plan(monkeypatch, tiny_sdxl, *line.split()[:2]) == 0
+
+
+@pytest.mark.parametrize(
+    ("written", "card", "vram", "expected"),
+    [
+        (None, "RTX 3060", None, 12),
+        (None, "RTX 3060", "10GiB", 10),
+        ("24GiB", None, None, 24),
+        ("24GiB", None, "10GiB", 10),
+        ("24GiB", "RTX 3060", None, 12),
+        ("6GiB", "RTX 3060", None, 6),
+    ],
+)
+def test_a_plan_has_what_a_run_on_the_card_would_have(
+    tiny_sdxl: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    written: str | None,
+    card: str | None,
+    vram: str | None,
+    expected: int,
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(planner_ask, "search", lambda *args: asked.append(args))
+    config = tmp_path / "config.toml"
+    train = {"output": "run"} | ({} if written is None else {"vram": written})
+    table = {"model": {"path": str(tiny_sdxl)}, "data": {"cache": "cache"}, "train": train}
+    config.write_text(tomli_w.dumps(table))
+    ask(config, [], model=None, resolution=None, adapter=None, vram=vram, card=card, ram="64GiB")
+    assert asked[0][3] == expected * GIB
+
+
+def test_a_size_in_the_config_is_checked_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.vram = 'lots' is not a size"):
+        ask(
+            None,
+            ["train.vram=lots"],
+            model="sdxl",
+            resolution=None,
+            adapter=None,
+            vram="24GiB",
+            card=None,
+            ram=None,
+        )
