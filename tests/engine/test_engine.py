@@ -1,4 +1,4 @@
-"""Every layout with every optimizer and every offload takes the same steps, and any three settings together."""
+"""Every layout × optimizer × offload takes the same steps, and so do any three settings together."""
 
 from __future__ import annotations
 
