@@ -146,6 +146,11 @@ def _notes(
 ) -> list[str]:
     """What the user should know before the first step."""
     notes = []
+    if config.speed.cuda_graph:
+        notes.append(
+            "speed.cuda_graph keeps a step's memory reserved: the memory plan does not count what evaluations "
+            "and previews need beside it; set it to false if one of them runs out"
+        )
     if resume and checkpoint is None:
         notes.append("nothing to resume yet: no checkpoint was written, starting at step 0")
     if checkpoint is not None:

@@ -80,12 +80,12 @@ class Family:
 
     def _beaten(self, settings: dict[str, Any], fused: bool) -> bool:
         """`joint` where anything is recomputed: `split` recomputes as much and needs less. `sequential` where
-        a full fine-tune can fuse its step, and beside offloaded activations: `split` is as small and faster. A
-        fused step for a LoRA: its gradients and states are nothing beside the rest.
+        a full fine-tune can fuse its step, and beside offloaded activations: `split` is as small and faster.
+        A LoRA's fused step: its gradients and states are nothing beside the rest.
         """
-        if not self.full and not {"train.fused_step", "offload.optimizer"} & self.stated.keys():
-            if settings["train.fused_step"]:
-                return True
+        asked = {"train.fused_step", "offload.optimizer"} & self.stated.keys()
+        if settings["train.fused_step"] and not self.full and not asked:
+            return True
         layout, away = settings["train.layout"], settings["offload.activations"] == "cpu"
         if layout == "joint":
             return away or bool(self.blocks)
