@@ -14,7 +14,7 @@ import torch
 
 from mapo_fast.data import shards
 from mapo_fast.data.buckets import Size, time_ids
-from mapo_fast.data.cache import FORMAT, PAIR, index_digest
+from mapo_fast.data.cache import FORMAT, PAIR, index_digest, table_digests
 from mapo_fast.data.prepare import EMPTY
 from mapo_fast.data.shards import ShardFamily, pack_keys
 from mapo_fast.files import sha256_file, write_json
@@ -49,7 +49,7 @@ def write_random_cache(
         return torch.randn(shape, generator=generator)
 
     keys = [i.to_bytes(16, "little") for i in range(DISTINCT)]
-    for height, width in buckets:
+    for height, width in sorted(buckets):
         name = f"{height}x{width}"
         latents = draw(DISTINCT, 4, height // vae_factor, width // vae_factor)
         families["latents"].write({f"latents_{name}": latents, f"keys_{name}": pack_keys(keys)})
@@ -60,13 +60,15 @@ def write_random_cache(
             tensors["pooled"] = draw(DISTINCT, pooled).half()
         families[family].write(tensors)
 
-    np.save(folder / "pairs.npy", _table(pairs, buckets), allow_pickle=False)
+    table = _table(pairs, sorted(buckets))
+    np.save(folder / "pairs.npy", table, allow_pickle=False)
     names = ["pairs.npy", *(f"shards/{path.name}" for f in families.values() for path in f.paths())]
     index: dict[str, Any] = {
         "settings": {"format": FORMAT, "flip": False},
         "held_out": 0.0,
         "pairs": pairs,
         "train": pairs,
+        "pieces": table_digests(table),
         "empty": {"text1": [0, 0], "text2": [0, 0]},
         "files": {
             name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
@@ -83,7 +85,7 @@ def _table(pairs: int, buckets: Sequence[Size]) -> np.ndarray:
     table = np.zeros(pairs, PAIR)
     table["label"] = np.nan
     table["id"] = np.sort(random.integers(0, 2**63, (pairs, 2)), axis=0).astype(">u8").view("u1")
-    bucket = random.integers(0, len(buckets), pairs)
+    bucket = np.sort(random.integers(0, len(buckets), pairs))
     table["bucket"] = np.array(buckets)[bucket]
     conditions = np.array([time_ids(size, size, "shared") for size in buckets])[bucket]
     chosen = random.integers(0, DISTINCT, pairs)

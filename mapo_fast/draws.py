@@ -8,6 +8,7 @@ has its own 128-bit key, so switching flips on does not move the noise.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -50,11 +51,40 @@ def pair_drop(seed: int, epoch: int, pair_id: str, probability: float) -> bool:
     return _uniform(seed, epoch, pair_id, "drop") < probability
 
 
-def epoch_order(seed: int, epoch: int, purpose: str, count: int) -> list[int]:
-    """A permutation of range(count) for one epoch."""
-    key = _key(seed, epoch, "", purpose)
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-    return [int(i) for i in generator.permutation(count)]
+class EpochOrder:
+    """A permutation of range(count) for one epoch, of which nothing is stored: `order[i]` is computed.
+
+    A Feistel network over pairs of digits (l, r) in base b, b² ≥ count: a round maps (l, r) to
+    (r, l + F(r) mod b), which can be undone whatever F is, so that the network permutes range(b²); F is keyed
+    BLAKE2. Walking on from results ≥ count until one is smaller leaves a permutation of range(count) (Black
+    and Rogaway, "Ciphers with arbitrary finite domains").
+    """
+
+    ROUNDS = 8
+
+    def __init__(self, seed: int, epoch: int, purpose: str, count: int) -> None:
+        self.count, self._base = count, math.isqrt(max(0, count - 1)) + 1
+        self._secret = _key(seed, epoch, "", purpose)
+
+    def __getitem__(self, index: int) -> int:
+        """What stands at a place; 0 ≤ index < count.
+
+        Raises:
+            IndexError: there is no such place.
+        """
+        if not 0 <= index < self.count:
+            raise IndexError(f"place {index} of {self.count}")
+        while True:
+            left, right = divmod(index, self._base)
+            for number in range(self.ROUNDS):
+                left, right = right, (left + self._round(number, right)) % self._base
+            index = left * self._base + right
+            if index < self.count:
+                return index
+
+    def _round(self, number: int, digit: int) -> int:
+        data = number.to_bytes(1, "little") + digit.to_bytes(8, "little")
+        return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=self._secret).digest(), "little")
 
 
 def _key(seed: int, epoch: int | str, pair_id: str, purpose: str) -> bytes:

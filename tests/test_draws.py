@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections import Counter
 
+import pytest
 import torch
 
 from mapo_fast.draws import (
-    epoch_order,
+    EpochOrder,
     pair_drop,
     pair_flip,
     pair_noise,
@@ -72,6 +74,40 @@ def test_flips_and_drops_have_their_rates_and_do_not_move_each_other() -> None:
 
 
 def test_seed_zero_is_a_seed() -> None:
-    assert epoch_order(0, 0, "x", 50) != epoch_order(1, 0, "x", 50)
-    assert epoch_order(0, 0, "x", 50) != epoch_order(0, 1, "x", 50)
-    assert sorted(epoch_order(0, 0, "x", 50)) == list(range(50))
+    assert order(50) != order(50, seed=1)
+    assert order(50) != order(50, epoch=1)
+
+
+def order(count: int, seed: int = 0, epoch: int = 0) -> list[int]:
+    found = EpochOrder(seed, epoch, "x", count)
+    return [found[i] for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [*range(1, 30), 997, 1024, 5000])
+def test_an_epochs_order_is_a_permutation(count: int) -> None:
+    assert sorted(order(count)) == list(range(count))
+
+
+def test_all_orders_of_few_are_equally_likely() -> None:
+    seeds = 4800
+    found = Counter(tuple(order(4, seed=seed)) for seed in range(seeds))
+    assert len(found) == 24
+    chi_squared = sum((n - seeds / 24) ** 2 for n in found.values()) / (seeds / 24)
+    assert chi_squared < 49.7, "one in a thousand, for 23 degrees of freedom"
+
+
+def test_neighbours_part_in_an_order_of_many() -> None:
+    """Places of a shuffle's first two, over seeds: each uniform, and independent of the other."""
+    count, seeds = 10**7, 2000
+    cells: Counter[tuple[int, int]] = Counter()
+    for seed in range(seeds):
+        shuffled = EpochOrder(seed, 0, "x", count)
+        cells[shuffled[0] * 5 // count, shuffled[1] * 5 // count] += 1
+    chi_squared = sum((cells[i, j] - seeds / 25) ** 2 for i in range(5) for j in range(5)) / (seeds / 25)
+    assert chi_squared < 51.2, "one in a thousand, for 24 degrees of freedom"
+
+
+def test_there_is_no_place_beyond_an_order() -> None:
+    for place in (-1, 50):
+        with pytest.raises(IndexError):
+            EpochOrder(0, 0, "x", 50)[place]

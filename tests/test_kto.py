@@ -255,6 +255,7 @@ def test_two_processes_compare_with_the_mean_of_both(tmp_path: Path) -> None:
 def test_two_images_count_as_a_pair_and_an_odd_one_comes_twice(size: int) -> None:
     images = [CachedPair(str(i), (64, 64) if i % 3 else (32, 96), i) for i in range(22)]  # 14 and 8
     images += [CachedPair("22", (64, 64), 22)]
+    images.sort(key=lambda image: image.bucket)
     batches = MicroBatches(images, size, 0, paired=False)
     twice = set()
     for epoch in range(4):

@@ -2,20 +2,23 @@
 
     settings.json     what the cache is made for; written first
     shards/           latents, text-encoder states (see `shards`)
-    pairs.npy         one fixed-size record per pair (`PAIR`), train first, then held out, each sorted by id
+    pairs.npy         one fixed-size record per pair (`PAIR`): training pairs sorted by bucket and id, then
+                      held-out pairs sorted by id
     rows.parquet      name in the source, prompt and split of every pair, in the order of pairs.npy
     skipped.jsonl     rows that are not in the cache, and why
     truncated.jsonl   prompts that lost text
     scan/             results of the scan, for a later run
     index.json        written last: counts, summary, SHA-256 and size of pairs.npy, rows.parquet and every
-                      shard, and a SHA-256 of all this; without it the cache is unfinished
+                      shard, SHA-256 of pairs.npy piece by piece, and a SHA-256 of all this; without it the
+                      cache is unfinished
     .lock             held by a running prepare
 
 A cache of single images has one record for each: a wanted one has the chosen half alone, an unwanted one the
 rejected half.
 
-pairs.npy is memory-mapped and pairs are made on access, so that opening is quick and memory flat however
-many there are. Shards are memory-mapped too.
+Records of pairs.npy are read and pairs made on access, so that opening is quick and memory flat however many
+there are. Shards are memory-mapped. A cache of up to `VERIFIED_AT_ONCE` bytes is checked as a whole
+when it is opened; a larger one piece by piece and shard by shard, each when it is first read.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +45,9 @@ from mapo_fast.errors import UserError
 from mapo_fast.files import sha256_file
 from mapo_fast.model import Component, SDXLFolder
 
-FORMAT = 2
+FORMAT = 3
+SAME_SHARDS = (2, FORMAT)
+"""Formats whose shards are alike: `prepare` only writes the tables of such a cache anew."""
 ENCODERS: tuple[Component, ...] = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 PAIR = np.dtype(
     [
@@ -59,6 +65,10 @@ PAIR = np.dtype(
 NOWHERE = (-1, -1)
 """Place of the half that a single image does not have."""
 OPEN_SHARDS = 128
+PIECE = 2**15
+"""Rows of pairs.npy that have a SHA-256 of their own."""
+VERIFIED_AT_ONCE = 512 * 2**20
+"""Of a cache this large the check takes about half a second."""
 _SETTINGS = (
     "resolution",
     "bucket_step",
@@ -84,6 +94,8 @@ def cache_settings(folder: SDXLFolder, data: DataConfig) -> dict[str, Any]:
 def difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
     """The first difference between two settings in words, or None."""
     have = {"vae_tiling": False, **have}  # caches from before this setting
+    if have.get("format") in SAME_SHARDS:
+        have["format"] = want["format"]
     if have.get("format") != want["format"]:
         return f"has cache format {have.get('format')}, this version writes {want['format']}"
     for name in _SETTINGS:
@@ -136,10 +148,54 @@ class SampleBatch:
     time_ids: Tensor  # (n, 6) fp32
 
 
+class PairTable:
+    """The records of pairs.npy, read one by one and checked before that.
+
+    Not memory-mapped: pages that were read would stay in the process's memory, in the end all of them.
+
+    Args:
+        path: pairs.npy, (n,) of `PAIR`.
+        digests: SHA-256 of every `PIECE` records; empty for a table that has been checked as a whole.
+    """
+
+    def __init__(self, path: Path, digests: Sequence[str]) -> None:
+        header: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+        self._length, self._offset = len(header), header.offset
+        self._path, self._unchecked = path, dict(enumerate(digests))
+        self._file = path.open("rb", buffering=0)
+        weakref.finalize(self, self._file.close)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return self._length
+
+    def __getitem__(self, row: int) -> Any:
+        """One record. Raises `UserError` if its piece is damaged."""
+        piece = row // PIECE
+        digest = self._unchecked.get(piece)  # which another thread may check at the same time
+        if digest is not None:
+            if digest != hashlib.sha256(self._read(piece * PIECE, PIECE)).hexdigest():
+                raise _damaged(self._path)
+            self._unchecked.pop(piece, None)
+        return np.frombuffer(self._read(row, 1), PAIR)[0]
+
+    def _read(self, row: int, count: int) -> bytes:
+        with _reading(self._path.parent), self._lock:
+            self._file.seek(self._offset + row * PAIR.itemsize)
+            return self._file.read(count * PAIR.itemsize)
+
+
+def table_digests(records: np.ndarray) -> list[str]:
+    """SHA-256 of every `PIECE` records."""
+    starts = range(0, len(records), PIECE)
+    return [hashlib.sha256(records[start : start + PIECE].tobytes()).hexdigest() for start in starts]
+
+
 class PairRows(Sequence[CachedPair]):
     """A range of the pair table; `CachedPair`s are made on access."""
 
-    def __init__(self, table: np.ndarray, start: int, stop: int) -> None:
+    def __init__(self, table: PairTable, start: int, stop: int) -> None:
         self._table, self._range = table, range(start, stop)
 
     def __len__(self) -> int:
@@ -165,7 +221,7 @@ class PairRows(Sequence[CachedPair]):
 class PairCache:
     """A finished cache; make one with `PairCache.open`."""
 
-    def __init__(self, folder: Path, index: dict[str, Any], table: np.ndarray, unverified: set[str]) -> None:
+    def __init__(self, folder: Path, index: dict[str, Any], table: PairTable, unverified: set[str]) -> None:
         self.folder, self.index, self._table = folder, index, table
         self.settings: dict[str, Any] = index["settings"]
         self.train = PairRows(table, 0, index["train"])
@@ -181,21 +237,26 @@ class PairCache:
         """Of the open shards: a batch may be read ahead while another one is evaluated."""
 
     @classmethod
-    def open(cls, folder: Path, *, verify: bool = True) -> PairCache:
+    def open(cls, folder: Path, *, verify: bool | None = None) -> PairCache:
         """Open a finished cache.
 
         Args:
             folder: what `data.cache` names.
-            verify: check the SHA-256 of every file now. False checks a shard when it is first read.
+            verify: check the SHA-256 of every file now. False checks everything when it is first read; None
+                does so for caches of more than `VERIFIED_AT_ONCE` bytes.
 
         Raises:
             UserError: missing, unfinished, damaged, or made by another version.
         """
         index = read_index(folder)
         if index is None:
-            state = "is unfinished" if (folder / "settings.json").is_file() else "is not a mapo_fast cache"
+            state = "is not a mapo_fast cache"
+            if (folder / "settings.json").is_file():
+                state = "is unfinished, or of an earlier version whose latents can be kept"
             raise UserError(f"data.cache {folder} {state}: run mapo-fast prepare")
         unverified = set(index["files"])
+        if verify is None:
+            verify = sum(entry["bytes"] for entry in index["files"].values()) <= VERIFIED_AT_ONCE
         with _reading(folder):
             for name, entry in index["files"].items():
                 path = folder / name
@@ -203,10 +264,9 @@ class PairCache:
                     raise UserError(f"{path} is missing from the cache: run mapo-fast prepare again")
                 if path.stat().st_size != entry["bytes"]:
                     raise _damaged(path)
-            for name in sorted(unverified):
-                if verify or not name.startswith("shards/"):
-                    _verify(folder, name, index, unverified)
-            table = np.load(folder / "pairs.npy", mmap_mode="r", allow_pickle=False)
+            for name in sorted(unverified) if verify else ():
+                _verify(folder, name, index, unverified)
+            table = PairTable(folder / "pairs.npy", () if verify else index["pieces"])
         return cls(folder, index, table, unverified)
 
     @property
@@ -237,6 +297,8 @@ class PairCache:
         """Source name and prompt of pairs."""
         import pyarrow.parquet as pq
 
+        with _reading(self.folder):
+            _verify(self.folder, "rows.parquet", self.index, self._unverified)
         table = pq.read_table(self.folder / "rows.parquet", columns=["name", "prompt"])
         return [PairRow(**row) for row in table.take([pair.index for pair in pairs]).to_pylist()]
 
@@ -354,7 +416,7 @@ class PairCache:
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """`index.json` of a finished cache, None where there is none.
+    """`index.json` of a finished cache; None where there is none, or one whose tables are to be made anew.
 
     Raises:
         UserError: it is damaged or edited, or of another version.
@@ -372,6 +434,8 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} is damaged ({reason}): delete it and run mapo-fast prepare again") from None
+    if written_by != FORMAT and written_by in SAME_SHARDS:
+        return None
     if written_by != FORMAT:
         raise UserError(
             f"data.cache {folder} has cache format {written_by}, this version reads {FORMAT}: prepare "

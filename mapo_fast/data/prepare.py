@@ -36,7 +36,15 @@ from torch import Tensor
 from mapo_fast.config import Config
 from mapo_fast.data import shards
 from mapo_fast.data.buckets import Size, choose_bucket, fit, make_buckets, time_ids
-from mapo_fast.data.cache import NOWHERE, PAIR, cache_settings, difference, index_digest, read_index
+from mapo_fast.data.cache import (
+    NOWHERE,
+    PAIR,
+    cache_settings,
+    difference,
+    index_digest,
+    read_index,
+    table_digests,
+)
 from mapo_fast.data.latents import DTYPES, ImageJob, LatentEncoder, encode_shard, images, latent_shape, plan
 from mapo_fast.data.leak import size_leaks
 from mapo_fast.data.pairs import PreferencePairs, SkippedRow
@@ -144,8 +152,7 @@ def prepare(config: Config, *, console: Console | None = None) -> PrepareSummary
         data.cache.mkdir(parents=True, exist_ok=True)
     with exclusive(data.cache):
         _check_claim(data.cache, settings)  # again: another process may have been here in between
-        if not (data.cache / "settings.json").is_file():
-            write_json(data.cache / "settings.json", settings)
+        write_json(data.cache / "settings.json", settings)  # of an earlier format: its shards are kept
         index = Preparation(config, folder, source, identity, settings, buckets, console).run()
     summary = _summary(index, time.perf_counter() - started)
     _report(summary, data.cache, console)
@@ -319,7 +326,9 @@ class Preparation:
         held = held_out_pairs(
             [(p.prompt, *(file_hash for file_hash, _ in p.row.images.values())) for p in pairs], data.held_out
         )
-        order = sorted(range(len(pairs)), key=lambda i: (held[i], pairs[i].id))
+        order = sorted(  # training pairs by bucket, which is how `MicroBatches` finds them
+            range(len(pairs)), key=lambda i: (held[i], () if held[i] else pairs[i].bucket, pairs[i].id)
+        )
         train = held.count(False)
         chosen, rejected = (
             [p.row.images[half][1] for p in pairs if half in p.row.images] for half in ("chosen", "rejected")
@@ -333,7 +342,7 @@ class Preparation:
             warnings.append(
                 "no pair is held out: too few groups of pairs that share neither a prompt nor an image"
             )
-        self._write_tables([pairs[i] for i in order], [held[i] for i in order])
+        digests = self._write_tables([pairs[i] for i in order], [held[i] for i in order])
         sizes = {key: (p.row.images[half][1], p.bucket) for p in pairs for half, key in p.images.items()}
         index: dict[str, Any] = {
             "settings": self.settings,
@@ -355,12 +364,14 @@ class Preparation:
                 "warnings": warnings,
             },
             "files": self._checksums(),
+            "pieces": digests,
         }
         index["sha256"] = index_digest(index)
         write_json(self.cache / "index.json", index)
         return index
 
-    def _write_tables(self, pairs: list[Candidate], held: list[bool]) -> None:
+    def _write_tables(self, pairs: list[Candidate], held: list[bool]) -> list[str]:
+        """Write pairs.npy and rows.parquet; returns the digests of the former's pieces."""
         table = np.zeros(len(pairs), PAIR)
         latents, text1, text2 = (self.families[name].places for name in shards.FAMILIES)
         for record, pair in zip(table, pairs, strict=True):
@@ -382,6 +393,7 @@ class Preparation:
         }
         with atomic_path(self.cache / "rows.parquet") as temporary:
             pq.write_table(pa.table(columns), temporary)
+        return table_digests(table)
 
     def _checksums(self) -> dict[str, dict[str, Any]]:
         """Size and SHA-256 of every data file; a shard's is the one it was written with."""

@@ -2,7 +2,8 @@
 
 Every micro-batch holds pairs of one aspect bucket. Within an epoch each pair comes exactly once: the pairs
 of a bucket are shuffled and cut into micro-batches (the last one may be smaller), then all micro-batches are
-shuffled. Resume needs no state but the position.
+shuffled. Resume needs no state but the position, and no order is stored: memory and start do not grow with
+the number of pairs.
 
 Single images (Diffusion-KTO) come two for a pair, in any mix of labels. Where a bucket has an odd number of
 them, one, another one in each epoch, comes twice.
@@ -10,18 +11,28 @@ them, one, another one in each epoch, comes twice.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 from mapo_fast.data.cache import CachedPair
-from mapo_fast.draws import epoch_order
+from mapo_fast.draws import EpochOrder
+
+
+class _Bucket(NamedTuple):
+    """Pairs [start, stop) are of one bucket."""
+
+    name: tuple[int, int]
+    start: int
+    stop: int
 
 
 class MicroBatches:
     """An endless sequence of micro-batches over `pairs`.
 
     Args:
-        pairs: the training pairs; their order does not matter beyond identity.
+        pairs: the training pairs, sorted by bucket as a cache has them.
         pairs_per_batch: pairs per micro-batch.
         seed: seed of all shuffles.
         paired: False: `pairs` are single images.
@@ -33,27 +44,26 @@ class MicroBatches:
         self.pairs, self.pairs_per_batch, self.seed = pairs, pairs_per_batch, seed
         self._paired = paired
         self._size = pairs_per_batch if paired else 2 * pairs_per_batch
-        self.buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, pair in enumerate(pairs):
-            self.buckets[pair.bucket].append(index)
-        self.per_epoch = sum(-(-len(members) // self._size) for members in self.buckets.values())
-        self._planned: tuple[int, list[list[int]]] = (-1, [])
+        self._buckets: list[_Bucket] = []
+        start = 0
+        while start < len(pairs):
+            name = pairs[start].bucket
+            stop = bisect_right(range(len(pairs)), name, lo=start, key=lambda i: pairs[i].bucket)
+            self._buckets.append(_Bucket(name, start, stop))
+            start = stop
+        counts = [-(-(b.stop - b.start) // self._size) for b in self._buckets]
+        self._first = [0, *accumulate(counts)]
+        """Number of each bucket's first micro-batch, before the shuffle of all."""
+        self.per_epoch = self._first[-1]
 
     def at(self, position: int) -> tuple[int, list[CachedPair]]:
         """Epoch and pairs of the micro-batch at a position counted from the start of training."""
         epoch, index = divmod(position, self.per_epoch)
-        planned, order = self._planned  # read once: another thread may be in another epoch
-        if planned != epoch:
-            order = self._plan(epoch)
-            self._planned = epoch, order
-        return epoch, [self.pairs[i] for i in order[index]]
-
-    def _plan(self, epoch: int) -> list[list[int]]:
-        batches = []
-        for bucket, members in sorted(self.buckets.items()):
-            order = epoch_order(self.seed, epoch, f"bucket {bucket}", len(members))
-            shuffled = [members[i] for i in order]
-            if not self._paired and len(shuffled) % 2:
-                shuffled.append(shuffled[0])
-            batches += [shuffled[i : i + self._size] for i in range(0, len(shuffled), self._size)]
-        return [batches[i] for i in epoch_order(self.seed, epoch, "batches", len(batches))]
+        number = EpochOrder(self.seed, epoch, "batches", self.per_epoch)[index]
+        which = bisect_right(self._first, number) - 1
+        name, start, stop = self._buckets[which]
+        order = EpochOrder(self.seed, epoch, f"bucket {name}", stop - start)
+        begin = (number - self._first[which]) * self._size
+        end = min(begin + self._size, stop - start)
+        places = list(range(begin, end)) + [0] * ((end - begin) % 2 if not self._paired else 0)
+        return epoch, [self.pairs[start + order[i]] for i in places]

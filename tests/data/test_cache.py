@@ -1,6 +1,8 @@
 import io
 import json
 import shutil
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import pytest
 import torch
 
 from mapo_fast.data import cache as cache_module
-from mapo_fast.data.cache import PAIR, PairCache, PairRows
+from mapo_fast.data.cache import PAIR, PairCache, PairRows, PairTable, table_digests
 from mapo_fast.data.prepare import prepare
+from mapo_fast.engine.batches import MicroBatches
 from mapo_fast.errors import UserError
 from mapo_fast.model import open_sdxl
 from tests.data.sources import config, contents
@@ -225,10 +228,61 @@ def test_few_shards_are_open_at_a_time(prepared: Path, monkeypatch: pytest.Monke
     assert torch.equal(batch.prompt_embeds, expected.prompt_embeds)
 
 
-def test_pairs_are_made_on_access() -> None:
-    rows = PairRows(np.zeros(10**7, PAIR), 5, 10**7)
-    assert len(rows) == 10**7 - 5
+def test_ten_million_pairs_start_at_once_and_take_no_memory(tmp_path: Path) -> None:
+    table = np.lib.format.open_memmap(tmp_path / "pairs.npy", "w+", PAIR, (10**7,))  # sparse on disk
+    table["bucket"][4 * 10**6 :] = 64
+    tracemalloc.start()
+    begin = time.process_time()
+    rows = PairRows(PairTable(tmp_path / "pairs.npy", ()), 5, 10**7)
+    batches = MicroBatches(rows, 4, seed=0)
+    found = [batches.at(position)[1] for position in (0, 10**6, 3 * 10**6)]
+    seconds, peak = time.process_time() - begin, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert batches.per_epoch == -(-(4 * 10**6 - 5) // 4) + 6 * 10**6 // 4
+    assert all(len(pairs) == 4 for pairs in found)
     assert rows[-1].index == 10**7 - 1
+    assert seconds < 2
+    assert peak < 10**6
+
+
+def test_a_large_table_is_checked_piece_by_piece(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = np.load(copy / "pairs.npy")
+    monkeypatch.setattr(cache_module, "PIECE", 4)
+    digests = table_digests(table)
+    path = copy / "pairs.npy"
+    flip_byte(path)  # in the last piece
+    checked = PairTable(path, digests)
+    assert checked[3].tobytes() == table[3].tobytes()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"pairs\.npy is damaged"):
+            checked[11]
+    assert checked[7].tobytes() == table[7].tobytes()
+
+
+def test_a_large_cache_is_checked_as_it_is_read(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "VERIFIED_AT_ONCE", 0)
+    for name in (SHARDS[0], "rows.parquet"):
+        flip_byte(copy / name)
+    cache = PairCache.open(copy)
+    with pytest.raises(UserError, match="latents-00000"):
+        cache.batch(cache.train[:1], flip=None, drop=None)
+    with pytest.raises(UserError, match="rows"):
+        cache.rows(cache.train[:1])
+
+
+def test_tables_of_an_earlier_format_are_made_anew(tiny_sdxl: Path, prepared: Path, copy: Path) -> None:
+    run = config(tiny_sdxl, prepared.parent / "s", copy)
+    for name in ("index.json", "settings.json"):
+        text = json.loads((copy / name).read_text())
+        (text["settings"] if name == "index.json" else text)["format"] = 2
+        (copy / name).write_text(json.dumps(text))
+    (copy / "pairs.npy").write_bytes(b"as format 2 had it")
+    with pytest.raises(UserError, match="of an earlier version whose latents can be kept: run mapo-fast"):
+        PairCache.open(copy)
+    before = {path: path.stat().st_mtime_ns for path in (copy / "shards").iterdir()}
+    prepare(run)
+    assert {path: path.stat().st_mtime_ns for path in (copy / "shards").iterdir()} == before
+    assert contents(copy) == contents(prepared)
 
 
 @pytest.mark.parametrize("name", ["index.json", "pairs.npy", SHARDS[0]])
