@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.providers.engine import CPU_SPEED
+from mapo_fast.config import SpeedConfig
+
 RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "not measured yet"
 SWITCHED = "mapo_fast, "
@@ -77,7 +80,10 @@ def providers() -> str:
 def switches() -> str:
     """The engine with each switch of `[speed]` the other way."""
     lines = ["| against the plan | SDXL, 1024² | tiny SDXL on one CPU core |", "|---|---|---|"]
+    plans = {"cuda": SpeedConfig().model_dump(), "cpu": {**SpeedConfig().model_dump(), **CPU_SPEED}}
     cells: dict[str, dict[str, str]] = {}
+    for name, on in plans["cuda"].items():
+        cells[f"{name} {'off' if on else 'on'}"] = {}
     for device in ("cuda", "cpu"):
         found = _on(device)
         for (size, kind, pairs, name), row in found.items():
@@ -85,9 +91,13 @@ def switches() -> str:
             if name.startswith(SWITCHED) and plan is not None:
                 cells.setdefault(name.removeprefix(SWITCHED), {})[device] = f"time × {_times(row, plan):.2f}"
     for name, by_device in cells.items():
-        on_gpu, on_cpu = (by_device.get(device, NOT_MEASURED) for device in ("cuda", "cpu"))
-        lines.append(f"| {name} | {on_gpu} | {on_cpu} |")
-    return "\n".join(lines) if cells else NOT_MEASURED
+        switch, _, state = name.rpartition(" ")
+        line = [
+            by_device.get(device, "as planned" if plan[switch] == (state == "on") else NOT_MEASURED)
+            for device, plan in plans.items()
+        ]
+        lines.append(f"| {name} | {' | '.join(line)} |")
+    return "\n".join(lines)
 
 
 class Target(NamedTuple):
