@@ -173,6 +173,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "providers": step_tables.providers,
         "switches": step_tables.switches,
         "targets": step_tables.targets,
+        "dataset": step_tables.dataset,
         "saved_memory": saved_memory,
     },
     README.parent / "kernels" / "README.md": {"ops": ops, "traffic": traffic, "resources": resources},

@@ -79,11 +79,18 @@ def settings(axis: str, value: int, kind: str) -> Config:
 
 
 def predicted(axis: str, value: int, kind: str, card: str) -> dict[str, Any]:
-    """Time and memory of a step as the planner has them."""
-    config = settings(axis, value, kind)
-    (trace,) = traces([config], SDXL_UNET)
+    """Time and memory of a step as the planner has them.
+
+    A trace has at most two micro-batches, since more need no more memory; each of them takes as long as the
+    second did.
+    """
+    (trace,) = traces([settings(axis, value, kind)], SDXL_UNET)
+    ms = simulate(trace, find_card(card)).step
+    if axis == "accumulation" and value > 2:
+        (one,) = traces([settings(axis, 1, kind)], SDXL_UNET)
+        ms += (value - 2) * (ms - simulate(one, find_card(card)).step)
     return {
-        "ms": round(simulate(trace, find_card(card)).step, 1),
+        "ms": round(ms, 1),
         "peak_gib": round(trace.peak / GIB, 3),
         "card": card,
         "kind_of_figure": "predicted",
@@ -197,7 +204,7 @@ def plot(rows: list[dict[str, Any]], folder: Path = RESULTS.parent) -> list[Path
             panel.set_xscale("log")
             panel.set_xticks(x, [f"{v:,}" for v in x], fontsize=7)
             panel.minorticks_off()
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.1 * panel.get_ylim()[1])
             panel.set_xlabel(LABELS[axis])
             panel.set_ylabel(names[name])
         panels[0].legend(fontsize=7)
@@ -213,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("axis", nargs="*", choices=[[], *VALUES], help="only these")
     parser.add_argument("--kind", choices=("full", "lora"), default="full")
-    parser.add_argument("--card", default="RTX 4090", help="for which times are predicted without a GPU")
+    parser.add_argument("--card", default="H100", help="for which times are predicted without a GPU")
     parser.add_argument("--values", type=int, nargs="+", help="only these values")
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)

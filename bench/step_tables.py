@@ -177,5 +177,14 @@ def _line(target: Target, value: float | None) -> str:
     return f"| {target.measure} | {target.target} | {value:{target.form}} | {'met' if met else 'MISSED'} |"
 
 
+def dataset() -> str:
+    """What starting costs, over the number of pairs on disk."""
+    found = {row["value"]: row for row in rows("scaling") if row["axis"] == "dataset" and "error" not in row}
+    lines = ["| pairs in the cache | to the first batch, s | memory, MiB |", "|---|---|---|"]
+    for value, row in sorted(found.items()):
+        lines.append(f"| {value:,} | {row['seconds']:.2f} | {row['grown_mib']:.0f} |")
+    return "\n".join(lines) if found else NOT_MEASURED
+
+
 if __name__ == "__main__":
     print(providers(), switches(), targets(), sep="\n\n")
