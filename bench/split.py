@@ -32,7 +32,9 @@ class Split:
             module.register_forward_hook(lambda *_: self.mark("backward"))
 
     def mark(self, phase: str) -> None:
-        """A phase begins here, and the one before ends."""
+        """A phase begins here, and the one before ends; a graph's own phases cannot be told apart."""
+        if self._gpu and torch.cuda.is_current_stream_capturing():
+            return
         if self._gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()

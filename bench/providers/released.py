@@ -20,6 +20,8 @@ from bench.providers.task import MAX_GRAD_NORM, Task, adapt, fill_factors, load_
 from mapo_fast.engine.step import PairInputs
 
 BETA, SNR, STEPS = 0.1, 0.5, 1000
+SCALE = 2.0**8
+"""Of the gradient scaler. Its own start may overflow, and steps that are skipped are none to time."""
 
 
 class Released(Provider):
@@ -39,7 +41,7 @@ class Released(Provider):
         self.unet.enable_gradient_checkpointing()
         self.parameters = [p for p in self.unet.parameters() if p.requires_grad]
         self.optimizer, optimizer = adamw_8bit(self.parameters, task.device)
-        self.scaler = torch.amp.GradScaler(task.device.type, enabled=gpu)
+        self.scaler = torch.amp.GradScaler(task.device.type, init_scale=SCALE, enabled=gpu)
         self.encoders = Encoders(task, half)
         self.differences = (
             "encodes images and prompts in every step",
