@@ -223,7 +223,8 @@ class MemoryChecker(Watcher):
                     known = values & self.known.keys()
                     for address in known:
                         yield address, *self.known[address], f"a tensor in {name}"
-                    if known and any(_LOWEST < value < _HIGHEST for value in values - known):
+                    # A false address may fall below 0 where true ones are low.
+                    if known and any(_LOWEST < v < _HIGHEST or v < 0 for v in values - known):
                         self.everywhere = True
 
     def program(self, number: int) -> None:

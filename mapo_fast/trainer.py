@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mapo_fast.checkpoint import Checkpoint, CheckpointStore, save_unet
+from mapo_fast.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.config import Config
 from mapo_fast.data.cache import CachedPair, PairCache
 from mapo_fast.diffusion import Diffusion
@@ -35,8 +35,8 @@ from mapo_fast.engine.reference import PrecomputedErrors
 from mapo_fast.engine.step import PairInputs, predict, training_inputs, upload
 from mapo_fast.errors import UserError
 from mapo_fast.evaluate import HeldOut, HeldOutErrors, compare, load_errors, save_errors
-from mapo_fast.files import disk_errors, write_json
-from mapo_fast.lora import lora_state_dict, save_lora
+from mapo_fast.export import export
+from mapo_fast.lora import lora_state_dict
 from mapo_fast.model import SDXLFolder
 from mapo_fast.objectives import build_loss
 from mapo_fast.preview import Previews
@@ -112,7 +112,7 @@ class Trainer:
             self._loop(micro_batches, log, stop)
         finished = self.step >= config.steps
         if finished:
-            self._export(folder)
+            export(self.config, self.unet, self._model_tensors(), folder, self.processes)
         elif self._healthy():
             self.save()
         if log is not None:
@@ -287,22 +287,6 @@ class Trainer:
         if self.engine.baseline is not None:
             self.engine.baseline.restore(checkpoint.state["baseline"])
         self.step = checkpoint.step
-
-    def _export(self, folder: SDXLFolder) -> None:
-        """Write the result for plain diffusers, with the scheduler config it was trained under."""
-        output = self.config.train.output
-        tensors = whole(self._model_tensors(), keep=self.processes.main)
-
-        def write() -> None:
-            if self.config.adapter.kind == "lora":
-                save_lora(self.unet, output / "lora")
-            else:
-                save_unet(self.unet, output / "unet", tensors)
-            with disk_errors(output):
-                (output / "scheduler").mkdir(exist_ok=True)
-            write_json(output / "scheduler" / "scheduler_config.json", folder.scheduler_config)
-
-        self.processes.once(write)
 
 
 def _due(step: int, every: int) -> bool:
