@@ -316,8 +316,8 @@ def test_a_failing_preview_loses_no_training(
     config = make(tmp_path / "run", preview=preview, train={"checkpoint_every": 0})
     write = Previews.write
 
-    def once(self: Any, unet: Any, step: int, context: Any) -> None:
-        write(self, unet, step, context)
+    def once(self: Any, unet: Any, step: int, context: Any, *, main: bool) -> None:
+        write(self, unet, step, context, main=main)
         previews = tmp_path / "run" / "previews"
         shutil.rmtree(previews)
         previews.touch()  # the next preview cannot make its folder
