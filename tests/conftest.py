@@ -24,3 +24,18 @@ def _seed() -> None:
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SDXL pipeline folder; tests must not write into it."""
     return make_tiny_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The planner's cache of the tests."""
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.fixture
+def planned_here(traces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process and with a cache of its own: for a tiny UNet two more processes only cost time."""
+    from mapo_fast.planner import store  # the kernels' tests do without it
+
+    monkeypatch.setattr(store, "folder", lambda: traces)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)

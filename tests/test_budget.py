@@ -15,7 +15,6 @@ from mapo_fast import preview
 from mapo_fast.budget import Budget, planned
 from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder, open_sdxl
-from mapo_fast.planner import store
 from mapo_fast.planner.plan import Plan
 from mapo_fast.train import train
 from tests.training import make_cache, make_config
@@ -29,16 +28,7 @@ def cache(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_cache(tiny_sdxl, tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(scope="module")
-def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("traces")
-
-
-@pytest.fixture(autouse=True)
-def planned_here(traces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process and with a cache of its own: for a tiny UNet two more processes only cost time."""
-    monkeypatch.setattr(store, "folder", lambda: traces)
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+pytestmark = pytest.mark.usefixtures("planned_here")
 
 
 def plan_of(name: str, peak: int) -> Plan:

@@ -13,21 +13,10 @@ import tomli_w
 from mapo_fast import cli
 from mapo_fast.errors import UserError
 from mapo_fast.planner import ask as planner_ask
-from mapo_fast.planner import store
 from mapo_fast.planner.ask import ask
 from mapo_fast.planner.cards import GIB
 
-
-@pytest.fixture(scope="module")
-def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("traces")
-
-
-@pytest.fixture(autouse=True)
-def planned_here(traces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process and with a cache of its own: for a tiny UNet two more processes only cost time."""
-    monkeypatch.setattr(store, "folder", lambda: traces)
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+pytestmark = pytest.mark.usefixtures("planned_here")
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, model: Path, *args: str) -> int:
