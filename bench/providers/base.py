@@ -73,7 +73,7 @@ class Provider(ABC):
         """Change the weights and drop the gradients."""
 
     def watch(self, on: bool) -> None:  # noqa: B027 - most need not know
-        """Whether `gradient` will be asked for after the next `accumulate`."""
+        """Whether `gradient` will be asked for after the next `accumulate`; then that it has been."""
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """The true gradient of a parameter after `accumulate`."""

@@ -55,8 +55,13 @@ class MapoFast(Provider):
             self.micro_batches = Prefetch(self.micro_batches, task.device)
 
     def watch(self, on: bool) -> None:
-        """Keep copies of the gradients that a fused step frees, and let it change nothing."""
+        """Keep copies of the gradients that a fused step frees, and let it change nothing.
+
+        Afterwards the step is completed, at lr 0: a fused one takes no other backward pass before that.
+        """
         self._watching = on
+        if not on:
+            self.engine.finish()
 
     def _micro_batches(self) -> Iterator[MicroBatch]:
         for step in itertools.count():

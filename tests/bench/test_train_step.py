@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 from bench import agreement, overhead, train_step
 from bench.flops import model_flops
 from bench.providers.diffusers_loop import DiffusersLoop
-from bench.providers.engine import MapoFast
+from bench.providers.engine import MapoFast, plan
 from bench.providers.registry import PROVIDERS, names_for
 from bench.providers.task import Task
+from mapo_fast.config import Config
 
 CPU = torch.device("cpu")
 FULL = Task("tiny", "full", 1, False, CPU)
@@ -71,6 +73,27 @@ def test_a_row_has_what_the_table_needs() -> None:
     assert sum(row["phases_ms"].values()) == pytest.approx(row["ms"], rel=0.1)
     assert all(ms > 0 for ms in row["phases_ms"].values())
     assert 0 < row["mfu"] < 1
+
+
+@pytest.mark.parametrize("switches", [{"fused_step": True}, {}], ids=["fused", "not fused"])
+def test_steps_follow_the_agreement_and_it_has_changed_nothing(
+    switches: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the plan of a full fine-tune is fused."""
+
+    def fused(*args: Any) -> Config:
+        config = plan(*args)
+        return config.model_copy(update={"train": config.train.model_copy(update=switches)})
+
+    monkeypatch.setattr("bench.providers.engine.plan", fused)
+    provider = MapoFast(FULL)
+    before = [p.detach().clone() for p in provider.unet.parameters()]
+    assert agreement.check(provider).good
+    assert all(torch.equal(p, old) for p, old in zip(provider.unet.parameters(), before, strict=True))
+    for step in range(2):
+        provider.accumulate(provider.data(step))
+        provider.update()
+    assert not all(torch.equal(p, old) for p, old in zip(provider.unet.parameters(), before, strict=True))
 
 
 def test_counted_operations() -> None:
