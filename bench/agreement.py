@@ -72,7 +72,12 @@ def check(provider: Provider) -> Agreement:
 def truth(task: Task, objective: Objective) -> Outcome:
     """The plain UNet's outcome in fp32, at tiny size fp64. Kept: ask for it before the GPU is full."""
     exact = Arithmetic(torch.float64 if task.size == "tiny" else torch.float32)
-    return plain_outcome(task, objective, exact)
+    convolutions = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"  # TF32 rounds as fp16 does
+    try:
+        return plain_outcome(task, objective, exact)
+    finally:
+        convolutions.fp32_precision = before
 
 
 def outcome_of(provider: Provider, inputs: PairInputs) -> Outcome:

@@ -40,6 +40,17 @@ def test_all_providers_agree_with_the_truth(task: Task) -> None:
         assert agreed.gradient_allowed < 0.2, "a band this wide lets anything through"
 
 
+def test_the_truth_is_not_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr(
+        agreement, "plain_outcome", lambda *_: found.append(torch.backends.cudnn.conv.fp32_precision)
+    )
+    before = torch.backends.cudnn.conv.fp32_precision
+    agreement.truth(FULL, "mapo")
+    assert (found, torch.backends.cudnn.conv.fp32_precision) == (["ieee"], before)
+    assert before != "ieee"
+
+
 class WrongByHalves(DiffusersLoop):
     """Takes the rejected image for the chosen one."""
 

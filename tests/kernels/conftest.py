@@ -12,6 +12,8 @@ import torch
 
 from mapo_kernels import backend
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch's deterministic mode refuses cuBLAS
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
     "cpu",
@@ -26,10 +28,14 @@ DEVICES = [
 
 
 @pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device's name; cuDNN's convolutions in fp32 are that there, not TF32, its default."""
     expected = "triton" if request.param == "cuda" else "interpreter" if INTERPRETED else "eager"
     assert backend(request.param).name == expected
-    return str(request.param)
+    convolutions = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    yield str(request.param)
+    convolutions.fp32_precision = before
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mapo_kernels._linear import FrozenWeight, Lora, Projection, dense_weight, frozen_or_dense
 from tests.tolerances import assert_three_way
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else torch's deterministic mode refuses cuBLAS
 
 HALF = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALF]
