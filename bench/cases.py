@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench import peers
+from bench import floors, peers
 from bench.dispatch import size, tensors
 from mapo_kernels._fp8 import to_fp8, to_fp8_eager
 from mapo_kernels._linear import Projection
@@ -94,7 +94,7 @@ class Case:
     headline: bool = False
     """Measured first; the README shows these."""
     floor: Callable[[Any], dict[str, int]] | None = None
-    """Least bytes by pass from the inputs, where `floors` below does not know them."""
+    """Least bytes by pass from the inputs, where `least_bytes` below does not know them."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -110,7 +110,7 @@ def differentiable(tree: Any) -> list[Tensor]:
     return [x for x in tensors(tree) if x.requires_grad]
 
 
-def floors(case: Case, inputs: Any, outputs: Any) -> dict[str, int]:
+def least_bytes(case: Case, inputs: Any, outputs: Any) -> dict[str, int]:
     """Least bytes by pass: each input read once, each output and each gradient read or written once."""
     if case.floor is not None:
         return case.floor(inputs)
@@ -709,12 +709,6 @@ def _adamw8bit(
     def ours(parameters: list[Tensor]) -> Callable[[], Any]:
         return peers.stepping(AdamW8bit(parameters, **(settings or {})))
 
-    def floor(inputs: tuple[list[Tensor]]) -> dict[str, int]:
-        """Parameters read and written, gradients read, states read and written."""
-        elements = [p.numel() for p in inputs[0]]
-        states = sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in elements)
-        return {"step": 3 * size(inputs) + 2 * states}
-
     return Case(
         op="adamw8bit",
         shape=name,
@@ -726,7 +720,7 @@ def _adamw8bit(
             "bitsandbytes": peers.bitsandbytes_adamw8bit,
             "torchao": peers.torchao_adamw8bit,
         },
-        floor=floor,
+        floor=lambda inputs: {"step": floors.adamw8bit(inputs[0])},
         **options,
     )
 

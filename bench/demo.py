@@ -1,12 +1,13 @@
-"""The demo over several seeds, or under every plan of the memory table.
+"""The demo over several seeds, under every plan of the memory table, or with every objective.
 
     python -m bench.demo --seeds 0 1 2     → bench/results/demo.jsonl
     python -m bench.demo --plans           → bench/results/demo_plans.jsonl
+    python -m bench.demo --objectives      → bench/results/demo_objectives.jsonl
 
 Runs `mapo_fast.demo.run.run_demo` into a temporary folder and appends a row for each: the figures of
 `report.json`, and versions, CPU and git commit. Exit code 1 when one misses the demo's acceptance: MaPO at
 least doubles the preferred share, is above the SFT control, and leaves the must-not-change score within 5
-points of its start.
+points of its start. Other objectives run with their defaults and are not judged.
 """
 
 from __future__ import annotations

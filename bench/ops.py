@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from bench import measure
-from bench.cases import CASES, Case, New, cases, differentiable, floors
+from bench.cases import CASES, Case, New, cases, differentiable, least_bytes
 from bench.dispatch import tensors
 from bench.environment import environment
 
@@ -73,7 +73,7 @@ def measured(case: Case, provider: str, device: torch.device) -> Iterator[dict[s
     call = bind(case, provider, inputs)
     if call is None:
         return
-    least = floors(case, inputs, call())
+    least = least_bytes(case, inputs, call())
     least["both"] = sum(least.values())
     sets = [passes(inputs, call, new)]
     on_gpu = device.type == "cuda"

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.cases import CASES, Case, New, cases, differentiable, floors
+from bench.cases import CASES, Case, New, cases, differentiable, least_bytes
 from bench.dispatch import Untouched
 from bench.watch import Watcher, watching
 from mapo_kernels._launch import INTERPRETING, Card, assume_card
@@ -146,7 +146,7 @@ def _passes(case: Case, provider: str, counter: Counter | None) -> Iterator[tupl
         inputs = case.inputs(new)
         call = case.providers[provider](*inputs)
         outputs, forward = figures("forward", call)
-        least = floors(case, inputs, outputs)
+        least = least_bytes(case, inputs, outputs)
         if outputs is None:
             yield "step", forward | {"floor": least["step"]}
             return

@@ -30,9 +30,10 @@ from typing import Any
 
 import torch
 
-from bench import agreement
+from bench import agreement, floors
 from bench.environment import environment
 from bench.flops import matrix_rate, model_flops
+from bench.measure import copy_gbps
 from bench.providers.base import Provider
 from bench.providers.registry import PROVIDERS, names_for
 from bench.providers.task import Task
@@ -44,6 +45,9 @@ BLOCKS = {"cpu": 40, "cuda": 5}
 STEPS = {"cpu": 1, "cuda": 4}
 """Steps in a block."""
 WARM_UP = 3
+SHARES = ("idle", "update", "update_times_floor")
+COPIED = 1 << 28
+"""Bytes of the copy that the optimizer is compared with: more than an L2 cache holds, free on a full GPU."""
 
 
 class DisagreementError(Exception):
@@ -98,13 +102,24 @@ class Runner:
         """How many times as much CPU time its steps take as another's, by the median over all blocks."""
         return round(statistics.median(a / b for a, b in zip(self.cpu, other.cpu, strict=True)), 4)
 
+    def _shares(self) -> dict[str, float | None]:
+        """Of the GPU's time; our optimizer's also as a multiple of what moving its bytes takes."""
+        shares = profiled(self.step)
+        update_ms = shares.pop("update_ms")
+        times_floor = None
+        if update_ms:
+            trained = [p for p in self.provider.unet.parameters() if p.requires_grad]
+            gbps = copy_gbps(self.provider.task.device, COPIED)
+            times_floor = round(update_ms / (1e-6 * floors.adamw8bit(trained) / gbps), 3)
+        return {**shares, "update_times_floor": times_floor}
+
     def row(self, rate: float) -> dict[str, Any]:
         """What was found, as a JSON-able record."""
         provider, task = self.provider, self.provider.task
         flops = model_flops(task, provider.objective)
         ms = statistics.median(self.wall)
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.gpu else None
-        shares = profiled(self.step) if self.gpu else {"idle": None, "update": None}
+        shares = self._shares() if self.gpu else dict.fromkeys(SHARES)
         return {
             "provider": provider.name,
             "size": task.size,
