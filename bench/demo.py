@@ -25,7 +25,9 @@ from mapo_fast.demo.run import DemoSize, run_demo
 RESULTS = Path(__file__).parent / "results"
 FEWER = DemoSize(samples=96)
 """Sampling takes most of the demo's time, and intervals half again as wide do for ten runs of it."""
-LORA = {"optim.lr": 3e-4, "train.steps": 150}
+STEPS = {"train.steps": 150}
+"""With 8-bit states the margin grows more slowly than with the demo's own AdamW."""
+LORA = {"optim.lr": 1.5e-4}
 """A LoRA on the attention layers alone moves less with the learning rate of all weights."""
 
 
@@ -38,7 +40,7 @@ def accepted(result: dict[str, Any]) -> bool:
 
 def of_plan(settings: dict[str, Any]) -> list[str]:
     """A row of the memory table as the demo's overrides; the demo's own config states two of its settings."""
-    table = {"optim.name": "adamw8bit", "train.gradient_checkpointing": True} | settings
+    table = {"optim.name": "adamw8bit", "train.gradient_checkpointing": True} | STEPS | settings
     table |= LORA if settings["adapter.kind"] == "lora" else {}
     return [f"{name}={json.dumps(value)}" for name, value in table.items()]
 
