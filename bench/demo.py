@@ -13,16 +13,23 @@ points of its start. Other objectives run with their defaults and are not judged
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 from bench.environment import environment
 from bench.memory_table import ROWS
+from mapo_fast.config import ObjectiveConfig
 from mapo_fast.demo.run import DemoSize, run_demo
 
 RESULTS = Path(__file__).parent / "results"
+OBJECTIVES = tuple(
+    name for name in get_args(ObjectiveConfig.model_fields["name"].annotation) if name != "sft"
+)
+"""All but the control of each run."""
 FEWER = DemoSize(samples=96)
 """Sampling takes most of the demo's time, and intervals half again as wide do for ten runs of it."""
 STEPS = {"train.steps": 150}
@@ -45,25 +52,48 @@ def of_plan(settings: dict[str, Any]) -> list[str]:
     return [f"{name}={json.dumps(value)}" for name, value in table.items()]
 
 
+class Job(NamedTuple):
+    """One run of the demo."""
+
+    file: str
+    """Of the results."""
+    fields: dict[str, str]
+    """That its row begins with."""
+    objective: str = "mapo"
+    overrides: Sequence[str] = ()
+    size: DemoSize | None = None
+
+
+def jobs(args: argparse.Namespace) -> list[Job]:
+    """What was asked for."""
+    if args.plans:
+        plans = {name: of_plan(settings) for name, _, _, settings in ROWS}
+        return [Job("demo_plans", {"plan": name}, overrides=sets, size=FEWER) for name, sets in plans.items()]
+    if args.objectives:
+        return [Job("demo_objectives", {}, name, size=FEWER) for name in OBJECTIVES]
+    return [Job("demo", {})]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--plans", action="store_true", help="once under each plan of the memory table")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--plans", action="store_true", help="once under each plan of the memory table")
+    which.add_argument("--objectives", action="store_true", help="once with each objective")
     args = parser.parse_args()
-    plans = {name: of_plan(settings) for name, _, _, settings in ROWS} if args.plans else {"": []}
     failed = []
-    for seed in args.seeds:
-        for plan, overrides in plans.items():
-            with tempfile.TemporaryDirectory() as folder:
-                out = Path(folder) / "demo"
-                result = run_demo(out, seed=seed, overrides=overrides, size=FEWER if plan else None)
-            row = {"bench": "demo", **({"plan": plan} if plan else {}), **result}
-            row |= {"accepted": accepted(result), "environment": environment()}
-            path = RESULTS / ("demo_plans.jsonl" if plan else "demo.jsonl")
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            if not accepted(result):
-                failed.append(f"seed {seed} {plan}".strip())
+    for seed, job in itertools.product(args.seeds, jobs(args)):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "demo"
+            result = run_demo(out, seed=seed, objective=job.objective, overrides=job.overrides, size=job.size)
+        row = {"bench": "demo", **job.fields, **result}
+        if job.objective == "mapo":
+            row["accepted"] = accepted(result)
+        row["environment"] = environment()
+        with (RESULTS / f"{job.file}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if not row.get("accepted", True):
+            failed.append(" ".join(["seed", str(seed), *job.fields.values()]))
     print("accepted: all" if not failed else f"NOT accepted: {'; '.join(failed)}")
     return 1 if failed else 0
 

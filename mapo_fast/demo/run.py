@@ -40,6 +40,8 @@ TINY_SDXL = Path(__file__).parent / "assets" / "tiny-sdxl"
 
 SINGLE = "images.parquet"
 """The pairs' images one by one, each with a label, for an objective that learns from such."""
+SOFT_LABEL = 0.9
+"""How probably the chosen image is the better one, for an objective that wants to know."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,9 @@ def run_demo(
     torch.set_num_threads(1)  # as the configs say; `train` sets it too
 
     stage("prepare", "1/4  Draw preference pairs, encode them once")
-    world.write_preference_set(out / "pairs", world.preference_pairs(size.pairs, seed))
+    soft = configs[objective].objective.known.labels == "required"
+    label = SOFT_LABEL if soft else None
+    world.write_preference_set(out / "pairs", world.preference_pairs(size.pairs, seed), label)
     prepare(configs["sft"], console=console)
     if not configs[objective].objective.paired:
         world.write_labelled_images(out / SINGLE, out / "pairs")

@@ -17,6 +17,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -171,12 +172,20 @@ def preference_pairs(count: int, seed: int) -> list[tuple[str, Drawing, Drawing]
     return pairs
 
 
-def write_preference_set(folder: Path, pairs: Iterable[tuple[str, Drawing, Drawing]]) -> None:
-    """Write the pairs as PNGs beside a `pairs.jsonl` with `prompt`, `chosen`, `rejected`."""
+def write_preference_set(
+    folder: Path, pairs: Iterable[tuple[str, Drawing, Drawing]], label: float | None = None
+) -> None:
+    """Write the pairs as PNGs beside a `pairs.jsonl` with `prompt`, `chosen`, `rejected`.
+
+    Args:
+        label: a soft label for each pair, how probably the chosen image is the better one; None: no label.
+    """
     (folder / "images").mkdir(parents=True)
     lines = []
     for index, (prompt, chosen, rejected) in enumerate(pairs):
-        row = {"prompt": prompt}
+        row: dict[str, Any] = {"prompt": prompt}
+        if label is not None:
+            row["label"] = label
         for role, drawing in (("chosen", chosen), ("rejected", rejected)):
             row[role] = f"images/{index:04d}_{role}.png"
             drawing.image().save(folder / row[role])

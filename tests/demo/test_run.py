@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from rich.console import Console
 
-from bench.demo import of_plan
+from bench.demo import OBJECTIVES, of_plan
 from bench.memory_table import ROWS
 from mapo_fast.config import load_config
 from mapo_fast.demo import report, score, world
@@ -122,6 +122,14 @@ def test_diffusion_kto_gets_the_images_one_by_one(tmp_path: Path) -> None:
     assert made is not None
     assert made["data"]["source"].endswith("images.parquet")
     assert "each with a label" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "objective", sorted({*OBJECTIVES} - {"mapo", "kto"})
+)  # which have tests of their own
+def test_it_runs_with_every_objective(tmp_path: Path, objective: str) -> None:
+    result = run_demo(tmp_path / "out", console=Console(quiet=True), size=TINY, objective=objective)
+    assert set(result["preferred_share"]) == {"before", "sft", objective}
 
 
 def test_it_runs_under_another_plan(tmp_path: Path) -> None:
