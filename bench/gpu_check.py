@@ -13,6 +13,7 @@ stopped.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,8 @@ import torch
 from bench import gpu_memory, gpu_step, ops
 from bench.environment import environment
 
+HAS_GPU_TESTS = re.compile(r"test_\w+\(\s*device: str|mark\.gpu")
+"""The `device` fixture of the kernels' tests, or the mark itself."""
 SECONDS = 8 * 60
 RESERVE = 20
 """Seconds before the end at which nothing new is begun."""
@@ -46,7 +49,7 @@ def _failed(folder: Path, deadline: float) -> list[str]:
     failed = [
         file.name
         for file in sorted(folder.glob("test_*.py"))
-        if "device: str" in file.read_text(encoding="utf-8") or "mark.gpu" in file.read_text(encoding="utf-8")
+        if HAS_GPU_TESTS.search(file.read_text(encoding="utf-8"))
         if not ops.passed(file, "cuda", stamp, deadline=deadline)
     ]
     if failed:

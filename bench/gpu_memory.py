@@ -315,6 +315,7 @@ def run(deadline: float, results: Path = RESULTS) -> int:
             print(f"{name}: not finished when the time was up; run again to go on.", file=sys.stderr)
             break
         except subprocess.CalledProcessError as error:
+            print(error.stderr[-4000:], file=sys.stderr)
             row["error"] = (error.stderr.strip().splitlines() or ["no message"])[-1]
         rows.append(row)
         print(line(row), flush=True)

@@ -77,6 +77,7 @@ def run(deadline: float) -> int:
         if result.returncode == 0:
             row |= json.loads(result.stdout.splitlines()[-1])
         else:
+            print(result.stderr[-4000:], file=sys.stderr)
             row["error"] = (result.stderr.strip().splitlines() or ["no message"])[-1]
             failed += "out of memory" not in row["error"]  # that is a result
         print(json.dumps(row), flush=True)

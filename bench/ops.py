@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,8 +132,10 @@ def passed(
         for row in _rows(results):
             if row["file"] == name and row["passed"] and _same(row["environment"], stamp):
                 return True
-    marker = "gpu" if device == "cuda" else "not gpu"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-p", "no:cacheprovider", str(file)]
+    which = ["-m", "not gpu"]
+    if device == "cuda":  # most of a first run is compiling kernels, a core each
+        which = ["-m", "gpu", "-n", str(min(8, max(1, (os.cpu_count() or 1) // 2)))]
+    command = [sys.executable, "-m", "pytest", "-q", *which, "-p", "no:cacheprovider", str(file)]
     started = time.monotonic()
     seconds = None if deadline == float("inf") else max(1.0, deadline - started)
     try:
@@ -171,7 +175,7 @@ def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def run(op: str, device: str, *, tested: bool, deadline: float, results: Path = RESULTS) -> int:
-    """Measure what is missing; the number of ops whose tests fail."""
+    """Measure what is missing; the number of ops whose tests fail, and of providers that do."""
     stamp = environment()
     target = torch.device(device)
     done = {
@@ -190,6 +194,7 @@ def run(op: str, device: str, *, tested: bool, deadline: float, results: Path = 
         for name in dict.fromkeys(case.op for case, _ in todo)
     }
     copy = measure.copy_gbps(target) if device == "cuda" else None
+    failed = 0
     for i, (case, provider) in enumerate(todo):
         if not green[case.op]:
             continue
@@ -205,12 +210,19 @@ def run(op: str, device: str, *, tested: bool, deadline: float, results: Path = 
                     found |= {"copy_gbps": copy, "share_of_copy": found["gbps"] / copy}
                     _append(results, found | {"environment": stamp})
                 print(_line(found), flush=True)
-        except torch.OutOfMemoryError:
-            print(_line(row | {"pass": "-", "error": "out of memory"}), flush=True)
-            _append(results, row | {"pass": "-", "error": "out of memory", "environment": stamp})
+        except Exception as error:  # of many kinds; a GPU that it has made unusable ends this run only
+            reason = "out of memory"
+            if not isinstance(error, torch.OutOfMemoryError):
+                failed += 1
+                traceback.print_exc()
+                reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            broken = row | {"pass": "-", "error": reason}
+            print(_line(broken), flush=True)
+            if device == "cuda":
+                _append(results, broken | {"environment": stamp})
         if device == "cuda":
             torch.cuda.empty_cache()
-    return sum(not ok for ok in green.values())
+    return failed + sum(not ok for ok in green.values())
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -103,6 +103,35 @@ def test_rows_that_are_there_are_not_measured_again(
     assert len(results.read_text().splitlines()) == 2  # nothing from a CPU is written
 
 
+def test_a_provider_that_fails_costs_nobody_else_a_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    real = ops.measured
+
+    def measured(case: Any, provider: str, device: torch.device) -> Any:
+        if provider == "ours":
+            raise TypeError("another version\ntakes other arguments")
+        return real(case, provider, device)
+
+    monkeypatch.setattr(ops, "measured", measured)
+    assert ops.run("geglu", "cpu", tested=True, deadline=float("inf"), results=tmp_path / "o.jsonl") == 1
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0].endswith(" ours         -         another version")
+    assert " eager " in captured.out
+    assert "takes other arguments" in captured.err
+
+
+def test_files_with_gpu_tests_are_found() -> None:
+    found = {
+        path.name
+        for folder in (ops.TESTS, ops.TESTS.parent / "engine")
+        for path in folder.glob("test_*.py")
+        if gpu_check.HAS_GPU_TESTS.search(path.read_text("utf-8"))
+    }
+    assert {"test_geglu.py", "test_patched_unet.py", "test_cuda.py", "test_graphs.py"} <= found
+    assert "test_interpreted.py" not in found, "pytest fails where it collects nothing"
+
+
 def test_time_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ops.run("geglu", "cpu", tested=True, deadline=time.monotonic(), results=tmp_path / "none.jsonl")
     captured = capsys.readouterr()
