@@ -53,7 +53,7 @@ class DiffusersLoop(Provider):
     def data(self, step: int) -> PairInputs:
         """Noise the step's resident latents."""
         pairs, device = self.task.pairs, self.task.device
-        rows = [(step * pairs + i) % PAIRS for i in range(pairs)]
+        rows = (torch.arange(pairs, device=device) + step * pairs) % PAIRS  # for a list the host would wait
         chosen, rejected, prompt, pooled, ids = (x[rows] for x in self.cached)
         latents = torch.cat([chosen, rejected])
         noise = torch.randn_like(chosen).repeat(2, 1, 1, 1)
