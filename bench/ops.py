@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +131,8 @@ def passed(
         for row in _rows(results):
             if row["file"] == name and row["passed"] and _same(row["environment"], stamp):
                 return True
-    which = ["-m", "not gpu"]
-    if device == "cuda":  # most of a first run is compiling kernels, a core each
-        which = ["-m", "gpu", "-n", str(min(8, max(1, (os.cpu_count() or 1) // 2)))]
-    command = [sys.executable, "-m", "pytest", "-q", *which, "-p", "no:cacheprovider", str(file)]
+    marker = "gpu" if device == "cuda" else "not gpu"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-p", "no:cacheprovider", str(file)]
     started = time.monotonic()
     seconds = None if deadline == float("inf") else max(1.0, deadline - started)
     try:
@@ -174,8 +171,20 @@ def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return (a["gpu"], a["commit"]) == (b["gpu"], b["commit"])
 
 
-def run(op: str, device: str, *, tested: bool, deadline: float, results: Path = RESULTS) -> int:
-    """Measure what is missing; the number of ops whose tests fail, and of providers that do."""
+def run(
+    op: str,
+    device: str,
+    *,
+    tested: bool,
+    deadline: float,
+    failed_files: Collection[str] = (),
+    results: Path = RESULTS,
+) -> int:
+    """Measure what is missing; the number of ops whose tests fail, and of providers that do.
+
+    Args:
+        tested: the ops' tests have just passed, but for those in `failed_files`, which are not run again.
+    """
     stamp = environment()
     target = torch.device(device)
     done = {
@@ -190,7 +199,8 @@ def run(op: str, device: str, *, tested: bool, deadline: float, results: Path = 
         if (*case.key, name) not in done and (device == "cuda" or name != "compile")
     ]
     green = {
-        name: tested or passed(TESTS / f"test_{name}.py", device, stamp, deadline=deadline)
+        name: f"test_{name}.py" not in failed_files
+        and (tested or passed(TESTS / f"test_{name}.py", device, stamp, deadline=deadline))
         for name in dict.fromkeys(case.op for case, _ in todo)
     }
     copy = measure.copy_gbps(target) if device == "cuda" else None

@@ -2,8 +2,10 @@
 
 import json
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,6 +134,26 @@ def test_files_with_gpu_tests_are_found() -> None:
     assert "test_interpreted.py" not in found, "pytest fails where it collects nothing"
 
 
+def test_gpu_tests_run_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abcd":
+        (tmp_path / f"test_{name}.py").write_text("@pytest.mark.gpu\n")
+    (tmp_path / "test_e.py").write_text("")
+    both = threading.Barrier(2, timeout=60)
+
+    def passed(file: Path, device: str, stamp: Any, *, deadline: float) -> bool:
+        both.wait()
+        return file.name != "test_b.py"
+
+    monkeypatch.setattr(ops, "passed", passed)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    memory = SimpleNamespace(total_memory=24 * 2**30)  # for two at a time
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    assert gpu_check._failed(tmp_path, deadline=float("inf")) == ["test_b.py"]
+    assert capsys.readouterr().err == "Not passed: test_b.py\n"
+
+
 def test_time_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ops.run("geglu", "cpu", tested=True, deadline=time.monotonic(), results=tmp_path / "none.jsonl")
     captured = capsys.readouterr()
@@ -148,6 +170,11 @@ def test_nothing_is_measured_while_a_test_fails(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "1 failed" in captured.err
+    far = float("inf")
+    known = {"deadline": far, "failed_files": ["test_geglu.py"], "results": tmp_path / "o.jsonl"}
+    assert ops.run("geglu", "cpu", tested=True, **known) == 1  # type: ignore[arg-type]
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
 
 
 def test_a_passed_file_is_not_run_again_on_the_same_gpu_and_commit(tmp_path: Path) -> None:
