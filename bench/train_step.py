@@ -65,11 +65,11 @@ class Runner:
         self.cpu: list[float] = []
         self.phases: list[dict[str, float]] = []
         self.gpu = provider.task.device.type == "cuda"
+        if self.gpu:  # and not after the warm-up: a graph allocates when it is captured, not in its replays
+            torch.cuda.reset_peak_memory_stats()
         for _ in range(WARM_UP):
             self.step()
         self.finish()
-        if self.gpu:
-            torch.cuda.reset_peak_memory_stats()
 
     def step(self) -> None:
         """One training step, marked."""
