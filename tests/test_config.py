@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from mapo_fast.config import load_config
+from mapo_fast.config import ObjectiveConfig, load_config
 from mapo_fast.errors import UserError
 from mapo_fast.objectives import build_loss
 
@@ -180,4 +181,6 @@ def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
 def test_recipes_are_valid_and_labelled(name: str) -> None:
     path = Path(__file__).parent.parent / "recipes" / f"{name}.toml"
     load_config(path)
+    for objective in get_args(ObjectiveConfig.model_fields["name"].annotation):
+        load_config(path, [f"objective.name={objective}"])
     assert "NOT YET RUN ON SDXL" in path.read_text(encoding="utf-8")
