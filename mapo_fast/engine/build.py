@@ -76,8 +76,7 @@ def prepare_unet(
     Weights that are quantised, split or streamed go to the device layer by layer or not at all.
     """
     train, adapter, offload = config.train, config.adapter, config.offload
-    if config.speed.fp8:
-        refuse_without_fp8(device, "speed.fp8 = true", "set speed.fp8 = false")
+    refuse_without_fp8(config, device)
     sharded = processes.shard(config)
     if adapter.base != "dense":
         quantise_base(unet, adapter.base, device)

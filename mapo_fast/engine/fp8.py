@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mapo_fast.config import Config
 from mapo_fast.errors import UserError
 from mapo_kernels import fp8_linear
-from mapo_kernels._fp8 import MULTIPLE, in_fp8
+from mapo_kernels._fp8 import MULTIPLE, OLDEST_FP8_CAPABILITY, in_fp8
+from mapo_kernels._launch import card
 
-__all__ = ["Fp8Linear", "refuse_without_fp8", "use_fp8"]
+__all__ = ["Fp8Linear", "capability_for", "refuse_card_without_fp8", "refuse_without_fp8", "use_fp8"]
 
 
 class Fp8Linear(nn.Linear):
@@ -42,18 +44,43 @@ def use_fp8(unet: Any) -> None:
             layer.__class__ = Fp8Linear
 
 
-def refuse_without_fp8(device: torch.device, setting: str, instead: str) -> None:
-    """Raise for a GPU that cannot multiply fp8; the CPU computes the same in the dtype of training.
+def capability_for(config: Config) -> int:
+    """The least compute capability that the settings need for fp8, 89 for 8.9; 0 where none asks for it."""
+    return 0 if _asking(config) is None else OLDEST_FP8_CAPABILITY
 
-    Args:
-        setting: the one that asks for fp8, with its value.
-        instead: what to do.
+
+def refuse_without_fp8(config: Config, device: torch.device) -> None:
+    """Raise where a GPU is to multiply fp8 and cannot; the CPU computes the same in the dtype of training.
 
     Raises:
-        UserError: it is such a GPU.
+        UserError: naming the setting that asks for it, and what to set instead.
     """
-    if device.type == "cuda" and not in_fp8(device):
-        raise UserError(
-            f"{setting} needs Triton, Linux and a GPU of compute capability 8.9 or newer (RTX 40, H100), not "
-            f"{torch.cuda.get_device_name(device)} here: {instead}"
-        )
+    if capability_for(config) and device.type == "cuda" and not in_fp8(device):
+        raise _refusal(config, torch.cuda.get_device_name(device), card(device).capability)
+
+
+def refuse_card_without_fp8(config: Config, name: str, capability: int) -> None:
+    """Likewise for a card that is not there.
+
+    Raises:
+        UserError: in the same words.
+    """
+    if capability < capability_for(config):
+        raise _refusal(config, name, capability)
+
+
+def _refusal(config: Config, name: str, capability: int) -> UserError:
+    setting, instead = _asking(config) or ("", "")
+    return UserError(
+        f"{setting} needs Triton, Linux and a GPU of compute capability 8.9 or newer (RTX 40, H100), not "
+        f"{name} ({capability // 10}.{capability % 10}): {instead}"
+    )
+
+
+def _asking(config: Config) -> tuple[str, str] | None:
+    """The setting that asks for products in fp8, if one does, and what to do instead."""
+    if config.adapter.base == "fp8":
+        return "adapter.base = 'fp8'", "use adapter.base = 'int8', as small and more exact"
+    if config.speed.fp8:
+        return "speed.fp8 = true", "set speed.fp8 = false"
+    return None

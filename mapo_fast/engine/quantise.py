@@ -20,8 +20,8 @@ tensors. Here codes are a Parameter and scales are buffers, which move, load and
 
 fp8 is there for its products, in which activations and gradients are fp8 too (kernels/mapo_kernels/_fp8.py);
 it saves no more memory than int8 and is less exact. So only layers of transformer blocks, where the
-arithmetic is, are kept in it, and a GPU that cannot multiply fp8 is refused. The CPU computes the same in the
-dtype of training.
+arithmetic is, are kept in it, and a GPU that cannot multiply fp8 is refused (`prepare_unet`). The CPU
+computes the same in the dtype of training.
 
 Left dense: `conv_in` and `conv_out`, everything with fewer than 4,096 weights, norms and biases. `INT8` are
 layers that everything passes through: in nf4 they cause half of the tiny SDXL's squared error, in int8 they
@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mapo_fast.engine.fp8 import fits_fp8, refuse_without_fp8
+from mapo_fast.engine.fp8 import fits_fp8
 from mapo_fast.errors import UserError
 from mapo_kernels import FrozenWeight, frozen_conv2d, frozen_linear
 from mapo_kernels._fp8 import to_fp8
@@ -150,11 +150,8 @@ def quantise_base(unet: Any, base: Base, device: torch.device) -> list[Quantised
         The quantised layers in the UNet's order.
 
     Raises:
-        UserError: bitsandbytes cannot be imported, or the GPU cannot multiply fp8.
+        UserError: bitsandbytes cannot be imported.
     """
-    if base == "fp8":
-        instead = "use adapter.base = 'int8', as small and more exact"
-        refuse_without_fp8(device, "adapter.base = 'fp8'", instead)
     done = []
     traced = False
     for name, layer in unet.named_modules():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mapo_fast.config import Config, apply_override, load_config, parse_config
+from mapo_fast.engine.fp8 import capability_for, refuse_card_without_fp8, refuse_without_fp8
 from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder
 from mapo_fast.planner.cards import GIB, Card, card_with, find_card, parse_size, size_text
@@ -32,7 +33,8 @@ def ask(
     """Plan for a config file, or for the settings of the recipes where there is none.
 
     Raises:
-        UserError: an unknown card or model, a size that is none, settings that cannot be combined.
+        UserError: an unknown card or model, a size that is none, settings that cannot be combined or that
+            the card cannot do.
     """
     for key, value in (("data.resolution", resolution), ("adapter.kind", adapter)):
         overrides += [] if value is None else [f"{key}={value}"]
@@ -47,7 +49,9 @@ def ask(
         raise UserError('say which card: --card "RTX 4090", or --vram 24GiB')
     nbytes = min(sizes)  # a run has no more than its card either
     limits = host(None if ram is None else parse_size(ram, "--ram"))
-    return search(settings, unet_config(model), found or card_with(nbytes), nbytes, limits)
+    chosen = found or card_with(nbytes, capability_for(settings))
+    refuse_card_without_fp8(settings, chosen.name, chosen.capability)
+    return search(settings, unet_config(model), chosen, nbytes, limits)
 
 
 def plan_run(
@@ -60,8 +64,12 @@ def plan_run(
         vram: bytes that the run may use.
         device: a GPU's rates are measured, once.
         processes: those that share this machine's RAM.
+
+    Raises:
+        UserError: the GPU cannot do what the settings ask for.
     """
-    card = card_of(device) if device.type == "cuda" else card_with(vram)
+    refuse_without_fp8(config, device)
+    card = card_of(device) if device.type == "cuda" else card_with(vram, capability_for(config))
     limits = host(None, processes)
     return search(config, folder.config("unet"), card, vram, limits, vae=vae_of(folder))
 
@@ -80,16 +88,18 @@ def card_of(device: torch.device) -> Card:
 
     One that is not known is then taken for the slowest with as much memory.
     """
-    name, total = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    name, properties = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device)
+    total, capability = properties.total_memory, 10 * properties.major + properties.minor
     try:
-        return Card(name, total / GIB, rates_of(device))
+        return Card(name, total / GIB, capability, rates_of(device))
     except Exception as error:  # whatever it is, a run does not depend on it
         why = (str(error).splitlines() or [type(error).__name__])[0]
     try:
         card = find_card(name)
     except UserError:
         card = card_with(total)
-    return card._replace(rates=card.rates._replace(source=f"{card.rates.source}: not measured ({why})"))
+    rates = card.rates._replace(source=f"{card.rates.source}: not measured ({why})")
+    return card._replace(capability=capability, rates=rates)
 
 
 def _assumed(overrides: list[str]) -> Config:

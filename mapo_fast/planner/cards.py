@@ -3,6 +3,11 @@
 Rates of a card that is not here are its maker's figures (dense bf16 matrix products with fp32 accumulation,
 memory bandwidth, PCIe in one direction) times what kernels are assumed to attain of them. Those of this
 machine's card are measured: `rates.py`.
+
+Where a card multiplies fp8, its figure with fp32 accumulation is twice that of bf16: 330.3 and 165.2 TFLOPS
+of the RTX 4090 (NVIDIA Ada GPU Architecture v2.02, appendix A), 419 and 209.5 of the RTX 5090 (NVIDIA RTX
+Blackwell GPU Architecture), 1979 and 989 of the H100 SXM (data sheet). On GeForce cards both are half of what
+fp16 accumulation gives: the RTX 4090's 660.6, also quoted for fp8, is that.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import re
 from typing import NamedTuple
 
 from mapo_fast.errors import UserError
+from mapo_kernels._fp8 import OLDEST_FP8_CAPABILITY
 
 GIB = 2**30
 
@@ -21,7 +27,9 @@ class Rates(NamedTuple):
     """What a card's kernels attain."""
 
     matrix: float
-    """Floating-point operations per second of matrix products; likewise the next two."""
+    """Floating-point operations per second of matrix products; likewise the next three."""
+    fp8: float
+    """Of products in fp8; `matrix` where the card has none."""
     convolution: float
     attention: float
     memory: float
@@ -43,16 +51,20 @@ class Card(NamedTuple):
 
     name: str
     gib: float
+    capability: int
+    """Compute capability as one number, 89 for 8.9."""
     rates: Rates
 
 
-def _card(name: str, gib: float, tflops: float, gbps: float, pcie_gbps: float) -> Card:
+def _card(name: str, gib: float, capability: int, tflops: float, gbps: float, pcie_gbps: float) -> Card:
     """By the maker's figures. The shares of them, and the last two times, are assumed."""
     return Card(
         name,
         gib,
+        capability,
         Rates(
             matrix=0.65e12 * tflops,
+            fp8=0.65e12 * tflops * (2 if capability >= OLDEST_FP8_CAPABILITY else 1),
             convolution=0.5e12 * tflops,
             attention=0.5e12 * tflops,
             memory=0.8e9 * gbps,
@@ -66,19 +78,19 @@ def _card(name: str, gib: float, tflops: float, gbps: float, pcie_gbps: float) -
 
 
 CARDS = (
-    _card("RTX 3050 4GB", 4, 12.3, 192, 16),  # the laptop's; PCIe 4.0 x8
-    _card("RTX 4060", 8, 30.2, 272, 16),
-    _card("RTX 3080", 10, 59.5, 760, 32),
-    _card("RTX 3060", 12, 25.5, 360, 32),
-    _card("RTX 4070 Ti", 12, 80.2, 504, 32),
-    _card("RTX 4060 Ti 16GB", 16, 44.1, 288, 16),
-    _card("RTX 4080", 16, 97.5, 717, 32),
-    _card("RTX 3090", 24, 71.0, 936, 32),
-    _card("RTX 4090", 24, 165.2, 1008, 32),
-    _card("RTX 5090", 32, 209.5, 1792, 64),
-    _card("A100 40GB", 40, 312, 1555, 32),
-    _card("A100 80GB", 80, 312, 2039, 32),
-    _card("H100", 80, 989, 3350, 64),
+    _card("RTX 3050 4GB", 4, 86, 12.3, 192, 16),  # the laptop's; PCIe 4.0 x8
+    _card("RTX 4060", 8, 89, 30.2, 272, 16),
+    _card("RTX 3080", 10, 86, 59.5, 760, 32),
+    _card("RTX 3060", 12, 86, 25.5, 360, 32),
+    _card("RTX 4070 Ti", 12, 89, 80.2, 504, 32),
+    _card("RTX 4060 Ti 16GB", 16, 89, 44.1, 288, 16),
+    _card("RTX 4080", 16, 89, 97.5, 717, 32),
+    _card("RTX 3090", 24, 86, 71.0, 936, 32),
+    _card("RTX 4090", 24, 89, 165.2, 1008, 32),
+    _card("RTX 5090", 32, 120, 209.5, 1792, 64),
+    _card("A100 40GB", 40, 80, 312, 1555, 32),
+    _card("A100 80GB", 80, 80, 312, 2039, 32),
+    _card("H100", 80, 90, 989, 3350, 64),
 )
 
 CONTEXT_GIB = 0.4
@@ -122,11 +134,16 @@ def find_card(name: str) -> Card:
     raise UserError(f"--card {name!r} is not known; {hint} Any other card: --vram with its memory")
 
 
-def card_with(vram: int) -> Card:
-    """The slowest of the known cards that have this much memory, or of the largest ones."""
-    enough = [card for card in CARDS if card.gib * GIB >= vram * 0.97]
+def card_with(vram: int, capability: int = 0) -> Card:
+    """The slowest of the known cards that have this much memory, or of the largest ones.
+
+    Args:
+        capability: that it has at least.
+    """
+    able = [card for card in CARDS if card.capability >= capability]
+    enough = [card for card in able if card.gib * GIB >= vram * 0.97]
     smallest = min((card.gib for card in enough), default=CARDS[-1].gib)
-    return min((c for c in CARDS if c.gib == smallest), key=lambda card: card.rates.matrix)
+    return min((c for c in able if c.gib == smallest), key=lambda card: card.rates.matrix)
 
 
 def size_text(nbytes: int) -> str:

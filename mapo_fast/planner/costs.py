@@ -2,8 +2,7 @@
 
 One multiply-add counts as two operations. Every operation reads its inputs and writes its outputs once;
 views and allocations move nothing. Attention is counted as the kernels compute it: scores and values in
-forward, and in backward the scores again and four more products. Products in fp8 count as those in bf16:
-their own rate is not measured.
+forward, and in backward the scores again and four more products. Products in fp8 are a kind of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-ELEMENTWISE, MATRIX, CONVOLUTION, ATTENTION, FETCH, STORE, WAIT = range(7)
+ELEMENTWISE, MATRIX, FP8, CONVOLUTION, ATTENTION, FETCH, STORE, WAIT = range(8)
 """Kinds of work. The last three are of `engine/transfers.py`: copies in, copies out, waiting for one."""
 
 
@@ -82,7 +81,7 @@ _FLOPS: dict[Any, tuple[int, Callable[[Sequence[Any], Any], float]]] = {
     aten.addmm_: (MATRIX, lambda args, out: _product(args[1], args[2])),
     aten.bmm: (MATRIX, lambda args, out: _product(args[0], args[1])),
     aten.baddbmm: (MATRIX, lambda args, out: _product(args[1], args[2])),
-    aten._scaled_mm_v2: (MATRIX, lambda args, out: _product(args[0], args[1])),
+    aten._scaled_mm_v2: (FP8, lambda args, out: _product(args[0], args[1])),
     aten.convolution: (CONVOLUTION, lambda args, out: _convolution(args[1], out)),
     aten.convolution_backward: (CONVOLUTION, lambda args, out: _convolution_backward(args)),
     aten._scaled_dot_product_flash_attention_for_cpu: (

@@ -1,10 +1,11 @@
 """Measures what a card attains: once for a GPU, its driver and torch, in a few seconds, then from disk.
 
 Arithmetic is measured on what SDXL computes most for one pair at 1024², forward and backward, tensors in the
-order in which the engine keeps them; of several shapes each has the same share of the work. Copies go through
-the engine's own pinned memory. The host's time for an operation is that of a transformer block with the
-trainer's own operators, on so little data that the device waits for the host; its operations are counted as
-a trace counts them.
+order in which the engine keeps them; of several shapes each has the same share of the work. Products in fp8
+are of rounded operands: rounding them has its own operations in a trace. Copies go through the engine's own
+pinned memory. The host's time for an operation is that of a transformer block with the trainer's own
+operators, on so little data that the device waits for the host; its operations are counted as a trace counts
+them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from mapo_fast.planner import store
 from mapo_fast.planner.cards import Rates
 from mapo_fast.planner.recorder import Recorder, card_path
 from mapo_fast.planner.trace import CARD, CPU
+from mapo_kernels._fp8 import fp8_product, in_fp8, to_fp8
 
 SAMPLES = 5
 """Measurements of which the median is taken, at least; more of them until `SECONDS` are over."""
@@ -107,6 +109,9 @@ def _measured(device: torch.device, shrink: int) -> dict[str, float]:
     matrix = _mean([_linear(clock, *(n // shrink for n in shape)) for shape in LINEAR])
     return {
         "matrix": matrix,
+        "fp8": _mean([_fp8(clock, *(n // shrink for n in shape)) for shape in LINEAR])
+        if in_fp8(device)
+        else matrix,
         "convolution": _mean([_convolution(clock, *(n // shrink for n in shape)) for shape in CONVOLUTIONS]),
         "attention": _mean([_attention(clock, heads, tokens // shrink) for heads, tokens in ATTENTIONS]),
         "memory": _memory(clock, COPIED // shrink),
@@ -177,6 +182,11 @@ def _linear(clock: _Clock, rows: int, width: int, out: int) -> float:
         return torch.autograd.grad(F.linear(x, weight), (x, weight), grad)
 
     return 3 * 2.0 * rows * width * out / clock.seconds(call)
+
+
+def _fp8(clock: _Clock, rows: int, width: int, out: int) -> float:
+    n, weight = (to_fp8(clock.draw(length, width).detach()) for length in (rows, out))
+    return 2.0 * rows * width * out / clock.seconds(lambda: fp8_product(n, weight, None, torch.bfloat16))
 
 
 def _convolution(clock: _Clock, channels: int, side: int) -> float:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mapo_fast.planner.cards import Card, Rates
-from mapo_fast.planner.costs import ATTENTION, CONVOLUTION, FETCH, MATRIX, STORE, WAIT
+from mapo_fast.planner.costs import ATTENTION, CONVOLUTION, FETCH, FP8, MATRIX, STORE, WAIT
 from mapo_fast.planner.trace import Trace
 
 AHEAD = 1024
@@ -35,7 +35,12 @@ class Times(NamedTuple):
 
 def durations(trace: Trace, rates: Rates) -> np.ndarray:
     """Seconds of each operation by itself, (n,)."""
-    work = {MATRIX: rates.matrix, CONVOLUTION: rates.convolution, ATTENTION: rates.attention}
+    work = {
+        MATRIX: rates.matrix,
+        FP8: rates.fp8,
+        CONVOLUTION: rates.convolution,
+        ATTENTION: rates.attention,
+    }
     found = np.maximum(trace.nbytes / rates.memory, rates.launch)
     for kind, rate in work.items():
         chosen = trace.kinds == kind

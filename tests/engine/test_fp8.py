@@ -12,6 +12,8 @@ from mapo_fast.engine.build import prepare_unet
 from mapo_fast.engine.fp8 import Fp8Linear, use_fp8
 from mapo_fast.errors import UserError
 from mapo_fast.fuse import patch_unet, unpatch_unet
+from mapo_fast.planner.plan import with_settings
+from mapo_kernels._launch import Card
 from mapo_kernels._linear import views_of_one
 from tests.engine.test_engine import CPU, FP64, settings, trained
 from tests.engine.test_speed import PLANS, with_speed
@@ -66,8 +68,16 @@ def test_which_layers() -> None:
 
 def test_needs_a_gpu_that_multiplies_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mapo_fast.engine.fp8.in_fp8", lambda device: False)
+    monkeypatch.setattr("mapo_fast.engine.fp8.card", lambda device: Card(86, 82))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
-    config = with_speed(settings(), fp8=True)
-    with pytest.raises(UserError, match=r"speed\.fp8 = true needs .* RTX 3090 here: set speed\.fp8 = false"):
-        prepare_unet(make_unet("sdxl"), config, FP64, torch.device("cuda"))
-    prepare_unet(make_unet("sdxl"), config, FP64, CPU)
+    training = with_speed(settings(), fp8=True)
+    base = with_settings(settings("lora"), {"adapter.base": "fp8"})
+    for config, setting, instead in (
+        (training, r"speed\.fp8 = true", r"set speed\.fp8 = false"),
+        (base, r"adapter\.base = 'fp8'", "use adapter.base = 'int8', as small and more exact"),
+    ):
+        message = rf"{setting} needs .* 8\.9 or newer .*, not NVIDIA GeForce RTX 3090 \(8\.6\): {instead}$"
+        with pytest.raises(UserError, match=message) as caught:
+            prepare_unet(make_unet("sdxl"), config, FP64, torch.device("cuda"))
+        assert "\n" not in str(caught.value)
+    prepare_unet(make_unet("sdxl"), training, FP64, CPU)

@@ -103,3 +103,36 @@ def test_a_size_in_the_config_is_checked_by_its_name(tmp_path: Path) -> None:
             card=None,
             ram=None,
         )
+
+
+@pytest.mark.parametrize(
+    ("setting", "instead"),
+    [
+        ("adapter.base='fp8'", "use adapter.base = 'int8', as small and more exact"),
+        ("speed.fp8=true", "set speed.fp8 = false"),
+    ],
+)
+def test_a_card_that_cannot_multiply_fp8_is_refused(
+    setting: str, instead: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the words of the run; without a card one that can is assumed."""
+    asked: list[Any] = []
+    monkeypatch.setattr(planner_ask, "search", lambda *args: asked.append(args))
+    kind = "lora" if "base" in setting else "full"
+    given = ["mapo-fast", "plan", "--adapter", kind, "--set", setting, "--card", "RTX 3090"]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    name = setting.replace("=", " = ")
+    assert err == (
+        f"mapo-fast: {name} needs Triton, Linux and a GPU of compute capability 8.9 or newer (RTX 40, H100), "
+        f"not RTX 3090 (8.6): {instead}\n"
+    )
+    assert not asked
+    questions = {"model": "sdxl", "resolution": None, "adapter": kind, "ram": "64GiB"}
+    ask(None, [setting], **questions, vram="24GiB", card=None)
+    assert asked[0][2].name == "RTX 4090"
+    ask(None, [], **questions, vram="24GiB", card=None)
+    assert asked[1][2].name == "RTX 3090"

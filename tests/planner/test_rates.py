@@ -15,7 +15,7 @@ from mapo_fast.planner.cards import GIB, Rates
 from mapo_fast.planner.trace import CPU
 
 CUDA = torch.device("cuda")
-MEASURED = Rates(*[1e12] * 8, source="measured on a card")
+MEASURED = Rates(*[1e12] * 9, source="measured on a card")
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(rates, "driver", lambda: pretended.driver)
     monkeypatch.setattr(rates, "measure", measure)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
-    properties = SimpleNamespace(total_memory=24 * GIB)
+    properties = SimpleNamespace(total_memory=24 * GIB, major=8, minor=9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     return pretended
 
@@ -42,6 +42,25 @@ def test_all_rates_are_measured_and_random_numbers_stay_as_they_were() -> None:
     assert all(math.isfinite(value) and value > 0 for value in found[:-1])
     assert found.source == "measured on the CPU"
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_fp8_is_measured_where_it_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured() -> Rates:
+        return rates.measure(CPU, shrink=32)
+
+    without = measured()
+    assert without.fp8 == without.matrix
+    monkeypatch.setattr(rates, "in_fp8", lambda device: True)
+    monkeypatch.setattr(rates, "_fp8", lambda clock, rows, width, out: 7.0)
+    assert measured().fp8 == pytest.approx(7.0)
+
+
+def test_an_fp8_product_is_timed_without_its_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, rounded = rates._Clock(CPU), []
+    to_fp8 = rates.to_fp8
+    monkeypatch.setattr(rates, "to_fp8", lambda x: rounded.append(x.shape) or to_fp8(x))
+    assert 0 < rates._fp8(clock, 64, 32, 48) < math.inf
+    assert rounded == [(64, 32), (48, 32)]
 
 
 def test_a_figure_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +98,7 @@ def test_a_run_plans_by_measured_rates_and_says_when_it_does_not(
     card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ask.card_of(CUDA).rates == MEASURED
+    assert ask.card_of(CUDA).capability == 89
 
     def fail(device: torch.device) -> Rates:
         raise torch.OutOfMemoryError("CUDA out of memory\nand more")

@@ -15,10 +15,10 @@ from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.precision import choose_precision
 from mapo_fast.objectives import build_loss
 from mapo_fast.planner import trace as planner_trace
-from mapo_fast.planner.costs import ATTENTION, CONVOLUTION, MATRIX
+from mapo_fast.planner.costs import ATTENTION, CONVOLUTION, ELEMENTWISE, FP8, MATRIX
 from mapo_fast.planner.recorder import Recorder, card_path
 from mapo_fast.planner.trace import CPU, pairs_of_zeros, record_step
-from mapo_kernels import group_norm_silu_conv
+from mapo_kernels import fp8_linear, group_norm_silu_conv
 from mapo_kernels._launch import INTERPRETING, Card
 
 CARD = Card(89, 128)
@@ -163,3 +163,34 @@ def test_arithmetic_is_counted_in_every_kind() -> None:
     assert all(total > 1e8 for total in kinds.values())
     recomputing = record_step(settings(**PLANS["checkpointed"]), REDUCED)
     assert 1.2 < recomputing.flops.sum() / trace.flops.sum() < 1.4
+
+
+@pytest.mark.skipif(INTERPRETING, reason="nothing is multiplied in fp8 there")
+def test_products_in_fp8_are_counted_apart_with_the_bytes_of_rounding() -> None:
+    """Of y = x Wᵀ and dx = dy W in fp8, and of dW = dyᵀ x, which is not."""
+    rows, width, out = 512, 256, 384
+    x, weight = (torch.empty(n, width, requires_grad=True) for n in (rows, out))
+    recorder = Recorder([x, weight])
+    with card_path(CARD, recorder.launched), recorder:
+        fp8_linear(x, weight).sum().backward()
+    of = {kind: [c for c in recorder.operations if c.kind == kind] for kind in (FP8, MATRIX, ELEMENTWISE)}
+    product = 2.0 * rows * width * out
+    assert [c.flops for c in of[FP8]] == [product, product]
+    assert [c.flops for c in of[MATRIX]] == [product]
+    scales = 4 * (rows + width)  # bytes of an fp8 product: codes, a scale per row of each, bf16 out
+    assert of[FP8][1].nbytes == rows * out + width * out + scales + 2 * rows * width
+    for n, columns, factors in ((rows, width, 0), (out, width, 0), (rows, out, 4 * out)):
+        rounding = 5 * n * columns + 4 * n + factors  # fp32 read, codes and scales written
+        assert rounding in [c.nbytes for c in of[ELEMENTWISE]]
+
+
+@pytest.mark.skipif(INTERPRETING, reason="nothing is multiplied in fp8 there")
+def test_fp8_layers_move_products_and_nothing_else_to_fp8() -> None:
+    lora = {"adapter": {"kind": "lora"}, "train": {"precision": "bf16", "layout": "joint"}}
+    dense = record_step(settings(**lora), REDUCED)
+    lora["adapter"]["base"] = "fp8"
+    eight_bit = record_step(settings(**lora), REDUCED)
+    flops = {kind: eight_bit.flops[eight_bit.kinds == kind].sum() for kind in (FP8, MATRIX)}
+    assert not dense.flops[dense.kinds == FP8].any()
+    assert flops[FP8] > flops[MATRIX]
+    assert sum(flops.values()) == pytest.approx(dense.flops[dense.kinds == MATRIX].sum())

@@ -91,6 +91,8 @@ def test_unknown_cards_and_sizes_are_one_line() -> None:
 def test_the_slowest_card_with_enough_memory_is_assumed() -> None:
     assert card_with(24 * GIB).name == "RTX 3090"
     assert card_with(200 * GIB) in CARDS
+    assert card_with(24 * GIB, capability=89).name == "RTX 4090"
+    assert card_with(200 * GIB, capability=89).name == "H100"
     assert usable_bytes(24 * GIB) < 23.5 * GIB
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from mapo_fast.planner.cards import Card, Rates
-from mapo_fast.planner.costs import ELEMENTWISE, FETCH, MATRIX, WAIT
+from mapo_fast.planner.costs import ELEMENTWISE, FETCH, FP8, MATRIX, WAIT
 from mapo_fast.planner.timeline import AHEAD, simulate
 from mapo_fast.planner.trace import CATEGORIES, Trace
 
-CARD = Card("a card", 8, Rates(1e12, 1e12, 1e12, 1e12, 1e10, 1e10, 1e-6, 10e-6, "chosen"))
+CARD = Card("a card", 8, 89, Rates(1e12, 2e12, 1e12, 1e12, 1e12, 1e10, 1e10, 1e-6, 10e-6, "chosen"))
 US = 1e-3
 """In ms, as times are."""
 
@@ -23,7 +23,7 @@ def trace(*operations: tuple[int, float], links: dict[int, int] | None = None) -
     for operation, after in (links or {}).items():
         linked[operation] = after
     live = np.zeros((len(CATEGORIES), len(kinds)), dtype=np.int64)
-    flops = np.where(kinds == MATRIX, micros * 1e6, 0.0)
+    flops = np.where(kinds == MATRIX, micros * 1e6, np.where(kinds == FP8, micros * 2e6, 0.0))
     return Trace(kinds.astype(np.uint8), flops, nbytes, linked, live, live[0], [], 0, 0)
 
 
@@ -32,6 +32,13 @@ def test_the_host_limits_small_operations_and_the_device_large_ones() -> None:
     large = simulate(trace(*[(MATRIX, 50)] * 100), CARD)
     assert large.step == pytest.approx(5000 * US)  # the host is ahead from the step before
     assert large.compute == pytest.approx(5000 * US)
+
+
+def test_products_in_fp8_have_their_own_rate() -> None:
+    work = trace((MATRIX, 100), (FP8, 100))
+    assert simulate(work, CARD).compute == pytest.approx(200 * US)
+    no_faster = CARD._replace(rates=CARD.rates._replace(fp8=CARD.rates.matrix))
+    assert simulate(work, no_faster).compute == pytest.approx(300 * US)
 
 
 @pytest.mark.parametrize("large_first", [True, False])
