@@ -19,6 +19,7 @@ from torch import Tensor
 from bench.providers.base import Arithmetic, Objective, Provider
 from bench.providers.task import Pairs, Task, adapt, fill_factors, load_unet
 from mapo_fast.engine.fp8 import use_fp8
+from mapo_fast.engine.quantise import quantise_base
 from mapo_fast.engine.step import PairInputs, predict
 
 MOST = 4096
@@ -96,11 +97,13 @@ def outcome_of(provider: Provider, inputs: PairInputs) -> Outcome:
 
 @functools.cache
 def plain_outcome(task: Task, objective: Objective, arithmetic: Arithmetic) -> Outcome:
-    """diffusers' UNet as it is, in the given types; in fp8 with linear layers that round."""
+    """diffusers' UNet as it is, in the given types; with fp8, linear layers that round or a frozen base."""
     inputs = Pairs(task).batch(0)
     unet = load_unet(task, arithmetic.weights)
     if arithmetic.fp8:
         use_fp8(unet)
+    if arithmetic.base != "dense":
+        quantise_base(unet, arithmetic.base, task.device)
     reference = None
     if task.kind == "lora":
         adapt(unet, arithmetic.factors or arithmetic.weights)

@@ -10,11 +10,13 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from bench.environment import environment
+from bench.providers.engine import Fp8Base
 from bench.providers.registry import names_for
 from bench.providers.task import Task
 from bench.step_tables import rows
@@ -39,7 +41,7 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """Against the other recipes at 4 pairs and 1, then each switch of the engine at 1."""
+    """Against the other recipes at 4 pairs and 1, each switch at 1, then a LoRA's base in fp8 at 4."""
     found = []
     for kind, pairs in (("full", 4), ("full", 1), ("lora", 4)):
         names = ["mapo_fast", "released", "diffusers"]
@@ -48,7 +50,10 @@ def cases() -> list[Case]:
         found += [Case(name, kind, pairs, False) for name in names]
     task = Task("sdxl", "full", 1, False, torch.device("cuda"))
     rest = ["diffusers, compiled", *(name for name in names_for(task) if name.startswith("mapo_fast, "))]
-    return [*found, *(Case(name, "full", 1, False) for name in rest)]
+    found += [Case(name, "full", 1, False) for name in rest]
+    frozen = replace(task, kind="lora")
+    found += [Case(name, "lora", 4, False) for name in names_for(frozen) if name == Fp8Base.name]
+    return found
 
 
 def run(deadline: float) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.providers.engine import CPU_SPEED
+from bench.providers.engine import CPU_SPEED, Fp8Base
 from mapo_fast.config import SpeedConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,12 +78,13 @@ def providers() -> str:
 
 
 def switches() -> str:
-    """The engine with each switch of `[speed]` the other way."""
+    """The engine with each switch of `[speed]` the other way, and a LoRA's base in fp8."""
     lines = ["| against the plan | SDXL, 1024² | tiny SDXL on one CPU core |", "|---|---|---|"]
     plans = {"cuda": SpeedConfig().model_dump(), "cpu": {**SpeedConfig().model_dump(), **CPU_SPEED}}
     cells: dict[str, dict[str, str]] = {}
     for name, on in plans["cuda"].items():
-        cells[f"{name} {'off' if on else 'on'}"] = {}
+        cells[f"{name} {_state(not on)}"] = {}
+    cells[Fp8Base.name.removeprefix(SWITCHED)] = {}
     for device in ("cuda", "cpu"):
         found = _on(device)
         for (size, kind, pairs, name), row in found.items():
@@ -93,11 +94,15 @@ def switches() -> str:
     for name, by_device in cells.items():
         switch, _, state = name.rpartition(" ")
         line = [
-            by_device.get(device, "as planned" if plan[switch] == (state == "on") else NOT_MEASURED)
+            by_device.get(device, "as planned" if state == _state(plan[switch]) else NOT_MEASURED)
             for device, plan in plans.items()
         ]
         lines.append(f"| {name} | {' | '.join(line)} |")
     return "\n".join(lines)
+
+
+def _state(on: bool) -> str:
+    return "on" if on else "off"
 
 
 class Target(NamedTuple):

@@ -27,6 +27,8 @@ class Arithmetic:
     """Of a LoRA; None stores them like the weights."""
     fp8: bool = False
     """`speed.fp8`: some products are of operands rounded to fp8."""
+    base: Literal["dense", "fp8"] = "dense"
+    """`adapter.base`: how a LoRA's frozen weights are stored, and multiplied."""
 
     @property
     def computes_in(self) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -30,13 +30,15 @@ class MapoFast(Provider):
 
     name: ClassVar[str] = "mapo_fast"
     reference: ClassVar[str] = "auto"
+    base: ClassVar[Literal["dense", "fp8"]] = "dense"
+    """What a LoRA leaves frozen."""
 
     def __init__(self, task: Task, switches: dict[str, bool] | None = None) -> None:
         super().__init__(task)
-        self.config = plan(task, switches or {}, self.objective, self.reference)
+        self.config = plan(task, switches or {}, self.objective, self.reference, self.base)
         precision = choose_precision(self.config, task.device)
         self.arithmetic = Arithmetic(
-            precision.base, precision.autocast, precision.trainable, self.config.speed.fp8
+            precision.base, precision.autocast, precision.trainable, self.config.speed.fp8, self.base
         )
         parts = prepare_unet(load_unet(task, precision.base), self.config, precision, task.device)
         parts = with_start_model(parts, self.config, lambda: load_unet(task, precision.base))
@@ -90,7 +92,20 @@ class MapoFast(Provider):
         return parameter.grad if found is None else found
 
 
-def plan(task: Task, switches: dict[str, bool], objective: str = "mapo", reference: str = "auto") -> Config:
+class Fp8Base(MapoFast):
+    """A LoRA whose frozen linear layers multiply in fp8, as `speed.fp8` does in a full fine-tune."""
+
+    name: ClassVar[str] = "mapo_fast, fp8 base"
+    base: ClassVar[Literal["dense", "fp8"]] = "fp8"
+
+
+def plan(
+    task: Task,
+    switches: dict[str, bool],
+    objective: str = "mapo",
+    reference: str = "auto",
+    base: Literal["dense", "fp8"] = "dense",
+) -> Config:
     """The settings that suit a task, with the switches of `[speed]` set."""
     gpu = task.device.type == "cuda"
     full = task.kind == "full"
@@ -103,6 +118,7 @@ def plan(task: Task, switches: dict[str, bool], objective: str = "mapo", referen
     speed = {**({} if gpu else CPU_SPEED), **switches}
     return task.config(
         train=train,
+        adapter={"base": base},
         optim={"name": "adamw8bit" if gpu else "adamw"},
         objective={"name": objective, "reference": reference},
         speed=speed,

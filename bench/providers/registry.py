@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.providers.base import Provider
 from bench.providers.diffusers_loop import CompiledDiffusersLoop, DiffusersLoop
 from bench.providers.dpo import DpoFull, DpoLora
-from bench.providers.engine import SWITCHES, MapoFast, plan
+from bench.providers.engine import SWITCHES, Fp8Base, MapoFast, plan
 from bench.providers.released import Released
 from bench.providers.task import Task
 from mapo_kernels._fp8 import in_fp8
@@ -32,12 +32,22 @@ _SWITCHED = [_switched(name, on) for name in SWITCHES for on in (True, False)]
 
 PROVIDERS: dict[str, type[Provider]] = {
     provider.name: provider
-    for provider in (MapoFast, *_SWITCHED, Released, DiffusersLoop, CompiledDiffusersLoop, DpoLora, DpoFull)
+    for provider in (
+        MapoFast,
+        *_SWITCHED,
+        Fp8Base,
+        Released,
+        DiffusersLoop,
+        CompiledDiffusersLoop,
+        DpoLora,
+        DpoFull,
+    )
 }
 
 
 def names_for(task: Task) -> list[str]:
-    """The providers that suit a task: of each switch the value that the plan has not. fp8 where a GPU has it.
+    """The providers that suit a task: of each switch the value that the plan has not. fp8 where a GPU has it,
+    which a LoRA multiplies its frozen base in.
 
     Nothing is compiled at tiny size: that takes longer than it can gain.
     """
@@ -46,8 +56,12 @@ def names_for(task: Task) -> list[str]:
     left_out.add((DpoFull if task.kind == "lora" else DpoLora).name)
     if task.size == "tiny":
         left_out |= {CompiledDiffusersLoop.name, switched_name("compile", True)}
-    if task.kind == "lora" or not in_fp8(task.device):
-        left_out.add(switched_name("fp8", True))
+    here = in_fp8(task.device)
+    left_out |= {
+        name
+        for kind, name in (("full", switched_name("fp8", True)), ("lora", Fp8Base.name))
+        if task.kind != kind or not here
+    }
     if task.device.type == "cpu":
         left_out.add(switched_name("cuda_graph", True))
     return [name for name in PROVIDERS if name not in left_out]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench import agreement, overhead, train_step
 from bench.flops import model_flops
+from bench.providers import registry
 from bench.providers.diffusers_loop import DiffusersLoop
 from bench.providers.engine import MapoFast, plan
 from bench.providers.registry import PROVIDERS, names_for
@@ -49,6 +50,20 @@ def test_the_truth_is_not_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     agreement.truth(FULL, "mapo")
     assert (found, torch.backends.cudnn.conv.fp32_precision) == (["ieee"], before)
     assert before != "ieee"
+
+
+def test_an_fp8_base_agrees_with_the_truth() -> None:
+    agreed = agreement.check(PROVIDERS["mapo_fast, fp8 base"](LORA))
+    assert agreed.good, agreed
+    assert agreed.gradient_error > 1e-3, "nothing was rounded"
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_fp8_has_its_row_where_a_gpu_multiplies_it(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "in_fp8", lambda device: able)
+    full, lora = ({name for name in names_for(task) if "fp8" in name} for task in (FULL, LORA))
+    assert full == ({"mapo_fast, fp8 on"} if able else set())
+    assert lora == ({"mapo_fast, fp8 base"} if able else set())
 
 
 class WrongByHalves(DiffusersLoop):
