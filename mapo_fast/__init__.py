@@ -4,7 +4,14 @@ The base install (torch, safetensors, Triton where it exists) gives the loss; `m
 trainer and `patch_unet`. Importing this package imports neither torch nor diffusers; using a name does.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
+
+# On CPUs with AVX512-BF16 bitsandbytes warns, when it or peft is imported, that a kernel for 4-bit inference
+# is not installed. Nothing here calls it, and every process of a run would say so.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+)
 
 __version__ = "0.1.0"
 __all__ = ["MaPOLoss", "PreferenceLoss", "SFTLoss", "__version__", "patch_unet", "unpatch_unet"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,23 @@ def test_python_dash_m_is_the_command() -> None:
     assert done.returncode == 0
     for command in ("prepare", "train", "demo", "doctor"):
         assert command in done.stdout
+
+
+def test_one_message_of_bitsandbytes_is_left_out_and_no_other() -> None:
+    """On a CPU with AVX512-BF16 importing it writes the message; elsewhere the program does."""
+    program = (
+        "import logging, mapo_fast, bitsandbytes\n"
+        "log = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
+        "log.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s', 'no kernels')\n"
+        "log.warning('anything else')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "gemm_4bit_forward" not in done.stderr
+    assert "anything else" in done.stderr
+    package = importlib.util.find_spec("bitsandbytes")
+    assert package is not None
+    ops = Path(str(package.origin)).parent / "backends" / "cpu" / "ops.py"
+    assert '"Failed to load CPU gemm_4bit_forward' in ops.read_text("utf-8"), (
+        "no such message: drop the filter"
+    )
