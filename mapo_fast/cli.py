@@ -86,7 +86,7 @@ def plan(
         str | None, typer.Option("--model", help="`sdxl`, or a diffusers SDXL pipeline folder.")
     ] = None,
     resolution: Annotated[
-        int | None, typer.Option("--resolution", help="Side of the images in pixels.")
+        str | None, typer.Option("--resolution", help="Side of the images in pixels.")
     ] = None,
     adapter: Annotated[str | None, typer.Option("--adapter", help="`full` or `lora`.")] = None,
     vram: Annotated[str | None, typer.Option("--vram", help='GPU memory, such as "24GiB".')] = None,

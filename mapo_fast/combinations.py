@@ -44,6 +44,7 @@ _OTHERS: dict[str, tuple[Any, ...]] = {
     "train.attention": ("sdpa",),
     "speed.channels_last": (False,),
     "speed.compile": (False,),
+    "speed.cuda_graph": (False,),
     "speed.fp8": (False,),
 }
 """The other settings that rules speak of, with the values that a message may propose."""
@@ -148,6 +149,14 @@ _RULES = (
         ("offload.weights", "adapter.base"),
         lambda weights, base: weights == "cpu" and base != "dense",
         "dense weights can be streamed, quantised ones cannot",
+    ),
+    *(
+        _Rule(
+            (f"offload.{part}", "speed.cuda_graph"),
+            lambda place, captured: place == "cpu" and captured,
+            "a CUDA graph holds no copies from system RAM",
+        )
+        for part in ("optimizer", "weights", "activations")
     ),
     _Rule(
         ("speed.fp8", "adapter.kind"),

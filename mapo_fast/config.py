@@ -302,7 +302,7 @@ class SpeedConfig(Section):
     cuda_graph: bool = False
     """Capture a whole step (forward, backward, update) and replay it: of every shape of a micro-batch the
     first step runs as usual, the second is captured, later ones cost the host one launch. Needs an NVIDIA GPU
-    and memory beside the plan's: what a step took stays reserved for the graphs."""
+    and memory: what a step makes stays reserved for the graphs (`graph buffers` of the memory plan)."""
     fp8: bool = False
     """Multiply the linear layers of the transformer blocks in fp8, except for their weights' gradients. Only
     for adapter.kind = "full"; a LoRA's base has adapter.base = "fp8". For RTX 40, H100 and newer. Less exact,

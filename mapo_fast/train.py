@@ -148,8 +148,8 @@ def _notes(
     notes = []
     if config.speed.cuda_graph:
         notes.append(
-            "speed.cuda_graph keeps a step's memory reserved: the memory plan does not count what "
-            "evaluations and previews need beside it; set it to false if one of them runs out"
+            "speed.cuda_graph keeps a step's memory reserved: the memory plan counts that once, and not what "
+            "graphs of several image shapes cannot share; set it to false if memory runs out"
         )
     if resume and checkpoint is None:
         notes.append("nothing to resume yet: no checkpoint was written, starting at step 0")

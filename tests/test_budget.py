@@ -117,7 +117,7 @@ class PretendedCard:
             "memory_reserved": lambda device: int(reserved * GIB),
             "memory_allocated": lambda device: 0,
             "get_device_name": lambda device: "RTX 4090",
-            "get_device_properties": lambda device: SimpleNamespace(total_memory=24 * GIB),
+            "get_device_properties": lambda device: SimpleNamespace(total_memory=24 * GIB, major=8, minor=9),
             "current_device": lambda: 0,
             "max_memory_allocated": lambda device: 7 * GIB,
             "max_memory_reserved": lambda device: 9 * GIB,

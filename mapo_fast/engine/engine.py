@@ -90,8 +90,8 @@ class Engine:
 
         self._lr: Tensor | None = None
         self._graphs: StepGraphs | None = None
+        check_capture(config, device)
         if config.speed.cuda_graph:
-            check_capture(config, device)
             self._capture_steps(StepGraphs)
 
     def _capture_steps(self, graphs: type[StepGraphs]) -> None:

@@ -9,8 +9,12 @@ One graph for every shape of the inputs, thus for every aspect bucket and for it
 The first step of a shape runs as usual, on the stream that the second one is captured on: it compiles kernels
 and makes optimizer states. Capturing computes nothing; the replay that follows does.
 
-Memory. All graphs share one pool, as only one of them runs at a time. It stays reserved, as large as the
-largest step, and whatever runs outside (evaluation, previews, the first step of a shape) is beside it.
+Memory. All graphs share one pool, as only one of them runs at a time. Everything that a captured step makes
+comes from it, gradients too, and it stays reserved, as large as the largest step. Whatever runs outside
+(evaluation, previews, the first step of a shape) is beside it, so the planner counts a step's own memory
+twice: `graph buffers`. A shape's first step gives its memory back before the capture. Not counted: a graph's
+inputs, a few MiB for each shape, and what fragments the pool where one shape's blocks are too small for
+another's tensors, at worst as much as a step makes for each further shape.
 """
 
 from __future__ import annotations
@@ -116,14 +120,14 @@ def check_capture(config: Config, device: torch.device) -> None:
     Raises:
         UserError: naming the setting and what to use instead.
     """
-    offloaded = [f"offload.{part}" for part, place in config.offload if place == "cpu"]
+    if not config.speed.cuda_graph:
+        return
     for wrong, why in (
         (device.type != "cuda", "needs an NVIDIA GPU"),
         (
             config.train.accumulation > 1,
             f"captures steps of one micro-batch, not train.accumulation = {config.train.accumulation}",
         ),
-        (bool(offloaded), f"cannot capture copies from system RAM: set {' and '.join(offloaded)} to 'gpu'"),
         (
             config.optim.name not in ("adamw", "adamw8bit"),
             f"cannot capture optim.name = {config.optim.name!r}, which reads numbers on the host: use "

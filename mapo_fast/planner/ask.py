@@ -9,6 +9,7 @@ import torch
 
 from mapo_fast.config import Config, apply_override, load_config, parse_config
 from mapo_fast.engine.fp8 import capability_for, refuse_card_without_fp8, refuse_without_fp8
+from mapo_fast.engine.graphs import check_capture
 from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder
 from mapo_fast.planner.cards import GIB, Card, card_with, find_card, parse_size, size_text
@@ -24,7 +25,7 @@ def ask(
     overrides: list[str],
     *,
     model: str | None,
-    resolution: int | None,
+    resolution: str | None,
     adapter: str | None,
     vram: str | None,
     card: str | None,
@@ -36,6 +37,8 @@ def ask(
         UserError: an unknown card or model, a size that is none, settings that cannot be combined or that
             the card cannot do.
     """
+    if resolution is not None and not resolution.isdecimal():
+        raise UserError(f"--resolution {resolution!r} is not a number of pixels: write --resolution 1024")
     for key, value in (("data.resolution", resolution), ("adapter.kind", adapter)):
         overrides += [] if value is None else [f"{key}={value}"]
     settings = _assumed(overrides) if config is None else load_config(config, overrides)
@@ -51,6 +54,7 @@ def ask(
     limits = host(None if ram is None else parse_size(ram, "--ram"))
     chosen = found or card_with(nbytes, capability_for(settings))
     refuse_card_without_fp8(settings, chosen.name, chosen.capability)
+    check_capture(settings, torch.device("cuda"))
     return search(settings, unet_config(model), chosen, nbytes, limits)
 
 
@@ -69,6 +73,7 @@ def plan_run(
         UserError: the GPU cannot do what the settings ask for.
     """
     refuse_without_fp8(config, device)
+    check_capture(config, device)
     card = card_of(device) if device.type == "cuda" else card_with(vram, capability_for(config))
     limits = host(None, processes)
     return search(config, folder.config("unet"), card, vram, limits, vae=vae_of(folder))

@@ -17,7 +17,7 @@ from mapo_fast.config import Config
 from mapo_fast.engine.layouts import below
 from mapo_fast.planner.cards import Card
 from mapo_fast.planner.host import highest
-from mapo_fast.planner.plan import Plan, with_settings
+from mapo_fast.planner.plan import GRAPHS, Plan, with_settings
 from mapo_fast.planner.store import Tracing
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import Trace
@@ -173,6 +173,8 @@ class Family:
         modes = {name: cut(self.traces[name], self.card, keep_gradients=keep) for name in names}
         lasting = self._lasting(settings)
         room -= sum(lasting.device.values())
+        if self.config.speed.cuda_graph:
+            room //= 2  # what a step makes, and as much again
         plain, recomputed = _plain(layout), _recomputed(settings)
 
         def made(blocks: Any, free: Collection[str], default: str) -> Plan:
@@ -255,16 +257,21 @@ class Family:
         seconds = max(made.forward, forward_in / rates.fetch, moved / rates.store)
         seconds += max(made.backward, backward_in / rates.fetch, stored / rates.store)
         pinned = lasting.weights + lasting.states + moved
+        device = {**lasting.device, "activations and gradients": made.peak, **self._graphs(made.peak)}
         return Plan(
             {**settings, BLOCKS: blocks, **self.changes},
-            {**lasting.device, "activations and gradients": made.peak},
-            sum(lasting.device.values()) + made.peak,
+            device,
+            sum(device.values()),
             pinned,
             highest(pinned, self._loaded()),
             1e3 * seconds,
             traced=False,
             changes=tuple(f"{name} = {json.dumps(value)}" for name, value in self.changes.items()),
         )
+
+    def _graphs(self, made: int) -> dict[str, int]:
+        """The pool of CUDA graphs, if there are any: all that a step makes, beside what runs outside them."""
+        return {GRAPHS: made} if self.config.speed.cuda_graph else {}
 
     def _loaded(self) -> int:
         """Bytes of the UNet on the CPU before it is moved, quantised or streamed."""
@@ -285,9 +292,10 @@ class Family:
     def _measured(self, plan: Plan, trace: Trace) -> Plan:
         at_peak = trace.at_peak()
         pinned = at_peak.pop("host")
+        graphs = self._graphs(trace.peak - trace.lasting)
         return plan._replace(
-            device=at_peak,
-            peak=trace.peak,
+            device=at_peak | graphs,
+            peak=trace.peak + sum(graphs.values()),
             pinned=pinned,
             host=highest(pinned, self._loaded()),
             ms=simulate(trace, self.card).step,

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from mapo_fast.config import Config, parse_config
 
 GIB = 2**30
+GRAPHS = "graph buffers"
+"""What a plan calls the memory that CUDA graphs keep reserved."""
 
 
 class Plan(NamedTuple):

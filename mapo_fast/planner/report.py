@@ -10,7 +10,7 @@ import numpy as np
 
 from mapo_fast.errors import UserError
 from mapo_fast.planner.cards import CONTEXT_GIB, FRAGMENTATION, GIB, WORKSPACE_GIB, size_text
-from mapo_fast.planner.plan import Plan
+from mapo_fast.planner.plan import GRAPHS, Plan
 from mapo_fast.planner.search import Outcome
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import CATEGORIES, ON_DEVICE
@@ -122,12 +122,16 @@ def plot(outcome: Outcome, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    if outcome.trace is None:
+    if outcome.trace is None or outcome.chosen is None:
         raise ValueError("there is no plan to draw")
     trace = outcome.trace
     ends = np.maximum.accumulate(simulate(trace, outcome.card).ends) * 1e3
     figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
-    axes.stackplot(ends, trace.live[ON_DEVICE] / GIB, labels=CATEGORIES[ON_DEVICE], step="post")
+    live, labels = list(trace.live[ON_DEVICE]), [*CATEGORIES[ON_DEVICE]]
+    if GRAPHS in outcome.chosen.device:
+        live.append(np.full(len(ends), outcome.chosen.device[GRAPHS]))
+        labels.append(GRAPHS)
+    axes.stackplot(ends, np.array(live) / GIB, labels=labels, step="post")
     axes.axhline(outcome.usable / GIB, color="black", linewidth=1, linestyle="--", label="usable")
     axes.set(xlabel=f"ms, rates of {outcome.card.name} (predicted)", ylabel="GiB", xlim=(0, ends[-1]))
     axes.legend(loc="upper left", ncols=4, fontsize="small")

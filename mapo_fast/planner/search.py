@@ -63,6 +63,8 @@ def search(
     config: Config, unet_config: dict[str, Any], card: Card, vram: int, host: Host, *, vae: Vae = SDXL_VAE
 ) -> Outcome:
     """Choose a plan for training `config`'s UNet on a card with `vram` bytes of free memory."""
+    if config.speed.cuda_graph:
+        card = card._replace(rates=card.rates._replace(host=0.0))  # a step is launched at once
     with closing(Tracing()) as tracing:
         return _Search(config, unet_config, card, vram, host, vae, tracing).outcome()
 
@@ -177,6 +179,8 @@ class _Search:
 
     def _attempts(self) -> Iterator[tuple[Config, str]]:
         config, train = self.config, self.config.train
+        if config.speed.cuda_graph:
+            yield with_settings(config, {"speed.cuda_graph": False}), "speed.cuda_graph = false"
         for name, value in stated(config).items():
             yield _without(config, name), f"without {name} = {json.dumps(value)}"
         if train.pairs_per_batch > 1:

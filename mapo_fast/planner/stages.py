@@ -2,7 +2,8 @@
 
     prepare      before training: the VAE in fp32 with data.batch_size images, or one tile of each, in it
     previews     what lies on the device between steps, the VAE in fp32, and one tile decoded
-    validation   a forward pass of the step's own micro-batch without gradients: less than the step
+    validation   a forward pass of the step's own micro-batch without gradients: less than the step; with
+                 CUDA graphs beside their buffers, and so within the plan
     saving       one tensor after the other goes to the host: nothing
 
 Sampling a preview is a forward pass of two images without gradients: less than a pair's step. A text encoder
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 from mapo_fast.config import Config
 from mapo_fast.model import SDXLFolder
-from mapo_fast.planner.plan import Plan
+from mapo_fast.planner.plan import GRAPHS, Plan
 from mapo_fast.vae import TILE, decode_bytes, encode_bytes
 
 FP32 = 4
@@ -47,6 +48,6 @@ def preparing(config: Config, vae: Vae) -> int:
 
 def previewing(config: Config, plan: Plan, vae: Vae) -> int:
     """Peak bytes while a preview is decoded."""
-    between = sum(plan.device.get(name, 0) for name in ("parameters", "states", "staging"))
+    between = sum(plan.device.get(name, 0) for name in ("parameters", "states", "staging", GRAPHS))
     side = min(config.data.resolution, TILE)
     return between + vae.nbytes + decode_bytes(vae.config, side**2, FP32)

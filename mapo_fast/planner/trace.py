@@ -38,7 +38,8 @@ from mapo_kernels._launch import Card
 
 CPU = torch.device("cpu")
 _EAGER = {"train.attention": "sdpa", "speed.compile": False, "speed.cuda_graph": False}
-"""What a recorder can look into."""
+"""What a recorder can look into. A compiled block saves what it saves eagerly, or less where its
+partitioner finds less to do. What CUDA graphs keep reserved is added afterwards (`family.py`)."""
 CARD = Card(89, 128)
 """What kernels are launched for. On another card they need more or less by a few hundred kB of partial sums:
 one trace serves all."""
@@ -82,6 +83,11 @@ class Trace(NamedTuple):
     def device(self) -> np.ndarray:
         """Live bytes on the device, (n,)."""
         return np.asarray(self.live[ON_DEVICE].sum(0))
+
+    @property
+    def lasting(self) -> int:
+        """Bytes on the device between steps."""
+        return int(self.row("parameters").max() + self.row("states").max() + self.row("staging").min())
 
     @property
     def peak(self) -> int:

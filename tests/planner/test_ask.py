@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import tomli_w
+import torch
 
 from mapo_fast import cli
+from mapo_fast.config import parse_config
 from mapo_fast.errors import UserError
 from mapo_fast.planner import ask as planner_ask
 from mapo_fast.planner.ask import ask
 from mapo_fast.planner.cards import GIB
+from mapo_kernels._launch import Card
 
 pytestmark = pytest.mark.usefixtures("planned_here")
 
@@ -136,3 +139,38 @@ def test_a_card_that_cannot_multiply_fp8_is_refused(
     assert asked[0][2].name == "RTX 4090"
     ask(None, [], **questions, vram="24GiB", card=None)
     assert asked[1][2].name == "RTX 3090"
+
+
+def test_a_step_that_no_graph_holds_is_refused_before_it_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner_ask, "search", lambda *args: pytest.fail("planned"))
+    settings = ["speed.cuda_graph=true", "train.accumulation=2"]
+    questions = {"model": "sdxl", "resolution": None, "adapter": "full", "ram": "64GiB"}
+    with pytest.raises(UserError, match="captures steps of one micro-batch"):
+        ask(None, settings, **questions, vram="24GiB", card=None)
+    offloaded = ["speed.cuda_graph=true", "offload.activations='cpu'"]
+    with pytest.raises(UserError, match=r"holds no copies from system RAM.*use speed\.cuda_graph = false"):
+        ask(None, offloaded, **questions, vram="24GiB", card=None)
+
+
+def test_a_run_is_refused_before_it_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner_ask, "card_of", lambda device: pytest.fail("measured"))
+    monkeypatch.setattr("mapo_fast.engine.fp8.in_fp8", lambda device: False)
+    monkeypatch.setattr("mapo_fast.engine.fp8.card", lambda device: Card(86, 82))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
+    for settings, message in (
+        ({"adapter": {"kind": "lora", "base": "fp8"}}, r"RTX 3090 \(8\.6\): use adapter\.base = 'int8'"),
+        ({"speed": {"cuda_graph": True}, "optim": {"name": "adafactor"}}, "reads numbers on the host"),
+    ):
+        table = {"model": {"path": "m"}, "data": {"cache": "c"}, "train": {"output": "run"}, **settings}
+        with pytest.raises(UserError, match=message):
+            planner_ask.plan_run(parse_config(table), None, 24 * GIB, torch.device("cuda"))  # type: ignore[arg-type]
+
+
+def test_a_resolution_that_is_none_is_one_line(
+    tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(monkeypatch, tiny_sdxl, "--resolution", "abc", "--card", "RTX 3060") == 2
+    expected = "mapo-fast: --resolution 'abc' is not a number of pixels: write --resolution 1024\n"
+    assert capsys.readouterr().err == expected
+    assert plan(monkeypatch, tiny_sdxl, "--resolution", "65", "--card", "RTX 3060") == 2
+    assert "data.resolution" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import pytest
 
 from mapo_fast.combinations import OPEN
+from mapo_fast.config import Config
 from mapo_fast.errors import UserError
 from mapo_fast.planner import host as planner_host
 from mapo_fast.planner import search as planner_search
@@ -29,7 +30,7 @@ from mapo_fast.planner.cards import (
 )
 from mapo_fast.planner.family import BLOCKS, Family, prefixes, stated
 from mapo_fast.planner.host import Host, _container_limits, host
-from mapo_fast.planner.plan import with_settings
+from mapo_fast.planner.plan import Plan, with_settings
 from mapo_fast.planner.report import check_picture
 from mapo_fast.planner.search import search
 from mapo_fast.planner.stages import Vae
@@ -282,6 +283,55 @@ def test_previews_need_room_beside_what_lies_on_the_card(exact_budget: None) -> 
     assert refused.chosen is None
     assert any("for a preview's VAE" in loser.reason for loser in refused.others)
     assert search(settings(), REDUCED, RTX, GIB, PLENTY, vae=large).chosen is not None
+
+
+def test_what_a_step_makes_is_there_twice_with_cuda_graphs(exact_budget: None) -> None:
+    """The graphs' pool stays reserved beside evaluations, previews and the first step of a shape."""
+    asked = settings(speed={"cuda_graph": True}, preview={"prompts": ["a square"]})
+    eager = search(settings(), REDUCED, RTX, GIB, PLENTY)
+    found = search(asked, REDUCED, RTX, GIB, PLENTY)
+    assert eager.chosen is not None
+    assert found.chosen is not None
+    assert found.trace is not None
+    made = found.trace.peak - found.trace.lasting
+    assert made > found.trace.peak // 10
+    assert eager.chosen.settings == found.chosen.settings
+    assert found.chosen.device["graph buffers"] == made
+    assert found.chosen.peak == sum(found.chosen.device.values()) == eager.chosen.peak + made
+    assert found.stages["previews"] == eager.stages["previews"] + made
+    assert found.chosen.ms < 0.8 * eager.chosen.ms, "the host issues nothing"
+
+
+def test_blocks_are_recomputed_where_two_steps_do_not_fit(exact_budget: None) -> None:
+    """Composed as traced; nothing is offloaded, which no graph holds."""
+    large = {"data": {"resolution": 512}}
+    asked = settings(speed={"cuda_graph": True}, **large)
+    room = int(0.9 * _chosen(asked, GIB).peak)
+    assert _chosen(settings(**large), room).settings[BLOCKS] is False
+    plan = _chosen(asked, room)
+    assert plan.peak <= room
+    assert plan.settings[BLOCKS] is not False
+    with closing(store.Tracing()) as tracing:
+        family = Family(asked, {}, REDUCED, RTX, room, tracing)
+        family.frugal()
+        for composed in family.plans():
+            assert "cpu" not in composed.settings.values()
+            assert composed.peak == pytest.approx(family.traced(composed)[0].peak, rel=0.02)
+
+
+def test_without_graphs_is_the_first_advice(exact_budget: None) -> None:
+    asked = settings(speed={"cuda_graph": True})
+    with closing(store.Tracing()) as tracing:
+        least = Family(asked, {}, REDUCED, RTX, GIB, tracing).frugal().peak
+    outcome = search(asked, REDUCED, RTX, int(0.9 * least), PLENTY)
+    assert outcome.chosen is None
+    assert outcome.advice.startswith("speed.cuda_graph = false would fit")
+
+
+def _chosen(config: Config, vram: int) -> Plan:
+    plan = search(config, REDUCED, RTX, vram, PLENTY).chosen
+    assert plan is not None
+    return plan
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
