@@ -38,7 +38,7 @@ from tests.data.sources import png, write_parquet
 from tests.engine.pair_steps import gradients, pair_of_inputs, worst
 from tests.engine.test_reference import CPU, FP64, config_of, named_gradients
 from tests.processes import together
-from tests.training import make_cache, make_config, make_pairs
+from tests.training import make_cache, make_config, make_images, make_pairs
 from tests.unets import make_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -291,19 +291,6 @@ def test_the_errors_of_wanted_and_unwanted_images_are_apart() -> None:
 
 
 # --- Prepare and train ---
-
-
-def make_images(folder: Path, count: int = 24) -> Path:
-    """`make_pairs`, taken apart: bright images are wanted, dark ones are not."""
-    make_pairs(folder, count)
-    lines = []
-    for line in (folder / "pairs.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        for half, label in (("chosen", True), ("rejected", 0)):
-            if half == "chosen" or len(lines) % 3:  # not as many of both
-                lines.append(json.dumps({"prompt": row["prompt"], "image": row[half], "label": label}))
-    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 @pytest.fixture(scope="module")

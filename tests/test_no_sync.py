@@ -1,9 +1,12 @@
-"""A training step makes the host wait for nothing, whatever the layout, the optimizer, and where it steps."""
+"""A training step makes the host wait for nothing, whatever the layout, the optimizer, and where it steps.
+
+Nor does what it compares with: a reference, labels, the baseline of Diffusion-KTO.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from mapo_fast.config import Config
 from mapo_fast.data.cache import PairCache
+from mapo_fast.engine.metrics import Metrics
 from mapo_fast.train import train
 from mapo_fast.trainer import Trainer
+from mapo_kernels._dynamic_code import both_books
 from tests.training import make_cache, make_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -68,13 +74,19 @@ def test_the_guard_sees_every_way_to_wait(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.fixture(scope="module")
-def cache(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_cache(tiny_sdxl, tmp_path_factory.mktemp("data"))
+def caches(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Of pairs with soft labels, and of single images."""
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        True: make_cache(tiny_sdxl, folder / "paired", labelled=True),
+        False: make_cache(tiny_sdxl, folder / "single", paired=False),
+    }
 
 
 @pytest.fixture
 def inputs_and_steps_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on the CPU anyway, or on a GPU as a kernel, may read."""
+    """What runs on the CPU anyway, or on a GPU as a kernel, may read; and what is made once in a process."""
+    both_books(torch.device("cpu"))
 
     def unwatched(function: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -85,7 +97,8 @@ def inputs_and_steps_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return run
 
-    monkeypatch.setattr(PairCache, "batch", unwatched(PairCache.batch))
+    for name in ("batch", "samples", "labels", "wanted"):
+        monkeypatch.setattr(PairCache, name, unwatched(getattr(PairCache, name)))
     eight_bit = sys.modules["mapo_kernels.adamw8bit"]
     monkeypatch.setattr(eight_bit, "eager_step", unwatched(eight_bit.eager_step))
 
@@ -100,48 +113,119 @@ PLANS = [
     for fused in (False, True)
     if not (fused and layout == "sequential") and (kind == "full" or optimizer == "adamw")
 ]
+REFERENCES = [
+    (objective, kind, reference, layout)
+    for objective in ("dpo", "smpo", "kto")  # pairs, pairs with soft labels, single images
+    for kind, reference in (("lora", "adapter"), ("full", "copy"), ("full", "precomputed"))
+    for layout in ("joint", "split", "sequential")
+    if objective != "smpo" or layout == "joint"
+]
+
+
+Watched = Callable[[Callable[[], Tensor]], Tensor]
+
+
+def steps_of_a_run(monkeypatch: pytest.MonkeyPatch, config: Config, watched: Watched) -> list[int]:
+    """Train, with every step inside `watched`; returns the steps."""
+    step, add, steps = Trainer._step, Metrics.add_step, []
+
+    def taken(self: Trainer, micro_batches: Any) -> Tensor:
+        def step_and_figures() -> Tensor:
+            norm = step(self, micro_batches)
+            add(self.metrics, norm)
+            return norm
+
+        norm = watched(step_and_figures)
+        steps.append(self.step)
+        return norm
+
+    monkeypatch.setattr(Trainer, "_step", taken)
+    monkeypatch.setattr(Metrics, "add_step", lambda self, norm: None)  # it is in the step
+    assert train(config).finished
+    return steps
+
+
+@pytest.fixture
+def make(tiny_sdxl: Path, caches: dict[bool, Path], tmp_path: Path) -> Callable[..., Config]:
+    def build(
+        kind: str,
+        layout: str,
+        optimizer: str = "adamw",
+        fused: bool = False,
+        objective: str = "mapo",
+        reference: str = "auto",
+        steps: int = 2,
+        prefetch: bool = False,
+    ) -> Config:
+        return make_config(
+            tiny_sdxl,
+            caches[objective != "kto"],
+            tmp_path / "run",
+            objective={"name": objective, "reference": reference},
+            train={
+                "steps": steps,
+                "layout": layout,
+                "fused_step": fused,
+                "checkpoint_every": 0,
+                "pairs_per_batch": 1,
+                "evaluate_pairs": 1,
+            },
+            adapter={"kind": kind, "rank": 4},
+            optim={"name": optimizer},
+            speed={"prefetch": prefetch},
+        )
+
+    return build
+
+
+def check_on_the_cpu(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
+    def watched(step: Callable[[], Tensor]) -> Tensor:
+        with no_sync(monkeypatch):
+            return step()
+
+    assert steps_of_a_run(monkeypatch, config, watched) == [1, 2]
 
 
 @pytest.mark.usefixtures("inputs_and_steps_as_on_a_gpu")
 @pytest.mark.parametrize(("kind", "layout", "optimizer", "fused"), PLANS)
 def test_a_step_reads_nothing_from_the_device(
-    tiny_sdxl: Path,
-    cache: Path,
-    tmp_path: Path,
+    make: Callable[..., Config],
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
     layout: str,
     optimizer: str,
     fused: bool,
 ) -> None:
-    step, steps = Trainer._step, []
+    check_on_the_cpu(monkeypatch, make(kind, layout, optimizer, fused))
 
-    def watched(self: Trainer, micro_batches: Any) -> Tensor:
-        with no_sync(monkeypatch):
-            norm = step(self, micro_batches)
-            self.metrics.add_step(norm)
-        steps.append(self.step)
-        return norm
 
-    monkeypatch.setattr(Trainer, "_step", watched)
-    config = make_config(
-        tiny_sdxl,
-        cache,
-        tmp_path / "run",
-        train={
-            "steps": 2,
-            "layout": layout,
-            "fused_step": fused,
-            "checkpoint_every": 0,
-            "pairs_per_batch": 1,
-            "evaluate_pairs": 1,
-        },
-        adapter={"kind": kind, "rank": 4},
-        optim={"name": optimizer},
-        speed={"prefetch": False},
-    )
-    train(config)
-    assert steps == [1, 2]
+@pytest.mark.usefixtures("inputs_and_steps_as_on_a_gpu")
+@pytest.mark.parametrize(("objective", "kind", "reference", "layout"), REFERENCES)
+def test_a_step_with_a_reference_reads_nothing_from_the_device(
+    make: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    objective: str,
+    kind: str,
+    reference: str,
+    layout: str,
+) -> None:
+    check_on_the_cpu(monkeypatch, make(kind, layout, objective=objective, reference=reference))
+
+
+def check_on_a_gpu(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
+    """From the second step on: the first one compiles kernels and makes tables."""
+    first = True
+
+    def watched(step: Callable[[], Tensor]) -> Tensor:
+        nonlocal first
+        torch.cuda.set_sync_debug_mode("default" if first else "error")
+        first = False
+        try:
+            return step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    assert steps_of_a_run(monkeypatch, config, watched) == [1, 2, 3, 4]
 
 
 @pytest.mark.gpu
@@ -149,9 +233,7 @@ def test_a_step_reads_nothing_from_the_device(
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize(("kind", "layout", "optimizer", "fused"), PLANS)
 def test_a_step_on_a_gpu_waits_for_nothing(
-    tiny_sdxl: Path,
-    cache: Path,
-    tmp_path: Path,
+    make: Callable[..., Config],
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
     layout: str,
@@ -159,26 +241,18 @@ def test_a_step_on_a_gpu_waits_for_nothing(
     fused: bool,
     prefetch: bool,
 ) -> None:
-    """From the second step on: the first one compiles kernels and makes tables."""
-    step = Trainer._step
+    check_on_a_gpu(monkeypatch, make(kind, layout, optimizer, fused, steps=4, prefetch=prefetch))
 
-    def watched(self: Trainer, micro_batches: Any) -> Tensor:
-        if self.step == 0:
-            return step(self, micro_batches)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return step(self, micro_batches)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Trainer, "_step", watched)
-    config = make_config(
-        tiny_sdxl,
-        cache,
-        tmp_path / "run",
-        train={"steps": 4, "layout": layout, "fused_step": fused, "pairs_per_batch": 1, "evaluate_pairs": 1},
-        adapter={"kind": kind, "rank": 4},
-        optim={"name": optimizer},
-        speed={"prefetch": prefetch},
-    )
-    assert train(config).finished
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("objective", "kind", "reference", "layout"), REFERENCES)
+def test_a_step_with_a_reference_on_a_gpu_waits_for_nothing(
+    make: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    objective: str,
+    kind: str,
+    reference: str,
+    layout: str,
+) -> None:
+    check_on_a_gpu(monkeypatch, make(kind, layout, objective=objective, reference=reference, steps=4))

@@ -36,6 +36,19 @@ def make_pairs(folder: Path, count: int = 24, side: int = 32, *, labelled: bool 
     return folder
 
 
+def make_images(folder: Path, count: int = 24) -> Path:
+    """`make_pairs`, taken apart: bright images are wanted, dark ones are not."""
+    make_pairs(folder, count)
+    lines = []
+    for line in (folder / "pairs.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for half, label in (("chosen", True), ("rejected", 0)):
+            if half == "chosen" or len(lines) % 3:  # not as many of both
+                lines.append(json.dumps({"prompt": row["prompt"], "image": row[half], "label": label}))
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
 def settings(model: Path, cache: Path, output: Path, /, **sections: dict[str, Any]) -> dict[str, Any]:
     """A nested dict of settings for a short fp32 run, as a TOML file would hold it."""
     table: dict[str, Any] = {
@@ -66,9 +79,9 @@ def make_config(model: Path, cache: Path, output: Path, /, **sections: dict[str,
     return parse_config(settings(model, cache, output, **sections))
 
 
-def make_cache(model: Path, folder: Path, *, labelled: bool = False) -> Path:
-    """Pairs and their cache under `folder`; returns the cache."""
-    source = make_pairs(folder / "pairs", labelled=labelled)
+def make_cache(model: Path, folder: Path, *, labelled: bool = False, paired: bool = True) -> Path:
+    """Pairs, or single images, and their cache under `folder`; returns the cache."""
+    source = make_pairs(folder / "pairs", labelled=labelled) if paired else make_images(folder / "images")
     config = make_config(model, folder / "cache", folder / "unused", data={"source": str(source)})
     prepare(config)
     return folder / "cache"

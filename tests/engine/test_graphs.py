@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from mapo_fast import MaPOLoss
 from mapo_fast.config import Config
 from mapo_fast.engine import graphs
-from mapo_fast.engine.build import prepare_unet
+from mapo_fast.engine.build import prepare_unet, with_start_model
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.graphs import Captured, StepGraphs, check_capture
 from mapo_fast.engine.precision import Precision
 from mapo_fast.errors import UserError
+from mapo_fast.objectives import build_loss
 from tests.engine.pair_steps import pair_of_inputs
 from tests.engine.test_engine import CPU, settings
 from tests.unets import make_unet
@@ -34,7 +34,14 @@ PLANS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
         torch.bfloat16,
     ),
     "sequential lora": ({"kind": "lora", "layout": "sequential"}, torch.float32),
+    "dpo adapter": ({"kind": "lora"}, torch.float32),
+    "dpo copy": ({}, torch.float32),
+    "dpo precomputed": ({}, torch.float32),
+    "kto adapter": ({"kind": "lora", "layout": "sequential"}, torch.float32),
+    "kto copy": ({}, torch.float32),
+    "kto precomputed": ({"layout": "sequential"}, torch.float32),
 }
+"""Objectives that need a reference come with its kind."""
 SHAPES = [(2, 8), (2, 8), (3, 12), (2, 8), (3, 12), (3, 12), (2, 8)]
 """Pairs and side of the steps: each is run, captured and replayed, in turns."""
 BAD = 4
@@ -111,30 +118,48 @@ class PlayedGraphs(StepGraphs):
 def build(plan: str, device: torch.device) -> tuple[Engine, torch.dtype]:
     arguments, dtype = PLANS[plan]
     config = settings(**arguments)
-    config = config.model_copy(update={"optim": config.optim.model_copy(update={"max_grad_norm": 0.5})})
+    changes: dict[str, Any] = {"optim": config.optim.model_copy(update={"max_grad_norm": 0.5})}
+    if plan.startswith(("dpo", "kto")):
+        name, reference = plan.split()
+        objective = {"name": name, "reference": reference, "beta": 1.0}  # no sigmoid saturates
+        changes["objective"] = config.objective.model_copy(update=objective)
+    config = config.model_copy(update=changes)
     precision = Precision(dtype, dtype, None, scaled=False)
     parts = prepare_unet(make_unet("sdxl", dtype=dtype), config, precision, device)
-    return Engine(config, parts, MaPOLoss(), precision, device), dtype
+    parts = with_start_model(parts, config, lambda: make_unet("sdxl", dtype=dtype))
+    return Engine(config, parts, build_loss(config.objective, 1000), precision, device), dtype
 
 
 def changed_by(engine: Engine) -> list[Tensor]:
     guard, states = engine.optimizer, engine.optimizer.optimizer.state
-    counters = [x for x in vars(guard).values() if isinstance(x, Tensor)]
+    kept = [x for part in (guard, engine.baseline) if part for x in vars(part).values()]
+    counters = [x for x in kept if isinstance(x, Tensor)]
     return [*engine.parameters, *counters, *tree_leaves([dict(s) for s in states.values()])]
 
 
 def steps_of(engine: Engine) -> list[Tensor]:
-    """What a run shows: losses and norms, then counters and weights."""
-    shown = []
+    """What a run shows: losses and norms, then what a checkpoint holds."""
+    objective, shown = engine.config.objective, []
     for number, (pairs, side) in enumerate(SHAPES):
         inputs = pair_of_inputs(pairs, torch.float32, side)
         inputs = inputs._replace(target=inputs.target * (float("nan") if number == BAD else 1 + 0.1 * number))
+        given: dict[str, Tensor] = {}
+        if engine.config.reference == "precomputed":
+            given["reference_errors"] = 1 + 0.1 * number * torch.arange(2.0 * pairs)
+        if objective.name == "kto":
+            given["labels"] = torch.arange(2 * pairs) % (2 + number) == 0
         engine.start(2.0**-10 / (1 + number % 2))
-        out = engine.accumulate(type(inputs)(*(x.to(engine.device) for x in inputs)), 1.0)
+        out = engine.accumulate(
+            type(inputs)(*(x.to(engine.device) for x in inputs)),
+            1.0,
+            **{name: x.to(engine.device) for name, x in given.items()},  # type: ignore[arg-type]
+        )
         shown += [x.detach().clone() for x in out if x is not None]
         shown.append(engine.finish().clone())
     guard = engine.optimizer
     assert float(guard.skipped) == 1
+    if engine.baseline is not None:
+        shown.append(torch.tensor(engine.baseline.state()))
     return [*shown, guard.skipped, guard.skipped_in_a_row, *(p.detach() for p in engine.parameters)]
 
 
