@@ -121,12 +121,14 @@ def with_start_model(parts: TrainingUnet, config: Config, load: Callable[[], Any
         return replace(parts, start=StartModel(parts.unet))
     if config.reference != "copy":
         return parts
-    copy = load().eval()  # not frozen by requires_grad: operators would take another way, with other bits
+    copy = load().train()  # not frozen either: operators and compiled blocks would take another way
     if config.offload.weights == "gpu":
         copy.to(parts.transfers.device)
     if config.speed.channels_last:
         copy.to(memory_format=torch.channels_last)
     _choose_kernels(copy, config)
+    if parts.compiled is not None:
+        parts.compiled.add(copy)
     weights = WeightStreaming(copy, parts.transfers) if config.offload.weights == "cpu" else None
     return replace(parts, start=StartModel(copy, weights))
 

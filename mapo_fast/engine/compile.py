@@ -3,7 +3,11 @@
 A block's `forward` is compiled and not its call, so hooks (streamed weights) run outside. All blocks share
 one compiled function: dynamo compiles it once for every width of a block, for a batch of one and of several
 samples, and for inputs with and without a gradient, but not for every block; and sizes are symbols, so an
-aspect bucket compiles nothing. Without gradients (evaluation, previews) blocks run as they are.
+aspect bucket compiles nothing.
+
+What a step predicts without gradients (a reference; the extra forward of layout `sequential`) has to have the
+bits of what it predicts with them, so the same code runs, as if there were gradients; what a block saves for
+them is dropped behind it. Evaluations and previews, in eval mode, run the blocks as they are.
 
 The fused operators stay what they are inside: what they recompute in backward is not saved.
 """
@@ -16,6 +20,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
+from torch import Tensor
 from torch._dynamo import callback
 
 BACKEND = "inductor"
@@ -33,13 +38,17 @@ class CompiledBlocks:
         self._started = 0.0
         callback.on_compile_start(self._start)
         callback.on_compile_end(self._end)
-        compiled: dict[type, Any] = {}
+        self._compiled: dict[type, Any] = {}
+        self.add(unet)
+
+    def add(self, unet: Any) -> None:
+        """Compile the blocks of another UNet too, whose blocks are of the same kinds: with the same code."""
         for block in unet.modules():
             if isinstance(block, BasicTransformerBlock):
                 kind = type(block)
-                if kind not in compiled:
-                    compiled[kind] = _where_gradients_are(kind.forward)
-                block.forward = MethodType(compiled[kind], block)
+                if kind not in self._compiled:
+                    self._compiled[kind] = _where_steps_are(kind.forward)
+                block.forward = MethodType(self._compiled[kind], block)
 
     def _start(self, *_: Any) -> None:
         self._started = time.perf_counter()
@@ -48,10 +57,15 @@ class CompiledBlocks:
         self.seconds += time.perf_counter() - self._started
 
 
-def _where_gradients_are(forward: Any) -> Any:
-    compiled = torch.compile(forward, backend=BACKEND, dynamic=True, fullgraph=True)
+def _where_steps_are(forward: Any) -> Any:
+    compiled: Any = torch.compile(forward, backend=BACKEND, dynamic=True, fullgraph=True)
 
-    def run(block: Any, *args: Any, **kwargs: Any) -> Any:
-        return (compiled if torch.is_grad_enabled() else forward)(block, *args, **kwargs)
+    def run(block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not block.training:
+            return forward(block, hidden_states, *args, **kwargs)
+        if torch.is_grad_enabled():
+            return compiled(block, hidden_states, *args, **kwargs)
+        with torch.enable_grad():
+            return compiled(block, hidden_states.detach().requires_grad_(), *args, **kwargs).detach()
 
     return run
