@@ -6,8 +6,8 @@ from contextlib import closing
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
+from mapo_fast.engine.prefetch import MicroBatch, read_ahead
 from mapo_fast.engine.reference import PrecomputedErrors, StartModel
 from mapo_fast.signals import StopRequest
 from mapo_fast.trainer import Trainer
@@ -39,17 +39,16 @@ def precompute(
         trainer.device,
         processes,
     )
-    start = StartModel(trainer.unet)
-
-    def errors(position: int) -> Tensor:
-        return trainer.engine.errors_of(start, trainer.inputs(*trainer.batches.at(position)))
-
     if not (missing := reference.missing):
         return True
+    start, mine = StartModel(trainer.unet), reference.positions()
+    source = (MicroBatch(trainer.inputs(*trainer.batches.at(position)), share=1.0) for position in mine)
+    prefetch = trainer.config.speed.prefetch
     columns = (TextColumn("reference"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         Progress(*columns, console=console or Console(quiet=True)) as progress,
-        closing(reference.compute(errors)) as positions,
+        read_ahead(source, trainer.device, prefetch=prefetch) as batches,
+        closing(reference.compute(trainer.engine.errors_of(start, b.inputs) for b in batches)) as positions,
     ):
         task = progress.add_task("", total=missing)
         for _ in positions:

@@ -13,7 +13,7 @@ evaluations, and in previews and checkpoints where the model is split.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from mapo_fast.engine.build import TrainingUnet, learning_rate
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.metrics import Metrics, peak_memory_mib
 from mapo_fast.engine.precision import Precision
-from mapo_fast.engine.prefetch import MicroBatch, Prefetch
+from mapo_fast.engine.prefetch import MicroBatch, read_ahead
 from mapo_fast.engine.reference import PrecomputedErrors
 from mapo_fast.engine.step import PairInputs, predict, training_inputs, upload
 from mapo_fast.errors import UserError
@@ -106,9 +106,8 @@ class Trainer:
         if self.step == 0:
             self._look(log, always=True)
         self.metrics.restart_clock()
-        micro_batches: Iterator[MicroBatch] = self._micro_batches(self.step)
-        ahead = Prefetch(micro_batches, self.device) if self.config.speed.prefetch else None
-        with ahead or nullcontext(micro_batches) as micro_batches:
+        source, prefetch = self._micro_batches(self.step), self.config.speed.prefetch
+        with read_ahead(source, self.device, prefetch=prefetch) as micro_batches:
             self._loop(micro_batches, log, stop)
         finished = self.step >= config.steps
         if finished:

@@ -239,7 +239,7 @@ def test_errors_of_the_start_model_are_shared_and_kept_by_all(tmp_path: Path) ->
     def run() -> Any:
         with joined(environment(), CPU):
             found = of(environment())
-            assert list(found.compute(errors)) == [0, 1, 2, 3, 4]
+            assert list(found.compute(map(errors, found.positions()))) == [0, 1, 2, 3, 4]
             return made, found.missing, [float(found.at(i, 2).mean()) for i in range(5)]
 
     known = [0.0, 1.0, 2.0, 3.0, 4.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -20,6 +21,7 @@ from mapo_fast.errors import UserError
 from mapo_fast.runlog import read_log
 from mapo_fast.signals import StopRequest
 from mapo_fast.train import train
+from mapo_fast.trainer import Trainer
 from mapo_kernels import OBJECTIVES
 from tests.training import make_cache, make_config
 
@@ -147,6 +149,24 @@ def test_a_pass_that_was_stopped_goes_on_and_a_longer_run_adds_to_it(
     assert len(made) == 8
     one, other = (load_file(tmp_path / run / RESULT["full"]) for run in ("straight", "run"))
     assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_the_pass_reads_ahead_as_training_does(
+    make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, prefetch: bool
+) -> None:
+    ahead: list[bool] = []
+    real = Trainer.inputs
+
+    def inputs(trainer: Trainer, *args: Any) -> Any:
+        ahead.append(threading.current_thread() is not threading.main_thread())
+        return real(trainer, *args)
+
+    monkeypatch.setattr(Trainer, "inputs", inputs)
+    config = make("dpo", steps=3)
+    speed = config.speed.model_copy(update={"prefetch": prefetch})
+    assert train(config.model_copy(update={"speed": speed})).finished
+    assert ahead[:6] == [prefetch] * 6, "three before the first step and three in steps"
 
 
 def test_soft_labels_are_in_the_cache_or_missed(

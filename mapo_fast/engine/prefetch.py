@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import NamedTuple
 
@@ -77,3 +78,10 @@ class Prefetch(Iterator[MicroBatch]):
             return next(self._source, None), None
         with torch.cuda.stream(self._stream):
             return next(self._source, None), self._stream.record_event()
+
+
+def read_ahead(
+    source: Iterator[MicroBatch], device: torch.device, *, prefetch: bool
+) -> AbstractContextManager[Iterator[MicroBatch]]:
+    """The items of an iterator, by `Prefetch` if that is wanted."""
+    return Prefetch(source, device) if prefetch else nullcontext(source)

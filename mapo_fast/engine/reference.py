@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,30 +122,41 @@ class PrecomputedErrors:
         """Positions that are not known yet."""
         return len(self._table) - sum(self._done.values())
 
-    def compute(self, errors: Callable[[int], Tensor]) -> Generator[int]:
+    def positions(self) -> list[int]:
+        """Missing positions whose errors this process computes, in order."""
+        return [group[self.processes.rank % len(group)] for _, groups in self._groups() for group in groups]
+
+    def compute(self, errors: Iterator[Tensor]) -> Generator[int]:
         """Fill in what is missing, part by part; yields positions as they are done.
 
         Whoever stops in between, by closing the iterator, keeps what was done. Several processes go together,
         as many positions at a time, and have to stop together.
 
         Args:
-            errors: position → (2B,) errors of its micro-batch on the device.
+            errors: (2B,) on the device, of the micro-batches at `positions`; made when they are asked for.
         """
-        for first, known in self._done.items():
-            last = min(first + PART, len(self._table))
-            if first + known == last:
-                continue
+        for first, groups in self._groups():
+            known = self._done[first]
             found: list[Tensor] = []
             try:
-                for start in range(first + known, last, self.processes.size):
-                    group = range(start, min(start + self.processes.size, last))
-                    mine = errors(group[self.processes.rank % len(group)])
+                for group in groups:
+                    mine = next(errors)
                     alone = self.processes.size == 1
                     found += [mine] if alone else self.processes.gathered(mine.cpu())[: len(group)]
                     yield from group
             finally:
                 if found:
                     self._keep(first, known, found)
+
+    def _groups(self) -> list[tuple[int, list[range]]]:
+        """First position of a part, and its missing ones in groups of as many as there are processes."""
+        size, parts = self.processes.size, []
+        for first, known in self._done.items():
+            last = min(first + PART, len(self._table))
+            starts = range(first + known, last, size)
+            if starts:
+                parts.append((first, [range(start, min(start + size, last)) for start in starts]))
+        return parts
 
     def at(self, position: int, pairs: int) -> Tensor:
         """(2B,) fp32 errors of the micro-batch of B pairs at a position, on the device."""

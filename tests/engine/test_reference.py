@@ -252,7 +252,7 @@ def fill(errors: PrecomputedErrors, seen: list[int], stop_after: int = 10**9) ->
         seen.append(position)
         return position + torch.arange(2 * len(pairs)) / 4
 
-    made = errors.compute(of)
+    made = errors.compute(map(of, errors.positions()))
     for count, _ in enumerate(made, start=1):
         if count == stop_after:
             made.close()
@@ -323,7 +323,7 @@ def test_the_host_reads_no_errors(
     inputs = pair_of_inputs()
     table = PrecomputedErrors(tmp_path, {}, MicroBatches([], 3, seed=0), 1, CPU)
     if known is not None:
-        list(table.compute(lambda _: known))
+        list(table.compute(iter([known])))
     with no_sync(monkeypatch):
         given = None if known is None else table.at(0, 3)
         engine.accumulate(inputs, 1.0, reference_errors=given)
@@ -347,7 +347,7 @@ def test_nobody_waits_for_a_gpu(
     engine = Engine(config, parts, build_loss(config.objective, 1000), precision, cuda)
     inputs = PairInputs(*(x.to(cuda) for x in pair_of_inputs(2, torch.float32)))
     table = PrecomputedErrors(tmp_path, {}, batches(4), 1, cuda)
-    list(table.compute(lambda _: engine.errors_of(StartModel(parts.unet), inputs)))
+    list(table.compute(iter([engine.errors_of(StartModel(parts.unet), inputs)])))
 
     def step() -> None:
         known = table.at(0, 2) if source == "precomputed" else None
