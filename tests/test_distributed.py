@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mapo_fast import MaPOLoss, budget
@@ -22,6 +22,7 @@ from mapo_fast import train as training
 from mapo_fast.config import Config, parse_config
 from mapo_fast.data.cache import PairCache
 from mapo_fast.distributed import Processes, ReportedError, environment, in_processes, joined
+from mapo_fast.engine import reference
 from mapo_fast.engine.build import prepare_unet
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.precision import Precision
@@ -178,28 +179,30 @@ def assert_same(found: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
         assert (tensor - truth[name]).norm() <= 1e-10 * truth[name].norm().clamp(min=1e-6), name
 
 
-@pytest.fixture(scope="module")
-def one(tiny_sdxl: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process with two micro-batches a step."""
-    output = tmp_path_factory.mktemp("whole") / "one"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "choose_precision", lambda config, device: FP64)
-        train = {"evaluate_pairs": 3, "accumulation": 2}
-        assert training.train(make_config(tiny_sdxl, cache, output, train=train)).finished
-    return output
+OBJECTIVES = {False: {"name": "dpo", "reference": "precomputed"}, True: {"name": "mapo"}}
+"""What runs train whose model is whole in each process, and what those that split it."""
 
 
 @pytest.mark.parametrize("shard", [False, True])
 def test_a_run_goes_on_with_another_number_of_processes(
-    make: Callable[..., Config], one: Path, tmp_path: Path, shard: bool
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: bool
 ) -> None:
+    """As the run of one process that has two micro-batches a step."""
     from diffusers import UNet2DConditionModel
 
-    output = tmp_path / "parts"
+    output, one, objective = tmp_path / "parts", tmp_path / "one", OBJECTIVES[shard]
+    training.train(make(one, train={"accumulation": 2}, objective=objective))
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        with (tmp_path / "writers").open("a") as writers:
+            print(environment().rank, file=writers)
+        save_file(*args, **kwargs)
+
+    monkeypatch.setattr(reference, "save_file", save)
 
     def of(steps: int, accumulation: int) -> Config:
         train = {"steps": steps, "accumulation": accumulation, "shard": shard}
-        return make(output, train=train, preview={"prompts": ["red square"], "steps": 1})
+        return make(output, train=train, objective=objective, preview={"prompts": ["red square"], "steps": 1})
 
     together(tmp_path / "a", lambda: training.train(of(2, 1)))
     training.train(of(4, 2), resume=True)
@@ -207,6 +210,10 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert [r.step for r in results] == [6, 6]
     assert_same(result(output), result(one))
 
+    if not shard:  # the start model's errors: each was written once, for two steps at a time
+        assert (tmp_path / "writers").read_text().split() == ["0"] * 3
+        known = [load_file(folder / "reference" / "errors-000000.safetensors") for folder in (output, one)]
+        assert torch.equal(known[0]["errors"], known[1]["errors"])
     logs = [read_log(folder / "log.jsonl") for folder in (output, one)]
     steps, expected = ([e for e in log if e["event"] == "step"] for log in logs)
     assert [e["step"] for e in steps] == [2, 4, 6]
