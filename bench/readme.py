@@ -41,6 +41,25 @@ def demo() -> str:
     return "\n".join(lines)
 
 
+def objectives() -> str:
+    """The demo's figures with every objective, from the newest row of each."""
+    newest = {row["objective"]: row for row in _rows("demo_objectives", may_miss=True)}
+    lines = [
+        "| objective | preferred share: before | after | must not change: before | after |",
+        "|---|---|---|---|---|",
+    ]
+    if newest:
+        newest = {"sft": next(iter(newest.values()))} | newest
+    for name, row in newest.items():
+        cells = [
+            f"{row[figure][model]:.2f}"
+            for figure in ("preferred_share", "unchanged_score")
+            for model in ("before", name)
+        ]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def memory() -> str:
     """The memory table: predicted, and for each GPU with rows what was measured on it, newest first."""
     measured = _rows("gpu_memory", may_miss=True)[::-1]
@@ -169,6 +188,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: {
         "demo": demo,
         "photographs": photographs,
+        "objectives": objectives,
         "memory": memory,
         "providers": step_tables.providers,
         "switches": step_tables.switches,

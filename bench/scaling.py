@@ -2,6 +2,7 @@
 
     python -m bench.scaling            all four; without a GPU the first three are predicted for --card
     python -m bench.scaling dataset    only this one
+    python -m bench.scaling --append   keeps what it finds
 
 - `pairs`        pairs per step, in one micro-batch: 1, 2, 4, 8, 16
 - `resolution`   side of the images: 512 to 1536
@@ -11,7 +12,8 @@
 
 A step is SDXL's full fine-tune in bf16 weights with AdamW8bit, nothing recomputed; with --kind lora a LoRA's.
 On an NVIDIA GPU steps run (`kind_of_figure` is "measured"); elsewhere a full trace of the engine's own step
-is timed by the planner ("predicted"). Rows go to bench/results/scaling.jsonl, plots beside it.
+is timed by the planner ("predicted"). With --append rows go to bench/results/scaling.jsonl, and the plots
+beside it are drawn anew.
 """
 
 from __future__ import annotations
@@ -218,10 +220,13 @@ def plot(rows: list[dict[str, Any]], folder: Path = RESULTS.parent) -> list[Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("axis", nargs="*", choices=[[], *VALUES], help="only these")
+    parser.add_argument("axis", nargs="*", metavar="AXIS", help=f"only these of {', '.join(VALUES)}")
     parser.add_argument("--kind", choices=("full", "lora"), default="full")
     parser.add_argument("--card", default="H100", help="for which times are predicted without a GPU")
     parser.add_argument("--values", type=int, nargs="+", help="only these values")
+    parser.add_argument(
+        "--append", action="store_true", help="add the rows to the results file, draw it anew"
+    )
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -233,12 +238,18 @@ def main() -> None:
     if args.measure is not None:
         print(json.dumps(measured(args.measure[0], int(args.measure[1]), args.kind)))
         return
+    unknown = [axis for axis in args.axis if axis not in VALUES]
+    if unknown:
+        parser.error(f"no axis {', '.join(unknown)}: choose from {', '.join(VALUES)}")
     for axis in args.axis or VALUES:
         for value in args.values or VALUES[axis]:
             found = row(axis, value, args.kind, args.card)
             print(json.dumps(found), flush=True)
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(found | {"environment": environment()}) + "\n")
+            if args.append:
+                with RESULTS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(found | {"environment": environment()}) + "\n")
+    if not args.append:
+        return
     for path in plot([json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]):
         print(path)
 
