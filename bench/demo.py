@@ -36,7 +36,7 @@ STEPS = {"train.steps": 150}
 """With 8-bit states the margin grows more slowly than with the demo's own AdamW."""
 LORA = {"optim.lr": 1.5e-4}
 """A LoRA on the attention layers alone moves less with the learning rate of all weights."""
-NF4 = {"train.steps": 100}
+NF4 = {"train.steps": 125}
 """The start model in nf4 is another model, whose margins grow twice as fast (bench/LOG.md)."""
 
 

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.environment import environment
-from bench.providers.engine import Fp8Base
-from bench.providers.registry import names_for
+from bench.providers.switches import SWITCHES
 from bench.providers.task import Task
 from bench.step_tables import rows
 from bench.train_step import RESULTS
@@ -49,10 +48,11 @@ def cases() -> list[Case]:
             names.append(f"dpo_{kind}")
         found += [Case(name, kind, pairs, False) for name in names]
     task = Task("sdxl", "full", 1, False, torch.device("cuda"))
-    rest = ["diffusers, compiled", *(name for name in names_for(task) if name.startswith("mapo_fast, "))]
-    found += [Case(name, "full", 1, False) for name in rest]
-    frozen = replace(task, kind="lora")
-    found += [Case(name, "lora", 4, False) for name in names_for(frozen) if name == Fp8Base.name]
+    found.append(Case("diffusers, compiled", "full", 1, False))
+    found += [Case(switch.provider, "full", 1, False) for switch in SWITCHES if switch.suits(task)]
+    lora = replace(task, kind="lora", pairs=4)
+    only = [switch for switch in SWITCHES if switch.kinds == ("lora",) and switch.suits(lora)]
+    found += [Case(switch.provider, "lora", 4, False) for switch in only]
     return found
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from bench.providers.engine import CPU_SPEED, Fp8Base
-from mapo_fast.config import SpeedConfig
+import torch
+
+from bench.providers.engine import MapoFast
+from bench.providers.switches import SWITCHES, Switch
+from bench.providers.task import Task
 
 RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "not measured yet"
-SWITCHED = "mapo_fast, "
+PLANNED = "as planned"
+SWITCHED = {switch.provider for switch in SWITCHES}
 
 Row = dict[str, Any]
 
@@ -60,7 +64,7 @@ def providers() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for device, machine in (("cuda", "SDXL, 1024²"), ("cpu", "tiny SDXL on one CPU core")):
-        found = {key: row for key, row in _on(device).items() if not key[3].startswith(SWITCHED)}
+        found = {key: row for key, row in _on(device).items() if key[3] not in SWITCHED}
         if not found:
             lines.append(f"| {machine}, all | | {NOT_MEASURED} | | | | |")
         for (size, kind, pairs, name), row in found.items():
@@ -78,31 +82,27 @@ def providers() -> str:
 
 
 def switches() -> str:
-    """The engine with each switch of `[speed]` the other way, and a LoRA's base in fp8."""
+    """The engine with each setting that trades speed the other way, at one pair; a LoRA's at four."""
     lines = ["| against the plan | SDXL, 1024² | tiny SDXL on one CPU core |", "|---|---|---|"]
-    plans = {"cuda": SpeedConfig().model_dump(), "cpu": {**SpeedConfig().model_dump(), **CPU_SPEED}}
-    cells: dict[str, dict[str, str]] = {}
-    for name, on in plans["cuda"].items():
-        cells[f"{name} {_state(not on)}"] = {}
-    cells[Fp8Base.name.removeprefix(SWITCHED)] = {}
-    for device in ("cuda", "cpu"):
-        found = _on(device)
-        for (size, kind, pairs, name), row in found.items():
-            plan = found.get((size, kind, pairs, "mapo_fast"))
-            if name.startswith(SWITCHED) and plan is not None:
-                cells.setdefault(name.removeprefix(SWITCHED), {})[device] = f"time × {_times(row, plan):.2f}"
-    for name, by_device in cells.items():
-        switch, _, state = name.rpartition(" ")
-        line = [
-            by_device.get(device, "as planned" if state == _state(plan[switch]) else NOT_MEASURED)
-            for device, plan in plans.items()
-        ]
-        lines.append(f"| {name} | {' | '.join(line)} |")
+    found = {device: _on(device) for device in ("cuda", "cpu")}
+    for switch in SWITCHES:
+        cells = [_switch_cell(switch, device, rows) for device, rows in found.items()]
+        if any(cell != PLANNED for cell in cells):
+            lines.append(f"| {switch.label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _state(on: bool) -> str:
-    return "on" if on else "off"
+def _switch_cell(switch: Switch, device: str, found: dict[tuple[str, str, int, str], Row]) -> str:
+    """Its time in plans' times, or why there is none."""
+    for (size, kind, pairs, name), row in found.items():
+        plan = found.get((size, kind, pairs, MapoFast.name))
+        if name == switch.provider and plan is not None:
+            return f"time × {_times(row, plan):.2f}"
+    size: Literal["sdxl", "tiny"] = "sdxl" if device == "cuda" else "tiny"
+    kind: Literal["full", "lora"] = "full" if "full" in switch.kinds else "lora"
+    if switch.planned(Task(size, kind, 1, False, torch.device(device))) == switch.changes:
+        return PLANNED
+    return "" if switch.gpu and device == "cpu" else NOT_MEASURED
 
 
 class Target(NamedTuple):

@@ -242,6 +242,11 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print JSON rows")
     parser.add_argument("--append", action="store_true", help="add the rows to the results file")
     args = parser.parse_args()
+    if args.device == "cuda" and not gpu:
+        parser.error("--device cuda: torch sees no NVIDIA GPU (mapo-fast doctor says why)")
+    for name in args.provider or ():
+        if args.kind not in PROVIDERS[name].kinds:
+            parser.error(f"--provider {name} is for --kind {PROVIDERS[name].kinds[0]}")
     warnings.simplefilter("ignore")  # third-party deprecations
     logging.disable(logging.WARNING)
     device = torch.device(args.device)

@@ -15,6 +15,8 @@ from bench.providers.task import Pairs, Task
 from mapo_fast.engine.step import PairInputs
 
 Objective = Literal["mapo", "dpo"]
+BOTH = ("full", "lora")
+"""Kinds of training."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Provider(ABC):
     """One way to train; made with the model loaded and ready."""
 
     name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]] = BOTH
     objective: ClassVar[Objective] = "mapo"
     arithmetic: Arithmetic
     unet: Any

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,8 +18,9 @@ class DpoLora(MapoFast):
     """The reference is the UNet without its adapters."""
 
     name: ClassVar[str] = "dpo_lora"
+    kinds: ClassVar[tuple[str, ...]] = ("lora",)
     objective: ClassVar[Objective] = "dpo"
-    reference: ClassVar[str] = "adapter"
+    changes: ClassVar[Mapping[str, Any]] = {"objective.name": "dpo", "objective.reference": "adapter"}
     differences: Sequence[str] = ("Diffusion-DPO: a reference model's errors for every step",)
 
 
@@ -27,7 +28,8 @@ class DpoFull(DpoLora):
     """The reference is a second, frozen UNet."""
 
     name: ClassVar[str] = "dpo_full"
-    reference: ClassVar[str] = "copy"
+    kinds: ClassVar[tuple[str, ...]] = ("full",)
+    changes: ClassVar[Mapping[str, Any]] = {"objective.name": "dpo", "objective.reference": "copy"}
 
     @property
     def forwards(self) -> Sequence[torch.nn.Module]:

@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from bench.providers.base import Arithmetic, Provider
 from bench.providers.task import LR, Task, fill_factors, load_unet
-from mapo_fast.config import Config, SpeedConfig
+from mapo_fast.config import Config
 from mapo_fast.engine.build import prepare_unet, with_start_model
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.precision import choose_precision
 from mapo_fast.engine.prefetch import MicroBatch, Prefetch
 from mapo_fast.engine.step import PairInputs
 from mapo_fast.objectives import build_loss
+from mapo_fast.planner.plan import with_settings
 
-SWITCHES = tuple(name for name, value in SpeedConfig().model_dump().items() if isinstance(value, bool))
-"""The switches of `[speed]`."""
-CPU_SPEED = {"fused_ops": False, "prefetch": False}
-"""Without a GPU there are no kernels behind the fused operators, which then save memory and cost time, and on
-one core there is nothing to read ahead beside."""
+CPU_SPEED = {"fused_ops": False}
+"""As in a run of the trainer: without a GPU there are no kernels behind the fused operators."""
 
 
 class MapoFast(Provider):
     """The engine under the settings of a plan."""
 
     name: ClassVar[str] = "mapo_fast"
-    reference: ClassVar[str] = "auto"
-    base: ClassVar[Literal["dense", "fp8"]] = "dense"
-    """What a LoRA leaves frozen."""
+    changes: ClassVar[Mapping[str, Any]] = {}
+    """Settings that are not the plan's, by `section.key`."""
 
-    def __init__(self, task: Task, switches: dict[str, bool] | None = None) -> None:
+    def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self.config = plan(task, switches or {}, self.objective, self.reference, self.base)
+        self.config = plan(task, self.changes)
         precision = choose_precision(self.config, task.device)
         self.arithmetic = Arithmetic(
-            precision.base, precision.autocast, precision.trainable, self.config.speed.fp8, self.base
+            precision.base,
+            precision.autocast,
+            precision.trainable,
+            self.config.speed.fp8,
+            self.config.adapter.base,
         )
         parts = prepare_unet(load_unet(task, precision.base), self.config, precision, task.device)
         parts = with_start_model(parts, self.config, lambda: load_unet(task, precision.base))
@@ -92,21 +93,8 @@ class MapoFast(Provider):
         return parameter.grad if found is None else found
 
 
-class Fp8Base(MapoFast):
-    """A LoRA whose frozen linear layers multiply in fp8, as `speed.fp8` does in a full fine-tune."""
-
-    name: ClassVar[str] = "mapo_fast, fp8 base"
-    base: ClassVar[Literal["dense", "fp8"]] = "fp8"
-
-
-def plan(
-    task: Task,
-    switches: dict[str, bool],
-    objective: str = "mapo",
-    reference: str = "auto",
-    base: Literal["dense", "fp8"] = "dense",
-) -> Config:
-    """The settings that suit a task, with the switches of `[speed]` set."""
+def plan(task: Task, changes: Mapping[str, Any]) -> Config:
+    """The settings that suit a task, with some changed."""
     gpu = task.device.type == "cuda"
     full = task.kind == "full"
     train: dict[str, Any] = {
@@ -115,11 +103,7 @@ def plan(
         "precision": ("pure_bf16" if full else "bf16") if gpu else "fp32",
         "fused_step": gpu and full,
     }
-    speed = {**({} if gpu else CPU_SPEED), **switches}
-    return task.config(
-        train=train,
-        adapter={"base": base},
-        optim={"name": "adamw8bit" if gpu else "adamw"},
-        objective={"name": objective, "reference": reference},
-        speed=speed,
+    config = task.config(
+        train=train, optim={"name": "adamw8bit" if gpu else "adamw"}, speed={} if gpu else CPU_SPEED
     )
+    return with_settings(config, dict(changes))

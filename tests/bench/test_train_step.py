@@ -13,10 +13,11 @@ from torch import Tensor
 
 from bench import agreement, overhead, train_step
 from bench.flops import model_flops
-from bench.providers import registry
+from bench.providers import switches
 from bench.providers.diffusers_loop import DiffusersLoop
 from bench.providers.engine import MapoFast, plan
 from bench.providers.registry import PROVIDERS, names_for
+from bench.providers.switches import SWITCHES
 from bench.providers.task import Task
 from mapo_fast.config import Config
 
@@ -60,8 +61,9 @@ def test_an_fp8_base_agrees_with_the_truth() -> None:
 
 @pytest.mark.parametrize("able", [True, False])
 def test_fp8_has_its_row_where_a_gpu_multiplies_it(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "in_fp8", lambda device: able)
-    full, lora = ({name for name in names_for(task) if "fp8" in name} for task in (FULL, LORA))
+    monkeypatch.setattr(switches, "in_fp8", lambda device: able)
+    on_gpu = [replace(task, device=torch.device("cuda")) for task in (FULL, LORA)]
+    full, lora = ({name for name in names_for(task) if "fp8" in name} for task in on_gpu)
     assert full == ({"mapo_fast, fp8 on"} if able else set())
     assert lora == ({"mapo_fast, fp8 base"} if able else set())
 
@@ -101,15 +103,43 @@ def test_a_row_has_what_the_table_needs() -> None:
     assert 0 < row["mfu"] < 1
 
 
-@pytest.mark.parametrize("switches", [{"fused_step": True}, {}], ids=["fused", "not fused"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kind", "full", "--provider", "dpo_lora"], "--provider dpo_lora is for --kind lora"),
+        pytest.param(
+            ["--device", "cuda"],
+            "torch sees no NVIDIA GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train_step", *arguments])
+    with pytest.raises(SystemExit):
+        train_step.main()
+    assert message in capsys.readouterr().err
+
+
+def test_switches_are_the_other_way_than_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switches, "in_fp8", lambda device: True)
+    on_cpu = {switch.label for switch in SWITCHES if switch.suits(FULL)}
+    assert on_cpu == {"fused_ops on", "channels_last on", "compile on", "prefetch off"}
+    on_gpu = {switch.label for switch in SWITCHES if switch.suits(replace(FULL, device=torch.device("cuda")))}
+    assert {"fused_ops off", "cuda_graph on", "step behind backward", "fp32 masters"} <= on_gpu
+
+
+@pytest.mark.parametrize("changes", [{"fused_step": True}, {}], ids=["fused", "not fused"])
 def test_steps_follow_the_agreement_and_it_has_changed_nothing(
-    switches: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU the plan of a full fine-tune is fused."""
 
     def fused(*args: Any) -> Config:
         config = plan(*args)
-        return config.model_copy(update={"train": config.train.model_copy(update=switches)})
+        return config.model_copy(update={"train": config.train.model_copy(update=changes)})
 
     monkeypatch.setattr("bench.providers.engine.plan", fused)
     provider = MapoFast(FULL)
