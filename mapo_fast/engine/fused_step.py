@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mapo_fast.engine.optim import norms
 from mapo_fast.engine.optim_state import flatten_optimizer_state, initial_state, restore_optimizer_state
 from mapo_fast.engine.stream_states import GROUP_BYTES, StateStreaming
 from mapo_kernels.adamw8bit import AdamW8bit
@@ -201,12 +202,9 @@ class FusedStep:
         if not group:
             return
         gradients = [p.grad for p in group if p.grad is not None]
-        dtype = torch.promote_types(
-            torch.float32, max((g.dtype for g in gradients), key=lambda d: d.itemsize)
-        )
-        norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=dtype))
-        bad = ~torch.isfinite(norms)
-        self._squares += norms.double().square().sum()
+        each = norms(gradients)
+        bad = ~torch.isfinite(each)
+        self._squares += each.double().square().sum()
         self._bad_tensors += bad.sum()
         skip = (bad | self._bad_loss).float()
         with self.states.visiting(group) if self.states is not None else nullcontext():

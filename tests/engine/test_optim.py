@@ -82,6 +82,19 @@ def test_the_norm_is_the_one_before_clipping_and_zero_means_no_clipping() -> Non
         assert float(gradient.norm()) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.bfloat16, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_the_norm_is_not_rounded_to_bf16(name: str, dtype: torch.dtype, rel: float) -> None:
+    guarded, parameters = _guarded(name)
+    for p in parameters:
+        p.data = p.data.to(dtype)
+        p.grad = torch.randn(p.shape, dtype=dtype, generator=torch.Generator().manual_seed(p.numel()))
+    gradients = [p.grad.to(torch.float64, copy=True) for p in parameters if p.grad is not None]
+    norm = guarded.step()
+    assert float(norm) == pytest.approx(float(torch.cat(gradients).norm()), rel=rel)
+    assert norm.dtype == torch.promote_types(dtype, torch.float32)
+
+
 @pytest.mark.parametrize("limit", [0.5, 0.0])
 def test_clipping_inside_the_step_is_clipping(limit: float) -> None:
     """adamw8bit reads the gradients once: they stay as they are, and the update is that of clipped ones."""
