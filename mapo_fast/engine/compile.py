@@ -15,31 +15,42 @@ The fused operators stay what they are inside: what they recompute in backward i
 from __future__ import annotations
 
 import time
-from types import MethodType
+import weakref
+from contextlib import suppress
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
-from torch._dynamo import callback
+from torch._dynamo.callback import callback_handler
 
 BACKEND = "inductor"
 """torch.compile's own default."""
+
+VARIANTS = 32
+"""Of one block's code, at most: a quantised LoRA in `split` takes up to 7 for each of SDXL's two widths, and
+torch gives up at 8."""
 
 
 class CompiledBlocks:
     """Compiles the transformer blocks of a UNet, in place, when each kind of them first runs.
 
-    `seconds` is what has been spent on compiling since.
+    What it compiles is its own and goes with it: no training of a process meets another one's.
     """
 
     def __init__(self, unet: Any) -> None:
-        self.seconds = 0.0
-        self._started = 0.0
-        callback.on_compile_start(self._start)
-        callback.on_compile_end(self._end)
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, VARIANTS)
+        self._clock = _Clock()
+        weakref.finalize(self, self._clock.end)
         self._compiled: dict[type, Any] = {}
         self.add(unet)
+
+    @property
+    def seconds(self) -> float:
+        """What has been spent on compiling since."""
+        return self._clock.seconds
 
     def add(self, unet: Any) -> None:
         """Compile the blocks of another UNet too, whose blocks are of the same kinds: with the same code."""
@@ -50,15 +61,29 @@ class CompiledBlocks:
                     self._compiled[kind] = _where_steps_are(kind.forward)
                 block.forward = MethodType(self._compiled[kind], block)
 
+
+class _Clock:
+    """Adds up the seconds of compiling, until `end`."""
+
+    def __init__(self) -> None:
+        self.seconds, self._started = 0.0, 0.0
+        callback_handler.register_start_callback(self._start)
+        callback_handler.register_end_callback(self._stop)
+
+    def end(self) -> None:
+        with suppress(ValueError):  # `torch._dynamo.reset` has removed them
+            callback_handler.remove_start_callback(self._start)
+            callback_handler.remove_end_callback(self._stop)
+
     def _start(self, *_: Any) -> None:
         self._started = time.perf_counter()
 
-    def _end(self, *_: Any) -> None:
+    def _stop(self, *_: Any) -> None:
         self.seconds += time.perf_counter() - self._started
 
 
 def _where_steps_are(forward: Any) -> Any:
-    compiled: Any = torch.compile(forward, backend=BACKEND, dynamic=True, fullgraph=True)
+    compiled: Any = torch.compile(_with_own_code(forward), backend=BACKEND, dynamic=True, fullgraph=True)
 
     def run(block: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not block.training:
@@ -69,3 +94,16 @@ def _where_steps_are(forward: Any) -> Any:
             return compiled(block, hidden_states.detach().requires_grad_(), *args, **kwargs).detach()
 
     return run
+
+
+def _with_own_code(function: Any) -> Any:
+    """The same function with a copy of its code, by which dynamo finds and counts what it has compiled."""
+    made = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
+from torch._dynamo.callback import callback_handler
 from torch._dynamo.utils import counters
 
 from mapo_fast import MaPOLoss
 from mapo_fast.config import Config
 from mapo_fast.engine import compile as compile_module
 from mapo_fast.engine.build import prepare_unet
+from mapo_fast.engine.compile import CompiledBlocks
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.step import predict
 from mapo_fast.fuse import FusedResnetBlock
@@ -106,6 +109,22 @@ def test_blocks_are_compiled_once_and_not_for_every_bucket() -> None:
     with torch.no_grad():
         predict(parts.unet.eval(), pair_of_inputs())
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_training_compiles_for_itself_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these is two variants of one code, as many as may be."""
+    monkeypatch.setattr(compile_module, "BACKEND", "eager")
+    monkeypatch.setattr(compile_module, "VARIANTS", 2)
+    listening = len(callback_handler.start_callbacks), len(callback_handler.end_callbacks)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            blocks = nn.ModuleList(BasicTransformerBlock(width, 1, 8) for width in (8, 16)).to(dtype)
+            compiled = CompiledBlocks(blocks)
+            for block, width in zip(blocks, (8, 16), strict=True):
+                block(torch.zeros(2, 3, width, dtype=dtype))
+            assert compiled.seconds > 0
+            del compiled
+    assert (len(callback_handler.start_callbacks), len(callback_handler.end_callbacks)) == listening
 
 
 def other_code(module: Any, _: Any) -> Any:
