@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,9 @@ _LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
 }
+
+_PATIENCE = 10.0
+"""Seconds that another process of a run leaves the first one to report what is wrong for both."""
 
 app = typer.Typer(
     add_completion=False,
@@ -64,7 +68,7 @@ def train(
 
     settings = load_config(config, overrides)
     result = run(settings, resume=resume, console=Console())
-    main = os.environ.get("RANK", "0") == "0"  # of several processes one talks
+    main = _main()
     if not result.finished:
         if main:
             typer.echo(
@@ -147,6 +151,11 @@ def doctor() -> None:
     run(Console())
 
 
+def _main() -> bool:
+    """Whether this is the process that talks, of those of a launch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def main() -> None:
     """Entry point of the `mapo-fast` script and of `python -m mapo_fast`."""
     # Nothing here is ever fetched from a hub, and the libraries' loading bars would bury our own output.
@@ -155,6 +164,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
+        if not _main():  # once the first process has ended, its launcher ends this one
+            time.sleep(_PATIENCE)
         if not error.reported:
             print(f"mapo-fast: {error}", file=sys.stderr)
         sys.exit(2)

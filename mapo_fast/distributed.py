@@ -153,9 +153,11 @@ def in_processes(config: Config, processes: Processes) -> Config:
     if processes.size == 1:
         return config
     if config.train.fused_step:
+        causes = _fusing(config)
         raise UserError(
-            f"train.fused_step = true updates weights before the gradients of {processes.size} processes are "
-            "summed: set train.fused_step = false, and offload.optimizer = 'gpu'; or train in one process"
+            f"{' and '.join(f'{name} = {value}' for name, value, _ in causes)}: a step fused into backward "
+            f"updates weights before the gradients of {processes.size} processes are summed; set "
+            f"{' and '.join(f'{name} = {other}' for name, _, other in causes)}, or train in one process"
         )
     if config.speed.cuda_graph:
         raise UserError(
@@ -169,6 +171,15 @@ def in_processes(config: Config, processes: Processes) -> Config:
         )
     train = config.train.model_copy(update={"fused_step": False})  # stated: no plan changes it
     return config.model_copy(update={"train": train})
+
+
+def _fusing(config: Config) -> list[tuple[str, str, str]]:
+    """The stated settings that fuse a config's step: name, value, and the value that does not."""
+    causes = [("train.fused_step", "true", "false")] if "fused_step" in config.train.model_fields_set else []
+    for part in ("optimizer", "weights") if config.adapter.kind == "full" else ("optimizer",):
+        if part in config.offload.model_fields_set and getattr(config.offload, part) == "cpu":
+            causes.append((f"offload.{part}", "'cpu'", "'gpu'"))
+    return causes
 
 
 def environment() -> Processes:

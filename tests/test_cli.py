@@ -55,6 +55,23 @@ def test_prepare_then_train_then_resume(
     assert (tmp_path / "run" / "unet" / "config.json").is_file()
 
 
+@pytest.mark.parametrize(("rank", "ended", "code"), [("0", True, 2), ("1", True, -15), ("1", False, 2)])
+def test_the_first_process_reports_or_the_only_one_with_the_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, ended: bool, code: int
+) -> None:
+    """A launcher ends all processes behind the first that ends."""
+
+    def wait(seconds: float) -> None:
+        if ended:
+            sys.exit(-15)
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(cli.time, "sleep", wait)
+    assert _run(monkeypatch, "train", "nothing.toml") == code
+    said = "mapo-fast: config file not found: nothing.toml\n"
+    assert capsys.readouterr().err == (said if code == 2 else "")
+
+
 def test_an_interrupted_prepare_says_how_to_go_on(
     tmp_path: Path, tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -340,7 +340,16 @@ def test_a_mistake_is_reported_once(make: Callable[..., Config], tmp_path: Path)
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"train": {"fused_step": True}}, "2 processes are summed: set train.fused_step = false"),
+        ({"train": {"fused_step": True}}, "^train.fused_step = true: .* set train.fused_step = false, or"),
+        (
+            {"offload": {"optimizer": "cpu"}},
+            "^offload.optimizer = 'cpu': .* set offload.optimizer = 'gpu', or",
+        ),
+        (
+            {"adapter": {"kind": "lora"}, "offload": {"optimizer": "cpu", "weights": "cpu"}},
+            "^offload.optimizer = 'cpu': ",
+        ),
+        ({"offload": {"weights": "cpu"}}, "^offload.weights = 'cpu': .* set offload.weights = 'gpu', or"),
         ({"speed": {"cuda_graph": True}}, "set speed.cuda_graph = false"),
         ({"train": {"shard": True, "vram": "8GiB"}}, "leave train.vram out"),
     ],
