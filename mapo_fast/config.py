@@ -140,6 +140,14 @@ class ObjectiveConfig(Section):
         return OBJECTIVES[self.kernel]
 
     @property
+    def takes(self) -> list[str]:
+        """Names of the settings that the objective uses, of those here."""
+        unused = {"sft": ("beta", "snr"), "mapo": () if self.form == "code" else ("snr",)}.get(self.name, ())
+        return [
+            name for name in self.known.settings if name in type(self).model_fields and name not in unused
+        ]
+
+    @property
     def settings(self) -> dict[str, float]:
         """The objective's settings that are stated."""
         names = {name for objective in OBJECTIVES.values() for name in objective.settings}
@@ -351,12 +359,16 @@ class Config(Section):
     @model_validator(mode="after")
     def _objective(self) -> Config:
         objective, known = self.objective, self.objective.known.settings
-        settings = [name for name in known if name != "num_train_timesteps"]  # the noise schedule's
+        if objective.form == "paper" and objective.name != "mapo":
+            raise ValueError(
+                f"objective.form = 'paper' is of objective.name = 'mapo', not {objective.name!r}"
+            )
         for name, value in objective.settings.items():
-            if name not in settings:
+            if name not in objective.takes:
+                of = " with objective.form = 'paper'" if objective.form == "paper" else ""
                 raise ValueError(
-                    f"objective.{name} is no setting of objective.name = {objective.name!r}, which has "
-                    f"{', '.join(settings)}"
+                    f"objective.{name} is no setting of objective.name = {objective.name!r}{of}, which has "
+                    f"{', '.join(objective.takes) or 'none'}"
                 )
             low, high = known[name].low, known[name].high
             if not low < value < high:
@@ -364,10 +376,6 @@ class Config(Section):
                     f"objective.{name} = {value:g} must be "
                     + (f"greater than {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}")
                 )
-        if objective.form == "paper" and objective.name not in ("mapo", "sft"):
-            raise ValueError(
-                f"objective.form = 'paper' is of objective.name = 'mapo', not {objective.name!r}"
-            )
         if objective.name == "mapo" and objective.form == "paper" and objective.beta is None:
             raise ValueError(
                 "objective.beta must be set for objective.form = 'paper'; the paper used 8 for general "

@@ -87,6 +87,15 @@ def test_overrides_replace_values_with_toml_types(tmp_path: Path) -> None:
         ),
         ("objective.name=dmpo objective.eta=0.1", r"objective\.eta .* 'dmpo', which has beta, alpha$"),
         ("objective.gamma=1", r"objective\.gamma is no setting of .* = 'mapo', which has beta, snr$"),
+        (
+            "objective.name=sft objective.beta=2",
+            r"objective\.beta is no setting of .* 'sft', which has none$",
+        ),
+        (
+            "objective.form=paper objective.beta=8 objective.snr=1",
+            r"objective\.snr is no .* with objective\.form = 'paper', which has beta$",
+        ),
+        ("objective.form=paper objective.name=sft", r"form = 'paper' is of objective\.name = 'mapo'"),
         ("objective.name=dmpo objective.alpha=1", r"objective\.alpha = 1 must be between 0 and 1$"),
         ("objective.beta=0", r"objective\.beta = 0 must be greater than 0$"),
         ("objective.reference=adapter", r"'mapo' compares with no reference model: leave it out$"),
