@@ -23,7 +23,7 @@ from mapo_fast.engine.build import build_unet, scheduler_overrides
 from mapo_fast.engine.precision import choose_device, choose_precision
 from mapo_fast.errors import UserError
 from mapo_fast.files import exclusive
-from mapo_fast.model import open_sdxl
+from mapo_fast.model import SDXLFolder, open_sdxl
 from mapo_fast.planner.plan import with_settings
 from mapo_fast.precompute import precompute
 from mapo_fast.preview import Previews
@@ -73,6 +73,28 @@ def _train(
         config = with_settings(config, {"speed.fused_ops": False})
     precision = choose_precision(config, device)
     diffusion = Diffusion(folder.scheduler_config)
+    cache = _open_cache(config, folder)
+    store = CheckpointStore(config.train.output / "checkpoints", config.train.keep_checkpoints)
+    identity, checkpoint = processes.once(lambda: _found(config, folder, cache, store, resume, processes))
+    notes = _notes(config, cache, checkpoint, resume, processes.size)
+    with nullcontext() if budget is None else budget.kept():
+        sampling = config.preview.prompts and (processes.main or processes.shard(config))
+        previews = Previews(config, folder, device) if sampling else None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # text encoders are gone and are not the plan's
+        parts = build_unet(config, folder, precision, device, processes)
+        trainer = Trainer(config, parts, cache, diffusion, precision, device, store, previews, processes)
+        if budget is not None:
+            notes = budget.notes() + notes
+        return _run(trainer, folder, identity, checkpoint, notes, console)
+
+
+def _open_cache(config: Config, folder: SDXLFolder) -> PairCache:
+    """The cache of a run.
+
+    Raises:
+        UserError: it was made for another model, other settings or another kind of objective.
+    """
     cache = PairCache.open(config.data.cache)
     cache.check(folder, config.data)
     if config.objective.paired != cache.paired:
@@ -90,55 +112,70 @@ def _train(
             f"{config.data.cache} has not: give each line of pairs.jsonl a 'label', how probably the chosen "
             "image is the better one (0 to 1), and run mapo-fast prepare again"
         )
+    return cache
+
+
+def _found(
+    config: Config,
+    folder: SDXLFolder,
+    cache: PairCache,
+    store: CheckpointStore,
+    resume: bool,
+    processes: Processes,
+) -> tuple[dict[str, str], Checkpoint | None]:
+    """What the run is made from, and the checkpoint to go on from, once the output folder fits both.
+
+    Raises:
+        UserError: it holds something else, another run or this one's results.
+    """
+    schedule = json.dumps(folder.scheduler_config, sort_keys=True)
+    identity = {
+        "cache": cache.fingerprint,
+        "start model": folder.fingerprint(("unet",)),
+        "noise schedule": hashlib.sha256(schedule.encode()).hexdigest(),
+    }
+    check_output(config, identity, resume=resume, processes=processes.size)
+    checkpoint = store.newest() if resume else None
+    if checkpoint is None:
+        check_results(config.train.output)
+    return identity, checkpoint
+
+
+def _run(
+    trainer: Trainer,
+    folder: SDXLFolder,
+    identity: dict[str, str],
+    checkpoint: Checkpoint | None,
+    notes: list[str],
+    console: Console | None,
+) -> TrainResult:
+    """Claim the output folder and train, from the checkpoint if there is one."""
+    config, processes = trainer.config, trainer.processes
     output = config.train.output
-    store = CheckpointStore(output / "checkpoints", config.train.keep_checkpoints)
+    with ExitStack() as held:
 
-    def look() -> tuple[dict[str, str], Checkpoint | None]:
-        schedule = json.dumps(folder.scheduler_config, sort_keys=True)
-        identity = {
-            "cache": cache.fingerprint,
-            "start model": folder.fingerprint(("unet",)),
-            "noise schedule": hashlib.sha256(schedule.encode()).hexdigest(),
-        }
-        check_output(config, identity, resume=resume, processes=processes.size)
-        checkpoint = store.newest() if resume else None
-        if checkpoint is None:
-            check_results(output)
-        return identity, checkpoint
+        def claim() -> None:
+            claim_output(config, identity, processes.size)
+            held.enter_context(exclusive(output))
 
-    identity, checkpoint = processes.once(look)
-    with nullcontext() if budget is None else budget.kept():
-        sampling = config.preview.prompts and (processes.main or processes.shard(config))
-        previews = Previews(config, folder, device) if sampling else None
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)  # text encoders are gone and are not the plan's
-        parts = build_unet(config, folder, precision, device, processes)
-        trainer = Trainer(config, parts, cache, diffusion, precision, device, store, previews, processes)
-        with ExitStack() as held:
-
-            def claim() -> None:
-                claim_output(config, identity, processes.size)
-                held.enter_context(exclusive(output))
-
-            processes.once(claim)
-            trainer.measure_start(output / "held_out_start.safetensors")
-            if config.reference == "precomputed":
-                with StopRequest() as stop:
-                    if not precompute(trainer, identity, stop, console):
-                        return TrainResult(output, checkpoint.step if checkpoint else 0, False, 0)
-            if checkpoint is not None:
-                trainer.restore(checkpoint)
-            log = None
-            if processes.main:
-                log = RunLog(
-                    output, config.train.steps, console, start_step=trainer.step, wandb=config.train.wandb
-                )
-                held.enter_context(log)
-                notes = [] if budget is None else budget.notes()
-                for note in notes + _notes(config, cache, checkpoint, resume, processes.size):
-                    log.warning(trainer.step, note)
+        processes.once(claim)
+        trainer.measure_start(output / "held_out_start.safetensors")
+        if config.reference == "precomputed":
             with StopRequest() as stop:
-                return trainer.run(log, stop, folder)
+                if not precompute(trainer, identity, stop, console):
+                    return TrainResult(output, checkpoint.step if checkpoint else 0, False, 0)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        log = None
+        if processes.main:
+            log = RunLog(
+                output, config.train.steps, console, start_step=trainer.step, wandb=config.train.wandb
+            )
+            held.enter_context(log)
+            for note in notes:
+                log.warning(trainer.step, note)
+        with StopRequest() as stop:
+            return trainer.run(log, stop, folder)
 
 
 def _notes(
