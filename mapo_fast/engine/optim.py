@@ -80,6 +80,13 @@ class GuardedOptimizer:
         self.parameters = list(parameters)
         self.max_grad_norm = max_grad_norm if max_grad_norm > 0 else float("inf")
         self.scaler = scaler
+        # It divides as it reads the gradients: no pass over them, and no rounding of what is clipped. torch has
+        # that for gradient scalers, which use it themselves, and reads an fp64 divisor wrongly on the CPU.
+        self._divides = isinstance(optimizer, AdamW8bit) or (
+            isinstance(optimizer, torch.optim.AdamW)
+            and scaler is None
+            and all(p.dtype != torch.float64 for p in self.parameters)
+        )
         device = self.parameters[0].device
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row = torch.zeros((), device=device)
@@ -93,9 +100,9 @@ class GuardedOptimizer:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = self._norm()
-        if isinstance(self.optimizer, AdamW8bit):
-            # It divides as it reads the gradients: no pass over them, and no rounding of what is clipped.
-            self.optimizer.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
+        if self._divides:
+            excess = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
+            self.optimizer.grad_scale = excess  # type: ignore[attr-defined]
         else:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         bad = (~torch.isfinite(norm)).to(torch.float32)
