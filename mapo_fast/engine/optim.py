@@ -80,7 +80,7 @@ class GuardedOptimizer:
         self.parameters = list(parameters)
         self.max_grad_norm = max_grad_norm if max_grad_norm > 0 else float("inf")
         self.scaler = scaler
-        # It divides as it reads the gradients: no pass over them, and no rounding of what is clipped. torch has
+        # It divides as it reads the gradients: no pass over them, no rounding of what is clipped. torch's has
         # that for gradient scalers, which use it themselves, and reads an fp64 divisor wrongly on the CPU.
         self._divides = isinstance(optimizer, AdamW8bit) or (
             isinstance(optimizer, torch.optim.AdamW)

@@ -15,8 +15,10 @@ from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
 from mapo_fast.errors import UserError
 
 
-def _guarded(name: str, max_grad_norm: float = 1.0) -> tuple[GuardedOptimizer, list[torch.nn.Parameter]]:
-    parameters = [torch.nn.Parameter(torch.randn(n)) for n in (5000, 7)]
+def _guarded(
+    name: str, max_grad_norm: float = 1.0, dtype: torch.dtype = torch.float32
+) -> tuple[GuardedOptimizer, list[torch.nn.Parameter]]:
+    parameters = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in (5000, 7)]
     optimizer = build_optimizer(OptimConfig(name=name, lr=1e-2), parameters)  # type: ignore[arg-type]
     return GuardedOptimizer(optimizer, parameters, max_grad_norm=max_grad_norm, scaler=None), parameters
 
@@ -85,14 +87,33 @@ def test_the_norm_is_the_one_before_clipping_and_zero_means_no_clipping() -> Non
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.bfloat16, 1e-6), (torch.float64, 1e-14)])
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
 def test_the_norm_is_not_rounded_to_bf16(name: str, dtype: torch.dtype, rel: float) -> None:
-    guarded, parameters = _guarded(name)
+    guarded, parameters = _guarded(name, dtype=dtype)
     for p in parameters:
-        p.data = p.data.to(dtype)
         p.grad = torch.randn(p.shape, dtype=dtype, generator=torch.Generator().manual_seed(p.numel()))
     gradients = [p.grad.to(torch.float64, copy=True) for p in parameters if p.grad is not None]
     norm = guarded.step()
     assert float(norm) == pytest.approx(float(torch.cat(gradients).norm()), rel=rel)
     assert norm.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_update_is_that_of_clipped_gradients(dtype: torch.dtype) -> None:
+    """Whether AdamW divides as it reads them, or, in fp64, a pass before it does."""
+    guarded, parameters = _guarded("adamw", max_grad_norm=0.5, dtype=dtype)
+    expected = [p.detach().clone().requires_grad_() for p in parameters]
+    plain = torch.optim.AdamW(
+        expected, **{k: guarded.optimizer.defaults[k] for k in ("lr", "betas", "eps", "weight_decay")}
+    )
+    for size in (1.0, 30.0, 1e-4):  # of the gradients: Adam forgets a factor that is the same in every step
+        for p, q in zip(parameters, expected, strict=True):
+            p.grad = size * torch.randn_like(p)
+            q.grad = p.grad.clone()
+        torch.nn.utils.clip_grad_norm_(expected, 0.5)
+        plain.step()
+        guarded.step()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-13
+    for p, q in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("limit", [0.5, 0.0])
