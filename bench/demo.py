@@ -1,6 +1,6 @@
 """The demo over several seeds, under every plan of the memory table, or with every objective.
 
-    python -m bench.demo --seeds 0 1 2     → bench/results/demo.jsonl
+    python -m bench.demo --seeds 0 1 2     → bench/results/demo.jsonl, and demo_seed0.png of seed 0
     python -m bench.demo --plans           → bench/results/demo_plans.jsonl
     python -m bench.demo --objectives      → bench/results/demo_objectives.jsonl
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,6 +97,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "demo"
             result = run_demo(out, seed=seed, objective=job.objective, overrides=job.overrides, size=job.size)
+            if job.file == "demo" and seed == 0:
+                shutil.copy(out / "report.png", RESULTS / "demo_seed0.png")
         row = {"bench": "demo", **job.fields, **result}
         if job.objective == "mapo":
             row["accepted"] = accepted(result)
