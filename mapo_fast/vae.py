@@ -12,7 +12,10 @@ by a lot: training data is better encoded image by image, which changes nothing.
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+from mapo_fast.config import DataConfig
 
 TILE = 512
 """Side of a tile in pixels. diffusers' own choice is the VAE's sample size, which is 1024 for SDXL."""
@@ -40,3 +43,21 @@ def encode_bytes(config: dict[str, Any], pixels: int, itemsize: int) -> int:
 def decode_bytes(config: dict[str, Any], pixels: int, itemsize: int) -> int:
     """Peak bytes of decoding `pixels` of images at once, without the weights; arguments as `encode_bytes`."""
     return 3 * int(config["block_out_channels"][1]) * pixels * itemsize
+
+
+def encoding_with_less(data: DataConfig) -> list[dict[str, Any]]:
+    """Settings with which encoding needs ever less: image by image, which changes nothing, then in tiles."""
+    found, settings = [], {}
+    for name, value, less in (
+        ("batch_size", 1, data.batch_size > 1),
+        ("vae_tiling", True, not data.vae_tiling and data.resolution > TILE),
+    ):
+        if less:
+            settings[name] = value
+            found.append(dict(settings))
+    return found
+
+
+def setting_text(settings: dict[str, Any]) -> str:
+    """`data.batch_size = 1 and data.vae_tiling = true`."""
+    return " and ".join(f"data.{name} = {json.dumps(value)}" for name, value in settings.items())

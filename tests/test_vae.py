@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from bench.live_memory import LiveMemory
+from mapo_fast.config import parse_config
+from mapo_fast.data.cache import PairCache
 from mapo_fast.data.latents import LatentEncoder
 from mapo_fast.data.prepare import prepare
+from mapo_fast.data.text import TextEncoder
 from mapo_fast.demo import world
+from mapo_fast.errors import UserError
 from mapo_fast.model import open_sdxl
+from mapo_fast.planner import stages
+from mapo_fast.planner.stages import how_to_prepare
 from mapo_fast.sample import decode_latents
 from mapo_fast.vae import decode_bytes, encode_bytes, use_tiles
 from tests.data.sources import config, jsonl_folder
@@ -100,3 +107,60 @@ def test_prepare_says_what_tiling_changes(
     source = jsonl_folder(tmp_path / "s", 3)
     prepare(config(tiny_sdxl, source, tmp_path / "c", vae_tiling=True), console=Console(file=out))
     assert "data.vae_tiling changes latents by " in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "advice"),
+    [
+        ({"batch_size": 4}, "4 image(s) at once: set data.batch_size = 1, or close"),
+        ({"vae_tiling": True}, "1 image(s) at once: close what else uses the GPU"),
+    ],
+)
+def test_a_gpu_too_small_for_images_is_told_what_to_do(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, Any], advice: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(LatentEncoder, "_encode", full)
+    monkeypatch.setattr(LatentEncoder, "tiling_error", lambda *_: 0.0)
+    with pytest.raises(UserError, match=re.escape(advice)):
+        prepare(config(tiny_sdxl, jsonl_folder(tmp_path / "s", 3), tmp_path / "c", **data))
+
+
+def test_a_text_encoder_that_does_not_fit_runs_on_the_cpu(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And goes on behind what is there."""
+    source = jsonl_folder(tmp_path / "s", 5)
+    prepare(config(tiny_sdxl, source, tmp_path / "whole"))
+    monkeypatch.setattr("mapo_fast.data.prepare.BATCH", 2)
+    monkeypatch.setattr("mapo_fast.data.shards.SHARD_BYTES", 1)
+    call, calls = TextEncoder.__call__, []
+
+    def small(self: TextEncoder, prompts: Any) -> Any:
+        calls.append(self.which)
+        if self.which == 2 and calls.count(2) == 3:
+            raise torch.OutOfMemoryError
+        return call(self, prompts)
+
+    monkeypatch.setattr(TextEncoder, "__call__", small)
+    out = io.StringIO()
+    prepare(config(tiny_sdxl, source, tmp_path / "c"), console=Console(file=out, width=200))
+    assert "text encoder 2 does not fit the GPU's free memory: on the CPU" in out.getvalue()
+    assert calls.count(2) == calls.count(1) + 1, "nothing is encoded twice"
+    caches = [PairCache.open(tmp_path / name) for name in ("whole", "c")]
+    batches = [cache.batch(cache.train[:], flip=None, drop=None) for cache in caches]
+    torch.testing.assert_close(batches[0].prompt_embeds, batches[1].prompt_embeds)
+
+
+def test_what_makes_prepare_fit() -> None:
+    data = {"cache": "c", "batch_size": 4}
+    asked = parse_config({"model": {"path": "m"}, "data": data, "train": {"output": "o"}})
+    assert how_to_prepare(asked, stages.SDXL_VAE, 12 * 2**30) == ""
+    assert (
+        how_to_prepare(asked, stages.SDXL_VAE, 3 * 2**30) == "prepare fits with data.batch_size = 1: 2.81 GiB"
+    )
+    tiled = how_to_prepare(asked, stages.SDXL_VAE, 2**30)
+    assert tiled.startswith("prepare fits with data.batch_size = 1 and data.vae_tiling = true: 0.94 GiB, but")
+    assert "does not fit on this card" in how_to_prepare(asked, stages.SDXL_VAE, 2**29)

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -63,7 +63,7 @@ from mapo_fast.data.text import (
 from mapo_fast.errors import UserError
 from mapo_fast.files import atomic_path, disk_errors, exclusive, sha256_file, write_json
 from mapo_fast.model import SDXLFolder, open_sdxl
-from mapo_fast.vae import TILE
+from mapo_fast.vae import TILE, encoding_with_less, setting_text
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,10 @@ class Preparation:
         # From here on the files of an older index no longer belong together.
         with disk_errors(self.cache):
             (self.cache / "index.json").unlink(missing_ok=True)
-        self._encode_images(todo)
+        try:
+            self._encode_images(todo)
+        except torch.OutOfMemoryError:
+            raise UserError(self._too_large()) from None
         failed = self.families["latents"].failed
         good = [failed.isdisjoint(pair.images.values()) for pair in choice.pairs]
         for pair in compress(choice.pairs, map(operator.not_, good)):
@@ -278,6 +281,15 @@ class Preparation:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _too_large(self) -> str:
+        """What to do where encoding images runs out of the GPU's memory."""
+        less = next(map(setting_text, encoding_with_less(self.data)), "")
+        hide = "close what else uses the GPU, or hide it (CUDA_VISIBLE_DEVICES=) to encode on the CPU"
+        return (
+            f"out of GPU memory while encoding {self.data.batch_size} image(s) at once: "
+            f"{f'set {less}, or ' if less else ''}{hide}; what has been encoded stays"
+        )
+
     def _report_tiling(self, encoder: LatentEncoder, jobs: list[ImageJob]) -> None:
         """What tiling changes in the first image that is tiled at all."""
         large = [job for job in jobs if max(job.bucket) > TILE][:1]
@@ -287,28 +299,40 @@ class Preparation:
 
     def _encode_prompts(self, prompts: dict[bytes, str]) -> None:
         prompts = {EMPTY: "", **prompts}
-        chunks = chunk_count(self.data.max_tokens)
-        rows = max(1, shards.SHARD_BYTES // self._prompt_bytes())
         for which in ENCODERS:
             family = self.families[f"text{which}"]
             if self.folder.zeros_for_empty_prompt and EMPTY not in family:
                 self._store_zeros(family, which)
-            todo = [key for key in prompts if key not in family]
-            if not todo:
+            try:
+                self._encode_family(which, family, prompts, self.device)
                 continue
-            encoder = TextEncoder(self.folder, which, chunks, self.device, torch.float32)
-            with self._progress() as progress:
-                task = progress.add_task(f"prompts, encoder {which}", total=len(todo))
-                for start in range(0, len(todo), rows):
-                    keys = todo[start : start + rows]
-                    hidden, pooled = [], []
-                    for i in range(0, len(keys), BATCH):
-                        out = encoder([prompts[key] for key in keys[i : i + BATCH]])
-                        hidden.append(out[0])
-                        pooled.append(out[1])
-                        progress.advance(task, len(out[0]))
-                    family.write(_text_tensors(keys, torch.cat(hidden), torch.cat(pooled), which))
-            encoder.free()
+            except torch.OutOfMemoryError:
+                pass  # what the encoder holds goes with the error
+            torch.cuda.empty_cache()
+            _say(self.console, f"text encoder {which} does not fit the GPU's free memory: on the CPU")
+            self._encode_family(which, family, prompts, torch.device("cpu"))
+
+    def _encode_family(
+        self, which: Literal[1, 2], family: ShardFamily, prompts: dict[bytes, str], device: torch.device
+    ) -> None:
+        """Encode what one encoder has not encoded yet."""
+        todo = [key for key in prompts if key not in family]
+        if not todo:
+            return
+        rows = max(1, shards.SHARD_BYTES // self._prompt_bytes())
+        encoder = TextEncoder(self.folder, which, chunk_count(self.data.max_tokens), device, torch.float32)
+        with self._progress() as progress:
+            task = progress.add_task(f"prompts, encoder {which}", total=len(todo))
+            for start in range(0, len(todo), rows):
+                keys = todo[start : start + rows]
+                hidden, pooled = [], []
+                for i in range(0, len(keys), BATCH):
+                    out = encoder([prompts[key] for key in keys[i : i + BATCH]])
+                    hidden.append(out[0])
+                    pooled.append(out[1])
+                    progress.advance(task, len(out[0]))
+                family.write(_text_tensors(keys, torch.cat(hidden), torch.cat(pooled), which))
+        encoder.free()
 
     def _store_zeros(self, family: ShardFamily, which: int) -> None:
         tokens = self.data.max_tokens

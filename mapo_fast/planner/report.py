@@ -45,6 +45,7 @@ def as_text(outcome: Outcome) -> str:
             "",
             "other stages, beside CUDA context and workspaces:",
             *(f"  {name:<14}{size / GIB:7.2f} GiB" for name, size in outcome.stages.items()),
+            *([f"  {outcome.how_to_prepare}"] if outcome.how_to_prepare else []),
         ]
         if plan.settings.get("train.fused_step"):
             lines.append("\nwith the fused step optim.max_grad_norm clips by the norm of the step before")
@@ -77,6 +78,7 @@ def as_json(outcome: Outcome) -> str:
             "pinnable": outcome.host.pinnable,
             "kind_of_figure": "predicted",
             "stages": outcome.stages,
+            "how_to_prepare": outcome.how_to_prepare,
             "plan": None if outcome.chosen is None else _row(outcome.chosen),
             "others": [_row(loser.plan) | {"reason": loser.reason} for loser in outcome.others],
             "advice": outcome.advice,

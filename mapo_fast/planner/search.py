@@ -23,7 +23,7 @@ from mapo_fast.planner.cards import GIB, Card, usable_bytes, vram_for
 from mapo_fast.planner.family import BLOCKS, Family, stated
 from mapo_fast.planner.host import Host
 from mapo_fast.planner.plan import Plan, with_settings
-from mapo_fast.planner.stages import SDXL_VAE, Vae, preparing, previewing
+from mapo_fast.planner.stages import SDXL_VAE, Vae, how_to_prepare, preparing, previewing
 from mapo_fast.planner.store import Tracing
 from mapo_fast.planner.trace import Trace
 
@@ -53,6 +53,8 @@ class Outcome(NamedTuple):
     others: list[Loser]
     stages: dict[str, int]
     """Peak bytes of the run's other stages on the device, see `stages.py`."""
+    how_to_prepare: str
+    """With which settings `prepare` fits, where it does not as it is."""
     advice: str
     """The smallest change that would fit, where nothing does."""
     enough: int
@@ -111,7 +113,7 @@ class _Search:
                 return self._chosen(smallest, trace)
         advice, enough = self._advice(smallest)
         given = self.card, self.vram, self.usable, self.host
-        return Outcome(*given, None, None, self.others, {}, advice, enough)
+        return Outcome(*given, None, None, self.others, {}, "", advice, enough)
 
     def _family(self, config: Config, changes: dict[str, Any]) -> Family:
         return Family(config, changes, self.unet_config, self.card, self.usable, self.tracing)
@@ -148,7 +150,8 @@ class _Search:
             "prepare": preparing(self.config, self.vae),
             "previews": previewing(self.config, plan, self.vae),
         }
-        return Outcome(self.card, self.vram, self.usable, self.host, plan, trace, others, stages, "", 0)
+        how = how_to_prepare(self.config, self.vae, self.usable)
+        return Outcome(self.card, self.vram, self.usable, self.host, plan, trace, others, stages, how, "", 0)
 
     def _lacks(self, plan: Plan) -> str:
         """Why a plan does not fit, or an empty text."""

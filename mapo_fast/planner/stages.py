@@ -7,7 +7,7 @@
     saving       one tensor after the other goes to the host: nothing
 
 Sampling a preview is a forward pass of two images without gradients: less than a pair's step. A text encoder
-that is larger than the budget runs on the CPU (`preview.py`).
+that the GPU has no room for runs on the CPU (`preview.py`, `data/prepare.py`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 from mapo_fast.config import Config
 from mapo_fast.model import SDXLFolder
-from mapo_fast.planner.plan import GRAPHS, Plan
-from mapo_fast.vae import TILE, decode_bytes, encode_bytes
+from mapo_fast.planner.cards import GIB
+from mapo_fast.planner.plan import GRAPHS, Plan, with_settings
+from mapo_fast.vae import TILE, decode_bytes, encode_bytes, encoding_with_less, setting_text
 
 FP32 = 4
 
@@ -44,6 +45,19 @@ def preparing(config: Config, vae: Vae) -> int:
     """Peak bytes of `mapo-fast prepare`'s VAE."""
     side = min(config.data.resolution, TILE) if config.data.vae_tiling else config.data.resolution
     return vae.nbytes + encode_bytes(vae.config, config.data.batch_size * side**2, FP32)
+
+
+def how_to_prepare(config: Config, vae: Vae, usable: int) -> str:
+    """What `mapo-fast prepare` needs to fit, or an empty text where it does as it is."""
+    need = preparing(config, vae)
+    if need <= usable:
+        return ""
+    for settings in encoding_with_less(config.data):
+        need = preparing(with_settings(config, {f"data.{k}": v for k, v in settings.items()}), vae)
+        if need <= usable:
+            tiled = ", but tiles change the latents" if "vae_tiling" in settings else ""
+            return f"prepare fits with {setting_text(settings)}: {need / GIB:.2f} GiB{tiled}"
+    return "prepare does not fit on this card: run it on the CPU (CUDA_VISIBLE_DEVICES=) or another machine"
 
 
 def previewing(config: Config, plan: Plan, vae: Vae) -> int:
