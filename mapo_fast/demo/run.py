@@ -9,7 +9,6 @@ gains beyond it comes from the preference.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -195,14 +194,14 @@ def _configs(
     """Write and read the two config files; overrides of [objective] are not for the control."""
     if objective == "sft":
         raise UserError("--objective sft: the control is trained in any case; name another objective")
+    fixed = [o for o in overrides if o.split("=")[0].strip() in ("train.output", "objective.name")]
+    if fixed:
+        raise UserError(f"--set {fixed[0]}: use --out and --objective")
     own = [override for override in overrides if not override.startswith("objective.")]
-    configs = {}
-    for name, sets in ((objective, list(overrides)), ("sft", own)):
-        configs[name] = load_config(_write_config(out, name, seed, size, sets), sets)
-        train = configs[name].train
-        if train.output != Path(os.path.normpath(out / name)) or configs[name].objective.name != name:
-            raise UserError("--set train.output and objective.name: use --out and --objective")
-    return configs
+    return {
+        name: load_config(_write_config(out, name, seed, size, sets), sets)
+        for name, sets in ((objective, list(overrides)), ("sft", own))
+    }
 
 
 def _write_config(out: Path, objective: str, seed: int, size: DemoSize, overrides: Sequence[str]) -> Path:
