@@ -29,9 +29,9 @@ from bench.providers.task import Task
 
 RESULTS = Path(__file__).parent / "results" / "overhead.jsonl"
 TARGET = 0.95
-LEAST, MOST = 40, 150
+LEAST, MOST = 40, 300
 """Rounds of one step each."""
-PRECISE = 0.008
+PRECISE = 0.005
 """Standard error of the ratio at which no more are needed."""
 
 
