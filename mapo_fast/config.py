@@ -316,7 +316,12 @@ class SpeedConfig(Section):
     for adapter.kind = "full"; a LoRA's base has adapter.base = "fp8". For RTX 40, H100 and newer. Less exact,
     meant to be faster, not measured yet."""
     prefetch: bool = True
-    """Read the next micro-batch, draw its noise and copy it to the device while the current step runs."""
+    """Read the next micro-batch, draw its noise and copy it to the device while the current step runs. A run
+    on the CPU has false by default: the thread costs what it hides."""
+
+
+ON_CPU = {"fused_ops": False, "prefetch": False}
+"""Defaults of `[speed]` in a run on the CPU, by measurement (`bench.train_step`)."""
 
 
 class PreviewConfig(Section):

@@ -15,7 +15,7 @@ import torch
 
 from mapo_fast.budget import planned
 from mapo_fast.checkpoint import Checkpoint, CheckpointStore
-from mapo_fast.config import Config
+from mapo_fast.config import ON_CPU, Config
 from mapo_fast.data.cache import PairCache
 from mapo_fast.diffusion import Diffusion
 from mapo_fast.distributed import Processes, environment, in_processes, joined
@@ -69,8 +69,9 @@ def _train(
         )
     recorded = recorded_settings(config.train.output) if resume else None
     config, budget = planned(config, folder, device, recorded, processes)
-    if device.type == "cpu" and "fused_ops" not in config.speed.model_fields_set:
-        config = with_settings(config, {"speed.fused_ops": False})
+    if device.type == "cpu":
+        left_open = ON_CPU.keys() - config.speed.model_fields_set
+        config = with_settings(config, {f"speed.{name}": ON_CPU[name] for name in sorted(left_open)})
     precision = choose_precision(config, device)
     diffusion = Diffusion(folder.scheduler_config)
     cache = _open_cache(config, folder)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.providers.base import Arithmetic, Provider
 from bench.providers.task import LR, Task, fill_factors, load_unet
-from mapo_fast.config import Config
+from mapo_fast.config import ON_CPU, Config
 from mapo_fast.engine.build import prepare_unet, with_start_model
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.precision import choose_precision
@@ -18,9 +18,6 @@ from mapo_fast.engine.prefetch import MicroBatch, Prefetch
 from mapo_fast.engine.step import PairInputs
 from mapo_fast.objectives import build_loss
 from mapo_fast.planner.plan import with_settings
-
-CPU_SPEED = {"fused_ops": False}
-"""As in a run of the trainer: without a GPU there are no kernels behind the fused operators."""
 
 
 class MapoFast(Provider):
@@ -104,6 +101,6 @@ def plan(task: Task, changes: Mapping[str, Any]) -> Config:
         "fused_step": gpu and full,
     }
     config = task.config(
-        train=train, optim={"name": "adamw8bit" if gpu else "adamw"}, speed={} if gpu else CPU_SPEED
+        train=train, optim={"name": "adamw8bit" if gpu else "adamw"}, speed={} if gpu else ON_CPU
     )
     return with_settings(config, dict(changes))

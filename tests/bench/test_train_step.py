@@ -126,7 +126,7 @@ def test_what_cannot_be_measured_is_one_line(
 def test_switches_are_the_other_way_than_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(switches, "in_fp8", lambda device: True)
     on_cpu = {switch.label for switch in SWITCHES if switch.suits(FULL)}
-    assert on_cpu == {"fused_ops on", "channels_last on", "compile on", "prefetch off"}
+    assert on_cpu == {"fused_ops on", "channels_last on", "compile on", "prefetch on"}
     on_gpu = {switch.label for switch in SWITCHES if switch.suits(replace(FULL, device=torch.device("cuda")))}
     assert {"fused_ops off", "cuda_graph on", "step behind backward", "fp32 masters"} <= on_gpu
 
