@@ -14,7 +14,7 @@ from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder
 from mapo_fast.planner.cards import GIB, Card, card_with, find_card, parse_size, size_text
 from mapo_fast.planner.host import host
-from mapo_fast.planner.models import unet_config
+from mapo_fast.planner.models import parts_of
 from mapo_fast.planner.rates import rates_of
 from mapo_fast.planner.search import Outcome, search
 from mapo_fast.planner.stages import vae_of
@@ -55,7 +55,8 @@ def ask(
     chosen = found or card_with(nbytes, capability_for(settings))
     refuse_card_without_fp8(settings, chosen.name, chosen.capability)
     check_capture(settings, torch.device("cuda"))
-    return search(settings, unet_config(model), chosen, nbytes, limits)
+    unet, vae = parts_of(model, settings.model.vae)
+    return search(settings, unet, chosen, nbytes, limits, vae=vae)
 
 
 def plan_run(
@@ -82,8 +83,9 @@ def plan_run(
 def refusal(outcome: Outcome, source: str) -> str:
     """Why nothing fits into what `source` gives, and what would, in one line."""
     enough = f'; train.vram = "{size_text(outcome.enough)}" would do' if outcome.enough else ""
+    usable = max(0, outcome.usable) / GIB
     return (
-        f"no plan fits {source}, {outcome.vram / GIB:.2f} GiB ({outcome.usable / GIB:.2f} beside the CUDA "
+        f"no plan fits {source}, {outcome.vram / GIB:.2f} GiB ({usable:.2f} beside the CUDA "
         f"context and workspaces): {outcome.advice}{enough}"
     )
 

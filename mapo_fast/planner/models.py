@@ -1,4 +1,4 @@
-"""Which UNet is planned for: its `config.json`, or SDXL's by name."""
+"""Which UNet and VAE are planned for: those of a folder, or SDXL's by name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from mapo_fast.errors import UserError
 from mapo_fast.model import open_sdxl
+from mapo_fast.planner.stages import SDXL_VAE, Vae, vae_of
 
 SDXL_UNET: dict[str, Any] = {
     "sample_size": 128,
@@ -27,15 +28,19 @@ SDXL_UNET: dict[str, Any] = {
 """SDXL-base 1.0: 2,567,463,684 parameters."""
 
 
-def unet_config(model: str) -> dict[str, Any]:
-    """The UNet's config of "sdxl", or of a diffusers pipeline folder.
+def parts_of(model: str, vae: Path | None) -> tuple[dict[str, Any], Vae]:
+    """The UNet's config and the VAE of "sdxl", or of a diffusers pipeline folder.
+
+    Args:
+        vae: a folder to take the VAE from instead.
 
     Raises:
         UserError: the folder is no SDXL pipeline.
     """
     if model.lower() == "sdxl":
-        return SDXL_UNET
+        return SDXL_UNET, SDXL_VAE
     try:
-        return open_sdxl(Path(model)).config("unet")
+        folder = open_sdxl(Path(model), vae)
+        return folder.config("unet"), vae_of(folder)
     except UserError as error:
         raise UserError(f"{error}; without a folder: --model sdxl") from None

@@ -21,9 +21,9 @@ PICTURES = (".png", ".svg", ".pdf")
 
 def as_text(outcome: Outcome) -> str:
     """The plan, where its memory goes, and why others lost; all figures are predictions."""
-    card = outcome.card
+    card, usable = outcome.card, max(0, outcome.usable) / GIB
     lines = [
-        f"{outcome.vram / GIB:.2f} GiB: {outcome.usable / GIB:.2f} GiB for a plan beside CUDA context, "
+        f"{outcome.vram / GIB:.2f} GiB: {usable:.2f} GiB for a plan beside CUDA context, "
         f"workspaces and {FRAGMENTATION:.0%} fragmentation; rates {card.rates.source}"
     ]
     if outcome.chosen is None:

@@ -19,7 +19,7 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 from mapo_fast.config import Config, parse_config
-from mapo_fast.planner.cards import GIB, Card, usable_bytes, vram_for
+from mapo_fast.planner.cards import GIB, Card, size_text, usable_bytes, vram_for
 from mapo_fast.planner.family import BLOCKS, Family, stated
 from mapo_fast.planner.host import Host
 from mapo_fast.planner.plan import Plan, with_settings
@@ -111,7 +111,7 @@ class _Search:
             smallest, trace = family.traced(smallest)
             if not self._lacks(smallest):
                 return self._chosen(smallest, trace)
-        advice, enough = self._advice(smallest)
+        advice, enough = self._advice(smallest, [plan for plan, _ in small])
         given = self.card, self.vram, self.usable, self.host
         return Outcome(*given, None, None, self.others, {}, "", advice, enough)
 
@@ -141,6 +141,8 @@ class _Search:
             elif chosen is not None and not reason:
                 slower = plan.ms / composed - 1
                 reason = f"{slower:.0%} slower" if slower > 0.005 else "no faster"
+                if slower < -0.005:
+                    reason = f"only {-slower:.0%} faster"
             self.others.append(Loser(plan if plan.traced else plan._replace(ms=ratio * plan.ms), reason))
         return chosen
 
@@ -166,8 +168,11 @@ class _Search:
         """Most bytes on the device of the step and the previews that the config asks for."""
         return max(plan.peak, previewing(self.config, plan, self.vae) if self.config.preview.prompts else 0)
 
-    def _advice(self, smallest: Plan) -> tuple[str, int]:
+    def _advice(self, smallest: Plan, plans: list[Plan]) -> tuple[str, int]:
         """The smallest change that would fit: a setting given up, fewer pairs, a smaller image, more memory.
+
+        Args:
+            plans: all there are; where the smallest lacks system RAM, they all do.
 
         Returns:
             The advice, and the bytes of GPU memory that would do without it; 0 where system RAM is missing.
@@ -175,9 +180,17 @@ class _Search:
         lacks_ram = _no_ram(smallest, self.host)
         enough = 0 if lacks_ram else vram_for(self._peak(smallest))
         for changed, words in self._attempts():
-            plan = self._family(changed, {}).frugal()
+            family = self._family(changed, {})
+            plan = family.frugal()
+            if _no_ram(plan, self.host):  # the most frugal on the card is not that for the host
+                plan = next((plan for plan in family.plans() if not self._lacks(plan)), plan)
             if not self._lacks(plan):
                 return f"{words} would fit ({plan.name}, {plan.peak / GIB:.2f} GiB)", enough
+        on_card = [plan for plan in plans if self._peak(plan) <= self.usable]
+        if lacks_ram and on_card:
+            plan = min(on_card, key=lambda plan: _ram_for(plan, self.host))
+            need, there = size_text(_ram_for(plan, self.host)), size_text(self.host.ram)
+            return f"{need} of system RAM would do ({plan.name}), there are {there}", 0
         return f"the smallest plan ({smallest.name}) {lacks_ram or self._lacks(smallest)}", enough
 
     def _attempts(self) -> Iterator[tuple[Config, str]]:
@@ -186,6 +199,8 @@ class _Search:
             yield with_settings(config, {"speed.cuda_graph": False}), "speed.cuda_graph = false"
         for name, value in stated(config).items():
             yield _without(config, name), f"without {name} = {json.dumps(value)}"
+        if config.adapter.kind == "full" and config.optim.name != "adamw8bit":
+            yield with_settings(config, {"optim.name": "adamw8bit"}), 'optim.name = "adamw8bit"'
         if train.pairs_per_batch > 1:
             yield with_settings(config, {"train.pairs_per_batch": 1}), "train.pairs_per_batch = 1"
         if train.accumulation > 1 and config.adapter.kind == "full":
@@ -207,6 +222,11 @@ def _no_ram(plan: Plan, host: Host) -> str:
     if plan.host > host.ram:
         return f"needs {plan.host / GIB:.1f} GiB of system RAM, there are {host.ram / GIB:.1f}"
     return ""
+
+
+def _ram_for(plan: Plan, host: Host) -> int:
+    """System RAM with which `_no_ram` would find nothing, if as large a share of it can be pinned."""
+    return max(plan.host, plan.pinned * host.ram // host.pinnable + 1)
 
 
 def _without(config: Config, name: str) -> Config:

@@ -64,6 +64,16 @@ def test_what_does_not_fit_says_what_would_and_that_fits(
     assert plan(monkeypatch, tiny_sdxl, *line.split()[:2]) == 0
 
 
+def test_previews_are_planned_for_the_folders_own_vae(
+    tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a run does: SDXL's VAE alone is more than what is left of 700 MiB."""
+    prompt = 'preview.prompts=["red square"]'
+    assert plan(monkeypatch, tiny_sdxl, "--vram", "700MiB", "--set", prompt) == 0
+    assert plan(monkeypatch, tiny_sdxl, "--vram", "560MiB", "--set", prompt) == 3
+    assert "GiB: 0.00 GiB for a plan" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("written", "card", "vram", "expected"),
     [
@@ -85,7 +95,7 @@ def test_a_plan_has_what_a_run_on_the_card_would_have(
     expected: int,
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(planner_ask, "search", lambda *args: asked.append(args))
+    monkeypatch.setattr(planner_ask, "search", lambda *args, **_: asked.append(args))
     config = tmp_path / "config.toml"
     train = {"output": "run"} | ({} if written is None else {"vram": written})
     table = {"model": {"path": str(tiny_sdxl)}, "data": {"cache": "cache"}, "train": train}
@@ -120,7 +130,7 @@ def test_a_card_that_cannot_multiply_fp8_is_refused(
 ) -> None:
     """In the words of the run; without a card one that can is assumed."""
     asked: list[Any] = []
-    monkeypatch.setattr(planner_ask, "search", lambda *args: asked.append(args))
+    monkeypatch.setattr(planner_ask, "search", lambda *args, **_: asked.append(args))
     kind = "lora" if "base" in setting else "full"
     given = ["mapo-fast", "plan", "--adapter", kind, "--set", setting, "--card", "RTX 3090"]
     monkeypatch.setattr(sys, "argv", given)

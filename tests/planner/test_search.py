@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -326,6 +327,33 @@ def test_without_graphs_is_the_first_advice(exact_budget: None) -> None:
     outcome = search(asked, REDUCED, RTX, int(0.9 * least), PLENTY)
     assert outcome.chosen is None
     assert outcome.advice.startswith("speed.cuda_graph = false would fit")
+
+
+def test_too_little_system_ram_says_how_much_would_do_and_that_does(exact_budget: None) -> None:
+    refused = search(settings(), REDUCED, RTX, GIB, Host(GIB, GIB // 2))
+    assert refused.chosen is None
+    found = re.fullmatch(r"(\S+) of system RAM would do \((.*)\), there are 1.00GiB", refused.advice)
+    assert found is not None
+    enough = parse_size(found[1], "--ram")
+    assert search(settings(), REDUCED, RTX, GIB, Host(enough, enough // 2)).chosen is not None
+    less = enough - GIB // 50
+    assert search(settings(), REDUCED, RTX, GIB, Host(less, less // 2)).chosen is None
+
+
+def test_a_stated_offload_without_system_ram_for_it_is_what_to_give_up(exact_budget: None) -> None:
+    """The plan with all on the host has no room there either; another one has."""
+    outcome = search(settings(offload={"weights": "cpu"}), REDUCED, RTX, GIB, Host(64 * GIB, 1))
+    assert outcome.chosen is None
+    assert outcome.advice.startswith('without offload.weights = "cpu" would fit')
+
+
+def test_a_stated_optimizer_with_larger_states_is_what_to_give_up(exact_budget: None) -> None:
+    config = settings(optim={"name": "adamw"}, offload={"optimizer": "gpu", "weights": "gpu"})
+    with closing(store.Tracing()) as tracing:
+        least = Family(config, {}, REDUCED, RTX, GIB, tracing).frugal().peak
+    outcome = search(config, REDUCED, RTX, int(0.9 * least), Host(64 * GIB, 1))
+    assert outcome.chosen is None
+    assert outcome.advice.startswith('optim.name = "adamw8bit" would fit')
 
 
 def _chosen(config: Config, vram: int) -> Plan:
