@@ -246,11 +246,12 @@ def _check_part(folder: SDXLFolder, component: Component) -> None:
 def _check_unet(folder: SDXLFolder) -> None:
     """That the UNet is SDXL's, and that it takes the VAE's latents and nothing else."""
     unet = folder.config("unet")
-    if unet.get("_class_name") != "UNet2DConditionModel" or unet.get("addition_embed_type") != "text_time":
-        raise UserError(
-            f"{folder.root} is not an SDXL pipeline: unet/config.json has addition_embed_type = "
-            f"{unet.get('addition_embed_type')!r}, SDXL has 'text_time'"
-        )
+    for name, value in (("_class_name", "UNet2DConditionModel"), ("addition_embed_type", "text_time")):
+        if unet.get(name) != value:
+            raise UserError(
+                f"{folder.root} is not an SDXL pipeline: unet/config.json has {name} = {unet.get(name)!r}, "
+                f"SDXL has {value!r}"
+            )
     channels, latent = unet.get("in_channels"), folder.config("vae")["latent_channels"]
     if channels == 2 * latent + 1:
         raise UserError(

@@ -126,6 +126,12 @@ def test_vae_of_another_number_of_channels(model: Path) -> None:
     assert f"{model / 'vae'} have 16" in text
 
 
+def test_another_kind_of_model_is_named(model: Path) -> None:
+    edit(model / "unet" / "config.json", _class_name="SD3Transformer2DModel")
+    text = refusal(lambda: open_sdxl(model))
+    assert "_class_name = 'SD3Transformer2DModel', SDXL has 'UNet2DConditionModel'" in text
+
+
 def test_inpainting_unet(model: Path) -> None:
     edit(model / "unet" / "config.json", in_channels=9)
     assert "is an inpainting UNet (9 input channels" in refusal(lambda: open_sdxl(model))

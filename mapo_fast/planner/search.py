@@ -226,7 +226,7 @@ def _no_ram(plan: Plan, host: Host) -> str:
 
 def _ram_for(plan: Plan, host: Host) -> int:
     """System RAM with which `_no_ram` would find nothing, if as large a share of it can be pinned."""
-    return max(plan.host, plan.pinned * host.ram // host.pinnable + 1)
+    return max(plan.host, plan.pinned * host.ram // max(1, host.pinnable) + 1)
 
 
 def _without(config: Config, name: str) -> Config:
