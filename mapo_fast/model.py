@@ -177,7 +177,11 @@ def weights_digest(path: Path) -> str:
 
 
 def open_sdxl(
-    path: Path, vae: Path | None = None, scheduler_overrides: dict[str, Any] | None = None
+    path: Path,
+    vae: Path | None = None,
+    scheduler_overrides: dict[str, Any] | None = None,
+    *,
+    weights: bool = True,
 ) -> SDXLFolder:
     """Check that `path` is a diffusers SDXL pipeline folder; nothing is loaded.
 
@@ -185,6 +189,7 @@ def open_sdxl(
         path: the pipeline folder.
         vae: another VAE folder.
         scheduler_overrides: settings that replace those of the scheduler config.
+        weights: False where the configs are enough: files of weights and vocabularies may then be missing.
 
     Raises:
         UserError: naming the missing or wrong part.
@@ -207,25 +212,25 @@ def open_sdxl(
         if component == "vae" and vae is not None:
             with _readable("model.vae", vae):
                 try:
-                    _check_part(folder, "vae")
+                    _check_part(folder, "vae", weights)
                 except UserError as error:
                     raise UserError(f"model.vae cannot be used: {error}") from None
         else:
             with _readable("model.path", path):
-                _check_part(folder, component)  # type: ignore[arg-type]
+                _check_part(folder, component, weights)  # type: ignore[arg-type]
     _check_unet(folder)
     return folder
 
 
-def _check_part(folder: SDXLFolder, component: Component) -> None:
-    """One component's config, and its weights or vocabulary."""
+def _check_part(folder: SDXLFolder, component: Component, weights: bool) -> None:
+    """One component's config, and with `weights` its weights or vocabulary."""
     part = folder.path(component)
     if not (part / _CONFIGS[component]).is_file():
         raise UserError(f"{folder.root} is not an SDXL pipeline: {part / _CONFIGS[component]} is missing")
     where, config = part / _CONFIGS[component], folder.config(component)
-    if component in _WEIGHTS:
+    if component in _WEIGHTS and weights:
         _weight_files(part, _WEIGHTS[component])
-    elif component != "scheduler" and not (part / "tokenizer.json").is_file():
+    elif weights and component != "scheduler" and not (part / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             if not (part / name).is_file():
                 raise UserError(f"{part} is no complete tokenizer: {part / name} is missing")

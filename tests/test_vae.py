@@ -69,7 +69,7 @@ def image() -> Any:
     return world.random_drawing(random.Random(3)).image()
 
 
-def test_tiles_are_smaller_and_nearly_the_same() -> None:
+def test_tiles_are_smaller_and_what_they_change_is_told() -> None:
     """The demo's trained VAE, an image of 2 × 2 tiles and their overlaps."""
     folder = open_sdxl(TINY)
     whole = LatentEncoder(folder, "fp32", CPU)

@@ -117,12 +117,15 @@ def find_card(name: str) -> Card:
     One that is made with several sizes has the size of its name, and the rates of the one that is known.
 
     Raises:
-        UserError: unknown, with the nearest names.
+        UserError: unknown, with the nearest names; or a laptop's without its memory, of which the desktop's
+            of that name has more.
     """
+    size = re.search(r"(\d+)\s*gi?b", name.lower())
+    if re.search(r"laptop|mobile|max-q", name.lower()) and size is None:
+        raise UserError(f'--card {name!r}: say how much memory the laptop\'s has, as in "{name} 6GB"')
     for memory in (True, False):
         for card in CARDS:
             if _plain(card.name, memory) == _plain(name, memory):
-                size = re.search(r"(\d+)\s*gi?b", name.lower())
                 return card if memory or size is None else card._replace(gib=int(size[1]))
     known = {_plain(card.name, False): card.name for card in CARDS}
     near = difflib.get_close_matches(_plain(name, False), known, n=3, cutoff=0.5)
@@ -169,5 +172,5 @@ def _plain(name: str, memory: bool) -> str:
     """The name's telling words, with or without that of the memory's size."""
     text = re.sub(r"(\d+)\s*gi?b", r" \1gb", name.lower().replace("rtx", " "))
     words = re.findall(r"[a-z0-9]+", text)
-    dull = r"nvidia|geforce|rtx|laptop|gpu|pcie|sxm\d*|hbm\d*e?" + ("" if memory else r"|\d+gb")
+    dull = r"nvidia|geforce|rtx|laptop|mobile|max|q|gpu|pcie|sxm\d*|hbm\d*e?" + ("" if memory else r"|\d+gb")
     return "".join(word for word in words if not re.fullmatch(dull, word))

@@ -29,7 +29,7 @@ SDXL_UNET: dict[str, Any] = {
 
 
 def parts_of(model: str, vae: Path | None) -> tuple[dict[str, Any], Vae]:
-    """The UNet's config and the VAE of "sdxl", or of a diffusers pipeline folder.
+    """The UNet's config and the VAE of "sdxl", or of a diffusers pipeline folder, which needs no weights.
 
     Args:
         vae: a folder to take the VAE from instead.
@@ -40,7 +40,7 @@ def parts_of(model: str, vae: Path | None) -> tuple[dict[str, Any], Vae]:
     if model.lower() == "sdxl":
         return SDXL_UNET, SDXL_VAE
     try:
-        folder = open_sdxl(Path(model), vae)
+        folder = open_sdxl(Path(model), vae, weights=False)
         return folder.config("unet"), vae_of(folder)
     except UserError as error:
         raise UserError(f"{error}; without a folder: --model sdxl") from None

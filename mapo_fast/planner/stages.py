@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+
 from mapo_fast.config import Config
 from mapo_fast.model import SDXLFolder
 from mapo_fast.planner.cards import GIB
@@ -35,10 +37,12 @@ SDXL_VAE = Vae({"block_out_channels": [128, 256, 512, 512]}, FP32 * 83_653_863)
 
 
 def vae_of(folder: SDXLFolder) -> Vae:
-    """The VAE of a pipeline folder, by its files."""
-    files = folder.weight_files("vae")
-    nbytes = sum(file.stat().st_size * (2 if ".fp16." in file.name else 1) for file in files)
-    return Vae(folder.config("vae"), nbytes)
+    """The VAE of a pipeline folder, by its config."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae: Any = AutoencoderKL.from_config(folder.config("vae"))
+    return Vae(folder.config("vae"), FP32 * sum(p.numel() for p in vae.parameters()))
 
 
 def preparing(config: Config, vae: Vae) -> int:

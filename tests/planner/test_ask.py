@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,18 @@ def test_a_plan_as_text_as_json_and_as_a_picture(
     assert sum(n for name, n in found["plan"]["device"].items() if name != "host") == found["plan"]["peak"]
     assert f"\n{found['plan']['name']}\n" in text
     assert all(other["reason"] for other in found["others"])
+
+
+def test_a_folder_of_configs_is_enough(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heavy = shutil.ignore_patterns("*.safetensors", "vocab.json", "merges.txt", "tokenizer.json")
+    shutil.copytree(tiny_sdxl, tmp_path / "configs", ignore=heavy)
+    texts = []
+    for model in (tiny_sdxl, tmp_path / "configs"):
+        assert plan(monkeypatch, model, "--card", "RTX 3060") == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
 
 
 def test_what_does_not_fit_says_what_would_and_that_fits(

@@ -71,6 +71,11 @@ def test_memory_tells_cards_of_one_name_apart_and_super_is_another() -> None:
     assert find_card("4060 Ti").name == "RTX 4060 Ti 16GB"
     assert [find_card(f"RTX 4060 Ti{size}").gib for size in ("", " 16GB", " 8 GB")] == [16, 16, 8]
     assert find_card("NVIDIA H100 80GB HBM3").gib == 80
+    assert find_card("NVIDIA GeForce RTX 3060 Laptop GPU 6GB").gib == 6
+    with pytest.raises(
+        UserError, match=r'say how much memory the laptop.s has, as in "RTX 3060 Laptop GPU 6GB"'
+    ):
+        find_card("RTX 3060 Laptop GPU")
     with pytest.raises(UserError):
         find_card("NVIDIA GeForce RTX 4070 Ti SUPER")
 
