@@ -114,6 +114,7 @@ def test_prepare_says_what_tiling_changes(
     [
         ({"batch_size": 4}, "4 image(s) at once: set data.batch_size = 1, or close"),
         ({"vae_tiling": True}, "1 image(s) at once: close what else uses the GPU"),
+        ({"resolution": 1024}, "set data.vae_tiling = true and another data.cache, as tiles change"),
     ],
 )
 def test_a_gpu_too_small_for_images_is_told_what_to_do(

@@ -283,11 +283,13 @@ class Preparation:
 
     def _too_large(self) -> str:
         """What to do where encoding images runs out of the GPU's memory."""
-        less = next(map(setting_text, encoding_with_less(self.data)), "")
-        hide = "close what else uses the GPU, or hide it (CUDA_VISIBLE_DEVICES=) to encode on the CPU"
+        less = next(iter(encoding_with_less(self.data)), {})
+        elsewhere = " and another data.cache, as tiles change the latents" if "vae_tiling" in less else ""
+        change = f"set {setting_text(less)}{elsewhere}, or " if less else ""
         return (
-            f"out of GPU memory while encoding {self.data.batch_size} image(s) at once: "
-            f"{f'set {less}, or ' if less else ''}{hide}; what has been encoded stays"
+            f"out of GPU memory while encoding {self.data.batch_size} image(s) at once: {change}close what "
+            "else uses the GPU, or hide it (CUDA_VISIBLE_DEVICES=) to encode on the CPU; what has been "
+            "encoded stays"
         )
 
     def _report_tiling(self, encoder: LatentEncoder, jobs: list[ImageJob]) -> None:
