@@ -57,14 +57,15 @@ def cases() -> list[Case]:
 
 
 def run(deadline: float) -> int:
-    """Measure what is missing until the time is up; the number of cases that failed."""
+    """Measure what is missing until the time is up; the number of cases that fail or did before."""
     stamp = environment()
-    done = {
-        Case(row["provider"], row["kind"], row["pairs"], row["checkpointing"])
+    mine = [
+        row
         for row in rows()
         if (row["environment"]["gpu"], row["environment"]["commit"]) == (stamp["gpu"], stamp["commit"])
-    }
-    failed = 0
+    ]
+    done = {Case(row["provider"], row["kind"], row["pairs"], row["checkpointing"]) for row in mine}
+    failed = sum(map(_failed, mine))
     for case in cases():
         if case in done:
             continue
@@ -84,8 +85,13 @@ def run(deadline: float) -> int:
         else:
             print(result.stderr[-4000:], file=sys.stderr)
             row["error"] = (result.stderr.strip().splitlines() or ["no message"])[-1]
-            failed += "out of memory" not in row["error"]  # that is a result
+        failed += _failed(row)
         print(json.dumps(row), flush=True)
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row | {"environment": stamp}) + "\n")
     return failed
+
+
+def _failed(row: dict[str, Any]) -> bool:
+    """Whether a row is of a case that failed; running out of memory is a result."""
+    return "out of memory" not in row.get("error", "out of memory")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_check, ops, plot
+from bench import gpu_check, gpu_step, ops, plot
 from bench.cases import CASES, New, cases, differentiable, least_bytes, tensors
 from bench.dispatch import Untouched
 
@@ -121,6 +121,25 @@ def test_a_provider_that_fails_costs_nobody_else_a_row(
     assert captured.out.splitlines()[0].endswith(" ours         -         another version")
     assert " eager " in captured.out
     assert "takes other arguments" in captured.err
+
+
+@pytest.mark.parametrize(("error", "failed"), [("out of memory", 0), ("another version", 1)])
+def test_what_failed_before_a_run_went_on_is_not_forgotten(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: str, failed: int
+) -> None:
+    stamp = {"gpu": "H100", "commit": "abc"}
+    for module in (ops, gpu_step):
+        monkeypatch.setattr(module, "environment", lambda: stamp)
+    row: dict[str, Any] = {"error": error, "environment": stamp}
+    step = row | {"provider": "released", "kind": "full", "pairs": 4, "checkpointing": False}
+    monkeypatch.setattr(gpu_step, "rows", lambda: [step])
+    monkeypatch.setattr(gpu_step, "cases", lambda: [gpu_step.Case("released", "full", 4, False)])
+    assert gpu_step.run(float("inf")) == failed
+    (case,) = cases("geglu", "try")
+    names = zip(("op", "shape", "dtype", "provider"), (*case.key, "ours"), strict=True)
+    (tmp_path / "o.jsonl").write_text(json.dumps(row | dict(names)) + "\n")
+    far = float("inf")
+    assert ops.run("geglu", "cpu", tested=True, deadline=far, results=tmp_path / "o.jsonl") == failed
 
 
 def test_files_with_gpu_tests_are_found() -> None:
