@@ -162,7 +162,11 @@ def run_demo(
         "seconds_by_stage": stages,
         "seed": seed,
         "settings": asdict(size)
-        | {"guidance": score.GUIDANCE, "threads": torch.get_num_threads()}
+        | {
+            "steps": configs[objective].train.steps,
+            "guidance": score.GUIDANCE,
+            "threads": torch.get_num_threads(),
+        }
         | ({"set": list(overrides)} if overrides else {}),
         "versions": {
             "mapo_fast": mapo_fast.__version__,

@@ -134,9 +134,10 @@ def test_it_runs_with_every_objective(tmp_path: Path, objective: str) -> None:
 
 def test_it_runs_under_another_plan(tmp_path: Path) -> None:
     plan = next(plan for name, _, _, plan in ROWS if "nf4" in name)  # tests/test_plans.py trains under all
-    sets = [*of_plan(plan), "train.steps=1", "optim.warmup_steps=0"]
+    sets = [*of_plan(plan), f"train.steps={TINY.steps + 1}", "optim.warmup_steps=0"]
     result = run_demo(tmp_path / "out", console=Console(quiet=True), size=TINY, overrides=sets)
     assert result["settings"]["set"] == sets
+    assert result["settings"]["steps"] == TINY.steps + 1
     made = recorded_settings(tmp_path / "out" / "mapo")
     assert made is not None
     for name, value in plan.items():
