@@ -201,7 +201,7 @@ def _configs(
     fixed = [o for o in overrides if o.split("=")[0].strip() in ("train.output", "objective.name")]
     if fixed:
         raise UserError(f"--set {fixed[0]}: use --out and --objective")
-    own = [override for override in overrides if not override.startswith("objective.")]
+    own = [override for override in overrides if not override.strip().startswith("objective.")]
     return {
         name: load_config(_write_config(out, name, seed, size, sets), sets)
         for name, sets in ((objective, list(overrides)), ("sft", own))

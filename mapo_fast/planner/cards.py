@@ -121,11 +121,15 @@ def find_card(name: str) -> Card:
             of that name has more.
     """
     size = re.search(r"(\d+)\s*gi?b", name.lower())
-    if re.search(r"laptop|mobile|max-q", name.lower()) and size is None:
+    laptop = re.search(r"laptop|mobile|max-q", name.lower())
+    if laptop and size is None:
         raise UserError(f'--card {name!r}: say how much memory the laptop\'s has, as in "{name} 6GB"')
     for memory in (True, False):
         for card in CARDS:
             if _plain(card.name, memory) == _plain(name, memory):
+                if laptop:
+                    source = f"{card.rates.source}, the desktop's: a laptop's is slower"
+                    card = card._replace(rates=card.rates._replace(source=source))
                 return card if memory or size is None else card._replace(gib=int(size[1]))
     known = {_plain(card.name, False): card.name for card in CARDS}
     near = difflib.get_close_matches(_plain(name, False), known, n=3, cutoff=0.5)

@@ -71,7 +71,9 @@ def test_memory_tells_cards_of_one_name_apart_and_super_is_another() -> None:
     assert find_card("4060 Ti").name == "RTX 4060 Ti 16GB"
     assert [find_card(f"RTX 4060 Ti{size}").gib for size in ("", " 16GB", " 8 GB")] == [16, 16, 8]
     assert find_card("NVIDIA H100 80GB HBM3").gib == 80
-    assert find_card("NVIDIA GeForce RTX 3060 Laptop GPU 6GB").gib == 6
+    laptop = find_card("NVIDIA GeForce RTX 3060 Laptop GPU 6GB")
+    assert laptop.gib == 6
+    assert laptop.rates.source.endswith("a laptop's is slower")
     with pytest.raises(
         UserError, match=r'say how much memory the laptop.s has, as in "RTX 3060 Laptop GPU 6GB"'
     ):
