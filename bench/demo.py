@@ -38,7 +38,7 @@ STEPS = {"train.steps": 150}
 LORA = {"optim.lr": 1.5e-4}
 """A LoRA on the attention layers alone moves less with the learning rate of all weights."""
 NF4 = {"train.steps": 125}
-"""The start model in nf4 is another model, whose margins grow twice as fast (bench/LOG.md)."""
+"""The start model in nf4 is another model, whose margins grow several times as fast (bench/LOG.md)."""
 
 
 def accepted(result: dict[str, Any]) -> bool:

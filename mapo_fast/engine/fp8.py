@@ -70,7 +70,11 @@ def refuse_card_without_fp8(config: Config, name: str, capability: int) -> None:
 
 
 def _refusal(config: Config, name: str, capability: int) -> UserError:
-    setting, instead = _asking(config) or ("", "")
+    asking = _asking(config)
+    assert asking is not None
+    setting, instead = asking
+    if capability >= OLDEST_FP8_CAPABILITY:
+        return UserError(f"{setting} needs Triton on Linux, which {name} has not here: {instead}")
     return UserError(
         f"{setting} needs Triton, Linux and a GPU of compute capability 8.9 or newer (RTX 40, H100), not "
         f"{name} ({capability // 10}.{capability % 10}): {instead}"

@@ -80,4 +80,9 @@ def test_needs_a_gpu_that_multiplies_fp8(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(UserError, match=message) as caught:
             prepare_unet(make_unet("sdxl"), config, FP64, torch.device("cuda"))
         assert "\n" not in str(caught.value)
+    monkeypatch.setattr("mapo_fast.engine.fp8.card", lambda device: Card(89, 128))
+    with pytest.raises(
+        UserError, match=r"needs Triton on Linux, which .* has not here: set speed\.fp8 = false$"
+    ):
+        prepare_unet(make_unet("sdxl"), training, FP64, torch.device("cuda"))
     prepare_unet(make_unet("sdxl"), training, FP64, CPU)
