@@ -67,11 +67,11 @@ def _train(
         console.print(
             "planning memory; the first time on a machine this takes a minute or two", highlight=False
         )
-    recorded = recorded_settings(config.train.output) if resume else None
-    config, budget = planned(config, folder, device, recorded, processes)
     if device.type == "cpu":
         left_open = ON_CPU.keys() - config.speed.model_fields_set
         config = with_settings(config, {f"speed.{name}": ON_CPU[name] for name in sorted(left_open)})
+    recorded = recorded_settings(config.train.output) if resume else None
+    config, budget = planned(config, folder, device, recorded, processes)
     precision = choose_precision(config, device)
     diffusion = Diffusion(folder.scheduler_config)
     cache = _open_cache(config, folder)

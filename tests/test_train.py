@@ -506,3 +506,20 @@ def test_another_vae_goes_with_its_own_cache(tiny_sdxl: Path, tmp_path: Path) ->
     assert train(config).finished
     without = make_config(tiny_sdxl, tmp_path / "cache", tmp_path / "without", train={"steps": 1})
     assert "another VAE" in _last_message(without)
+
+
+@pytest.mark.parametrize("stated", [{}, {"fused_ops": True}])
+def test_on_the_cpu_what_runs_is_planned(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stated: dict[str, bool]
+) -> None:
+    seen: list[Config] = []
+
+    def planned(config: Config, *_: Any) -> tuple[Config, None]:
+        seen.append(config)
+        return config, None
+
+    monkeypatch.setattr("mapo_fast.train.planned", planned)
+    config = make(tmp_path / "run", speed=stated)
+    assert train(config).finished
+    speed = seen[0].speed
+    assert (speed.fused_ops, speed.prefetch) == (bool(stated), False)
