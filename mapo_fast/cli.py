@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-from mapo_fast.errors import UserError
+from mapo_fast.errors import UserError, printable
 
 try:
     import typer
@@ -167,8 +167,8 @@ def main() -> None:
         if not _main():  # once the first process has ended, its launcher ends this one
             time.sleep(_PATIENCE)
         if not error.reported:
-            print(f"mapo-fast: {error}", file=sys.stderr)
-        sys.exit(2)
+            print(f"mapo-fast: {printable(str(error))}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

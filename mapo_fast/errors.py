@@ -1,11 +1,27 @@
-"""The one error a user's mistake may raise: a single line that names what is wrong and how to mend it."""
+"""The errors that become one line: what is wrong, where, and how to fix it."""
 
 
 class UserError(Exception):
     """A mistake in a config, a file or a combination of settings.
 
-    The command line prints the message without a stack trace and exits with code 2.
+    The command line prints the message without a stack trace and exits with `exit_code`.
     """
 
+    exit_code = 2
     reported = False
     """Whether another process prints it."""
+
+
+class MachineError(UserError):
+    """The machine failed, not the input: a full disk, an I/O error, too many open files."""
+
+    exit_code = 1
+
+
+def printable(text: str) -> str:
+    """The text on one line, with nothing in it that a terminal would act on.
+
+    Names of files, columns and splits come from outside: line breaks, escape sequences, direction marks and
+    lone surrogates in them are written as Python escapes.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: hashing, atomic writes, one-line errors for a full disk."""
+"""Reading and writing files: bounded reads, writes that are whole or absent, and one line for every refusal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mapo_fast.errors import UserError
+from mapo_fast.errors import MachineError, UserError
 
 
 def sha256_file(path: Path) -> str:
@@ -43,7 +44,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     On any error the temporary file is removed and whatever stood at `path` stays.
 
     Raises:
-        UserError: the disk is full or not writable.
+        UserError: as `disk_errors`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -58,37 +59,108 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses while writing `path` into one `UserError`."""
+    """Turn whatever the file system refuses while writing `path` into one error.
+
+    Raises:
+        MachineError: the disk is full, I/O failed or the machine ran out of something.
+        UserError: the path cannot be written: its name, its kind or its permissions.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(_FULL.format(path=path)) from error
-        if error.errno == errno.EFBIG:
-            raise UserError(
-                f"{path} is larger than this file system or a limit of this account allows"
-            ) from error
-        if error.errno in _REFUSALS:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
-        raise
+        raise os_error(error, f"write {path}") from error
     except Exception as error:
         # safetensors reports a full disk as its own error type, with the system's text inside.
         if "No space left" in str(error) or "StorageFull" in str(error):
-            raise UserError(_FULL.format(path=path)) from error
+            raise MachineError(_FULL.format(doing=f"write {path}")) from error
         raise
 
 
-_FULL = "disk full while writing {path}: free some space and go on (train continues with --resume)"
-_REFUSALS = (
-    errno.EACCES,
-    errno.EROFS,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENOENT,
-    errno.ENAMETOOLONG,
+def os_error(error: OSError, doing: str) -> UserError:
+    """The one line for what the system refused; `doing` is a verb and a path, such as "read a/b.json"."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MachineError(_FULL.format(doing=doing))
+    at = f" ({error.filename})" if error.filename and str(error.filename) not in doing else ""
+    kind = UserError if error.errno in _INPUT else MachineError
+    return kind(f"cannot {doing}: {error.strerror or error}{at}")
+
+
+_FULL = "cannot {doing}: the disk is full; free some space and go on (train continues with --resume)"
+_INPUT = frozenset(
+    {
+        errno.EACCES,
+        errno.EEXIST,
+        errno.EINVAL,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.ENOTEMPTY,
+        errno.ENXIO,
+        errno.EPERM,
+        errno.EROFS,
+    }
 )
+"""What a path itself is to blame for; everything else is the machine's."""
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; links are followed.
+
+    A FIFO or a device neither hangs it nor fills memory.
+
+    Raises:
+        OSError: also where it is no regular file (EINVAL) or larger (EFBIG); `strerror` says so.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(handle, "rb") as file:
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, f"it is {_kind(mode)}, not a regular file", str(path))
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"it is larger than the limit of {limit:,} bytes", str(path))
+    return data
+
+
+def _kind(mode: int) -> str:
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
+    return next((name for is_kind, name in kinds if is_kind(mode)), "a device")
+
+
+JSON_BYTES = 1 << 26
+"""No JSON file that is read whole is larger: configs, records of runs, indexes."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` that fails in one way.
+
+    Raises:
+        ValueError: not UTF-8 or not JSON, a number of thousands of digits, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        MachineError: I/O failed.
+        UserError: missing, no regular file, larger than `JSON_BYTES`, not JSON, or no object.
+    """
+    try:
+        value = parse_json(read_bytes(path, JSON_BYTES))
+    except OSError as error:
+        raise os_error(error, f"read {path}") from None
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return value
 
 
 @contextmanager

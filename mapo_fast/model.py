@@ -7,7 +7,6 @@ works: the variant is found per component.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from mapo_fast.errors import UserError
-from mapo_fast.files import sha256_file
+from mapo_fast.files import parse_json, read_json, sha256_file
 
 Component = Literal["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
 
@@ -51,7 +50,7 @@ class SDXLFolder:
 
     def config(self, component: Component) -> dict[str, Any]:
         """The component's JSON config."""
-        return _read_json(self.path(component) / _CONFIGS[component])
+        return read_json(self.path(component) / _CONFIGS[component])
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
@@ -61,7 +60,7 @@ class SDXLFolder:
     @cached_property
     def zeros_for_empty_prompt(self) -> bool:
         """Whether the pipeline uses zero embeddings for the unconditional prompt (SDXL's default)."""
-        return bool(_read_json(self.root / "model_index.json").get("force_zeros_for_empty_prompt", True))
+        return bool(read_json(self.root / "model_index.json").get("force_zeros_for_empty_prompt", True))
 
     def weight_files(self, component: Component) -> list[Path]:
         """The safetensors files of a component, of the plain variant where it exists, else fp16's."""
@@ -165,7 +164,7 @@ def weights_digest(path: Path) -> str:
             header = file.read(length)
             digest.update(header)
             start = 8 + length
-            for name, entry in sorted(json.loads(header).items()):
+            for name, entry in sorted(parse_json(header).items()):
                 if name != "__metadata__":
                     begin, end = entry["data_offsets"]
                     for offset in (begin, max(begin, end - sample)):
@@ -202,7 +201,7 @@ def open_sdxl(
         if not (path / "model_index.json").is_file():
             hint = " (a single .safetensors file must be converted with diffusers first)"
             raise UserError(f"{path} is not a diffusers pipeline folder: model_index.json is missing{hint}")
-    _read_json(path / "model_index.json")
+    read_json(path / "model_index.json")
     folder = SDXLFolder(path, vae if vae is not None else path / "vae", scheduler_overrides or {})
     if vae is not None:
         with _readable("model.vae", vae):
@@ -311,7 +310,7 @@ def _weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
             return [single], variant
         index = folder / f"{stem}.safetensors.index{dotted}.json"
         if index.is_file():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
             missing = [name for name in names if not (folder / name).is_file()]
             if missing or not names:
                 raise UserError(f"{index} names missing weight files: {', '.join(missing) or 'none at all'}")
@@ -321,13 +320,3 @@ def _weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
             f"{folder} has only pickled .bin weights; convert them to safetensors (nothing is unpickled here)"
         )
     raise UserError(f"{folder} has no weights: {stem}.safetensors is missing")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return value

@@ -280,7 +280,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_ones(
         monkeypatch.setattr(checkpoint_module, "fsync", full)
     else:
         monkeypatch.setattr(Path, "rename", full)
-    with pytest.raises(UserError, match=r"disk full while writing .*step-00000002"):
+    with pytest.raises(UserError, match=r"cannot write .*step-00000002"):
         store.save(2, {"model": {"a": torch.ones(2)}}, {})
     monkeypatch.undo()
     assert steps_in(tmp_path) == ["step-00000001"]
@@ -374,7 +374,7 @@ def test_a_failed_save_keeps_the_unet_that_stands_there(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(UserError, match="disk full"):
+    with pytest.raises(UserError, match="the disk is full"):
         save_unet(unet, tmp_path / "unet")
     monkeypatch.undo()
     assert steps_in(tmp_path) == ["unet"]

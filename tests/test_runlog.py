@@ -224,7 +224,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
         log._file.close()
         monkeypatch.setattr(log, "_file", Full())
-        with pytest.raises(UserError, match=r"disk full while writing .*log\.jsonl"):
+        with pytest.raises(UserError, match=r"cannot write .*log\.jsonl"):
             log.step(1, FIGURES)
 
 
