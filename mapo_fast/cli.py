@@ -1,4 +1,8 @@
-"""The `mapo-fast` command. A user's mistake is one line on stderr and exit code 2, never a stack trace."""
+"""The `mapo-fast` command: one line on stderr for whatever ends it, never a stack trace.
+
+Exit codes: 0 done · 1 the machine failed (disk, I/O, memory) · 2 wrong input or settings · 3 no plan fits ·
+130 (Ctrl-C) and 143 (SIGTERM) stopped, and what was done is saved.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,15 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from mapo_fast.errors import UserError, printable
+from mapo_fast.console import encode_anything, say
+from mapo_fast.errors import printable
+from mapo_fast.files import one_line
 
 try:
     import typer
+    import typer.core
     from rich.console import Console
 except ImportError as missing:
     raise SystemExit(
@@ -28,7 +35,19 @@ _LIBRARIES = {
 _PATIENCE = 10.0
 """Seconds that another process of a run leaves the first one to report what is wrong for both."""
 
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; a Ctrl-C that it does not answer itself ends it with 130, not with click's 1."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -78,7 +97,7 @@ def train(
     if not main:
         return
     made = result.output / ("lora" if settings.adapter.kind == "lora" else "unet")
-    typer.echo(f"finished: {result.step} steps; result in {made}, log in {result.output / 'log.jsonl'}")
+    say(Console(), f"finished: {result.step} steps; result in {made}, log in {result.output / 'log.jsonl'}")
 
 
 @app.command()
@@ -119,7 +138,10 @@ def plan(
             card=card,
             ram=ram,
         )
-    typer.echo(report.as_json(outcome) if as_json else report.as_text(outcome))
+    if as_json:
+        typer.echo(report.as_json(outcome))
+    for line in () if as_json else report.as_text(outcome).split("\n"):
+        typer.echo(printable(line))
     if outcome.chosen is None:
         raise typer.Exit(3)
     if picture is not None:
@@ -161,9 +183,13 @@ def main() -> None:
     # Nothing here is ever fetched from a hub, and the libraries' loading bars would bury our own output.
     for name, value in _LIBRARIES.items():
         os.environ.setdefault(name, value)
+    encode_anything()
     try:
         app()
-    except UserError as error:
+    except Exception as caught:
+        error = one_line(caught)
+        if error is None:
+            raise
         if not _main():  # once the first process has ended, its launcher ends this one
             time.sleep(_PATIENCE)
         if not error.reported:

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 
 from mapo_fast import __version__
+from mapo_fast.console import say
+from mapo_fast.errors import printable
 
 _TRAIN = 'pip install "mapo_fast[train]"'
 _PACKAGES: tuple[tuple[str, str], ...] = (
@@ -54,7 +56,8 @@ def doctor(console: Any = None) -> None:
     for line in examine():
         if line.section != section:
             section = line.section
-            _show(console, f"\n{section}", style="bold")
+            _show(console, "")
+            _show(console, section, style="bold")
         _show(console, f"  {line.label + ':':<22}{line.text}")
 
 
@@ -278,9 +281,9 @@ def _first_line(error: Exception) -> str:
 
 def _show(console: Any, text: str, style: str | None = None) -> None:
     if console is None:
-        print(text)
+        print(printable(text))
     else:
-        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        say(console, text, style)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Reading and writing files: bounded reads, writes that are whole or absent, and one line for every refusal."""
+"""Reading and writing files: bounded reads, writes that are whole or absent, one line for every refusal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,25 @@ def os_error(error: OSError, doing: str) -> UserError:
     return kind(f"cannot {doing}: {error.strerror or error}{at}")
 
 
+def one_line(error: Exception) -> UserError | None:
+    """What ends the command with one line: a `UserError`, or the machine's failure where it was not foreseen.
+
+    None for every other exception: that is a mistake in the program and its trace is worth having.
+    """
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError):
+        return os_error(error, "go on")
+    first = (str(error).splitlines() or [""])[0]
+    # torch's own type is not imported for this, and on the CPU it raises a RuntimeError.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_RAM.search(first):
+        return MachineError(
+            f"out of memory{first and f': {first}'}; choose smaller settings (mapo-fast plan)"
+        )
+    return None
+
+
+_NO_RAM = re.compile("DefaultCPUAllocator: (can't allocate memory|not enough memory)")
 _FULL = "cannot {doing}: the disk is full; free some space and go on (train continues with --resume)"
 _INPUT = frozenset(
     {
@@ -114,7 +134,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
         OSError: also where it is no regular file (EINVAL) or larger (EFBIG); `strerror` says so.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(handle, "rb") as file:
+    with os.fdopen(handle, "rb") as file:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, f"it is {_kind(mode)}, not a regular file", str(path))

@@ -32,10 +32,10 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mapo_fast import __version__
+from mapo_fast.console import say
 from mapo_fast.errors import UserError
 from mapo_fast.files import atomic_path, disk_errors
 from mapo_fast.monitor import Monitor
@@ -211,9 +211,7 @@ class RunLog:
 
     def _print(self, text: str, style: str | None = None) -> None:
         if self._console is not None:
-            # One line per event in a log file; on a terminal rich wraps.
-            wrap = self._console.is_terminal
-            self._console.print(escape(text), style=style, highlight=False, soft_wrap=not wrap)
+            say(self._console, text, style, wrap=True)
 
     def _eta(self, step: int) -> str:
         done = step - self._first_step

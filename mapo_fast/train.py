@@ -16,6 +16,7 @@ import torch
 from mapo_fast.budget import planned
 from mapo_fast.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.config import ON_CPU, Config
+from mapo_fast.console import say
 from mapo_fast.data.cache import PairCache
 from mapo_fast.diffusion import Diffusion
 from mapo_fast.distributed import Processes, environment, in_processes, joined
@@ -61,12 +62,10 @@ def _train(
     if console is not None:
         why = " (torch sees no NVIDIA GPU: mapo-fast doctor)" if device.type == "cpu" else ""
         where = f"{processes.size} × {device.type}" if processes.size > 1 else str(device)
-        console.print(f"training on {where}{why}", highlight=False)
+        say(console, f"training on {where}{why}")
     folder = open_sdxl(config.model.path, config.model.vae, scheduler_overrides(config.train))
     if console is not None and (device.type == "cuda" or config.train.vram is not None):
-        console.print(
-            "planning memory; the first time on a machine this takes a minute or two", highlight=False
-        )
+        say(console, "planning memory; the first time on a machine this takes a minute or two")
     if device.type == "cpu":
         left_open = ON_CPU.keys() - config.speed.model_fields_set
         config = with_settings(config, {f"speed.{name}": ON_CPU[name] for name in sorted(left_open)})

@@ -34,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from mapo_fast.config import Config
+from mapo_fast.console import say
 from mapo_fast.data import shards
 from mapo_fast.data.buckets import Size, choose_bucket, fit, make_buckets, time_ids
 from mapo_fast.data.cache import (
@@ -140,12 +141,12 @@ def prepare(config: Config, *, console: Console | None = None) -> PrepareSummary
     with disk_errors(data.cache):
         _check_claim(data.cache, settings)
     if source.note:
-        _say(console, source.note)
+        say(console, source.note)
     identity = source.identity()
 
     done = read_index(data.cache)
     if done and done["source"] == identity and done["held_out"] == data.held_out and _whole(data.cache, done):
-        _say(console, f"{data.cache} is complete already: {done['pairs']} pairs, nothing to do")
+        say(console, f"{data.cache} is complete already: {done['pairs']} pairs, nothing to do")
         return _summary(done, time.perf_counter() - started)
 
     with disk_errors(data.cache):
@@ -246,7 +247,7 @@ class Preparation:
         new = sum(key not in self.families["text2"] for key in prompts)
         need = int(1.01 * (latents + new * self._prompt_bytes())) + 2**20
         free = shutil.disk_usage(self.cache).free
-        _say(
+        say(
             self.console,
             f"disk need: {_size(need)} = {len(jobs)} images ({_size(latents)}) + {new} prompts × "
             f"{_size(self._prompt_bytes())}; free: {_size(free)}",
@@ -297,7 +298,7 @@ class Preparation:
         large = [job for job in jobs if max(job.bucket) > TILE][:1]
         for _, image in images(large, self.source):
             error = encoder.tiling_error(image)
-            _say(self.console, f"data.vae_tiling changes latents by {error:.2%} (first image)")
+            say(self.console, f"data.vae_tiling changes latents by {error:.2%} (first image)")
 
     def _encode_prompts(self, prompts: dict[bytes, str]) -> None:
         prompts = {EMPTY: "", **prompts}
@@ -311,7 +312,7 @@ class Preparation:
             except torch.OutOfMemoryError:
                 pass  # what the encoder holds goes with the error
             torch.cuda.empty_cache()
-            _say(self.console, f"text encoder {which} does not fit the GPU's free memory: on the CPU")
+            say(self.console, f"text encoder {which} does not fit the GPU's free memory: on the CPU")
             self._encode_family(which, family, prompts, torch.device("cpu"))
 
     def _encode_family(
@@ -551,7 +552,7 @@ def _summary(index: dict[str, Any], seconds: float) -> PrepareSummary:
 
 
 def _report(summary: PrepareSummary, cache: Path, console: Console) -> None:
-    _say(
+    say(
         console,
         f"{cache}: {summary.train} {'pairs' if summary.paired else 'labelled images'} for training, "
         f"{summary.held_out} held out; {summary.images} images "
@@ -560,14 +561,9 @@ def _report(summary: PrepareSummary, cache: Path, console: Console) -> None:
         f"{summary.nan_retries} latents encoded again in fp32; {summary.seconds:.0f} s",
     )
     for reason, count in summary.skipped.items():
-        _say(console, f"  skipped: {count} × {reason}")
+        say(console, f"  skipped: {count} × {reason}")
     for warning in summary.warnings:
-        _say(console, f"warning: {warning}", style="yellow")
-
-
-def _say(console: Console, text: str, style: str | None = None) -> None:
-    """Print text as it is: a path in brackets is no markup."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"warning: {warning}", style="yellow")
 
 
 def _reasons(skipped: Iterable[SkippedRow]) -> dict[str, int]:

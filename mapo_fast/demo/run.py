@@ -26,6 +26,7 @@ from rich.table import Table
 
 import mapo_fast
 from mapo_fast.config import Config, load_config
+from mapo_fast.console import say
 from mapo_fast.data.prepare import prepare
 from mapo_fast.demo import report, score, world
 from mapo_fast.errors import UserError
@@ -257,7 +258,7 @@ def _sample_all(
     for model, title in names.items():
         unet = _load_unet(out / model, folder)
         unet = unet.to(device, memory_format=torch.channels_last)  # a fifth faster here
-        console.print(f"{title}: {len(prompts)} × {size.samples} images")
+        say(console, f"{title}: {len(prompts)} × {size.samples} images")
         for name, asked in prompts.items():
             cells[name][model] = score.sample(unet, vae, folder, asked, size.sampling_steps)
     return cells, prompts
@@ -305,7 +306,7 @@ def _print_result(console: Console, result: dict[str, Any], out: Path) -> None:
         cells = [report.percent(result, figure, model) for model in names]
         table.add_row(name, *cells)
     console.print(table)
-    console.print(f"Report: {out / 'report.html'}   ({result['seconds']:.0f} s in all)")
+    say(console, f"Report: {out / 'report.html'}   ({result['seconds']:.0f} s in all)")
     console.print("\n[bold]Next, your own pairs[/bold] (formats and settings: README.md):")
     for line in report.next_commands():
-        console.print(f"  {line}", highlight=False, soft_wrap=True)
+        say(console, f"  {line}")

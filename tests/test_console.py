@@ -1,0 +1,104 @@
+"""What reaches the terminal is text: no escape sequences, line breaks or markup from names."""
+
+from __future__ import annotations
+
+import errno
+import io
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from mapo_fast import cli
+from mapo_fast.console import encode_anything, say
+from mapo_fast.data.prepare import prepare
+from mapo_fast.errors import printable
+from mapo_fast.runlog import RunLog
+from tests.data.sources import config, png
+
+HOSTILE = "\x1b[2J\x1b]0;pwned\x07 [bold red]x[/] [link=a]\nmapo-fast: all is well\r\x9b31m\u202e\u2028\ud800"
+
+
+def test_hostile_text_is_one_printable_line() -> None:
+    line = printable(HOSTILE)
+    assert line.isprintable()
+    assert line.startswith(r"\x1b[2J\x1b]0;pwned\x07 [bold red]x[/]")
+    assert printable("größe 図 🙂 a\\b") == "größe 図 🙂 a\\b"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_said_is_not_acted_on(terminal: bool) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=400)
+    say(console, HOSTILE)
+    assert console.file.getvalue() == printable(HOSTILE) + "\n"  # type: ignore[attr-defined]
+
+
+def test_a_warning_of_a_run_is_printed_as_it_is(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=400)
+    with RunLog(tmp_path / "run", 2, console) as log:
+        log.warning(0, HOSTILE)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert said == f"warning at step 0: {printable(HOSTILE)}\n"
+
+
+def test_names_of_splits_are_said_on_one_line(tmp_path: Path, tiny_sdxl: Path) -> None:
+    rows = [{"prompt": "a red thing", "chosen": png(0), "rejected": png(1)}]
+    for name in ("train-00000-of-00001", "\x1b[31mx[red]y-00000-of-00001"):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    prepare(config(tiny_sdxl, tmp_path, tmp_path.parent / "cache"), console=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert r"has the splits \x1b[31mx[red]y, train; train is used" in said
+
+
+def test_a_character_that_the_output_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", output)
+    encode_anything()
+    print("图/run")
+    output.flush()
+    assert output.buffer.getvalue().rstrip() == rb"\u56fe/run"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(errno.EIO, "Input/output error", "a/\x1b[31mb"), 1, r"a/\x1b[31mb"),
+        (OSError(errno.EMFILE, "Too many open files"), 1, "Too many open files"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "x"), 2, "(x)"),
+        (MemoryError(), 1, "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 1, "you tried"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_whatever_the_machine_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    said: str,
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mapo_fast.config.load_config", fail)
+    monkeypatch.setattr(sys, "argv", ["mapo-fast", "prepare", "c.toml"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == code
+    out = capsys.readouterr().err
+    assert said in out
+    assert out.count("\n") == 1
+
+
+def test_a_mistake_in_the_program_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("mapo_fast.config.load_config", fail)
+    monkeypatch.setattr(sys, "argv", ["mapo-fast", "prepare", "c.toml"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main()
