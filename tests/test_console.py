@@ -70,7 +70,7 @@ def test_a_character_that_the_output_lacks_is_escaped(monkeypatch: pytest.Monkey
         (OSError(errno.EMFILE, "Too many open files"), 1, "Too many open files"),
         (OSError(errno.ELOOP, "Too many levels of symbolic links", "x"), 2, "(x)"),
         (MemoryError(), 1, "out of memory"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 1, "you tried"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you ask"), 1, "you ask"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
