@@ -10,21 +10,29 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mapo_fast.combinations import NAMES, completed
 from mapo_fast.errors import UserError
+from mapo_fast.files import os_error, read_bytes
 from mapo_kernels.objectives import OBJECTIVES, Objective
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+_CONFIG_BYTES = 2**20
+_EVERY = 10**9
+"""Of settings that say how often: more than any run has steps, for people who write «never» so."""
 
 
 class Section(BaseModel):
@@ -52,7 +60,7 @@ class DataConfig(Section):
     """Folder of the cache that `prepare` writes and `train` reads."""
     resolution: int = Field(1024, ge=16, le=4096, multiple_of=8)
     """Side in pixels of the square whose area every aspect bucket keeps."""
-    bucket_step: int = Field(64, ge=8, multiple_of=8)
+    bucket_step: int = Field(64, ge=8, le=4096, multiple_of=8)
     """Bucket sides are multiples of this many pixels."""
     max_crop: float = Field(0.2, ge=0.0, lt=1.0)
     """A pair that would lose more than this share of an image's area to cropping is skipped and listed."""
@@ -72,7 +80,7 @@ class DataConfig(Section):
     vae_tiling: bool = False
     """Encode images larger than 512 × 512 pixels in overlapping tiles. That takes a quarter of the memory at
     1024² and changes latents, `prepare` says by how much: keep it off where one image fits."""
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, le=1024)
     """Images per VAE call; at 1024² in fp32 each one needs 2.5 GiB."""
 
 
@@ -165,9 +173,9 @@ class AdapterConfig(Section):
 
     kind: Literal["full", "lora"] = "lora"
     """`full` trains every UNet weight; `lora` trains low-rank factors beside a frozen UNet."""
-    rank: int = Field(16, ge=1)
-    """LoRA rank r."""
-    alpha: float | None = Field(None, gt=0.0)
+    rank: int = Field(16, ge=1, le=2048)
+    """LoRA rank r. SDXL's widest layers are whole at 1280: more adds memory and nothing else."""
+    alpha: float | None = Field(None, gt=0.0, le=1e6)
     """LoRA scale is alpha / rank; None means alpha = rank."""
     targets: tuple[str, ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
     """Names (suffixes) of the UNet layers that get an adapter."""
@@ -188,15 +196,15 @@ class OptimConfig(Section):
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the two moments."""
-    eps: float = Field(1e-8, gt=0.0)
+    eps: float = Field(1e-8, gt=0.0, le=1.0)
     """Added to the root of the second moment."""
-    weight_decay: float = Field(1e-2, ge=0.0)
+    weight_decay: float = Field(1e-2, ge=0.0, le=1e6)
     """Decoupled weight decay."""
     schedule: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = "constant_with_warmup"
     """A schedule of diffusers' `get_scheduler`."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=10**7)
     """Optimizer steps of linear warm-up."""
     max_grad_norm: float = Field(1.0, ge=0.0)
     """Global gradient-norm clip; 0 switches clipping off (the norm is still logged). With train.fused_step
@@ -209,6 +217,11 @@ class OptimConfig(Section):
     def _ranges(self) -> OptimConfig:
         if not all(0.0 <= b < 1.0 for b in self.betas):
             raise ValueError("betas must both be in [0, 1)")
+        if self.lr * self.weight_decay >= 1.0:
+            raise ValueError(
+                f"lr * weight_decay = {self.lr * self.weight_decay:g} must be below 1: it is the share that "
+                "a step takes off every weight"
+            )
         if self.schedule == "polynomial" and self.lr <= 1e-7:
             raise ValueError("schedule = 'polynomial' ends at 1e-7: lr must be above it, or use 'cosine'")
         return self
@@ -219,11 +232,11 @@ class TrainConfig(Section):
 
     output: Path
     """Folder of the run: checkpoints, logs, previews, and the final model or adapter."""
-    steps: int = Field(1000, ge=1, le=10**9)
-    """Optimizer steps."""
-    pairs_per_batch: int = Field(1, ge=1)
+    steps: int = Field(1000, ge=1, le=10**7)
+    """Optimizer steps. Ten million of one second each are four months."""
+    pairs_per_batch: int = Field(1, ge=1, le=1024)
     """Pairs in one micro-batch (two images each); `kto` takes two single images for a pair."""
-    accumulation: int = Field(1, ge=1)
+    accumulation: int = Field(1, ge=1, le=2**16)
     """Micro-batches per optimizer step."""
     precision: Literal["fp32", "bf16", "fp16", "pure_bf16"] = "bf16"
     """`bf16`: bf16 arithmetic with fp32 trainable weights; `fp16`: the same with a gradient scaler, LoRA
@@ -262,22 +275,22 @@ class TrainConfig(Section):
     """Rescale betas to zero terminal SNR; `auto` reads the scheduler config."""
     caption_dropout: float = Field(0.0, ge=0.0, le=1.0)
     """Chance that a pair's prompt is dropped, for both halves together."""
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(10, ge=1, le=_EVERY)
     """Optimizer steps between log lines. The host waits for the GPU only there; `paged_adamw8bit` makes it
     wait once a step."""
-    checkpoint_every: int = Field(500, ge=0)
+    checkpoint_every: int = Field(500, ge=0, le=_EVERY)
     """Optimizer steps between checkpoints; 0 writes one at the end only."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, le=_EVERY)
     """Checkpoints kept."""
-    evaluate_every: int = Field(100, ge=0)
+    evaluate_every: int = Field(100, ge=0, le=_EVERY)
     """Optimizer steps between held-out evaluations; 0 evaluates at step 0 and at the end only."""
-    evaluate_pairs: int = Field(64, ge=1)
-    """Held-out pairs used, at most."""
-    evaluate_draws: int = Field(8, ge=8)
-    """Stratified timesteps per held-out pair, each with a fixed noise."""
-    max_skipped_steps: int = Field(10, ge=0)
+    evaluate_pairs: int = Field(64, ge=1, le=8192)
+    """Held-out pairs used, at most. Two predictions of each stay in memory, 0.5 MiB at 1024²."""
+    evaluate_draws: int = Field(8, ge=8, le=1000)
+    """Stratified timesteps per held-out pair, each with a fixed noise. A schedule has 1000 of them."""
+    max_skipped_steps: int = Field(10, ge=0, le=_EVERY)
     """More non-finite steps in a row than this stop the run; each one is skipped and counted."""
-    wandb: str | None = None
+    wandb: str | None = Field(None, max_length=128, pattern=r"^[^\x00-\x1f/\\#?%:]+$")
     """Weights & Biases project that mirrors the TensorBoard figures; needs the `wandb` extra."""
 
 
@@ -329,14 +342,22 @@ class PreviewConfig(Section):
 
     prompts: tuple[str, ...] = ()
     """Prompts to sample; empty switches previews off."""
-    every: int = Field(500, ge=0)
+    every: int = Field(500, ge=0, le=_EVERY)
     """Optimizer steps between previews; 0 samples at the start and the end only."""
     seed: int = Field(0, ge=0, lt=2**62)
     """Seed of the first prompt's start noise; prompt i uses seed + i."""
-    steps: int = Field(25, ge=1)
-    """Denoising steps."""
-    guidance: float = Field(5.0, ge=0.0)
+    steps: int = Field(25, ge=1, le=1000)
+    """Denoising steps; a schedule has 1000."""
+    guidance: float = Field(5.0, ge=0.0, le=1000.0)
     """Classifier-free guidance scale."""
+
+
+_LARGEST = 1e9
+"""Of an objective's settings; the largest in use are in the thousands."""
+
+
+_PRECOMPUTED = 2**28
+"""Errors of a reference that are computed before the first step: 1 GiB of RAM, and months of a GPU's time."""
 
 
 class Config(Section):
@@ -381,6 +402,10 @@ class Config(Section):
                     f"objective.{name} = {value:g} must be "
                     + (f"greater than {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}")
                 )
+            if abs(value) > _LARGEST:
+                raise ValueError(
+                    f"objective.{name} = {value:g} must be at most {_LARGEST:g}: the loss's fp32 overflows"
+                )
         if objective.name == "mapo" and objective.form == "paper" and objective.beta is None:
             raise ValueError(
                 "objective.beta must be set for objective.form = 'paper'; the paper used 8 for general "
@@ -390,6 +415,13 @@ class Config(Section):
             raise ValueError(
                 f"objective.reference = {objective.reference!r}, but objective.name = {objective.name!r} "
                 "compares with no reference model: leave it out"
+            )
+        train = self.train
+        forwards = train.steps * train.accumulation * 2 * train.pairs_per_batch
+        if self.reference == "precomputed" and forwards > _PRECOMPUTED:
+            raise ValueError(
+                f"objective.reference = 'precomputed' would compute {forwards:,} errors before the first "
+                "step and keep them in RAM: use objective.reference = 'copy', or fewer train.steps"
             )
         if objective.reference == "adapter" and self.adapter.kind == "full":
             raise ValueError(
@@ -413,30 +445,54 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         UserError: unreadable file, bad TOML, unknown key (with the nearest valid one), wrong type or range.
     """
     try:
-        with path.open("rb") as file:
-            table = tomllib.load(file)
+        table = _toml(read_bytes(path, _CONFIG_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"config file not found: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise os_error(error, f"read config file {path}") from None
+    except ValueError as error:
         raise UserError(f"config file {path} is not valid TOML: {error}") from None
-    _resolve_paths(table, path.parent)
+    for name, section, key in _split(_PATHS):
+        part = table.get(section)
+        if isinstance(part, dict) and isinstance(part.get(key), str):
+            part[key] = os.path.normpath(user_path(f"{path}: {name}", part[key], path.parent))
     for override in overrides or []:
         apply_override(table, override)
     return parse_config(table, where=str(path))
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """`tomllib.loads` that fails in one way: `ValueError`, also for what is nested too deeply."""
+    try:
+        if _DEEP_KEY.search(text):  # tomllib takes minutes for keys of tens of thousands of parts
+            raise RecursionError
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+_DEEP_KEY = re.compile(r"""(?:["'\w-]{1,64}\s?\.\s?){64}""")
 
 
 def parse_config(table: dict[str, Any], where: str = "config") -> Config:
     """Validate a nested dict of settings. Raises `UserError` as `load_config` does."""
     try:
         # Strict, as JSON: paths are strings and tuples are lists there, but true is not 1 and "2" is not 2.
-        return _complete(Config.model_validate_json(json.dumps(table, default=str), strict=True))
+        return _complete(Config.model_validate_json(json.dumps(table, default=_no_date), strict=True))
     except ValidationError as error:
         mistakes = dict.fromkeys(_explain(e) for e in error.errors()[:3])
         raise UserError(f"{where}: {'; '.join(mistakes)}") from None
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply") from None
+
+
+def _no_date(value: Any) -> Any:
+    """Paths as text. What else JSON does not hold are TOML's dates and times, which no setting is."""
+    if isinstance(value, PurePath):
+        return str(value)
+    raise ValueError(f"{value} is a date or a time here: put it in quotes where it is meant as text")
 
 
 def _complete(config: Config) -> Config:
@@ -460,14 +516,27 @@ def _split(names: Iterable[str]) -> list[tuple[str, str, str]]:
     return [(name, *name.split(".")) for name in names]  # type: ignore[misc]
 
 
-_PATHS = (("model", "path"), ("model", "vae"), ("data", "source"), ("data", "cache"), ("train", "output"))
+_PATHS = ("model.path", "model.vae", "data.source", "data.cache", "train.output")
 
 
-def _resolve_paths(table: dict[str, Any], base: Path) -> None:
-    for section, key in _PATHS:
-        part = table.get(section)
-        if isinstance(part, dict) and isinstance(part.get(key), str):
-            part[key] = os.path.normpath(base / Path(part[key]).expanduser())
+def user_path(name: str, text: str, base: Path | None = None) -> Path:
+    """A path as a person writes it, `~` included, from `base` or the working folder.
+
+    Raises:
+        UserError: no file can have it; `name` says where it stands.
+    """
+    if not text:
+        raise UserError(f"{name} is empty: name a file or folder")
+    if "\0" in text:
+        raise UserError(f"{name} = {_short(text)} has a NUL character in it, which no path can have")
+    try:
+        path = (base or Path()) / Path(text).expanduser()
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name} = {str(path)!r} is not valid UTF-8: rename the file or folder") from None
+    except RuntimeError:
+        raise UserError(f"{name} = {_short(text)}: no home folder is known for this '~'") from None
+    return path
 
 
 def apply_override(table: dict[str, Any], override: str) -> None:
@@ -476,15 +545,16 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     keys = name.strip().split(".")
     if not equals or len(keys) != 2 or not all(keys):
         raise UserError(f"--set {override}: write it as section.key=value, for instance --set optim.lr=1e-5")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string: --set objective.name=sft
+    value: Any = text.strip()  # a bare word is a string: --set objective.name=sft
+    with suppress(ValueError):
+        table_of_it = _toml(f"value = {text}")
+        if len(table_of_it) == 1:  # more is text with line breaks in it
+            value = table_of_it["value"]
     section = table.setdefault(keys[0], {})
     if not isinstance(section, dict):
         raise UserError(f"--set {override}: {keys[0]} is a value in the config file, not a section")
-    if (keys[0], keys[1]) in _PATHS and isinstance(value, str):
-        value = str(Path(value).expanduser())
+    if name.strip() in _PATHS and isinstance(value, str):
+        value = str(user_path(f"--set {name.strip()}", value))
     section[keys[1]] = value
 
 
@@ -506,14 +576,24 @@ def _explain(error: Any) -> str:
             return f"unknown key {name} (did you mean {'.'.join([*loc[:-1], near[0]])}?)"
         return f"unknown key {name} (valid: {', '.join(known)})"
     if error["type"] == "missing":
-        return f"{name} is missing"
+        few = f"{name} = {_short(error['input'])} has too few values"
+        return few if len(error["loc"]) > 2 else f"{name} is missing"
     message = _SHAPES.get(name) or error["msg"].removeprefix("Value error, ")
     if error["type"] == "multiple_of":
         step = error["ctx"]["multiple_of"]
-        message += f", such as {max(1, round(error['input'] / step)) * step}"
+        message += f", such as {max(1, error['input'] // step) * step}"
     if not name:
         return str(message)
-    return f"{name} = {error['input']!r}: {message}"
+    return f"{name} = {_short(error['input'])}: {message}"
+
+
+def _short(value: Any) -> str:
+    """As Python writes it; of a long one the beginning."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+_SHOWN = 200
 
 
 def _fields(loc: list[str]) -> dict[str, Any]:

@@ -111,6 +111,7 @@ _INPUT = frozenset(
         errno.EACCES,
         errno.EEXIST,
         errno.EINVAL,
+        errno.EILSEQ,
         errno.EISDIR,
         errno.ELOOP,
         errno.ENAMETOOLONG,
@@ -118,6 +119,7 @@ _INPUT = frozenset(
         errno.ENOTDIR,
         errno.ENOTEMPTY,
         errno.ENXIO,
+        errno.EOVERFLOW,
         errno.EPERM,
         errno.EROFS,
     }
@@ -131,16 +133,19 @@ def read_bytes(path: Path, limit: int) -> bytes:
     A FIFO or a device neither hangs it nor fills memory.
 
     Raises:
-        OSError: also where it is no regular file (EINVAL) or larger (EFBIG); `strerror` says so.
+        OSError: also where it is no regular file (EINVAL) or larger (EOVERFLOW); `strerror` says so.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(handle, "rb") as file:
+    try:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, f"it is {_kind(mode)}, not a regular file", str(path))
-        data = file.read(limit + 1)
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            data = file.read(limit + 1)
+    finally:
+        os.close(handle)
     if len(data) > limit:
-        raise OSError(errno.EFBIG, f"it is larger than the limit of {limit:,} bytes", str(path))
+        raise OSError(errno.EOVERFLOW, f"it is larger than the limit of {limit:,} bytes", str(path))
     return data
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import get_args
 
@@ -73,6 +74,34 @@ def test_overrides_replace_values_with_toml_types(tmp_path: Path) -> None:
         ("train.threads=100000000000", r"train\.threads = "),
         ("preview.seed=99999999999999999999", r"preview\.seed = "),
         ("train.seed=99999999999999999999", r"train\.seed = "),
+        ("train.steps=1000000000", r"train\.steps = 1000000000.*less than or equal to"),
+        ("train.accumulation=1000000000000", r"train\.accumulation = .*less than or equal to"),
+        ("train.pairs_per_batch=1000000", r"train\.pairs_per_batch = .*less than or equal to"),
+        ("train.evaluate_pairs=100000000", r"train\.evaluate_pairs = .*less than or equal to"),
+        ("train.evaluate_draws=1001", r"train\.evaluate_draws = .*less than or equal to"),
+        ("adapter.rank=1000000000", r"adapter\.rank = 1000000000.*less than or equal to"),
+        ("optim.warmup_steps=1000000000000", r"optim\.warmup_steps = .*less than or equal to"),
+        ("preview.steps=1001", r"preview\.steps = .*less than or equal to"),
+        ("data.batch_size=100000", r"data\.batch_size = .*less than or equal to"),
+        ("data.bucket_step=1000000", r"data\.bucket_step = .*less than or equal to"),
+        ("objective.beta=1e300", r"objective\.beta = 1e\+300 must be at most 1e\+09"),
+        ("optim.weight_decay=1e5", r"lr \* weight_decay = 1 must be below 1"),
+        (f"train.steps={'9' * 5000}", r"train\.steps = '9{100,}\.\.\.: "),
+        (f"train.steps={'9' * 4000}", r"train\.steps = 9{100,}\.\.\.: "),
+        (f"optim.lr=1{'0' * 400}", r"optim\.lr = 10{100,}\.\.\.: "),
+        (f"data.resolution={'9' * 400}", r"data\.resolution = 9{100,}\.\.\.: .* multiple of 8, such as"),
+        (f"train.steps={'[' * 1500}", r"train\.steps = '\[{100,}\.\.\.: "),
+        ("optim.betas=[0.9]", r"optim\.betas = \[0\.9\] has too few values"),
+        ("train.wandb='a/b'", r"train\.wandb = 'a/b'"),
+        (
+            "objective.name=dpo adapter.kind=full train.steps=10000000 train.accumulation=16",
+            r"'precomputed' would compute 320,000,000 errors",
+        ),
+        ("train.output=~no-such-user/run", r"train\.output = '~no-such-user/run': no home folder"),
+        ("train.output=", r"train\.output is empty"),
+        ('model.vae="a\\u0000b"', r"model\.vae = 'a\\x00b' has a NUL"),
+        ("data.source=\udcff", r"data\.source = '\\udcff' is not valid UTF-8"),
+        ("train.output=2020-01-01", r"2020-01-01 is a date"),
         ("objective.form=paper", r"objective\.beta must be set .* 8 for general"),
         ("objective.form=paper objective.name=dpo", r"form = 'paper' is of objective\.name = 'mapo'"),
         ("objective.name=ppo", r"objective\.name = 'ppo'.*'linear_dpo'"),
@@ -171,11 +200,50 @@ def test_fp16_is_for_lora_only(tmp_path: Path) -> None:
         ("[model]\npath = 'x'\n[train]\noutput = 'y'\n", "data is missing"),
         ("[model]\npath = 3\n[data]\ncache='c'\n[train]\noutput = 'y'\n", r"model\.path = 3"),
         ("model = 1\n", "model = 1"),
+        (MINIMAL.replace('"run"', '"~no-such-user/run"'), r"train\.output = '~no-such-user/run': no home"),
+        (MINIMAL.replace('"run"', '"a\\u0000b"'), r"train\.output = 'a\\x00b' has a NUL"),
+        (MINIMAL.replace('"run"', '""'), r"train\.output is empty"),
+        (MINIMAL.replace('"run"', "2020-01-01"), r"2020-01-01 is a date"),
+        (f"{MINIMAL}steps = {'9' * 5000}\n", r"config\.toml is not valid TOML: .* 5000 digits"),
+        (f"{MINIMAL}steps = {'[' * 1500}\n", r"config\.toml is not valid TOML: it is nested too deeply"),
+        (f"{MINIMAL}steps = {'{a=' * 1500}\n", r"config\.toml is not valid TOML: it is nested too deeply"),
+        (f"{MINIMAL}steps = {'[' * 300}{']' * 300}\n", r"config\.toml: .*recursion limit"),
+        (f"{MINIMAL}{'a.' * 30000}b = 1\n", r"config\.toml is not valid TOML: it is nested too deeply"),
+        (f"{MINIMAL}{'#' * 2**20}\n", r"config\.toml: it is larger than the limit of 1,048,576 bytes"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(_write(tmp_path, text))
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(MINIMAL, encoding="utf-8-sig")
+    assert load_config(path).train.output == tmp_path / "run"
+
+
+def test_a_value_with_a_line_break_sets_nothing_else(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.steps = '3\\ntrain\.foo = 4'"):
+        load_config(_write(tmp_path), ["train.steps=3\ntrain.foo = 4"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFOs and devices like these")
+def test_what_is_no_regular_file_is_named(tmp_path: Path) -> None:
+    """Without waiting for a writer, or reading for ever."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    cases = {
+        tmp_path: "it is a folder",
+        tmp_path / "fifo": "it is a FIFO",
+        Path("/dev/zero"): "it is a device",
+        tmp_path / "loop": "symbolic links",
+        tmp_path / ("x" * 300): "name too long",
+    }
+    for path, reason in cases.items():
+        with pytest.raises(UserError, match=f"(?i){reason}") as caught:
+            load_config(path)
+        assert caught.value.exit_code == 2
 
 
 def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:

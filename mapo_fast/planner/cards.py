@@ -120,7 +120,7 @@ def find_card(name: str) -> Card:
         UserError: unknown, with the nearest names; or a laptop's without its memory, of which the desktop's
             of that name has more.
     """
-    size = re.search(r"(\d+)\s*gi?b", name.lower())
+    size = re.search(r"(?<!\d)(\d{1,4})\s*gi?b", name.lower())
     laptop = re.search(r"laptop|mobile|max-q", name.lower())
     if laptop and size is None:
         raise UserError(f'--card {name!r}: say how much memory the laptop\'s has, as in "{name} 6GB"')
@@ -164,9 +164,9 @@ def parse_size(text: str, name: str) -> int:
     Raises:
         UserError: not a size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(g|gb|gib|m|mb|mib)\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*(g|gb|gib|m|mb|mib)\s*", text.lower())
     if match is None or float(match[1]) == 0:
-        number = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*", text)
+        number = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*", text)
         example = f"{number[1]}GiB" if number and float(number[1]) else "24GiB"
         raise UserError(f'{name} = {text!r} is not a size; write it with its unit, "{example}"')
     return int(float(match[1]) * (GIB if match[2].startswith("g") else 2**20))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mapo_fast.config import user_path
 from mapo_fast.errors import UserError
 from mapo_fast.model import open_sdxl
 from mapo_fast.planner.stages import SDXL_VAE, Vae, vae_of
@@ -40,7 +41,7 @@ def parts_of(model: str, vae: Path | None) -> tuple[dict[str, Any], Vae]:
     if model.lower() == "sdxl":
         return SDXL_UNET, SDXL_VAE
     try:
-        folder = open_sdxl(Path(model), vae, weights=False)
+        folder = open_sdxl(user_path("--model", model), vae, weights=False)
         return folder.config("unet"), vae_of(folder)
     except UserError as error:
         raise UserError(f"{error}; without a folder: --model sdxl") from None
