@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from bench import ROOT
 from bench.environment import environment
 from bench.measure import quantiles
 from bench.memory_table import GIB, ROWS, config_of
@@ -340,7 +341,7 @@ def _alone(settings: dict[str, Any], cap: int, deadline: float) -> dict[str, Any
     command = [sys.executable, "-m", "bench.gpu_memory", "--measure", json.dumps([settings, cap])]
     left = deadline - time.monotonic()
     timeout = None if left == float("inf") else max(1.0, left)
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=timeout)
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found
 

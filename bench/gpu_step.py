@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench import ROOT
 from bench.environment import environment
 from bench.providers.switches import SWITCHES
 from bench.providers.task import Task
@@ -75,7 +76,9 @@ def run(deadline: float) -> int:
             break
         command = [sys.executable, "-m", "bench.train_step", "--size", "sdxl", *case.arguments(), "--json"]
         try:
-            result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left)
+            result = subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=left
+            )
         except subprocess.TimeoutExpired:
             print(f"{case.provider}: not finished when the time was up; run again.", file=sys.stderr)
             break

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bench import measure
+from bench import ROOT, measure
 from bench.cases import CASES, Case, New, cases, differentiable, least_bytes
 from bench.dispatch import tensors
 from bench.environment import environment
@@ -138,7 +138,9 @@ def passed(
     started = time.monotonic()
     seconds = None if deadline == float("inf") else max(1.0, deadline - started)
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+        result = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds
+        )
     except subprocess.TimeoutExpired:
         print(f"{name}: the time is up; run again to go on", file=sys.stderr)
         return False

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
+from bench import ROOT
 from bench.cases import CASES, Case, New, cases, differentiable
 from bench.dispatch import tensors
 from mapo_kernels import _launch
@@ -162,7 +163,7 @@ def main() -> int:
     if not args.ttsem and not _launch.INTERPRETING:
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "bench.races", *sys.argv[1:]]
-        return subprocess.run(command, env=environment, check=False).returncode
+        return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
     wrong = []
     for op in CASES if args.op == "all" else [args.op]:
         wrong += independent(op) if args.ttsem else interpreted(op)

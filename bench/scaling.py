@@ -34,6 +34,7 @@ from typing import Any
 import psutil
 import torch
 
+from bench import ROOT
 from bench.environment import environment
 from bench.memory_table import GIB, config_of
 from bench.random_cache import write_random_cache
@@ -162,7 +163,7 @@ def dataset(pairs: int) -> dict[str, Any]:
 
 def _apart(arguments: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.scaling", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode:
         return {"error": (result.stderr.strip().splitlines() or ["no message"])[-1]}
     return dict(json.loads(result.stdout.splitlines()[-1]))

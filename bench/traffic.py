@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench import ROOT
 from bench.cases import CASES, Case, New, cases, differentiable, least_bytes
 from bench.dispatch import Untouched
 from bench.watch import Watcher, watching
@@ -213,7 +214,7 @@ def main() -> int:
     if not INTERPRETING:
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "bench.traffic", *sys.argv[1:]]
-        return subprocess.run(command, env=environment, check=False).returncode
+        return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
     torch.set_num_threads(1)
     if args.check:
         wrong = check()

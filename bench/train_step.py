@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from bench import agreement, floors
+from bench import ROOT, agreement, floors
 from bench.environment import environment
 from bench.flops import matrix_rate, model_flops
 from bench.measure import copy_gbps
@@ -200,7 +200,7 @@ def measure_apart(names: Sequence[str], arguments: Sequence[str]) -> tuple[list[
     rows, wrong = [], 0
     for name in names:
         command = [sys.executable, "-m", "bench.train_step", *arguments, "--provider", name, "--json"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if result.returncode == 0:
             rows.append(json.loads(result.stdout.splitlines()[-1]))
             continue

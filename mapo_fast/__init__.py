@@ -32,3 +32,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(fuse, name)
     raise AttributeError(f"module 'mapo_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names too, which are not there before their first use."""
+    return sorted({*globals(), *__all__})

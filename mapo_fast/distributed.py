@@ -19,6 +19,7 @@ whatever the accumulation; of a LoRA next to nothing. `train.shard` (FSDP2) over
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mapo_fast.config import Config
-from mapo_fast.errors import UserError
+from mapo_fast.errors import MachineError, UserError
 
 T = TypeVar("T")
 
@@ -199,7 +200,20 @@ def environment() -> Processes:
             "train.shard = true to split weights and states among the GPUs"
         )
     names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
-    return Processes(*(int(os.environ.get(name, default)) for name, default in names))
+    rank, size, local_rank, local_size = (_number(name, default) for name, default in names)
+    if not (rank < size and local_rank < local_size <= size):
+        raise UserError(
+            f"the environment says RANK = {rank} of WORLD_SIZE = {size}, LOCAL_RANK = {local_rank} of "
+            f"LOCAL_WORLD_SIZE = {local_size}, which no launcher sets: unset them, or use torchrun"
+        )
+    return Processes(rank, size, local_rank, local_size)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,6}", text):
+        raise UserError(f"the environment variable {name} = {text!r} is no number: unset it, or use torchrun")
+    return int(text)
 
 
 @contextmanager
@@ -210,11 +224,31 @@ def joined(processes: Processes, device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        kind = UserError if isinstance(error, ValueError) else MachineError  # torch's of a missing variable
+        raise kind(f"the {processes.size} processes cannot be connected: {_first_line(error)}") from error
     try:
         yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+            raise
+        raise MachineError(
+            f"process {processes.rank} has lost the others, one of which has ended ({_first_line(error)}): "
+            "what was saved is whole, --resume continues from there"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
+"""In what a collective raises when another process is gone; gloo raises plain `RuntimeError`s."""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -9,9 +9,9 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -19,9 +19,9 @@ from mapo_fast.errors import MachineError, UserError
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in 1 MiB pieces."""
+    """Hex SHA-256 of a regular file, read in 1 MiB pieces. Raises `OSError` as `open_regular` does."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -34,6 +34,10 @@ def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # Some file systems (FUSE, CIFS) cannot flush folders: what was written there is whole all the same.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 
@@ -55,7 +59,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.replace(path)
             fsync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what made it fail is what matters
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -71,9 +76,10 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise os_error(error, f"write {path}") from error
     except Exception as error:
-        # safetensors reports a full disk as its own error type, with the system's text inside.
-        if "No space left" in str(error) or "StorageFull" in str(error):
-            raise MachineError(_FULL.format(doing=f"write {path}")) from error
+        # safetensors raises an error of its own, with the system's number in its text.
+        if found := re.search(r"Os \{ code: (\d+)", str(error)):
+            system = OSError(int(found[1]), os.strerror(int(found[1])))
+            raise os_error(system, f"write {path}") from error
         raise
 
 
@@ -82,7 +88,8 @@ def os_error(error: OSError, doing: str) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MachineError(_FULL.format(doing=doing))
     at = f" ({error.filename})" if error.filename and str(error.filename) not in doing else ""
-    kind = UserError if error.errno in _INPUT else MachineError
+    # Libraries raise OSError without a number for contents that they cannot read.
+    kind = UserError if error.errno is None or error.errno in _INPUT else MachineError
     return kind(f"cannot {doing}: {error.strerror or error}{at}")
 
 
@@ -135,18 +142,29 @@ def read_bytes(path: Path, limit: int) -> bytes:
     Raises:
         OSError: also where it is no regular file (EINVAL) or larger (EOVERFLOW); `strerror` says so.
     """
+    with open_regular(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EOVERFLOW, f"it is larger than the limit of {limit:,} bytes", str(path))
+    return data
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """A regular file to read; links are followed.
+
+    Raises:
+        OSError: also where it is no regular file (EINVAL): a FIFO would wait for its writer for ever.
+    """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, f"it is {_kind(mode)}, not a regular file", str(path))
         with os.fdopen(handle, "rb", closefd=False) as file:
-            data = file.read(limit + 1)
+            yield file
     finally:
         os.close(handle)
-    if len(data) > limit:
-        raise OSError(errno.EOVERFLOW, f"it is larger than the limit of {limit:,} bytes", str(path))
-    return data
 
 
 def _kind(mode: int) -> str:
@@ -203,6 +221,8 @@ def exclusive(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"{folder} is in use by another mapo-fast process: wait for it or stop it"
             ) from None
+        except NotImplementedError:
+            raise MachineError(f"cannot lock {folder}: its file system has no locks; use another") from None
     try:
         yield
     finally:

@@ -7,15 +7,16 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 
-def together(folder: Path, call: Callable[[], Any], size: int = 2) -> list[Any]:
+def together(folder: Path, call: Callable[[], Any], size: int = 2, killed: Collection[int] = ()) -> list[Any]:
     """What `call` returns in each of `size` processes, by rank; the environment is a launcher's.
 
-    `folder` is for the answers. An exception in any of them is an error here.
+    `folder` is for the answers. An exception in any of them is an error here. Those that are to be `killed`
+    give no answer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
@@ -47,7 +48,8 @@ def together(folder: Path, call: Callable[[], Any], size: int = 2) -> list[Any]:
     finally:
         for child in children:
             child.kill()
-    answers = [pickle.loads((folder / f"answer-{r}").read_bytes()) for r in range(size)]
-    failed = [answer for child, answer in zip(children, answers, strict=True) if child.exitcode]
+    alive = [r for r in range(size) if r not in killed]
+    answers = [pickle.loads((folder / f"answer-{r}").read_bytes()) for r in alive]
+    failed = [answer for r, answer in zip(alive, answers, strict=True) if children[r].exitcode]
     assert not failed, "\n".join(failed)
     return answers

@@ -28,7 +28,7 @@ from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.reference import PrecomputedErrors
 from mapo_fast.engine.step import PairInputs
-from mapo_fast.errors import UserError
+from mapo_fast.errors import MachineError, UserError
 from mapo_fast.planner.plan import Plan
 from mapo_fast.runfolder import TrainResult
 from mapo_fast.runlog import read_log
@@ -48,6 +48,55 @@ FP64 = Precision(torch.float64, torch.float64, None, scaled=False)
 CPU = torch.device("cpu")
 ALONE = Processes()
 SHARDED = {"train": {"shard": True}}
+
+
+# --- Connecting, and losing each other ---
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "one"}, r"RANK = 'one' is no number"),
+        ({"WORLD_SIZE": "9" * 5000}, r"WORLD_SIZE = '9+' is no number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK = 2 of WORLD_SIZE = 2"),
+        ({"LOCAL_RANK": "1"}, r"LOCAL_RANK = 1 of LOCAL_WORLD_SIZE = 1"),
+    ],
+)
+def test_an_environment_that_no_launcher_sets_is_named(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        environment()
+
+
+def test_a_launch_without_an_address_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    lonely = joined(Processes(0, 2, 0, 2), CPU)
+    with pytest.raises(UserError, match=r"the 2 processes cannot be connected: .*MASTER_ADDR"), lonely:
+        pass
+
+
+def test_the_survivor_of_a_killed_process_says_so_in_one_line(tmp_path: Path) -> None:
+    def call() -> str | None:
+        processes = environment()
+        try:
+            with joined(processes, CPU):
+                processes.sum_(torch.ones(1))
+                if processes.rank == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                processes.sum_(torch.ones(1))
+        except MachineError as error:
+            return str(error)
+        return None
+
+    (said,) = together(tmp_path, call, killed=(1,))
+    assert said.startswith("process 0 has lost the others, one of which has ended (")
+    assert "--resume" in said
+    assert "\n" not in said
 
 
 # --- One step of the engine ---

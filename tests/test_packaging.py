@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from mapo_fast.planner import store
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,6 +37,33 @@ def test_the_loss_needs_torch_only() -> None:
         f"from mapo_fast import MaPOLoss\nMaPOLoss()\nprint([m for m in {heavy!r} if m in sys.modules])"
     )
     assert found == "[]"
+
+
+def test_public_names_are_listed() -> None:
+    listed = _python("import mapo_fast\nprint({*mapo_fast.__all__} <= {*dir(mapo_fast)})")
+    assert listed == "True"
+
+
+def test_the_module_run_from_a_folder_imports_nothing_from_it(tmp_path: Path) -> None:
+    for name in ("torch", "pydantic", "typer", "rich", "json", "pathlib"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current folder')\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "-m", "mapo_fast", "prepare", "nothing.toml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "mapo-fast: config file not found: nothing.toml\n")
+
+
+def test_the_planner_s_process_imports_nothing_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("multiprocessing", "pickle", "struct", "selectors", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current folder')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    with store._safe_path():
+        child = subprocess.run([sys.executable, "-c", "import multiprocessing.spawn"], capture_output=True)
+    assert child.returncode == 0
+    assert (Path.cwd(), "PYTHONSAFEPATH" in os.environ) == (tmp_path, False)
 
 
 def test_kernels_is_only_a_namespace_from_the_root() -> None:

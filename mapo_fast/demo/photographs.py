@@ -44,8 +44,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mapo_fast.config import load_config
-from mapo_fast.errors import UserError
-from mapo_fast.files import atomic_path, disk_errors
+from mapo_fast.errors import UserError, printable
+from mapo_fast.files import atomic_path, disk_errors, one_line
 
 SIDE = 64
 """Side of a crop as it is written, pixels."""
@@ -328,9 +328,11 @@ def main() -> None:
             print_scores(score_photographs(args.score), Console())
             return
         config = write_photographs(args.out, args.seed)
-    except UserError as error:
-        print(f"photographs: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (UserError, OSError, MemoryError) as caught:
+        error = one_line(caught)
+        assert error is not None
+        print(f"photographs: {printable(str(error))}", file=sys.stderr)
+        sys.exit(error.exit_code)
     print(
         f"Next:\n  mapo-fast prepare {config}\n  mapo-fast train {config}\n"
         f"  python -m mapo_fast.demo.photographs --score {args.out}"

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import torch
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mapo_fast
-from mapo_fast.config import Config, load_config
+from mapo_fast.config import Config, ObjectiveConfig, load_config
 from mapo_fast.console import say
 from mapo_fast.data.prepare import prepare
 from mapo_fast.demo import report, score, world
@@ -121,11 +121,14 @@ def run_demo(
     started = time.perf_counter()
     console = console or Console()
     size = size or DemoSize()
+    if objective not in (known := get_args(ObjectiveConfig.model_fields["name"].annotation)):
+        raise UserError(f"--objective {objective!r} is not known: use one of {', '.join(known)}")
     _new_folder(out)
     try:
-        configs = _configs(out, objective, seed, size, overrides)
+        with disk_errors(out):
+            configs = _configs(out, objective, seed, size, overrides)
     except UserError:
-        shutil.rmtree(out)  # it was empty: a wrong setting leaves nothing behind
+        shutil.rmtree(out, ignore_errors=True)  # it was empty: a wrong setting leaves nothing behind
         raise
     folder = open_sdxl(TINY_SDXL)
     seconds: dict[str, float] = {}
@@ -186,10 +189,10 @@ def run_demo(
 
 
 def _new_folder(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        held = "another demo's report" if (out / "report.json").exists() else "something else"
-        raise UserError(f"--out {out} already holds {held}: choose another folder (nothing was changed)")
     with disk_errors(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            held = "another demo's report" if (out / "report.json").exists() else "something else"
+            raise UserError(f"--out {out} already holds {held}: choose another folder (nothing was changed)")
         out.mkdir(parents=True, exist_ok=True)
 
 

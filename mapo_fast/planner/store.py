@@ -89,7 +89,7 @@ class Tracing:
         if not work or (os.cpu_count() or 1) == 1 or multiprocessing.current_process().daemon:
             return {}
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        with suppress(BrokenProcessPool), _no_main():
+        with suppress(BrokenProcessPool), _no_main(), _safe_path():
             self._pool = self._pool or ProcessPoolExecutor(1, mp_context=context)
             return {i: self._pool.submit(_record, one) for i, one in work.items()}
         return {}
@@ -108,6 +108,31 @@ def _no_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """A new process begins with `python -c`, which looks for modules in the current folder first: not here.
+
+    Python 3.10 has no switch for it and starts in the folder of this file.
+    """
+    if sys.version_info < (3, 11):
+        before = Path.cwd()
+        os.chdir(Path(__file__).parent)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+        return
+    stated = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if stated is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = stated
 
 
 def _record(work: _Work) -> Trace:

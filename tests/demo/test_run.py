@@ -149,6 +149,8 @@ def test_it_runs_under_another_plan(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"overrides": ["train.output=elsewhere"]}, "use --out and --objective"),
+        ({"objective": "../../x"}, r"--objective '\.\./\.\./x' is not known: use one of mapo, "),
+        ({"objective": 'a"b'}, "is not known: use one of mapo, "),
         ({"overrides": ["objective.name=sft"]}, "use --out and --objective"),
         ({"overrides": ["train.step=3"]}, "did you mean train.steps"),
         ({"objective": "sft"}, "name another objective"),
