@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import mapo_fast
 from mapo_fast import patch_unet, unpatch_unet
 from mapo_fast.engine.layouts import apply_layout
+from mapo_fast.errors import UserError
 from tests.unets import FAMILIES, inputs, make_unet, run
 
 pytestmark = [
@@ -197,18 +201,263 @@ def test_masks_and_attention_arguments_take_the_plain_way() -> None:
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
-def test_hooks_on_sub_modules_are_called() -> None:
-    unet = patch_unet(make_unet("sdxl"))
-    block = unet.mid_block.attentions[0].transformer_blocks[0]
-    seen: list[str] = []
-    watched = {"q": block.attn1.to_q, "norm": block.norm2, "conv": unet.mid_block.resnets[0].conv1}
-    watched |= {"groups": unet.mid_block.resnets[0].norm2, "ff": block.ff.net[2]}
-    for name, module in watched.items():
-        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+# --- What wraps a module ---
+
+
+def sample_of(unet: Any) -> Tensor:
     latents, others = inputs("sdxl", torch.float64)
-    got = unet(latents, **others).sample
-    assert sorted(seen) == sorted(watched)
-    torch.testing.assert_close(got, unpatch_unet(unet)(latents, **others).sample, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        return unet(latents, **others).sample  # type: ignore[no-any-return]
+
+
+def kinds_of_modules(unet: Any) -> dict[str, list[str]]:
+    """The names of all modules that are called with a tensor, by what they are called in their blocks."""
+    kinds: dict[str, list[str]] = {}
+    for name, module in unet.named_modules():
+        if re.fullmatch(r"|(down|up)_blocks\.\d+", name) is None and not isinstance(module, nn.ModuleList):
+            kinds.setdefault(
+                re.sub(r"^.*(blocks|attentions|resnets|mid_block)\.(\d+\.)?", "", name), []
+            ).append(name)
+    return kinds
+
+
+def own_forward(unet: Any, name: str, seen: list[tuple[str, Tensor, Tensor]]) -> Callable[[], None]:
+    """As LyCORIS and kohya's networks do it."""
+    module = unet.get_submodule(name)
+    before = module.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = before(x, *args, **kwargs)
+        seen.append((name, x, out))
+        return out * 1.5 if isinstance(out, Tensor) else out
+
+    module.forward = forward
+    return lambda: delattr(module, "forward")
+
+
+def forward_hook(unet: Any, name: str, seen: list[tuple[str, Tensor, Tensor]]) -> Callable[[], None]:
+    def hook(module: Any, args: Any, out: Any) -> Any:
+        seen.append((name, args[0], out))
+        return out * 1.5 if isinstance(out, Tensor) else out
+
+    return unet.get_submodule(name).register_forward_hook(hook).remove  # type: ignore[no-any-return]
+
+
+def forward_pre_hook(unet: Any, name: str, seen: list[tuple[str, Tensor, Tensor]]) -> Callable[[], None]:
+    def hook(module: Any, args: Any) -> Any:
+        seen.append((name, args[0], args[0]))
+        return (args[0] * 1.5, *args[1:])
+
+    return unet.get_submodule(name).register_forward_pre_hook(hook).remove  # type: ignore[no-any-return]
+
+
+def diffusers_hook(unet: Any, name: str, seen: list[tuple[str, Tensor, Tensor]]) -> Callable[[], None]:
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Times(ModelHook):  # type: ignore[misc]
+        def post_forward(self, module: Any, out: Any) -> Any:
+            seen.append((name, *[out if isinstance(out, Tensor) else out[0]] * 2))
+            return out * 1.5 if isinstance(out, Tensor) else out
+
+    registry = HookRegistry.check_if_exists_or_initialize(unet.get_submodule(name))
+    registry.register_hook(Times(), "times")
+    return lambda: registry.remove_hook("times")
+
+
+@pytest.mark.parametrize("wrap", [own_forward, forward_hook, forward_pre_hook, diffusers_hook])
+def test_what_wraps_any_module_sees_and_changes_the_values_of_the_plain_unet(wrap: Any) -> None:
+    """Wrapped after patching, one kind of module after the other; everything is as before when that ends."""
+    unet = make_unet("sdxl")
+    pair = unet, patch_unet(copy.deepcopy(unet))
+    want = sample_of(unet)
+    for kind, names in kinds_of_modules(unet).items():
+        results = []
+        for each in pair:
+            seen: list[tuple[str, Tensor, Tensor]] = []
+            removers = [wrap(each, name, seen) for name in names]
+            results.append((sample_of(each), seen))
+            for remove in removers:
+                remove()
+        (plain, of_plain), (fused, of_fused) = results
+        assert [name for name, *_ in of_fused] == [name for name, *_ in of_plain], kind
+        torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-11, msg=lambda m, k=kind: f"{k}: {m}")
+        for (name, *got), (_, *true) in zip(of_fused, of_plain, strict=True):
+            for a, b in zip(got, true, strict=True):
+                if isinstance(b, Tensor):
+                    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+    torch.testing.assert_close(sample_of(pair[1]), want, rtol=1e-9, atol=1e-12)
+    unpatch_unet(pair[1])
+    assert [type(m) for m in pair[1].modules()] == [type(m) for m in unet.modules()]
+    assert torch.equal(sample_of(pair[1]), want)
+
+
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_adapters_that_replace_forwards_get_every_gradient(patched_first: bool) -> None:
+    grads = []
+    for patched in (False, True):
+        unet = make_unet("sdxl")
+        if patched and patched_first:
+            patch_unet(unet)
+        torch.manual_seed(3)
+        adapters = nn.ModuleList()
+        for module in [m for m in unet.modules() if isinstance(m, nn.Linear)]:
+            down = nn.Linear(module.in_features, 2, bias=False, dtype=torch.float64)
+            up = nn.Linear(2, module.out_features, bias=False, dtype=torch.float64)
+            adapters.append(nn.Sequential(down, up))
+            before, adapter = module.forward, adapters[-1]
+            module.forward = lambda x, before=before, adapter=adapter: before(x) + adapter(x)
+        if patched and not patched_first:
+            patch_unet(unet)
+        run(unet, "sdxl", torch.float64)
+        grads.append({name: p.grad for name, p in adapters.named_parameters() if p.grad is not None})
+    assert grads[0]
+    assert_same(grads[1], grads[0])
+
+
+class Twice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Half(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def parametrized(module: Any) -> None:
+    torch.nn.utils.parametrize.register_parametrization(module, "weight", Half())
+
+
+def pruned(module: Any) -> None:
+    prune.l1_unstructured(module, "weight", 0.5)  # type: ignore[no-untyped-call]
+
+
+def subclassed(module: Any) -> None:
+    if type(module) is nn.Linear:
+        module.__class__ = Twice
+
+
+def weight_norm(module: Any) -> None:
+    torch.nn.utils.weight_norm(module)
+
+
+@pytest.mark.parametrize("patched_first", [False, True])
+@pytest.mark.parametrize("change", [parametrized, pruned, subclassed, weight_norm])
+def test_layers_of_other_kinds_compute_what_they_compute(change: Any, patched_first: bool) -> None:
+    unet = make_unet("sdxl")
+    plain = copy.deepcopy(unet)
+    if patched_first:
+        patch_unet(unet)
+    for each in (plain, unet):
+        for module in list(each.modules()):
+            if isinstance(module, (nn.Linear, nn.Conv2d)) or (
+                change is not weight_norm and isinstance(module, (nn.LayerNorm, nn.GroupNorm))
+            ):
+                change(module)
+    if not patched_first:
+        patch_unet(unet)
+    want = sample_of(plain)
+    torch.testing.assert_close(sample_of(unet), want, rtol=1e-9, atol=1e-11)
+
+
+def test_torchs_global_hooks_see_every_module() -> None:
+    unet = make_unet("sdxl")
+    counts = []
+    for each in (unet, patch_unet(copy.deepcopy(unet))):
+        seen: list[str] = []
+        names = {module: name for name, module in each.named_modules()}
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, *_, names=names, seen=seen: seen.append(names[module])
+        )
+        try:
+            sample_of(each)
+        finally:
+            handle.remove()
+        counts.append(seen)
+    assert counts[1] == counts[0]
+
+
+def test_an_activation_of_another_kind_stays() -> None:
+    unet = patch_unet(make_unet("sdxl"))
+    plain = make_unet("sdxl")
+    for each in (unet, plain):
+        each.mid_block.resnets[0].nonlinearity = nn.Mish()
+        each.conv_act = nn.Mish()
+        each.mid_block.attentions[0].transformer_blocks[0].norm2 = nn.Identity()
+    torch.testing.assert_close(sample_of(unet), sample_of(plain), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("call", [patch_unet, unpatch_unet])
+def test_accelerates_hooks_are_refused_until_they_are_removed(call: Any) -> None:
+    import accelerate
+
+    unet = make_unet("sdxl")
+    want = sample_of(unet)
+    if call is unpatch_unet:
+        patch_unet(unet)
+    accelerate.cpu_offload(unet, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(sample_of(unet), want, rtol=1e-9, atol=1e-12)
+    with pytest.raises(UserError, match=r"accelerate's hooks .* Remove them: pipe\.remove_all_hooks\(\)"):
+        call(unet)
+    accelerate.hooks.remove_hook_from_submodules(unet)
+    call(unet)
+    assert not any("forward" in vars(module) for module in unet.modules())
+    torch.testing.assert_close(sample_of(unet), want, rtol=1e-9, atol=1e-12)
+    assert torch.equal(sample_of(unpatch_unet(unet)), want)
+
+
+def test_layerwise_casting_works_on_a_patched_unet() -> None:
+    unet = make_unet("sdxl", dtype=torch.float32)
+    latents, others = inputs("sdxl", torch.float32)
+    samples = []
+    for each in (unet, patch_unet(copy.deepcopy(unet))):
+        each.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+        with torch.no_grad():
+            samples.append(each(latents, **others).sample)
+    torch.testing.assert_close(samples[1], samples[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lora", "adalora", "dora", "loha", "oft"])
+def test_every_kind_of_adapter_computes_what_peft_computes(kind: str) -> None:
+    import peft
+
+    configs = {
+        "lora": lambda: peft.LoraConfig(r=2, target_modules=list(ATTENTION), init_lora_weights=False),
+        "dora": lambda: peft.LoraConfig(r=2, target_modules=list(ATTENTION), use_dora=True),
+        "adalora": lambda: peft.AdaLoraConfig(init_r=2, target_modules=list(ATTENTION), total_step=9),
+        "loha": lambda: peft.LoHaConfig(r=2, target_modules=list(ATTENTION), init_weights=False),
+        "oft": lambda: peft.OFTConfig(oft_block_size=4, r=0, target_modules=list(ATTENTION)),
+    }
+    samples = []
+    for patched in (False, True):
+        unet = make_unet("sdxl")
+        torch.manual_seed(3)
+        model = peft.get_peft_model(unet, configs[kind]()).double()  # type: ignore[no-untyped-call]
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) / 10)
+        samples.append(sample_of(patch_unet(unet) if patched else unet))
+    torch.testing.assert_close(samples[1], samples[0], rtol=1e-9, atol=1e-11)
+
+
+def test_a_patched_unet_with_an_adapter_can_be_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no UNet was patched before, as in another process."""
+    from mapo_fast import fuse
+
+    unet = make_unet("sdxl")
+    add_lora(unet)
+    want = sample_of(patch_unet(unet))
+    data = pickle.dumps(unet)
+    twins = [name for name in vars(fuse) if name in fuse._LORA]
+    assert twins
+    for name in twins:
+        monkeypatch.delattr(fuse, name)
+    for again in (pickle.loads(data), copy.deepcopy(unet)):
+        torch.testing.assert_close(sample_of(again), want, rtol=1e-9, atol=1e-12)
+        unpatch_unet(again)
+        assert {type(m).__module__ for m in again.modules()}.isdisjoint({fuse.__name__})
 
 
 # --- The same UNet otherwise ---
