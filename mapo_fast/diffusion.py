@@ -14,7 +14,7 @@ from typing import Any
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from mapo_fast.errors import UserError
+from mapo_fast.model_configs import check_schedule
 
 
 class Diffusion:
@@ -24,26 +24,15 @@ class Diffusion:
         scheduler_config: the pipeline's `scheduler_config.json`, with any override already merged in.
 
     Raises:
-        UserError: a prediction type the trainer does not know, or zero terminal SNR with epsilon-prediction.
+        UserError: as `check_schedule`.
     """
 
     def __init__(self, scheduler_config: dict[str, Any]) -> None:
-        prediction = scheduler_config.get("prediction_type", "epsilon")
-        if prediction not in ("epsilon", "v_prediction"):
-            raise UserError(
-                f"scheduler prediction_type = {prediction!r} cannot be trained; set train.prediction to "
-                "'epsilon' or 'v_prediction'"
-            )
-        if scheduler_config.get("rescale_betas_zero_snr") and prediction == "epsilon":
-            raise UserError(
-                "zero terminal SNR with epsilon-prediction cannot work: at the last timestep the input is "
-                "pure noise (set train.prediction = 'v_prediction' or train.zero_terminal_snr = 'off')"
-            )
-        try:
-            self.scheduler = DDPMScheduler.from_config(scheduler_config)
-        except (NotImplementedError, TypeError, ValueError) as error:
-            raise UserError(f"scheduler_config.json cannot be used: {error}") from None
-        self.v_prediction = prediction == "v_prediction"
+        schedule = check_schedule(
+            {"_class_name": "DDPMScheduler", **scheduler_config}, "scheduler_config.json"
+        )
+        self.scheduler = DDPMScheduler.from_config(scheduler_config)
+        self.v_prediction = schedule.prediction_type == "v_prediction"
         self.num_train_timesteps = int(self.scheduler.config.num_train_timesteps)
 
     def add_noise(

@@ -1,13 +1,15 @@
 """A diffusers SDXL pipeline folder: checked before anything is loaded, loaded part by part.
 
-Only safetensors weights are read, never pickled ones. A folder that holds only `*.fp16.safetensors` files
-works: the variant is found per component.
+Only safetensors weights are read, never pickled ones. A folder that holds only `*.fp16.safetensors` files, or
+another variant's, works: the variant is found per component.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,8 +18,21 @@ from typing import Any, Literal
 
 import torch
 
+from mapo_fast.config import TrainConfig
 from mapo_fast.errors import UserError
-from mapo_fast.files import parse_json, read_json, sha256_file
+from mapo_fast.files import os_error, parse_json, read_json, sha256_file
+from mapo_fast.model_configs import (
+    LEGACY_EOS,
+    PipelineConfig,
+    TextConfig,
+    VaeConfig,
+    check_schedule,
+    check_text,
+    check_unet,
+    check_vae,
+    checked,
+)
+from mapo_fast.model_trial import try_unet, try_vae
 
 Component = Literal["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
 
@@ -53,6 +68,16 @@ class SDXLFolder:
         return read_json(self.path(component) / _CONFIGS[component])
 
     @cached_property
+    def vae_config(self) -> VaeConfig:
+        """The VAE's config, checked."""
+        return check_vae(self.config("vae"), self.path("vae") / _CONFIGS["vae"])
+
+    def text_config(self, which: Literal[1, 2]) -> TextConfig:
+        """A text encoder's config, checked."""
+        component: Component = "text_encoder" if which == 1 else "text_encoder_2"
+        return check_text(self.config(component), self.path(component) / _CONFIGS[component])
+
+    @cached_property
     def scheduler_config(self) -> dict[str, Any]:
         """`scheduler/scheduler_config.json`: betas, prediction type, zero-terminal-SNR flag."""
         return {**self.config("scheduler"), **self.scheduler_overrides}
@@ -63,7 +88,7 @@ class SDXLFolder:
         return bool(read_json(self.root / "model_index.json").get("force_zeros_for_empty_prompt", True))
 
     def weight_files(self, component: Component) -> list[Path]:
-        """The safetensors files of a component, of the plain variant where it exists, else fp16's."""
+        """The safetensors files of a component, of the variant that `_variant` chooses."""
         return _weight_files(self.path(component), _WEIGHTS[component])[0]
 
     def fingerprint(self, components: tuple[Component, ...]) -> str:
@@ -119,7 +144,29 @@ class SDXLFolder:
                 f"{self.path(component)} is no usable tokenizer: it gives 'a' and 'b' the same tokens; copy "
                 "its files from the model again"
             )
+        self._check_tokens(which, tokenizer)
         return tokenizer
+
+    def _check_tokens(self, which: Literal[1, 2], tokenizer: Any) -> None:
+        """That every prompt can be padded, and that the text encoder knows the tokens."""
+        component: Component = "tokenizer" if which == 1 else "tokenizer_2"
+        for name in ("bos_token", "eos_token", "pad_token"):
+            if getattr(tokenizer, f"{name}_id") is None:
+                raise UserError(
+                    f"{self.path(component) / _CONFIGS[component]} has no {name} that is in the vocabulary: "
+                    "prompts cannot be encoded; copy the tokenizer's files from the model again"
+                )
+        text = self.text_config(which)
+        if len(tokenizer) > text.vocab_size:
+            raise UserError(
+                f"{self.root}: tokenizer {which} has {len(tokenizer)} tokens, its text encoder only "
+                f"{text.vocab_size}: the folder mixes parts of different models"
+            )
+        if which == 2 and text.eos_token_id not in (LEGACY_EOS, tokenizer.eos_token_id):
+            raise UserError(
+                f"{self.root}: text_encoder_2/config.json has eos_token_id = {text.eos_token_id}, its "
+                f"tokenizer {tokenizer.eos_token_id}: the pooled embedding would be of another token"
+            )
 
     def _load(self, component: Component, kind: Any, dtype: torch.dtype) -> Any:
         files, variant = _weight_files(self.path(component), _WEIGHTS[component])
@@ -148,31 +195,56 @@ class SDXLFolder:
         return model.eval()
 
 
+HEADER_BYTES = 100_000_000
+"""safetensors itself reads no longer headers."""
+
+
+def read_header(path: Path) -> tuple[bytes, dict[str, Any], int]:
+    """The header of a safetensors file: its bytes, what they say of each tensor, and where the data begin.
+
+    Raises:
+        UserError: the file cannot be read as safetensors.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size - 8, HEADER_BYTES):
+                raise ValueError("its header is longer than the file or than 100 MB")
+            text = file.read(length)
+        header = parse_json(text)
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if not (type(begin) is type(end) is int and 0 <= begin <= end <= size - 8 - length):
+                raise ValueError(f"the tensor {name} lies outside the file")
+    except OSError as error:
+        raise os_error(error, f"read {path}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+    return text, header, 8 + length
+
+
 def weights_digest(path: Path) -> str:
     """SHA-256 of a safetensors file's size, header, and the first and last 4 KiB of every tensor.
 
     Raises:
         UserError: the file cannot be read as safetensors.
     """
-    sample = 4096
-    digest = hashlib.sha256(str(path.stat().st_size).encode())
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            header = file.read(length)
-            digest.update(header)
-            start = 8 + length
-            for name, entry in sorted(parse_json(header).items()):
-                if name != "__metadata__":
-                    begin, end = entry["data_offsets"]
-                    for offset in (begin, max(begin, end - sample)):
-                        file.seek(start + offset)
-                        digest.update(file.read(min(sample, end - offset)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
+    text, header, start = read_header(path)
+    digest = hashlib.sha256(str(path.stat().st_size).encode() + text)
+    with path.open("rb") as file:
+        for _, entry in sorted(header.items()):
+            begin, end = entry["data_offsets"]
+            for offset in (begin, max(begin, end - SAMPLE)):
+                file.seek(start + offset)
+                digest.update(file.read(min(SAMPLE, end - offset)))
     return digest.hexdigest()
+
+
+SAMPLE = 4096
 
 
 def open_sdxl(
@@ -212,13 +284,24 @@ def open_sdxl(
             with _readable("model.vae", vae):
                 try:
                     _check_part(folder, "vae", weights)
+                    _ = folder.vae_config
                 except UserError as error:
                     raise UserError(f"model.vae cannot be used: {error}") from None
         else:
             with _readable("model.path", path):
                 _check_part(folder, component, weights)  # type: ignore[arg-type]
-    _check_unet(folder)
+    _check_configs(folder)
     return folder
+
+
+def scheduler_overrides(config: TrainConfig) -> dict[str, Any]:
+    """The scheduler settings that `[train]` states explicitly."""
+    overrides: dict[str, Any] = {}
+    if config.prediction != "auto":
+        overrides["prediction_type"] = config.prediction
+    if config.zero_terminal_snr != "auto":
+        overrides["rescale_betas_zero_snr"] = config.zero_terminal_snr == "on"
+    return overrides
 
 
 def _check_part(folder: SDXLFolder, component: Component, weights: bool) -> None:
@@ -226,47 +309,47 @@ def _check_part(folder: SDXLFolder, component: Component, weights: bool) -> None
     part = folder.path(component)
     if not (part / _CONFIGS[component]).is_file():
         raise UserError(f"{folder.root} is not an SDXL pipeline: {part / _CONFIGS[component]} is missing")
-    where, config = part / _CONFIGS[component], folder.config(component)
+    read_json(part / _CONFIGS[component])
     if component in _WEIGHTS and weights:
         _weight_files(part, _WEIGHTS[component])
     elif weights and component != "scheduler" and not (part / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             if not (part / name).is_file():
                 raise UserError(f"{part} is no complete tokenizer: {part / name} is missing")
-    if component == "vae":
-        widths, channels = config.get("block_out_channels"), config.get("latent_channels")
-        if config.get("_class_name") != "AutoencoderKL":
-            raise UserError(
-                f"{where} has _class_name = {config.get('_class_name')!r}, SDXL needs a VAE of class "
-                "'AutoencoderKL'"
-            )
-        if not isinstance(widths, list) or not widths or not isinstance(channels, int):
-            raise UserError(
-                f"{where} has block_out_channels = {widths!r}, latent_channels = {channels!r}: a VAE "
-                "has a list and a number there"
-            )
 
 
-def _check_unet(folder: SDXLFolder) -> None:
-    """That the UNet is SDXL's, and that it takes the VAE's latents and nothing else."""
-    unet = folder.config("unet")
-    for name, value in (("_class_name", "UNet2DConditionModel"), ("addition_embed_type", "text_time")):
-        if unet.get(name) != value:
-            raise UserError(
-                f"{folder.root} is not an SDXL pipeline: unet/config.json has {name} = {unet.get(name)!r}, "
-                f"SDXL has {value!r}"
-            )
-    channels, latent = unet.get("in_channels"), folder.config("vae")["latent_channels"]
-    if channels == 2 * latent + 1:
+def _check_configs(folder: SDXLFolder) -> None:
+    """That the parts are SDXL's and fit each other, as far as their configs say."""
+
+    def where(component: Component) -> Path:
+        return folder.path(component) / _CONFIGS[component]
+
+    index = folder.root / "model_index.json"
+    if checked(PipelineConfig, read_json(index), index).requires_aesthetics_score:
         raise UserError(
-            f"{folder.path('unet')} is an inpainting UNet ({channels} input channels, the VAE's latents have "
-            f"{latent}): inpainting models cannot be trained here"
+            f"{index} has requires_aesthetics_score = true: this is the SDXL refiner, which "
+            "cannot be trained here"
         )
-    if channels != latent:
-        raise UserError(
-            f"{folder.path('unet')} has {channels} input channels, the latents of {folder.path('vae')} have "
-            f"{latent}: they do not belong together"
-        )
+    texts = folder.text_config(1), folder.text_config(2)
+    check_unet(
+        folder.config("unet"),
+        where("unet"),
+        texts,
+        folder.vae_config.latent_channels,
+        folder.path("vae"),
+    )
+    check_schedule(folder.scheduler_config, where("scheduler"))
+    _try(folder, "vae", try_vae)
+    width = texts[0].hidden_size + texts[1].hidden_size
+    _try(folder, "unet", lambda config: try_unet(config, width, texts[1].projection_dim))
+
+
+def _try(folder: SDXLFolder, component: Component, call: Callable[[str], None]) -> None:
+    try:
+        with _quiet():
+            call(json.dumps(folder.config(component), sort_keys=True))
+    except Exception as error:  # diffusers checks its configs in many ways, and some not at all
+        raise _unloadable(folder.path(component), error) from error
 
 
 @contextmanager
@@ -303,20 +386,49 @@ def _unloadable(folder: Path, error: Exception) -> UserError:
 
 
 def _weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
-    for variant in (None, "fp16"):
-        dotted = f".{variant}" if variant else ""
-        single = folder / f"{stem}{dotted}.safetensors"
-        if single.is_file():
-            return [single], variant
-        index = folder / f"{stem}.safetensors.index{dotted}.json"
-        if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing or not names:
-                raise UserError(f"{index} names missing weight files: {', '.join(missing) or 'none at all'}")
-            return [folder / name for name in names], variant
+    """The files of a component's weights, and the variant that they are of."""
+    variant = _variant(folder, stem)
+    dotted = f".{variant}" if variant else ""
+    single = folder / f"{stem}{dotted}.safetensors"
+    if single.is_file():
+        return [single], variant
+    index = folder / f"{stem}.safetensors.index{dotted}.json"
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(_is_name(name) for name in named.values()):
+        raise UserError(f"{index} has no weight_map from tensors to file names: copy it from the model again")
+    names = sorted(set(named.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        raise UserError(f"{index} names missing weight files: {', '.join(missing) or 'none at all'}")
+    return [folder / name for name in names], variant
+
+
+_PREFERRED = (None, "fp16", "fp32", "bf16")
+
+
+def _variant(folder: Path, stem: str) -> str | None:
+    """The variant to load: the plain one (None) where there is one, else the first of `_PREFERRED`, else the
+    only one.
+    """
+    of_weights = re.compile(rf"{stem}(?:\.(\w+))?\.safetensors|{stem}\.safetensors\.index(?:\.(\w+))?\.json")
+    found = {m[1] or m[2] for path in folder.iterdir() if (m := of_weights.fullmatch(path.name))}
+    for variant in _PREFERRED:
+        if variant in found:
+            return variant
+    if len(found) == 1:
+        return found.pop()
+    if found:
+        names = ", ".join(sorted(str(name) for name in found))
+        raise UserError(
+            f"{folder} has the weights of several variants ({names}) and none without a name: rename the "
+            f"ones to use to {stem}.safetensors"
+        )
     if list(folder.glob("*.bin")):
         raise UserError(
             f"{folder} has only pickled .bin weights; convert them to safetensors (nothing is unpickled here)"
         )
     raise UserError(f"{folder} has no weights: {stem}.safetensors is missing")
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and bool(name) and Path(name).name == name

@@ -20,11 +20,11 @@ from mapo_fast.console import say
 from mapo_fast.data.cache import PairCache
 from mapo_fast.diffusion import Diffusion
 from mapo_fast.distributed import Processes, environment, in_processes, joined
-from mapo_fast.engine.build import build_unet, scheduler_overrides
+from mapo_fast.engine.build import build_unet
 from mapo_fast.engine.precision import choose_device, choose_precision
 from mapo_fast.errors import UserError
 from mapo_fast.files import exclusive
-from mapo_fast.model import SDXLFolder, open_sdxl
+from mapo_fast.model import SDXLFolder, open_sdxl, scheduler_overrides
 from mapo_fast.planner.plan import with_settings
 from mapo_fast.precompute import precompute
 from mapo_fast.preview import Previews

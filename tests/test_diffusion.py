@@ -48,8 +48,8 @@ def test_the_formulas(prediction: str, zero_snr: bool) -> None:
     ("change", "message"),
     [
         ({"rescale_betas_zero_snr": True}, "zero terminal SNR with epsilon-prediction cannot work"),
-        ({"beta_schedule": "wiggly"}, "scheduler_config.json cannot be used: wiggly"),
-        ({"prediction_type": "sample"}, "prediction_type = 'sample' cannot be trained"),
+        ({"beta_schedule": "wiggly"}, "beta_schedule = 'wiggly': a schedule"),
+        ({"prediction_type": "sample"}, "prediction_type = 'sample', which cannot be trained"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(change: dict[str, Any], message: str) -> None:

@@ -63,7 +63,7 @@ from mapo_fast.data.text import (
 )
 from mapo_fast.errors import UserError
 from mapo_fast.files import atomic_path, disk_errors, exclusive, sha256_file, write_json
-from mapo_fast.model import SDXLFolder, open_sdxl
+from mapo_fast.model import SDXLFolder, open_sdxl, scheduler_overrides
 from mapo_fast.vae import TILE, encoding_with_less, setting_text
 
 
@@ -127,7 +127,7 @@ def prepare(config: Config, *, console: Console | None = None) -> PrepareSummary
     data = config.data
     if data.source is None:
         raise UserError("data.source is missing: prepare needs to know where the preference pairs are")
-    folder = open_sdxl(config.model.path, config.model.vae)
+    folder = open_sdxl(config.model.path, config.model.vae, scheduler_overrides(config.train))
     buckets = make_buckets(data.resolution, data.bucket_step)
     for bucket in buckets:
         latent_shape(folder, bucket)

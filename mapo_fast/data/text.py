@@ -19,7 +19,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder
 
 CHUNK_TOKENS = 75
@@ -93,8 +92,8 @@ def empty_prompt(
 
 def text_widths(folder: SDXLFolder) -> tuple[tuple[int, int], int]:
     """Hidden widths of the two encoders and the pooled width, read from their configs."""
-    first, second = folder.config("text_encoder"), folder.config("text_encoder_2")
-    return (first["hidden_size"], second["hidden_size"]), second["projection_dim"]
+    first, second = folder.text_config(1), folder.text_config(2)
+    return (first.hidden_size, second.hidden_size), second.projection_dim
 
 
 class TextEncoder:
@@ -115,12 +114,6 @@ class TextEncoder:
         self.which, self.chunks, self.device = which, chunks, torch.device(device)
         self.tokenizer = folder.load_tokenizer(which)
         self.model: Any = folder.load_text_encoder(which, dtype).to(self.device)
-        rows = self.model.get_input_embeddings().weight.shape[0]
-        if len(self.tokenizer) > rows:
-            raise UserError(
-                f"{folder.root}: tokenizer {which} has {len(self.tokenizer)} tokens, its text encoder only "
-                f"{rows}: the folder mixes parts of different models"
-            )
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

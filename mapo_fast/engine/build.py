@@ -10,7 +10,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from mapo_fast.config import Config, OptimConfig, TrainConfig
+from mapo_fast.config import Config, OptimConfig
 from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.engine.compile import CompiledBlocks
 from mapo_fast.engine.flash import use_flash
@@ -27,16 +27,6 @@ from mapo_fast.errors import UserError
 from mapo_fast.fuse import patch_unet
 from mapo_fast.lora import add_lora
 from mapo_fast.model import SDXLFolder
-
-
-def scheduler_overrides(config: TrainConfig) -> dict[str, Any]:
-    """The scheduler settings that `[train]` states explicitly."""
-    overrides: dict[str, Any] = {}
-    if config.prediction != "auto":
-        overrides["prediction_type"] = config.prediction
-    if config.zero_terminal_snr != "auto":
-        overrides["rescale_betas_zero_snr"] = config.zero_terminal_snr == "on"
-    return overrides
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def ask(
     chosen = found or card_with(nbytes, capability_for(settings))
     refuse_card_without_fp8(settings, chosen.name, chosen.capability)
     check_capture(settings, torch.device("cuda"))
-    unet, vae = parts_of(model, settings.model.vae)
+    unet, vae = parts_of(model, settings)
     return search(settings, unet, chosen, nbytes, limits, vae=vae)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from mapo_fast.config import user_path
+from mapo_fast.config import Config, user_path
 from mapo_fast.errors import UserError
 from mapo_fast.model import open_sdxl
 from mapo_fast.planner.stages import SDXL_VAE, Vae, vae_of
@@ -29,11 +28,11 @@ SDXL_UNET: dict[str, Any] = {
 """SDXL-base 1.0: 2,567,463,684 parameters."""
 
 
-def parts_of(model: str, vae: Path | None) -> tuple[dict[str, Any], Vae]:
+def parts_of(model: str, config: Config) -> tuple[dict[str, Any], Vae]:
     """The UNet's config and the VAE of "sdxl", or of a diffusers pipeline folder, which needs no weights.
 
     Args:
-        vae: a folder to take the VAE from instead.
+        config: for another VAE's folder, and the noise schedule that `[train]` states.
 
     Raises:
         UserError: the folder is no SDXL pipeline.
@@ -41,7 +40,12 @@ def parts_of(model: str, vae: Path | None) -> tuple[dict[str, Any], Vae]:
     if model.lower() == "sdxl":
         return SDXL_UNET, SDXL_VAE
     try:
-        folder = open_sdxl(user_path("--model", model), vae, weights=False)
+        folder = open_sdxl(
+            user_path("--model", model),
+            config.model.vae,
+            scheduler_overrides(config.train),
+            weights=False,
+        )
         return folder.config("unet"), vae_of(folder)
     except UserError as error:
         raise UserError(f"{error}; without a folder: --model sdxl") from None

@@ -1,0 +1,62 @@
+"""The UNet and the VAE that configs describe, called once on tensors without data: a second, and no memory.
+
+What a config asks for is checked in many ways by diffusers while it builds, and some of it not before a call.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+
+@lru_cache
+@torch.no_grad()
+def try_unet(config: str, text_width: int, pooled_width: int) -> None:
+    """Build the UNet and give it what a training step gives it.
+
+    Args:
+        config: its config as JSON.
+        text_width: of the prompt embeddings.
+        pooled_width: of the pooled embedding.
+
+    Raises:
+        Exception: of any kind.
+    """
+    from diffusers import UNet2DConditionModel
+
+    fields = json.loads(config)
+    side = 2 ** len(fields["down_block_types"])
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(fields)
+        latents = torch.empty(1, fields.get("in_channels", 4), side, side)
+        conditions = {"text_embeds": torch.empty(1, pooled_width), "time_ids": torch.empty(1, 6)}
+        text = torch.empty(1, 77, text_width)
+        out = unet(latents, torch.zeros(1), text, added_cond_kwargs=conditions).sample
+    if out.shape != latents.shape:
+        raise ValueError(f"it makes {tuple(out.shape[1:])} of latents {tuple(latents.shape[1:])}")
+
+
+@lru_cache
+@torch.no_grad()
+def try_vae(config: str) -> None:
+    """Build the VAE, encode an image and decode it.
+
+    Args:
+        config: its config as JSON.
+
+    Raises:
+        Exception: of any kind.
+    """
+    from diffusers import AutoencoderKL
+
+    fields = json.loads(config)
+    factor = 2 ** (len(fields["block_out_channels"]) - 1)
+    with torch.device("meta"):
+        vae: Any = AutoencoderKL.from_config(fields)
+        latents = vae.encode(torch.empty(1, 3, 2 * factor, 2 * factor)).latent_dist.mode()
+        out = vae.decode(latents).sample
+    if latents.shape[1:] != (fields["latent_channels"], 2, 2) or out.shape[2:] != (2 * factor, 2 * factor):
+        raise ValueError(f"it makes latents {tuple(latents.shape[1:])} of {2 * factor} × {2 * factor} pixels")
