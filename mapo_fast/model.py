@@ -23,11 +23,13 @@ from mapo_fast.errors import UserError
 from mapo_fast.files import os_error, parse_json, read_json, sha256_file
 from mapo_fast.model_configs import (
     LEGACY_EOS,
+    SPECIAL_TOKENS,
     PipelineConfig,
     TextConfig,
     VaeConfig,
     check_schedule,
     check_text,
+    check_tokens,
     check_unet,
     check_vae,
     checked,
@@ -150,7 +152,7 @@ class SDXLFolder:
     def _check_tokens(self, which: Literal[1, 2], tokenizer: Any) -> None:
         """That every prompt can be padded, and that the text encoder knows the tokens."""
         component: Component = "tokenizer" if which == 1 else "tokenizer_2"
-        for name in ("bos_token", "eos_token", "pad_token"):
+        for name in SPECIAL_TOKENS:
             if getattr(tokenizer, f"{name}_id") is None:
                 raise UserError(
                     f"{self.path(component) / _CONFIGS[component]} has no {name} that is in the vocabulary: "
@@ -309,7 +311,9 @@ def _check_part(folder: SDXLFolder, component: Component, weights: bool) -> None
     part = folder.path(component)
     if not (part / _CONFIGS[component]).is_file():
         raise UserError(f"{folder.root} is not an SDXL pipeline: {part / _CONFIGS[component]} is missing")
-    read_json(part / _CONFIGS[component])
+    config = read_json(part / _CONFIGS[component])
+    if component in ("tokenizer", "tokenizer_2"):
+        check_tokens(config, part / _CONFIGS[component])
     if component in _WEIGHTS and weights:
         _weight_files(part, _WEIGHTS[component])
     elif weights and component != "scheduler" and not (part / "tokenizer.json").is_file():

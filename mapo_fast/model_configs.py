@@ -285,6 +285,25 @@ def check_text(config: Mapping[str, Any], where: Path) -> TextConfig:
     return text
 
 
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
+
+
+def check_tokens(config: Mapping[str, Any], where: Path) -> None:
+    """Check that a tokenizer's config does not do without a token that every prompt needs.
+
+    Raises:
+        UserError: naming the token.
+    """
+    for name in SPECIAL_TOKENS:
+        value = config.get(name, "")  # left out, it is CLIP's own
+        text = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            raise UserError(
+                f"{where} has {name} = {shown(value)}: no prompt can be encoded without it; SDXL's "
+                "tokenizers have one; copy the file from the model again"
+            )
+
+
 _NO_INPUT: dict[str, tuple[tuple[Any, ...], str]] = {
     "class_embed_type": ((None,), "class labels"),
     "num_class_embeds": ((None,), "class labels"),

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mapo_fast.diffusion import Diffusion
 from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder, open_sdxl
-from tests.tiny import make_tiny_sdxl
+from tests.tiny import POOLED_WIDTH, make_tiny_sdxl
 
 
 @pytest.fixture
@@ -175,3 +176,227 @@ def test_loading_is_silent_and_leaves_the_libraries_settings(
     assert "Loading" not in "".join(capfd.readouterr())
     assert logging.is_progress_bar_enabled()
     assert logging.get_verbosity() == verbosity
+
+
+# What the configs ask for and training does not give
+
+
+SDXL_SCHEDULE: dict[str, Any] = {
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        # Playground v2.5's
+        (
+            {
+                "_class_name": "EDMDPMSolverMultistepScheduler",
+                "prediction_type": "epsilon",
+                "sigma_data": 0.5,
+            },
+            "_class_name = 'EDMDPMSolverMultistepScheduler'",
+        ),
+        ({**SDXL_SCHEDULE, "sigma_data": 0.5}, "sigma_data = 0.5"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEulerDiscreteScheduler"),
+        ({**SDXL_SCHEDULE, "_class_name": "RePaintScheduler"}, "_class_name = 'RePaintScheduler'"),
+        ({**SDXL_SCHEDULE, "_class_name": ["EulerDiscreteScheduler"]}, "_class_name = ['EulerDis"),
+        ({k: v for k, v in SDXL_SCHEDULE.items() if k != "_class_name"}, "_class_name = None"),
+        ({**SDXL_SCHEDULE, "use_flow_sigmas": True}, "use_flow_sigmas = True"),
+        ({**SDXL_SCHEDULE, "timestep_type": "continuous"}, "timestep_type = 'continuous'"),
+        ({**SDXL_SCHEDULE, "prediction_type": "flow_prediction"}, "prediction_type = 'flow_prediction'"),
+        ({"_class_name": "DDIMScheduler"}, "beta_schedule = None"),
+        ({**SDXL_SCHEDULE, "beta_end": None}, "does not state beta_end"),
+        ({**SDXL_SCHEDULE, "beta_start": [0.1]}, "beta_start = [0.1]"),
+        ({**SDXL_SCHEDULE, "beta_end": 1.5}, "beta_end = 1.5"),
+        ({**SDXL_SCHEDULE, "num_train_timesteps": "1000"}, "num_train_timesteps = '1000'"),
+        ({**SDXL_SCHEDULE, "num_train_timesteps": 10**4000}, "num_train_timesteps = 1000000"),
+        ({**SDXL_SCHEDULE, "num_train_timesteps": 0}, "num_train_timesteps = 0"),
+        ({**SDXL_SCHEDULE, "trained_betas": [0.1, 0.2]}, "2 trained_betas for num_train_timesteps = 1000"),
+        ({**SDXL_SCHEDULE, "trained_betas": [0.1, "x"]}, "trained_betas = [0.1, 'x']"),
+    ],
+)
+def test_another_noise_schedule_is_named(model: Path, config: dict[str, Any], names: str) -> None:
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(config))
+    text = refusal(lambda: open_sdxl(model, weights=False))
+    assert str(path) in text
+    assert names in text
+    assert len(text) < 600
+
+
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # in diffusers' Euler schedulers
+@pytest.mark.parametrize(
+    "name", ["DDPM", "DDIM", "PNDM", "EulerAncestralDiscrete", "LCM", "DPMSolverMultistep"]
+)
+def test_samplers_of_the_discrete_schedule_are_taken(model: Path, name: str) -> None:
+    import diffusers
+
+    scheduler = getattr(diffusers, f"{name}Scheduler")(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=500
+    )
+    scheduler.save_pretrained(model / "scheduler")
+    betas = Diffusion(open_sdxl(model).scheduler_config).scheduler.betas
+    torch.testing.assert_close(betas, scheduler.betas)
+
+
+def test_a_prediction_type_that_train_states_counts(model: Path) -> None:
+    edit(model / "scheduler" / "scheduler_config.json", prediction_type="sample")
+    assert "prediction_type = 'sample'" in refusal(lambda: open_sdxl(model))
+    assert open_sdxl(model, None, {"prediction_type": "epsilon"}).scheduler_config["beta_end"] == 0.012
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep'"),
+        ({"num_class_embeds": 4}, "num_class_embeds = 4"),
+        ({"encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim = 4096"),
+        ({"encoder_hid_dim_type": "ip_image_proj"}, "encoder_hid_dim_type = 'ip_image_proj'"),
+        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim = 256"),
+        ({"attention_type": "gated"}, "attention_type = 'gated'"),
+        ({"dual_cross_attention": True}, "dual_cross_attention = True"),
+        ({"addition_embed_type": "text_image"}, "addition_embed_type = 'text_image'"),
+        ({"out_channels": 8}, "has 8 output channels"),
+        ({"in_channels": 8}, "has 8 input channels, twice"),
+        ({"cross_attention_dim": POOLED_WIDTH}, "16 + 24 = 40; a refiner takes the second one's alone"),
+        ({"cross_attention_dim": [40, 64]}, "cross_attention_dim = [40, 64]"),
+        ({"cross_attention_dim": [40, 40, 40]}, "3 entries in cross_attention_dim for 2 down_block_types"),
+        ({"projection_class_embeddings_input_dim": 64}, "5 × 8 + 24 is a refiner's"),
+        ({"projection_class_embeddings_input_dim": None}, "projection_class_embeddings_input_dim = None"),
+        ({"addition_time_embed_dim": "8"}, "addition_time_embed_dim = '8'"),
+        ({"layers_per_block": [1, 1, 1]}, "3 entries in layers_per_block"),
+        ({"layers_per_block": 10**6}, "layers_per_block = 1000000"),
+        ({"block_out_channels": [16, -32]}, "block_out_channels = [16, -32]"),
+        ({"block_out_channels": 16}, "block_out_channels = 16"),
+        ({"in_channels": True}, "in_channels = True"),
+        ({"attention_head_dim": {}}, "attention_head_dim = {}"),
+        ({"down_block_types": ["DownBlock2D", "Other"]}, "Other does not exist"),
+        ({"num_attention_heads": 4}, "num_attention_heads"),
+        ({"norm_num_groups": 5}, "must be divisible by num_groups (5)"),
+    ],
+)
+def test_a_unet_that_training_cannot_feed_is_named(model: Path, changes: dict[str, Any], names: str) -> None:
+    edit(model / "unet" / "config.json", **changes)
+    text = refusal(lambda: open_sdxl(model, weights=False))
+    assert str(model / "unet") in text or str(model) in text
+    assert names in text
+
+
+def test_the_refiners_pipeline_is_named(model: Path) -> None:
+    edit(model / "model_index.json", requires_aesthetics_score=True)
+    assert "this is the SDXL refiner" in refusal(lambda: open_sdxl(model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"hidden_size": [16]}, "hidden_size = [16]"),
+        ({"max_position_embeddings": 64}, "max_position_embeddings = 64: prompts take 77"),
+        ({"model_type": "chatglm"}, "model_type = 'chatglm'"),
+        ({"projection_dim": -1}, "projection_dim = -1"),
+    ],
+)
+def test_a_text_encoder_that_is_not_clip_is_named(model: Path, changes: dict[str, Any], names: str) -> None:
+    path = model / "text_encoder_2" / "config.json"
+    edit(path, **changes)
+    assert f"{path} has {names}" in refusal(lambda: open_sdxl(model, weights=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"latents_mean": [0.0] * 4}, "one of latents_mean and latents_std"),
+        ({"latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}, "3 numbers in latents_mean"),
+        (
+            {"latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, 0.0, 1.0]},
+            "latents_std = [1.0, 1.0, 0.0, 1.0]",
+        ),
+        ({"scaling_factor": 0}, "scaling_factor = 0"),
+        ({"scaling_factor": "0.13"}, "scaling_factor = '0.13'"),
+        ({"in_channels": 1}, "in_channels = 1"),
+        ({"shift_factor": 0.1}, "shift_factor = 0.1"),
+        ({"down_block_types": ["Other"] * 3}, "Other does not exist"),
+    ],
+)
+def test_a_vae_of_another_kind_is_named(model: Path, changes: dict[str, Any], names: str) -> None:
+    edit(model / "vae" / "config.json", **changes)
+    assert names in refusal(lambda: open_sdxl(model, weights=False))
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token"])
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_a_tokenizer_without_a_special_token_is_named(model: Path, name: str, part: str) -> None:
+    path = model / part / "tokenizer_config.json"
+    edit(path, **{name: None})
+    assert f"{path} has {name} = None" in refusal(lambda: open_sdxl(model))
+
+
+def test_a_pad_token_that_the_vocabulary_has_not(model: Path) -> None:
+    settings = model / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(settings.read_text())
+    settings.write_text(json.dumps({name: value for name, value in config.items() if name != "pad_token"}))
+    for name in ("special_tokens_map.json", "tokenizer.json"):
+        (model / "tokenizer" / name).unlink(missing_ok=True)
+    folder = open_sdxl(model)
+    tokenizer = folder.load_tokenizer(1)
+    assert tokenizer.pad_token_id is not None, "CLIP's own is taken where none is stated"
+
+
+def test_an_end_token_that_the_text_encoder_looks_for_in_vain(model: Path) -> None:
+    edit(model / "text_encoder_2" / "config.json", eos_token_id=7)
+    assert "eos_token_id = 7, its tokenizer" in refusal(lambda: open_sdxl(model).load_tokenizer(2))
+    edit(model / "text_encoder_2" / "config.json", eos_token_id=2)  # as SDXL has it
+    open_sdxl(model).load_tokenizer(2)
+
+
+@pytest.mark.parametrize("variant", ["bf16", "fp32", "non_ema"])
+def test_any_variant_is_used_where_it_is_the_only_one(model: Path, variant: str) -> None:
+    for part, (load, _) in LOADERS.items():
+        (path,) = (model / part).glob("*.safetensors")
+        path.rename(path.with_suffix(f".{variant}.safetensors"))
+        load(open_sdxl(model))
+
+
+def test_which_of_several_variants_is_not_guessed(model: Path) -> None:
+    (path,) = (model / "unet").glob("*.safetensors")
+    shutil.copy(path, path.with_suffix(".ema.safetensors"))
+    assert open_sdxl(model).weight_files("unet") == [path], "the plain one is used"
+    path.rename(path.with_suffix(".non_ema.safetensors"))
+    assert "several variants (ema, non_ema)" in refusal(lambda: open_sdxl(model))
+
+
+@pytest.mark.parametrize(
+    "index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "../b"}}]
+)
+def test_a_damaged_index_of_weights_is_named(model: Path, index: dict[str, Any]) -> None:
+    (path,) = (model / "unet").glob("*.safetensors")
+    path.unlink()
+    index_path = path.with_name(f"{path.name}.index.json")
+    index_path.write_text(json.dumps(index))
+    assert str(index_path) in refusal(lambda: open_sdxl(model))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        (2**62).to_bytes(8, "little"),
+        (10**9).to_bytes(8, "little"),
+        b"\x02" + bytes(7) + b"[]",
+        len(entry := b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}').to_bytes(8, "little")
+        + entry,
+        len(entry := b'{"a": {"data_offsets": [0, 99999999999]}}').to_bytes(8, "little") + entry,
+        len(entry := b'{"a": 1}').to_bytes(8, "little") + entry,
+        b"",
+    ],
+)
+def test_a_damaged_weights_header_is_one_line(model: Path, damage: bytes) -> None:
+    (path,) = (model / "unet").glob("*.safetensors")
+    path.write_bytes(damage + bytes(100))
+    assert f"{path} cannot be read as safetensors" in refusal(lambda: open_sdxl(model).fingerprint(("unet",)))

@@ -6,7 +6,7 @@ from typing import Any
 
 from mapo_fast.config import Config, user_path
 from mapo_fast.errors import UserError
-from mapo_fast.model import open_sdxl
+from mapo_fast.model import open_sdxl, scheduler_overrides
 from mapo_fast.planner.stages import SDXL_VAE, Vae, vae_of
 
 SDXL_UNET: dict[str, Any] = {
@@ -40,12 +40,8 @@ def parts_of(model: str, config: Config) -> tuple[dict[str, Any], Vae]:
     if model.lower() == "sdxl":
         return SDXL_UNET, SDXL_VAE
     try:
-        folder = open_sdxl(
-            user_path("--model", model),
-            config.model.vae,
-            scheduler_overrides(config.train),
-            weights=False,
-        )
+        overrides = scheduler_overrides(config.train)
+        folder = open_sdxl(user_path("--model", model), config.model.vae, overrides, weights=False)
         return folder.config("unet"), vae_of(folder)
     except UserError as error:
         raise UserError(f"{error}; without a folder: --model sdxl") from None
