@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mapo_fast.model import SDXLFolder
+from mapo_fast.vae import from_unet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,7 +56,7 @@ def sample_latents(
         batch_size: samples denoised together.
 
     Returns:
-        Latents (N, C, h, w), multiplied by the VAE's scaling factor as in training; fp32, on the CPU.
+        Latents (N, C, h, w) as in training, which `decode_latents` takes; fp32, on the CPU.
 
     Raises:
         ValueError: numbers of prompts and seeds differ, or a side is not a multiple of 8.
@@ -102,13 +103,13 @@ def sample_latents(
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor, *, batch_size: int = 8) -> list[Image]:
-    """Decode latents (N, C, h, w), multiplied by the VAE's scaling factor, into N RGB images."""
+    """Decode latents (N, C, h, w), as the UNet has them, into N RGB images."""
     from diffusers.image_processor import VaeImageProcessor
 
     processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
     images: list[Image] = []
     for part in torch.split(latents, batch_size):
-        decoded = vae.decode(part.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+        decoded = vae.decode(from_unet(part.to(vae.device, vae.dtype), vae.config)).sample
         images.extend(processor.postprocess(decoded.float(), output_type="pil"))
     return images
 

@@ -1,4 +1,4 @@
-"""How much memory a VAE works in, and how to make it less: image by image, then in tiles.
+"""The scale of a VAE's latents; how much memory it works in, and how to make it less.
 
 The largest feature maps of SDXL's VAE have the image's own height and width. Per pixel, without gradients,
 
@@ -13,12 +13,48 @@ by a lot: training data is better encoded image by image, which changes nothing.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from mapo_fast.config import DataConfig
 
 TILE = 512
 """Side of a tile in pixels. diffusers' own choice is the VAE's sample size, which is 1024 for SDXL."""
+
+
+def to_unet(mean: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """A posterior's mean, (N, C, h, w), as SDXL's UNet expects latents.
+
+    mean × scaling_factor, or, where the config has latents_mean and latents_std, (mean − latents_mean) ×
+    scaling_factor / latents_std: the inverse of what diffusers' SDXL pipelines do before decoding.
+
+    Args:
+        config: the VAE's.
+    """
+    shift, spread = _statistics(mean, config)
+    return (mean - shift) / spread * _factor(config)
+
+
+def from_unet(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """What the VAE decodes, of the UNet's latents: the inverse of `to_unet`."""
+    shift, spread = _statistics(latents, config)
+    return latents / _factor(config) * spread + shift
+
+
+def _factor(config: Mapping[str, Any]) -> float:
+    return float(config.get("scaling_factor", 0.18215))
+
+
+def _statistics(latents: Tensor, config: Mapping[str, Any]) -> tuple[Tensor | float, Tensor | float]:
+    """Mean and spread by channel, (C, 1, 1) each; 0 and 1 where the config has none."""
+    found = [config.get(f"latents_{name}") for name in ("mean", "std")]
+    if found[0] is None or found[1] is None:
+        return 0.0, 1.0
+    mean, std = (torch.tensor(v, dtype=latents.dtype, device=latents.device).view(-1, 1, 1) for v in found)
+    return mean, std
 
 
 def use_tiles(vae: Any, side: int = TILE) -> Any:

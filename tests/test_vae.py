@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from mapo_fast.model import open_sdxl
 from mapo_fast.planner import stages
 from mapo_fast.planner.stages import how_to_prepare
 from mapo_fast.sample import decode_latents
-from mapo_fast.vae import decode_bytes, encode_bytes, use_tiles
+from mapo_fast.vae import decode_bytes, encode_bytes, from_unet, to_unet, use_tiles
 from tests.data.sources import config, jsonl_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -165,3 +167,37 @@ def test_what_makes_prepare_fit() -> None:
     tiled = how_to_prepare(asked, stages.SDXL_VAE, 2**30)
     assert tiled.startswith("prepare fits with data.batch_size = 1 and data.vae_tiling = true: 0.94 GiB, but")
     assert "does not fit on this card" in how_to_prepare(asked, stages.SDXL_VAE, 2**29)
+
+
+STATISTICS = {
+    "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
+    "latents_std": [8.4927, 5.9022, 6.5498, 5.2299],
+}
+
+
+@pytest.mark.parametrize("statistics", [{}, STATISTICS])
+def test_what_is_decoded_is_what_was_encoded(statistics: dict[str, Any]) -> None:
+    config = {"scaling_factor": 0.5, **statistics}
+    mean = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    torch.testing.assert_close(from_unet(to_unet(mean, config), config), mean)
+    if statistics:  # as Playground v2.5's
+        scaled = (mean[1, 2, 0, 0] + 1.383) / 6.5498 * 0.5
+        torch.testing.assert_close(to_unet(mean, config)[1, 2, 0, 0], scaled)
+
+
+def test_a_preview_of_a_vae_with_latent_statistics_is_the_image(tmp_path: Path) -> None:
+    from diffusers.image_processor import VaeImageProcessor
+
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    path = model / "vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **STATISTICS, "scaling_factor": 0.5}))
+    encoder = LatentEncoder(open_sdxl(model), "fp32", CPU)
+    latent = encoder([image()])[0]
+    assert latent is not None
+    mean, std = (torch.tensor(STATISTICS[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
+    with torch.no_grad():  # as diffusers' SDXL pipeline
+        decoded = encoder.vae.decode(latent[None] * std / 0.5 + mean).sample
+    want = np.asarray(VaeImageProcessor(vae_scale_factor=4).postprocess(decoded)[0], dtype=float)
+    got = np.asarray(decode_latents(encoder.vae, latent[None])[0], dtype=float)
+    assert np.abs(got - want).max() <= 1  # a rounding

@@ -1,8 +1,6 @@
 """Images through the VAE into latent shards.
 
-A latent is the posterior's mean, scaled as SDXL's UNet expects it: mean × scaling_factor, or, for a VAE whose
-config has latents_mean and latents_std, (mean − latents_mean) × scaling_factor / latents_std, the inverse of
-what diffusers' SDXL pipelines do before decoding.
+A latent is the posterior's mean, scaled as SDXL's UNet expects it (`vae.to_unet`).
 
 The images that no shard holds yet are cut into shards in source order, so that the source is read once from
 front to back. Batches never cross a shard: an interrupted run that starts a shard again forms the same
@@ -29,7 +27,7 @@ from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs,
 from mapo_fast.data.scan import content_hash
 from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder
-from mapo_fast.vae import use_tiles
+from mapo_fast.vae import to_unet, use_tiles
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -55,21 +53,14 @@ class LatentEncoder:
         tiles: side in pixels of the tiles that larger images are encoded in; None encodes them whole.
 
     Raises:
-        UserError: the VAE cannot be loaded, or is not SDXL's.
+        UserError: the VAE cannot be loaded.
     """
 
     def __init__(
         self, folder: SDXLFolder, dtype: str, device: torch.device, *, tiles: int | None = None
     ) -> None:
-        config = folder.config("vae")
-        if config.get("shift_factor"):
-            raise UserError(
-                f"{folder.path('vae')}/config.json has shift_factor = {config['shift_factor']}, which SDXL "
-                "pipelines do not apply: this is not an SDXL VAE"
-            )
         self.folder, self.dtype, self.device = folder, DTYPES[dtype], device
-        self.scale = float(config.get("scaling_factor", 0.18215))
-        self.mean, self.std = (config.get(f"latents_{name}") for name in ("mean", "std"))
+        self.config = folder.config("vae")
         self.tiles = tiles
         self.vae = self._load(self.dtype)
         self._vae_fp32: Any = self.vae if self.dtype is torch.float32 else None
@@ -103,12 +94,7 @@ class LatentEncoder:
     @torch.no_grad()
     def _encode(self, vae: Any, pixels: Tensor) -> Tensor:
         mean: Tensor = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode().float()
-        if self.mean is not None and self.std is not None:
-            shift, spread = (
-                torch.tensor(v, device=mean.device).view(1, -1, 1, 1) for v in (self.mean, self.std)
-            )
-            mean = (mean - shift) / spread
-        return (mean * self.scale).to(self.dtype).cpu()
+        return to_unet(mean, self.config).to(self.dtype).cpu()
 
 
 def _pixels(image: Image.Image) -> Tensor:  # (3, H, W) fp32 in [−1, 1]
