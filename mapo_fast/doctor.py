@@ -167,7 +167,7 @@ def _no_gpu() -> str:
 def driver() -> str | None:
     """The version of NVIDIA's driver, where there is one."""
     program = shutil.which("nvidia-smi")
-    if program is None:
+    if program is None or Path(program).absolute().parent == Path.cwd():  # Windows looks there first
         return None
     query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:

@@ -15,7 +15,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor
 from mapo_fast.doctor import driver
 from mapo_fast.engine.transfers import Transfers
 from mapo_fast.errors import UserError
-from mapo_fast.files import write_json
+from mapo_fast.files import read_json, write_json
 from mapo_fast.fuse import FusedTransformerBlock, patch_unet
 from mapo_fast.planner import store
 from mapo_fast.planner.cards import Rates
@@ -74,8 +74,10 @@ def rates_of(device: torch.device) -> Rates:
         RuntimeError: they cannot be measured, for instance for want of free memory.
     """
     path = _path(device)
-    with suppress(OSError, ValueError, TypeError):  # not there, or damaged: measured again
-        return Rates(**json.loads(path.read_text(encoding="utf-8")))
+    with suppress(UserError, TypeError):  # not there, or damaged: measured again
+        known = Rates(**read_json(path))
+        if isinstance(known.source, str) and not _wrong(known._asdict()):
+            return known
     rates = measure(device)
     with suppress(OSError, UserError):  # it is a cache
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,11 +99,16 @@ def measure(device: torch.device, *, shrink: int = 1) -> Rates:
         found = _measured(device, shrink)
     if on_gpu:
         torch.cuda.empty_cache()
-    wrong = [name for name, value in found.items() if not (math.isfinite(value) and value > 0)]
-    if wrong:
+    if wrong := _wrong(found):
         raise RuntimeError(f"measured no {' and '.join(wrong)}")
     name = torch.cuda.get_device_name(device) if on_gpu else "the CPU"
     return Rates(**found, source=f"measured on {name}")
+
+
+def _wrong(figures: Mapping[str, Any]) -> list[str]:
+    """Names of those that are no rate."""
+    rates = {name: value for name, value in figures.items() if name != "source"}
+    return [n for n, v in rates.items() if not (isinstance(v, float) and math.isfinite(v) and v > 0)]
 
 
 def _measured(device: torch.device, shrink: int) -> dict[str, float]:

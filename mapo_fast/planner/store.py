@@ -25,6 +25,7 @@ import numpy as np
 
 import mapo_kernels
 from mapo_fast.config import Config
+from mapo_fast.files import open_regular, parse_json
 from mapo_fast.planner.trace import Mark, Trace, record_step
 
 _Work = tuple[Path, str, dict[str, Any], bool]
@@ -189,15 +190,18 @@ def _sources() -> list[str]:
 
 
 def _read(path: Path) -> Trace | None:
-    """None where there is no whole file; a damaged one is made again."""
+    """None where there is no whole file; a damaged one is made again.
+
+    Each member of the archive has a checksum, and what reads it raises errors of many kinds.
+    """
     try:
-        with np.load(path) as file:
-            rest = json.loads(str(file["rest"]))
+        with open_regular(path) as opened, np.load(opened) as file:
+            rest = parse_json(str(file["rest"]))
             arrays = {name: file[name] for name in _ARRAYS}
-    except (OSError, ValueError, KeyError, EOFError):
+        marks = [Mark(*mark) for mark in rest.pop("marks")]
+        return Trace(**arrays, marks=marks, **rest)
+    except Exception:
         return None
-    marks = [Mark(*mark) for mark in rest.pop("marks")]
-    return Trace(**arrays, marks=marks, **rest)
 
 
 def _write(path: Path, trace: Trace) -> None:
@@ -210,4 +214,5 @@ def _write(path: Path, trace: Trace) -> None:
         np.savez_compressed(temporary, rest=rest, **{name: fields[name] for name in _ARRAYS})
         temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +93,29 @@ def test_a_card_is_measured_once_for_its_driver(card: SimpleNamespace) -> None:
     rates._path(CUDA).write_text("damaged")
     assert rates.rates_of(CUDA) == MEASURED
     assert card.measured == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"matrix": "fast"},
+        {"matrix": -1.0},
+        {"matrix": None},
+        {"matrix": True},
+        {"source": 1},
+        {"more": 1.0},
+        "[" * 200_000,
+        '{"matrix": ' + "9" * 5000 + "}",
+        "[]",
+        '{"matrix": NaN}',
+    ],
+)
+def test_damaged_rates_are_measured_again(card: SimpleNamespace, damage: Any) -> None:
+    rates.rates_of(CUDA)
+    text = damage if isinstance(damage, str) else json.dumps(MEASURED._asdict() | damage)
+    rates._path(CUDA).write_text(text)
+    assert rates.rates_of(CUDA) == MEASURED
+    assert card.measured == 2
 
 
 def test_a_run_plans_by_measured_rates_and_says_when_it_does_not(
