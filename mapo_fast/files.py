@@ -158,6 +158,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
+<<<<<<< HEAD
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, f"it is {_kind(mode)}, not a regular file", str(path))
@@ -165,6 +166,25 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
             yield file
     finally:
         os.close(handle)
+=======
+        info = os.fstat(handle)
+        check_regular(path, info.st_mode)
+        data = b""
+        if info.st_size <= limit:
+            with os.fdopen(handle, "rb", closefd=False) as file:
+                data = file.read(limit + 1)
+    finally:
+        os.close(handle)
+    if max(info.st_size, len(data)) > limit:
+        raise OSError(errno.EOVERFLOW, f"it is larger than the limit of {limit:,} bytes", str(path))
+    return data
+>>>>>>> ba54890 (Follow links, read any label type, decode in process only, convert ICC profiles)
+
+
+def check_regular(path: Path, mode: int) -> None:
+    """Raise `OSError` (EINVAL) where `mode` is not a regular file's; its `strerror` says what it is."""
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"it is {_kind(mode)}, not a regular file", str(path))
 
 
 def _kind(mode: int) -> str:

@@ -415,7 +415,7 @@ def test_rows_that_cannot_be_used_are_listed(tiny_sdxl: Path, tmp_path: Path) ->
     (source / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     skipped = prepared(tiny_sdxl, source)
     assert skipped.keys() == {f"pairs.jsonl:{n}" for n in range(2, 9)}
-    assert skipped["pairs.jsonl:2"] == "no label: "
+    assert skipped["pairs.jsonl:2"] == "no label: label is missing, null or blank"
     assert skipped["pairs.jsonl:3"] == "bad label: label = 'yes' is neither true or 1 nor false or 0"
     assert skipped["pairs.jsonl:4"].startswith("bad label: label = 0.5")
     assert skipped["pairs.jsonl:5"].startswith("bad line: needs the keys prompt, image")
@@ -443,7 +443,7 @@ def test_parquet_and_a_saved_dataset_with_the_same_columns(tiny_sdxl: Path, tmp_
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "two" / "images"))
     for name, skipped in (("one", "a.parquet:5"), ("two", "images:5")):
         source = tmp_path / name / "images"
-        assert prepared(tiny_sdxl, source, held_out=0.0) == {skipped: "no label: "}
+        assert list(prepared(tiny_sdxl, source, held_out=0.0)) == [skipped]
         opened = PairCache.open(tmp_path / name / "cache")
         found = {
             row.prompt: label

@@ -8,14 +8,17 @@
   better one, 0 to 1. Or every line is a single image: `prompt`, `image`, and a `label` that says whether the
   image is wanted (true or 1) or not (false or 0);
 - folders `chosen/` and `rejected/` (or `w/` and `l/`) with equal file names up to the suffix, subfolders
-  included, and a caption `<name>.txt` beside the chosen or the rejected image;
+  included, and a caption `<name>.txt` next to the chosen or the rejected image;
 - a Hugging Face dataset saved to disk, or a folder of arrow files;
 - parquet: one file or a folder of them.
+
+Links are followed (`listing`), and prompts and labels may have any type that spells them (`cells`).
 
 The last two hold either Pick-a-Pic's columns (`jpg_0`, `jpg_1`, `label_0`, `label_1`, `caption`, `has_label`;
 `label_0` = 1: `jpg_0` is chosen, 0: `jpg_1` is, 0.5: a tie, another share: the image with more is),
 `prompt`, `chosen`, `rejected`, or, of single images, `prompt`, `image`, `label`. A source with several splits
-is read as its `train` split, and says so in `note`.
+is read as its `train` split, and says so in `note`. A cell of an image column is the file's bytes, a path
+inside the folder, or a struct of `bytes` and `path`.
 
 Rows are numbered 0 … len−1 in a fixed order and read in ascending order. Nothing but the rows asked for is
 read, and of rows without a usable label not even the images.
@@ -26,12 +29,14 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from mapo_fast.errors import UserError
+from mapo_fast.errors import MachineError, UserError, printable
+from mapo_fast.files import check_regular, os_error
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,9 @@ class PairRecord:
     name: str
     """Where it stands in the source, for people: `train-0.parquet:17`, `pairs.jsonl:3`, `chosen/a.png`."""
     prompt: str
-    chosen: Callable[[], bytes] | None
+    chosen: ImageReader | None
     """Reads the chosen image's file. None beside a single unwanted image."""
-    rejected: Callable[[], bytes] | None
+    rejected: ImageReader | None
     """The rejected image's; None beside a single wanted image."""
     label: float | None = None
     """How probably the chosen image is the better one, where the source says so."""
@@ -61,7 +66,22 @@ class SkippedRow:
 
 
 class MissingImageError(Exception):
-    """An image file that a getter cannot read; `str()` is the detail."""
+    """An image that a getter cannot read; `str()` is the detail."""
+
+    def __init__(self, detail: str, reason: str = "missing image") -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class ImageReader(Protocol):
+    """Reads one image's bytes, or raises `MissingImageError`."""
+
+    @property
+    def name(self) -> str:
+        """Where it stands in its row or folder, for people."""
+
+    def __call__(self) -> bytes:
+        """The bytes of the image's file."""
 
 
 class PreferencePairs(ABC):
@@ -87,32 +107,41 @@ class PreferencePairs(ABC):
 
     @staticmethod
     def _recognise(source: Path) -> PreferencePairs:
-        from mapo_fast.data import folder_pairs, table_pairs
+        from mapo_fast.data import jsonl_pairs, parquet_pairs, table_pairs, twin_folders
+        from mapo_fast.data.listing import Entry, list_files
 
-        if not source.exists():
+        if not os.path.lexists(source):
             raise UserError(f"data.source not found: {source}")
-        if source.is_file():
-            if source.suffix == ".parquet":
-                return table_pairs.ParquetPairs([source])
+        if not source.is_dir():
+            check_regular(source, source.stat().st_mode)
+            if source.suffix.lower() == ".parquet":
+                return parquet_pairs.ParquetPairs(
+                    [Entry(source.name, Path(os.path.realpath(source)))], source.parent
+                )
             if source.name == "pairs.jsonl":
-                return folder_pairs.JsonlPairs(source.parent)
+                return jsonl_pairs.JsonlPairs(source.parent)
             raise _unknown(source)
         next(source.iterdir(), None)  # a folder without permission raises here, and looks empty below
-        if (source / "pairs.jsonl").is_file():
-            pairs = folder_pairs.JsonlPairs(source)
-            if names := folder_pairs.twin_folders(source):
+        names = twin_folders.twin_folders(source)
+        if os.path.lexists(table := source / "pairs.jsonl") and not table.is_dir():
+            check_regular(table, table.stat().st_mode)
+            pairs = jsonl_pairs.JsonlPairs(source)
+            if names:
                 pairs.note = (
                     f"{source} has pairs.jsonl and the folders {names[0]}/ + {names[1]}/: pairs.jsonl is used"
                 )
             return pairs
-        if names := folder_pairs.twin_folders(source):
-            return folder_pairs.TwinFolderPairs(source, *names)
+        if names:
+            return twin_folders.TwinFolderPairs(source, *names)
         if (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
             return table_pairs.open_saved_dataset(source)
-        if files := sorted(source.rglob("*.parquet")):
-            return table_pairs.open_split(files, source, table_pairs.ParquetPairs)
-        if files := sorted(source.rglob("*.arrow")):
-            return table_pairs.open_split(files, source, table_pairs.open_arrow_files)
+        files = list_files(source)
+        for suffix, opener in (
+            (".parquet", parquet_pairs.ParquetPairs),
+            (".arrow", table_pairs.open_arrow_files),
+        ):
+            if tables := table_pairs.tables(files, suffix):
+                return table_pairs.open_split(tables, source, opener)
         raise _unknown(source)
 
     @abstractmethod
@@ -132,51 +161,48 @@ class PreferencePairs(ABC):
         digest = hashlib.sha256(f"{type(self).__name__} {len(self)}".encode())
         with reading(self.where):
             for file in self.files():
-                stat = file.stat()
-                digest.update(b"\n" + os.fsencode(file.resolve()))  # a name need not be valid UTF-8
-                digest.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())
+                digest.update(b"\n" + os.fsencode(os.path.realpath(file)))  # a name need not be valid UTF-8
+                digest.update(_state(file).encode())
         return digest.hexdigest()
 
 
 @contextmanager
 def reading(source: Path) -> Iterator[None]:
-    """Turn what the file system refuses while reading `source` into one `UserError`."""
+    """Turn what the file system refuses while reading `source` into one line.
+
+    Raises:
+        MachineError: I/O failed.
+        UserError: the path, its kind or its permissions are wrong.
+    """
     try:
         yield
     except OSError as error:
         at = f" ({error.filename})" if error.filename else ""
-        raise UserError(
+        kind = type(os_error(error, f"read {source}"))
+        raise kind(
             f"data.source {source} cannot be read: {error.strerror or error}{at}; check its permissions and "
             "whether the disk is there"
         ) from error
+    except ValueError as error:
+        if not _no_path(error):
+            raise
+        raise UserError(f"data.source {printable(str(source))} is no path: {error}") from None
 
 
-def clean_prompt(index: int, name: str, prompt: object) -> str | SkippedRow:
-    """The prompt without surrounding white space, or why the row cannot be used."""
-    if prompt is None or not isinstance(prompt, str):
-        return SkippedRow(index, name, "missing caption")
-    stripped = prompt.strip()
+def _no_path(error: ValueError) -> bool:
+    """Whether a path was refused: a NUL in it, or half of a surrogate pair."""
+    return isinstance(error, UnicodeEncodeError) or "null" in str(error)
+
+
+def _state(file: Path) -> str:
+    """Size and time of a file; or that it cannot be read, so that a source changes when it appears."""
     try:
-        stripped.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
-        return SkippedRow(index, name, "bad caption", f"not valid Unicode: {error.reason} in {stripped!r}")
-    return stripped if stripped else SkippedRow(index, name, "empty caption")
-
-
-def soft_label(index: int, name: str, label: object) -> float | SkippedRow:
-    """A label in [0, 1], or why the row cannot be used."""
-    if isinstance(label, (int, float)) and not isinstance(label, bool) and 0 <= label <= 1:
-        return float(label)
-    return SkippedRow(index, name, "bad label", f"label = {label!r} is no number from 0 to 1")
-
-
-def wanted(index: int, name: str, label: object) -> bool | SkippedRow:
-    """Whether a single image is wanted, or why the row cannot be used."""
-    if label is None:
-        return SkippedRow(index, name, "no label")
-    if isinstance(label, (bool, int, float)) and label in (0, 1):
-        return bool(label)
-    return SkippedRow(index, name, "bad label", f"label = {label!r} is neither true or 1 nor false or 0")
+        info = file.stat()
+    except OSError as error:
+        if isinstance(os_error(error, ""), MachineError):
+            raise
+        return f" {error.errno}"
+    return f" {info.st_size} {info.st_mtime_ns}"
 
 
 def _unknown(source: Path) -> UserError:

@@ -3,6 +3,7 @@
 So all defects, the disk need and the share of skipped rows are known before hours of encoding begin. The
 result is kept in the cache folder in parts of `PART_ROWS` rows, named by the source's identity; a killed scan
 continues after its last part, and a source that changed is scanned anew, as are the rows of a damaged part.
+`FORMAT` counts the ways images were decoded: what an older one scanned is scanned anew.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mapo_fast.data.buckets import Size
-from mapo_fast.data.images import ImageProblemError, decode_image
+from mapo_fast.data.colour import Profile
+from mapo_fast.data.images import ImageProblemError, decode
 from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, SkippedRow, reading
 from mapo_fast.files import atomic_path, disk_errors
 
+FORMAT = 2
 PART_ROWS = 1000
 
 ABSENT = bytes(16)
@@ -41,6 +44,8 @@ class ScannedRow:
     reason: str = ""
     detail: str = ""
     label: float | None = None
+    chosen_profile: Profile = ""
+    rejected_profile: Profile = ""
 
     @property
     def images(self) -> dict[str, tuple[bytes, Size]]:
@@ -50,6 +55,12 @@ class ScannedRow:
             "rejected": (self.rejected_hash, self.rejected_size),
         }
         return {half: image for half, image in halves.items() if image[0] != ABSENT}
+
+    @property
+    def profiles(self) -> dict[str, Profile]:
+        """What became of the colour profiles of the images that there are, by half."""
+        profiles = {"chosen": self.chosen_profile, "rejected": self.rejected_profile}
+        return {half: profiles[half] for half in self.images}
 
 
 _SCHEMA = pa.schema(
@@ -64,6 +75,8 @@ _SCHEMA = pa.schema(
         ("reason", pa.string()),
         ("detail", pa.string()),
         ("label", pa.float64()),
+        ("chosen_profile", pa.string()),
+        ("rejected_profile", pa.string()),
     ]
 )
 
@@ -81,13 +94,13 @@ def scan(
     Raises:
         UserError: the source cannot be read, or the disk is full.
     """
-    prefix = f"{identity[:16]}-{PART_ROWS}-"
+    prefix = f"{identity[:16]}-{FORMAT}-{PART_ROWS}-"
     for part in folder.glob("*.parquet"):
         if not part.name.startswith(prefix):
             with disk_errors(part):
                 part.unlink()
     rows: list[ScannedRow] = []
-    known: dict[bytes, Size | ImageProblemError] = {}
+    known: dict[bytes, _Seen] = {}
     for start in range(0, len(source), PART_ROWS):
         part = folder / f"{prefix}{start // PART_ROWS:06d}.parquet"
         numbers = range(start, min(start + PART_ROWS, len(source)))
@@ -125,46 +138,62 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _scan_row(row: PairRecord | SkippedRow, known: dict[bytes, Size | ImageProblemError]) -> ScannedRow:
+class _Seen(NamedTuple):
+    """What decoding an image showed. No exception is kept: its trace would keep the image's bytes."""
+
+    size: Size
+    profile: Profile
+    reason: str = ""
+    detail: str = ""
+
+
+def _scan_row(row: PairRecord | SkippedRow, known: dict[bytes, _Seen]) -> ScannedRow:
     if isinstance(row, SkippedRow):
         return _skipped(row.index, row.name, "", row.reason, row.detail)
-    found: list[tuple[bytes, Size]] = []
+    found: dict[str, tuple[bytes, _Seen]] = {}
+    names: list[str] = []
     for side, read in (("chosen", row.chosen), ("rejected", row.rejected)):
         if read is None:
             continue
+        names.append(read.name)
         try:
             data = read()
-            key = content_hash(data)
-            if key not in known:
-                known[key] = _look(data)
-            size = known[key]
-            if isinstance(size, ImageProblemError):
-                raise ImageProblemError(size.reason, size.detail)
-            found.append((key, size))
         except MissingImageError as error:
-            return _skipped(row.index, row.name, row.prompt, "missing image", f"{side}: {error}")
-        except ImageProblemError as error:
-            return _skipped(
-                row.index, row.name, row.prompt, error.reason, f"{side}: {error.detail}".rstrip(": ")
-            )
-    if len(found) == 1:
-        ((image, size),) = found
-        found = [(image, size), (ABSENT, size)] if row.rejected is None else [(ABSENT, size), (image, size)]
-    (chosen, chosen_size), (rejected, rejected_size) = found
+            detail = f"{side}: {read.name}: {error}"
+            return _skipped(row.index, row.name, row.prompt, error.reason, detail)
+        key = content_hash(data)
+        if key not in known:
+            known[key] = _look(data)
+        seen = known[key]
+        if seen.reason:
+            detail = f"{side}: {read.name}: {seen.detail}"
+            return _skipped(row.index, row.name, row.prompt, seen.reason, detail)
+        found[side] = key, seen
+    absent = ABSENT, next(iter(found.values()))[1]._replace(profile="")
+    (chosen, first), (rejected, second) = found.get("chosen", absent), found.get("rejected", absent)
     if chosen == rejected:
-        return _skipped(row.index, row.name, row.prompt, "identical images", "chosen and rejected are equal")
-    name = _clean(row.name)
+        detail = f"chosen and rejected are equal: {' and '.join(names)}"
+        return _skipped(row.index, row.name, row.prompt, "identical images", detail)
     return ScannedRow(
-        row.index, name, row.prompt, chosen, rejected, chosen_size, rejected_size, label=row.label
+        row.index,
+        _clean(row.name),
+        row.prompt,
+        chosen,
+        rejected,
+        first.size,
+        second.size,
+        label=row.label,
+        chosen_profile=first.profile,
+        rejected_profile=second.profile,
     )
 
 
-def _look(data: bytes) -> Size | ImageProblemError:
+def _look(data: bytes) -> _Seen:
     try:
-        image = decode_image(data)
+        image, profile = decode(data)
     except ImageProblemError as problem:
-        return problem
-    return (image.height, image.width)
+        return _Seen((0, 0), "", problem.reason, problem.detail)
+    return _Seen((image.height, image.width), profile)
 
 
 def _skipped(index: int, name: str, prompt: str, reason: str, detail: str) -> ScannedRow:

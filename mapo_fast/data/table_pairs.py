@@ -1,35 +1,25 @@
-"""Preference pairs, or single images, from tables: Pick-a-Pic parquet files and Hugging Face datasets.
+"""What the tables have in common, parquet files and Hugging Face datasets; and the latter.
 
-Parquet is read lazily: for each row group first the small columns, then, in small batches, the images of the
-rows that are usable. An image column may hold bytes, or a Hugging Face `Image` feature (a struct of bytes and
-path).
+An image column may hold a file's bytes, a path inside the folder, or a Hugging Face `Image` feature (a struct
+of bytes and path). Cells are read from Arrow one by one: a value that Python cannot hold costs its row only.
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
-import pyarrow.parquet as pq
-from pyarrow import ArrowInvalid
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from mapo_fast.data.folder_pairs import read_image_file
-from mapo_fast.data.pairs import (
-    MissingImageError,
-    PairRecord,
-    PreferencePairs,
-    SkippedRow,
-    clean_prompt,
-    wanted,
-)
-from mapo_fast.errors import UserError
-
-IMAGE_ROWS = 16  # rows of images decoded from parquet at a time
+from mapo_fast.data.cells import clean_prompt, is_missing, number, shown, wanted
+from mapo_fast.data.listing import IMAGE_BYTES, Entry, Folder, ImageFile, found_in, problems
+from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, SkippedRow
+from mapo_fast.errors import UserError, printable
+from mapo_fast.files import read_json
 
 
 class Verdict(NamedTuple):
@@ -64,157 +54,181 @@ class Columns:
         if self.kind == "named":
             prompt = clean_prompt(index, name, row["prompt"])
             return prompt if isinstance(prompt, SkippedRow) else Verdict(prompt, first, second, None)
-        labels = (row["label_0"], row["label_1"])
-        if row.get("has_label") is False or None in labels:
-            return SkippedRow(index, name, "no label")
-        if labels == (0.5, 0.5):
-            return SkippedRow(index, name, "tie")
-        if not (0 <= labels[0] <= 1 and abs(sum(labels) - 1) < 1e-6):
-            return SkippedRow(index, name, "bad label", f"label_0 = {labels[0]!r}, label_1 = {labels[1]!r}")
-        prompt = clean_prompt(index, name, row["caption"])
+        cells = row["label_0"], row["label_1"]
+        found = f"label_0 = {shown(cells[0])}, label_1 = {shown(cells[1])}"
+        has_label = row.get("has_label")
+        if number(has_label) == 0 or any(map(is_missing, cells)):
+            return SkippedRow(index, name, "no label", f"{found}, has_label = {shown(has_label)}")
+        if number(has_label) is None and not is_missing(has_label):
+            return SkippedRow(
+                index, name, "bad label", f"has_label = {shown(has_label)} is neither true nor false"
+            )
+        best, worst = (number(cell) for cell in cells)
+        if best is None or worst is None or not (0 <= best <= 1 and abs(best + worst - 1) < 1e-6):
+            return SkippedRow(index, name, "bad label", f"{found}: needed are numbers that add up to 1")
+        if best == worst:
+            return SkippedRow(index, name, "tie", found)
+        prompt = clean_prompt(index, name, row["caption"], "caption")
         if isinstance(prompt, SkippedRow):
             return prompt
-        chosen, rejected = (first, second) if labels[0] > labels[1] else (second, first)
-        return Verdict(prompt, chosen, rejected, float(max(labels)))
+        if best < worst:
+            first, second, best = second, first, worst
+        return Verdict(prompt, first, second, best)
 
 
-def columns_of(names: Iterable[str], where: Path) -> Columns:
-    """Recognise a table by its column names. Raises `UserError` naming what was looked for."""
+def columns_of(names: Sequence[str], where: Path) -> Columns:
+    """Recognise a table by its column names.
+
+    Raises:
+        UserError: naming what was looked for, or a column that is there twice.
+    """
     have = set(names)
     if {"jpg_0", "jpg_1", "label_0", "label_1", "caption"} <= have:
         small = ("label_0", "label_1", "caption", *(("has_label",) if "has_label" in have else ()))
-        return Columns(("jpg_0", "jpg_1"), small, "ranked")
-    if {"prompt", "chosen", "rejected"} <= have:
-        return Columns(("chosen", "rejected"), ("prompt",), "named")
-    if {"prompt", "image", "label"} <= have:
-        return Columns(("image",), ("prompt", "label"), "single")
-    raise UserError(
-        f"{where} has the columns {', '.join(sorted(have))}; needed are jpg_0, jpg_1, label_0, label_1, "
-        "caption (Pick-a-Pic), or prompt, chosen, rejected, or prompt, image, label (single images)"
+        columns = Columns(("jpg_0", "jpg_1"), small, "ranked")
+    elif {"prompt", "chosen", "rejected"} <= have:
+        columns = Columns(("chosen", "rejected"), ("prompt",), "named")
+    elif {"prompt", "image", "label"} <= have:
+        columns = Columns(("image",), ("prompt", "label"), "single")
+    else:
+        raise UserError(
+            f"{where} has the columns {listed(have)}; needed are jpg_0, jpg_1, label_0, label_1, "
+            "caption (Pick-a-Pic), or prompt, chosen, rejected, or prompt, image, label (single images)"
+        )
+    twice = [name for name in (*columns.images, *columns.small) if names.count(name) > 1]
+    if twice:
+        raise UserError(f"{where} has more than one column {twice[0]}: remove or rename one")
+    return columns
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names from outside, in order, for a message."""
+    names = sorted(printable(name) for name in names)
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A cell whose value Python cannot hold, such as a date in the year 300,000."""
+
+    type: str
+
+
+def cell(scalar: Any) -> Any:
+    """The Python value of an Arrow scalar."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return scalar.as_buffer().to_pybytes()
+    except Exception:  # out of range, an unknown time zone, a library that is not installed
+        return Unreadable(str(scalar.type))
+
+
+@dataclass(frozen=True)
+class ImageCell:
+    """A cell of an image column; call it for the image's bytes."""
+
+    name: str
+    """The column."""
+    scalar: Any
+    folder: Folder
+
+    def __call__(self) -> bytes:
+        """The file's bytes.
+
+        Raises:
+            MissingImageError: there are none to read.
+            MachineError: I/O failed.
+        """
+        needed = "needed are a file's bytes, a path, or a struct of bytes and path"
+        if not _holds_image(self.scalar.type):
+            raise MissingImageError(f"the column has the type {printable(str(self.scalar.type))}: {needed}")
+        value = cell(self.scalar)
+        if isinstance(value, dict):
+            found = value.get("bytes")
+            value = value.get("path") if found is None else found
+        if value is None:
+            raise MissingImageError("no bytes in the image column")
+        if isinstance(value, str):
+            return ImageFile(value, self.folder.find(value))()
+        if not isinstance(value, bytes):
+            raise MissingImageError(f"{shown(value)}: {needed}")
+        if len(value) > IMAGE_BYTES:
+            raise MissingImageError(f"it is larger than the limit of {IMAGE_BYTES:,} bytes")
+        return value
+
+
+def _holds_image(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_struct(kind):
+        return {"bytes", "path"} & {field.name for field in kind} != set()
+    return is_text(kind) or _is_bytes(kind) or pa.types.is_null(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return str(kind) in ("binary", "large_binary", "binary_view") or str(kind).startswith("fixed_size_binary")
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds text."""
+    return str(kind) in ("string", "large_string", "string_view")
+
+
+def record(
+    index: int, name: str, verdict: Verdict, row: pa.Table | pa.RecordBatch, folder: Folder
+) -> PairRecord:
+    """The pair that a row of image cells holds."""
+    chosen, rejected = (
+        None if column is None else ImageCell(column, row.column(column)[0], folder)
+        for column in (verdict.chosen, verdict.rejected)
     )
+    return PairRecord(index, name, verdict.prompt, chosen, rejected, verdict.label)
 
 
-def image_bytes(value: Any) -> bytes:
-    """The bytes of a cell of an image column. Raises `MissingImageError`."""
-    if isinstance(value, dict):
-        if value.get("bytes") is None and value.get("path"):
-            return read_image_file(Path(value["path"]))
-        value = value.get("bytes")
-    if not isinstance(value, bytes):
-        raise MissingImageError("no bytes in the image column")
-    return value
+def tables(files: Sequence[Entry], suffix: str) -> list[Entry]:
+    """The tables among a folder's files.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    found = [file for file in files if PurePosixPath(file.name).suffix.lower() == suffix]
+    found = [file for file in found if not PurePosixPath(file.name).name.startswith(".")]
+    if problem := problems(found):
+        raise UserError(f"data.source cannot be read whole ({problem.removeprefix('passed over: ')})")
+    return found
 
 
 def open_split(
-    files: list[Path], source: Path, opener: Callable[[list[Path]], PreferencePairs]
+    files: list[Entry], source: Path, opener: Callable[[list[Entry], Path], PreferencePairs]
 ) -> PreferencePairs:
     """Open the files of one split: all of them, or `train` where names like `train-00000-of-…` say so."""
-    splits: dict[str, list[Path]] = {}
+    splits: dict[str, list[Entry]] = {}
     for file in files:
-        match = re.match(r"(.+?)-\d+-of-\d+", file.name)
+        match = re.match(r"(.+?)-\d+-of-\d+", PurePosixPath(file.name).name)
         splits.setdefault(match[1] if match else "", []).append(file)
     if len(splits) == 1:
-        return opener(files)
+        return opener(files, source)
     if "train" not in splits:
-        names = ", ".join(sorted(f"{name}-*" if name else "unnumbered files" for name in splits))
+        names = listed(f"{name}-*" if name else "unnumbered files" for name in splits)
         raise UserError(
             f"data.source {source} mixes {names}: move one split to its own folder and name that folder"
         )
-    pairs = opener(splits["train"])
-    pairs.note = f"{source} has the splits {', '.join(sorted(splits))}; train is used"
+    pairs = opener(splits["train"], source)
+    pairs.note = f"{source} has the splits {listed(splits)}; train is used"
     return pairs
-
-
-class ParquetPairs(PreferencePairs):
-    """Parquet files, their rows numbered through."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-        self._starts: list[int] = []  # first row number of each row group
-        self._groups: list[tuple[Path, int, int]] = []  # file, row group in it, row in the file it starts at
-        self._rows = 0
-        columns = set()
-        for path in paths:
-            with _parquet(path) as file:
-                columns.add(columns_of(file.schema_arrow.names, path))
-                row = 0
-                for group in range(file.num_row_groups):
-                    self._starts.append(self._rows)
-                    self._groups.append((path, group, row))
-                    count = file.metadata.row_group(group).num_rows
-                    self._rows, row = self._rows + count, row + count
-        if len(columns) > 1:
-            raise UserError(f"the parquet files in {paths[0].parent} do not have the same columns")
-        self.columns: Columns = columns.pop()
-        self.paired = self.columns.kind != "single"
-
-    def __len__(self) -> int:
-        """Rows in all files."""
-        return self._rows
-
-    def files(self) -> Iterable[Path]:
-        """The parquet files."""
-        return self.paths
-
-    def read(self, rows: Sequence[int]) -> Iterator[PairRecord | SkippedRow]:
-        """See `PreferencePairs.read`."""
-        position = 0
-        while position < len(rows):
-            group = bisect_right(self._starts, rows[position]) - 1
-            start = self._starts[group]
-            end = self._starts[group + 1] if group + 1 < len(self._starts) else self._rows
-            stop = position
-            while stop < len(rows) and rows[stop] < end:
-                stop += 1
-            yield from self._read_group(group, [row - start for row in rows[position:stop]])
-            position = stop
-
-    def _read_group(self, group: int, wanted: list[int]) -> Iterator[PairRecord | SkippedRow]:
-        path, number, row_in_file = self._groups[group]
-        with _parquet(path) as file:
-            try:
-                small = file.read_row_group(number, columns=list(self.columns.small)).to_pylist()
-                judged = {}
-                for row in wanted:
-                    name = f"{path.name}:{row_in_file + row}"
-                    judged[row] = name, self.columns.judge(self._starts[group] + row, name, small[row])
-                usable = [row for row in wanted if not isinstance(judged[row][1], SkippedRow)]
-                images = self._images(file, number, usable)
-                for row in wanted:
-                    name, verdict = judged[row]
-                    if isinstance(verdict, SkippedRow):
-                        yield verdict
-                    else:
-                        yield _record(self._starts[group] + row, name, verdict, next(images))
-            except (ArrowInvalid, OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-
-    def _images(self, file: Any, group: int, rows: list[int]) -> Iterator[dict[str, Any]]:
-        """The image cells of `rows` of a row group, one dict per row; `IMAGE_ROWS` in memory."""
-        if not rows:
-            return
-        pending, start = iter(rows), 0
-        row = next(pending)
-        for batch in file.iter_batches(IMAGE_ROWS, row_groups=[group], columns=list(self.columns.images)):
-            while start <= row < start + batch.num_rows:
-                yield batch.slice(row - start, 1).to_pylist()[0]
-                row = next(pending, -1)
-            start += batch.num_rows
 
 
 class DatasetPairs(PreferencePairs):
     """A `datasets.Dataset`, memory-mapped from disk."""
 
-    def __init__(self, dataset: Any, where: Path) -> None:
-        from datasets import Image
-
+    def __init__(self, dataset: Any, where: Path, root: Path) -> None:
         self.columns = columns_of(dataset.column_names, where)
         self.paired = self.columns.kind != "single"
-        for column in self.columns.images:
-            if isinstance(dataset.features[column], Image):
-                dataset = dataset.cast_column(column, Image(decode=False))
+        dataset = dataset.with_format("arrow")
         self._small = dataset.select_columns(list(self.columns.small))
-        self._dataset, self._where = dataset.select_columns(list(self.columns.images)), where
+        self._images = dataset.select_columns(list(self.columns.images))
+        self._where, self._folder = where, Folder(root)
         self._files = [Path(entry["filename"]) for entry in dataset.cache_files]
 
     def __len__(self) -> int:
@@ -222,64 +236,103 @@ class DatasetPairs(PreferencePairs):
         return len(self._small)
 
     def files(self) -> Iterable[Path]:
-        """Its arrow files."""
-        return self._files
+        """Its arrow files, and the images that it names."""
+        yield from self._files
+        for column in self.columns.images:
+            for chunk in self._images.data.column(column).chunks:
+                yield from found_in(self._folder, paths_of(chunk))
 
     def read(self, rows: Sequence[int]) -> Iterator[PairRecord | SkippedRow]:
         """See `PreferencePairs.read`."""
         for index in rows:
             name = f"{self._where.name}:{index}"
-            verdict = self.columns.judge(index, name, self._small[index])
+            row = self._small[index]
+            verdict = self.columns.judge(index, name, {key: cell(row[key][0]) for key in self.columns.small})
             if isinstance(verdict, SkippedRow):
                 yield verdict
             else:
-                yield _record(index, name, verdict, self._dataset[index])
+                yield record(index, name, verdict, self._images[index], self._folder)
+
+
+def paths_of(column: pa.Array) -> Iterator[str | None]:
+    """The paths in an image column where it holds no bytes."""
+    if pa.types.is_struct(column.type):
+        names = {field.name for field in column.type}
+        if "path" not in names:
+            return
+        if "bytes" in names:
+            column = column.filter(pc.is_null(pc.struct_field(column, "bytes")))
+        column = pc.struct_field(column, "path")
+    if is_text(column.type):
+        for scalar in column:
+            value = cell(scalar)
+            yield value if isinstance(value, str) else None
 
 
 def open_saved_dataset(folder: Path) -> PreferencePairs:
-    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
-    from datasets import DatasetDict, load_from_disk
+    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote.
 
-    try:
-        loaded = load_from_disk(str(folder))
-    except Exception as error:  # datasets raises many kinds for damaged folders
-        raise UserError(f"data.source {folder} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(loaded, DatasetDict):
-        return DatasetPairs(loaded, folder)
-    if len(loaded) == 1:
-        return DatasetPairs(next(iter(loaded.values())), folder)
-    if "train" not in loaded:
-        names = ", ".join(sorted(loaded))
-        raise UserError(f"data.source {folder} has the splits {names}: name the folder of one of them")
-    pairs = DatasetPairs(loaded["train"], folder)
-    pairs.note = f"{folder} has the splits {', '.join(sorted(loaded))}; train is used"
+    Raises:
+        UserError: damaged, or of several splits without one called `train`.
+    """
+    if (folder / "state.json").is_file():
+        return _saved(folder, folder)
+    where = folder / "dataset_dict.json"
+    splits = read_json(where).get("splits")
+    if not isinstance(splits, list) or not all(
+        isinstance(split, str) and PurePosixPath(split).name == split for split in splits
+    ):
+        raise UserError(f"{where} has splits = {shown(splits)}: needed is a list of folder names")
+    if len(splits) != 1 and "train" not in splits:
+        raise UserError(
+            f"data.source {folder} has the splits {listed(splits)}: name the folder of one of them"
+        )
+    pairs = _saved(folder / ("train" if "train" in splits else splits[0]), folder)
+    if len(splits) > 1:
+        pairs.note = f"{folder} has the splits {listed(splits)}; train is used"
     return pairs
 
 
-def open_arrow_files(files: list[Path]) -> PreferencePairs:
+def _saved(folder: Path, source: Path) -> PreferencePairs:
+    """One saved dataset, its files checked to be regular ones of its own folder."""
+    from datasets import load_from_disk
+
+    where = folder / "state.json"
+    state = read_json(where)
+    for key in ("_data_files", "_indices_data_files"):
+        files = state.get(key) or []
+        if not isinstance(files, list):
+            raise UserError(f"{where} has {key} = {shown(files)}: needed is a list of files")
+        for file in files:
+            name = file.get("filename") if isinstance(file, dict) else file
+            try:
+                if not isinstance(name, str):
+                    raise MissingImageError(f"{shown(name)} is no file name")
+                Folder(folder).find(name)
+            except MissingImageError as error:
+                raise UserError(f"{where} names a file that cannot be used in {key}: {error}") from None
+    try:
+        dataset = load_from_disk(str(folder))
+    except Exception as error:  # datasets raises many kinds for damaged folders
+        raise _damaged(source, error) from error
+    return DatasetPairs(dataset, folder, source)
+
+
+def open_arrow_files(files: list[Entry], source: Path) -> PreferencePairs:
     """Arrow files of one data set without its metadata, as in the `datasets` cache."""
     from datasets import Dataset, concatenate_datasets
 
     try:
-        return DatasetPairs(concatenate_datasets([Dataset.from_file(str(f)) for f in files]), files[0].parent)
-    except (ArrowInvalid, OSError, ValueError) as error:
-        raise UserError(f"{files[0].parent}: {str(error).splitlines()[0]}") from error
+        dataset = concatenate_datasets([Dataset.from_file(str(file.path)) for file in files])
+    except Exception as error:  # as above
+        raise _damaged(source, error) from error
+    return DatasetPairs(dataset, source, source)
 
 
-def _parquet(path: Path) -> Any:
-    try:
-        return pq.ParquetFile(path)
-    except (ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
+def _damaged(source: Path, error: Exception) -> UserError:
+    return UserError(f"data.source {source} cannot be read: {first_line(error)}")
 
 
-def _record(index: int, name: str, verdict: Verdict, cells: dict[str, Any]) -> PairRecord:
-    chosen, rejected = (
-        None if column is None else partial(_read_cell, cells, column)
-        for column in (verdict.chosen, verdict.rejected)
-    )
-    return PairRecord(index, name, verdict.prompt, chosen, rejected, verdict.label)
-
-
-def _read_cell(cells: dict[str, Any], column: str) -> bytes:
-    return image_bytes(cells[column])
+def first_line(error: Exception) -> str:
+    """What an error of another library says, on one line."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -100,7 +100,9 @@ def test_only_needed_columns_and_row_groups_are_read(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
     assert Counter(type(row).__name__ for row in read(path)) == {"PairRecord": 8, "SkippedRow": 4}
-    assert seen == [(0, ("jpg_0", "jpg_1")), (2, ("jpg_0", "jpg_1"))], "no images of ties"
+    images = [(group, columns) for group, columns in seen if "jpg_0" in columns]
+    assert images == [(0, ("jpg_0", "jpg_1")), (2, ("jpg_0", "jpg_1"))], "no images of ties"
+    assert not any("extra" in columns for _, columns in seen)
 
 
 def test_train_split_is_taken_and_said(tmp_path: Path) -> None:
@@ -240,18 +242,6 @@ def test_jsonl(tmp_path: Path) -> None:
     assert [r.index for r in read(folder / "pairs.jsonl")] == [r.index for r in rows], (
         "the file's own name works"
     )
-
-
-def test_jsonl_symlink_to_the_outside(tmp_path: Path) -> None:
-    folder = tmp_path / "d"
-    write_jsonl(folder, [{"prompt": "x", "chosen": "a.png", "rejected": "link.png"}])
-    (folder / "a.png").write_bytes(png(0))
-    (tmp_path / "secret.png").write_bytes(png(9))
-    try:
-        (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    except OSError:
-        pytest.skip("this system does not allow symbolic links")
-    assert reasons(folder) == ["path outside the folder"]
 
 
 @pytest.mark.parametrize("names", [("chosen", "rejected"), ("w", "l")])
