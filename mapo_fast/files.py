@@ -142,9 +142,12 @@ def read_bytes(path: Path, limit: int) -> bytes:
     Raises:
         OSError: also where it is no regular file (EINVAL) or larger (EOVERFLOW); `strerror` says so.
     """
+    data = b""
     with open_regular(path) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
+        size = os.fstat(file.fileno()).st_size
+        if size <= limit:
+            data = file.read(limit + 1)
+    if max(size, len(data)) > limit:
         raise OSError(errno.EOVERFLOW, f"it is larger than the limit of {limit:,} bytes", str(path))
     return data
 
@@ -158,27 +161,11 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-<<<<<<< HEAD
-        mode = os.fstat(handle).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, f"it is {_kind(mode)}, not a regular file", str(path))
+        check_regular(path, os.fstat(handle).st_mode)
         with os.fdopen(handle, "rb", closefd=False) as file:
             yield file
     finally:
         os.close(handle)
-=======
-        info = os.fstat(handle)
-        check_regular(path, info.st_mode)
-        data = b""
-        if info.st_size <= limit:
-            with os.fdopen(handle, "rb", closefd=False) as file:
-                data = file.read(limit + 1)
-    finally:
-        os.close(handle)
-    if max(info.st_size, len(data)) > limit:
-        raise OSError(errno.EOVERFLOW, f"it is larger than the limit of {limit:,} bytes", str(path))
-    return data
->>>>>>> ba54890 (Follow links, read any label type, decode in process only, convert ICC profiles)
 
 
 def check_regular(path: Path, mode: int) -> None:
