@@ -15,7 +15,7 @@ import torch
 from mapo_fast.data import shards
 from mapo_fast.data.buckets import Size, time_ids
 from mapo_fast.data.cache import FORMAT, PAIR, index_digest, table_digests
-from mapo_fast.data.prepare import EMPTY
+from mapo_fast.data.prompts import EMPTY
 from mapo_fast.data.shards import ShardFamily, pack_keys
 from mapo_fast.files import sha256_file, write_json
 

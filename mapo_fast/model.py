@@ -220,6 +220,7 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Any], int]:
         header.pop("__metadata__", None)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
+            _ = entry["dtype"], tuple(entry["shape"])
             if not (type(begin) is type(end) is int and 0 <= begin <= end <= size - 8 - length):
                 raise ValueError(f"the tensor {name} lies outside the file")
     except OSError as error:
@@ -237,13 +238,27 @@ def weights_digest(path: Path) -> str:
     """
     text, header, start = read_header(path)
     digest = hashlib.sha256(str(path.stat().st_size).encode() + text)
+    for _, sample in read_samples(path, header, start):
+        digest.update(sample)
+    return digest.hexdigest()
+
+
+def read_samples(path: Path, header: dict[str, Any], start: int) -> Iterator[tuple[str, bytes]]:
+    """Of every tensor, by name, its first `SAMPLE` bytes and its last.
+
+    Args:
+        path: a safetensors file.
+        header: what `read_header` gives.
+        start: where its tensors begin, from there too.
+    """
     with path.open("rb") as file:
-        for _, entry in sorted(header.items()):
+        for name, entry in sorted(header.items()):
             begin, end = entry["data_offsets"]
+            sample = b""
             for offset in (begin, max(begin, end - SAMPLE)):
                 file.seek(start + offset)
-                digest.update(file.read(min(SAMPLE, end - offset)))
-    return digest.hexdigest()
+                sample += file.read(min(SAMPLE, end - offset))
+            yield name, sample
 
 
 SAMPLE = 4096

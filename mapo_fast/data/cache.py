@@ -42,11 +42,12 @@ from torch import Tensor
 from mapo_fast.config import DataConfig
 from mapo_fast.data.shards import shard_path
 from mapo_fast.errors import UserError
-from mapo_fast.files import sha256_file
+from mapo_fast.files import parse_json, sha256_file
 from mapo_fast.model import Component, SDXLFolder
+from mapo_fast.model_identity import encoders_identity
 
-FORMAT = 3
-SAME_SHARDS = (2, FORMAT)
+FORMAT = 4
+TAKEN_OVER = (2, 3)
 """Formats whose shards are alike: `prepare` only writes the tables of such a cache anew."""
 ENCODERS: tuple[Component, ...] = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 PAIR = np.dtype(
@@ -85,7 +86,7 @@ def cache_settings(folder: SDXLFolder, data: DataConfig) -> dict[str, Any]:
     """All that decides what a cache holds, given the same source; `held_out` only moves pairs about."""
     return {
         "format": FORMAT,
-        "model": folder.fingerprint(ENCODERS),
+        "model": encoders_identity(folder),
         "zeros_for_empty_prompt": folder.zeros_for_empty_prompt,
         **{name: getattr(data, name) for name in _SETTINGS},
     }
@@ -94,8 +95,6 @@ def cache_settings(folder: SDXLFolder, data: DataConfig) -> dict[str, Any]:
 def difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
     """The first difference between two settings in words, or None."""
     have = {"vae_tiling": False, **have}  # caches from before this setting
-    if have.get("format") in SAME_SHARDS:
-        have["format"] = want["format"]
     if have.get("format") != want["format"]:
         return f"has cache format {have.get('format')}, this version writes {want['format']}"
     for name in _SETTINGS:
@@ -104,6 +103,17 @@ def difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
     if have != want:
         return "was made with another VAE, text encoder or tokenizer than model.path has"
     return None
+
+
+def translated(have: dict[str, Any], want: dict[str, Any], folder: SDXLFolder) -> dict[str, Any]:
+    """The settings of a cache of an earlier format as they would be of this one.
+
+    Before format 4 a model was known by its files, with their names and their configs' whole text.
+    """
+    if have.get("format") not in TAKEN_OVER:
+        return have
+    same = have.get("model") == folder.fingerprint(ENCODERS)
+    return {**have, "format": FORMAT, "model": want["model"] if same else have.get("model")}
 
 
 @dataclass(frozen=True)
@@ -425,16 +435,16 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     try:
         with _reading(folder):
             text = path.read_bytes()
-        index: dict[str, Any] = json.loads(text)
+        index: dict[str, Any] = parse_json(text)
         written_by = index["settings"]["format"]
         if written_by == FORMAT and index["sha256"] != index_digest(index):
             raise ValueError("its content is not what was written")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} is damaged ({reason}): delete it and run mapo-fast prepare again") from None
-    if written_by != FORMAT and written_by in SAME_SHARDS:
+    if written_by in TAKEN_OVER:
         return None
     if written_by != FORMAT:
         raise UserError(

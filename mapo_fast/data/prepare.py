@@ -2,8 +2,8 @@
 
 1. scan      read, decode and hash every image once (`scan`); all defects are known before encoding starts
 2. choose    drop duplicates, contradictions and pairs that would be cropped too much; one bucket per pair
-3. images    encode each distinct (image, bucket) once with the VAE (`latents`)
-4. prompts   encode each distinct prompt once, first all with encoder 1, then all with encoder 2 (`text`)
+3. prompts   encode each distinct prompt once, first all with encoder 1, then all with encoder 2 (`text`)
+4. images    encode each distinct (image, bucket) once with the VAE (`latents`), which takes longest
 5. finish    split, time ids, pair table; index.json last
 
 Killed or interrupted at any moment, the next run reuses the scanned parts and the finished shards and ends
@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -45,10 +44,12 @@ from mapo_fast.data.cache import (
     index_digest,
     read_index,
     table_digests,
+    translated,
 )
 from mapo_fast.data.latents import DTYPES, ImageJob, LatentEncoder, encode_shard, images, latent_shape, plan
 from mapo_fast.data.leak import size_leaks
 from mapo_fast.data.pairs import PreferencePairs, SkippedRow
+from mapo_fast.data.prompts import EMPTY, prompt_keys, spelling_key
 from mapo_fast.data.scan import ScannedRow, content_hash, scan
 from mapo_fast.data.shards import ShardFamily, pack_keys
 from mapo_fast.data.split import held_out_pairs
@@ -62,7 +63,7 @@ from mapo_fast.data.text import (
     truncations,
 )
 from mapo_fast.errors import UserError
-from mapo_fast.files import atomic_path, disk_errors, exclusive, sha256_file, write_json
+from mapo_fast.files import atomic_path, disk_errors, exclusive, read_json, sha256_file, write_json
 from mapo_fast.model import SDXLFolder, open_sdxl, scheduler_overrides
 from mapo_fast.vae import TILE, encoding_with_less, setting_text
 
@@ -114,6 +115,12 @@ class Choice:
     skipped: list[SkippedRow] = field(default_factory=list)
     duplicates: int = 0
 
+    def skip(self, reason: str, detail: str, unusable: list[bool]) -> None:
+        """Move the pairs that cannot be used to `skipped`."""
+        for pair in compress(self.pairs, unusable):
+            self.skipped.append(SkippedRow(pair.row.index, pair.row.name, reason, detail))
+        self.pairs = [pair for pair, bad in zip(self.pairs, unusable, strict=True) if not bad]
+
 
 def prepare(config: Config, *, console: Console | None = None) -> PrepareSummary:
     """Make or complete the cache at `config.data.cache`.
@@ -139,7 +146,7 @@ def prepare(config: Config, *, console: Console | None = None) -> PrepareSummary
             "taken for data: choose a data.cache elsewhere"
         )
     with disk_errors(data.cache):
-        _check_claim(data.cache, settings)
+        _check_claim(data.cache, settings, folder)
     if source.note:
         say(console, source.note)
     identity = source.identity()
@@ -152,7 +159,7 @@ def prepare(config: Config, *, console: Console | None = None) -> PrepareSummary
     with disk_errors(data.cache):
         data.cache.mkdir(parents=True, exist_ok=True)
     with exclusive(data.cache):
-        _check_claim(data.cache, settings)  # again: another process may have been here in between
+        _check_claim(data.cache, settings, folder)  # again: another process may have been here in between
         write_json(data.cache / "settings.json", settings)  # of an earlier format: its shards are kept
         index = Preparation(config, folder, source, identity, settings, buckets, console).run()
     summary = _summary(index, time.perf_counter() - started)
@@ -189,35 +196,45 @@ class Preparation:
         with self._progress() as progress:
             task = progress.add_task("scan", total=len(self.source))
             rows = scan(self.source, self.identity, self.cache / "scan", lambda n: progress.advance(task, n))
-        choice = choose(rows, self.buckets, self.data.max_crop)
+        keys = prompt_keys(self.folder, (r.prompt for r in rows if not r.reason), self.data.max_tokens)
+        self._find_spellings(keys)
+        choice = choose(rows, self.buckets, self.data.max_crop, keys)
         self._check_skipped(choice, len(rows))
-        jobs = image_jobs(choice.pairs)
-        todo = [job for job in jobs if job.key not in self.families["latents"]]
-        prompts = self._prompts(choice.pairs)
-        self._check_disk(todo, prompts)
+        self._check_disk(self._images_to_do(choice), self._prompts(choice))
 
         # From here on the files of an older index no longer belong together.
         with disk_errors(self.cache):
             (self.cache / "index.json").unlink(missing_ok=True)
+        self._encode_prompts(self._prompts(choice))
+        for which in ENCODERS:
+            failed = self.families[f"text{which}"].failed
+            detail = f"text encoder {which} gives values for its prompt that are not finite"
+            choice.skip("non-finite embedding", detail, [pair.prompt in failed for pair in choice.pairs])
+        self._check_skipped(choice, len(rows))
         try:
-            self._encode_images(todo)
+            self._encode_images(self._images_to_do(choice))
         except torch.OutOfMemoryError:
             raise UserError(self._too_large()) from None
         failed = self.families["latents"].failed
-        good = [failed.isdisjoint(pair.images.values()) for pair in choice.pairs]
-        for pair in compress(choice.pairs, map(operator.not_, good)):
-            detail = "the VAE gives non-finite latents even in fp32"
-            choice.skipped.append(SkippedRow(pair.row.index, pair.row.name, "non-finite latent", detail))
-        choice.pairs = list(compress(choice.pairs, good))
+        detail = "the VAE gives non-finite latents even in fp32"
+        bad = [not failed.isdisjoint(pair.images.values()) for pair in choice.pairs]
+        choice.skip("non-finite latent", detail, bad)
         self._check_skipped(choice, len(rows))
-        prompts = self._prompts(choice.pairs)
-        truncated = self._write_truncated(prompts)
-        self._encode_prompts(prompts)
-        return self._finish(choice, prompts, truncated)
+        return self._finish(choice, self._write_truncated(choice))
 
-    def _prompts(self, pairs: list[Candidate]) -> dict[bytes, str]:
+    def _find_spellings(self, keys: dict[str, bytes]) -> None:
+        """What is stored under one spelling of a prompt serves all of them."""
+        for prompt, key in keys.items():
+            for which in ENCODERS:
+                self.families[f"text{which}"].alias(key, spelling_key(prompt))
+
+    def _images_to_do(self, choice: Choice) -> list[ImageJob]:
+        return [job for job in image_jobs(choice.pairs) if job.key not in self.families["latents"]]
+
+    @staticmethod
+    def _prompts(choice: Choice) -> dict[bytes, str]:
         """Distinct prompts by key, in source order."""
-        return {pair.prompt: pair.row.prompt for pair in pairs}
+        return {pair.prompt: pair.row.prompt for pair in choice.pairs}
 
     def _check_skipped(self, choice: Choice, rows: int) -> None:
         path = self.cache / "skipped.jsonl"
@@ -331,11 +348,20 @@ class Preparation:
                 hidden, pooled = [], []
                 for i in range(0, len(keys), BATCH):
                     out = encoder([prompts[key] for key in keys[i : i + BATCH]])
+                    if keys[i] == EMPTY and not (out[0][0].isfinite().all() and out[1][:1].isfinite().all()):
+                        raise UserError(self._damaged_encoder(which))
                     hidden.append(out[0])
                     pooled.append(out[1])
                     progress.advance(task, len(out[0]))
                 family.write(_text_tensors(keys, torch.cat(hidden), torch.cat(pooled), which))
         encoder.free()
+
+    def _damaged_encoder(self, which: int) -> str:
+        part = self.folder.path("text_encoder" if which == 1 else "text_encoder_2")
+        return (
+            f"{part} gives values for the empty prompt that are not finite: its weights are damaged; copy it "
+            "from the model again"
+        )
 
     def _store_zeros(self, family: ShardFamily, which: int) -> None:
         tokens = self.data.max_tokens
@@ -343,12 +369,13 @@ class Preparation:
         hidden = zeros.prompt_embeds[..., : text_widths(self.folder)[0][which - 1]]
         family.write(_text_tensors([EMPTY], hidden, zeros.pooled_embeds, which))
 
-    def _write_truncated(self, prompts: dict[bytes, str]) -> int:
-        cut = list(truncations(self.folder, list(prompts.values()), self.data.max_tokens))
+    def _write_truncated(self, choice: Choice) -> int:
+        prompts = list(dict.fromkeys(pair.row.prompt for pair in choice.pairs))
+        cut = list(truncations(self.folder, prompts, self.data.max_tokens))
         _write_lines(self.cache / "truncated.jsonl", map(asdict, cut))
         return len(cut)
 
-    def _finish(self, choice: Choice, prompts: dict[bytes, str], truncated: int) -> dict[str, Any]:
+    def _finish(self, choice: Choice, truncated: int) -> dict[str, Any]:
         pairs, data = choice.pairs, self.data
         held = held_out_pairs(
             [(p.prompt, *(file_hash for file_hash, _ in p.row.images.values())) for p in pairs], data.held_out
@@ -382,7 +409,7 @@ class Preparation:
             "empty": {name: self.families[name].places[EMPTY] for name in ("text1", "text2")},
             "summary": {
                 "images": len(sizes),
-                "prompts": len(prompts),
+                "prompts": len(self._prompts(choice)),
                 "duplicates": choice.duplicates,
                 "skipped": _reasons(choice.skipped),
                 "truncated": truncated,
@@ -437,22 +464,17 @@ class Preparation:
         return Progress(*columns, console=self.console)
 
 
-EMPTY = content_hash(b"prompt\0")
-"""Key of the empty prompt; a pair's prompt is never empty."""
-
-
-def prompt_key(prompt: str) -> bytes:
-    """Key of a prompt's embeddings."""
-    return content_hash(b"prompt\0" + prompt.encode())
-
-
 def image_key(file_hash: bytes, bucket: Size) -> bytes:
     """Key of an image's latents: its content and the shape it is given."""
     return content_hash(file_hash + "{}x{}".format(*bucket).encode())
 
 
-def choose(rows: Iterable[ScannedRow], buckets: list[Size], max_crop: float) -> Choice:
+def choose(
+    rows: Iterable[ScannedRow], buckets: list[Size], max_crop: float, prompts: Mapping[str, bytes]
+) -> Choice:
     """Keep each usable pair once and give it its bucket.
+
+    Prompts are the same where `prompts` gives them the same key.
 
     A row that repeats a pair is counted as a duplicate. Rows that contradict each other (same prompt, same
     images, the other one chosen; or a single image that is wanted here and unwanted there) are all skipped:
@@ -464,12 +486,12 @@ def choose(rows: Iterable[ScannedRow], buckets: list[Size], max_crop: float) -> 
         if row.reason:
             choice.skipped.append(SkippedRow(row.index, row.name, row.reason, row.detail))
             continue
-        pair_id = _pair_id(row.prompt, row.chosen_hash, row.rejected_hash)
+        pair_id = _pair_id(prompts[row.prompt], row.chosen_hash, row.rejected_hash)
         if by_id.setdefault(pair_id, row) is not row:
             choice.duplicates += 1
     cropped: dict[tuple[Size, Size], Any] = {}
     for pair_id, row in by_id.items():
-        other = by_id.get(_pair_id(row.prompt, row.rejected_hash, row.chosen_hash))
+        other = by_id.get(_pair_id(prompts[row.prompt], row.rejected_hash, row.chosen_hash))
         if other is not None:
             single = len(row.images) == 1
             detail = f"{other.name} {'labels it otherwise' if single else 'chooses the other image'} for the"
@@ -485,7 +507,7 @@ def choose(rows: Iterable[ScannedRow], buckets: list[Size], max_crop: float) -> 
             choice.skipped.append(SkippedRow(row.index, row.name, "too much crop", detail))
             continue
         keys = {half: image_key(file_hash, best.bucket) for half, (file_hash, _) in row.images.items()}
-        choice.pairs.append(Candidate(row, pair_id, best.bucket, prompt_key(row.prompt), keys))
+        choice.pairs.append(Candidate(row, pair_id, best.bucket, prompts[row.prompt], keys))
     return choice
 
 
@@ -500,13 +522,19 @@ def image_jobs(pairs: Iterable[Candidate]) -> list[ImageJob]:
     return list(jobs.values())
 
 
-def _pair_id(prompt: str, chosen: bytes, rejected: bytes) -> bytes:
-    return hashlib.sha256(prompt_key(prompt) + chosen + rejected).digest()[:16]
+def _pair_id(prompt: bytes, chosen: bytes, rejected: bytes) -> bytes:
+    return hashlib.sha256(prompt + chosen + rejected).digest()[:16]
 
 
 def _text_tensors(keys: list[bytes], hidden: Tensor, pooled: Tensor, which: int) -> dict[str, Tensor]:
-    tensors = {"hidden": _half(hidden), "keys": pack_keys(keys)}
-    return tensors | {"pooled": _half(pooled)} if which == 2 else tensors
+    """What a shard holds: the prompts whose embeddings are finite, and the keys of the others."""
+    values = {"hidden": hidden, "pooled": pooled} if which == 2 else {"hidden": hidden}
+    good = torch.stack([value.isfinite().flatten(1).all(dim=1) for value in values.values()]).all(dim=0)
+    tensors = {name: _half(value[good]) for name, value in values.items()} if good.any() else {}
+    for name, found in (("keys", good), ("failed", ~good)):
+        if found.any():
+            tensors[name] = pack_keys(list(compress(keys, found.tolist())))
+    return tensors
 
 
 def _half(values: Tensor) -> Tensor:
@@ -515,16 +543,20 @@ def _half(values: Tensor) -> Tensor:
     return half if half.isfinite().all() else values
 
 
-def _check_claim(cache: Path, settings: dict[str, Any]) -> None:
-    """Check that the cache folder is empty, or made for these settings; nothing is written."""
+def _check_claim(cache: Path, settings: dict[str, Any], folder: SDXLFolder) -> None:
+    """Check that the cache folder is empty, or made for these settings; nothing is written.
+
+    One in which nothing has been encoded yet, which a refused `prepare` leaves, may become any other.
+    """
     path = cache / "settings.json"
     if path.is_file():
+        if not (cache / "index.json").exists() and not list(cache.glob("shards/*.safetensors")):
+            return
         try:
-            have = json.loads(path.read_text(encoding="utf-8"))
-            reason = difference(have, settings)
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read ({error}): choose another data.cache") from None
-        if reason:
+            have = translated(read_json(path), settings, folder)
+        except UserError as error:
+            raise UserError(f"{error}: choose another data.cache") from None
+        if reason := difference(have, settings):
             raise UserError(f"data.cache {cache} {reason}: choose another data.cache (nothing was changed)")
         return
     # A kill during the very first write leaves the lock, its temporary file and nothing else.

@@ -4,8 +4,9 @@ A family of shards is `latents-00000.safetensors`, `latents-00001.safetensors`, 
 
     latents   per bucket: `latents_HxW` (n, C, h, w), or (n, 2, C, h, w) with the mirror image second, and
               `keys_HxW` (n, 16) uint8; `failed` (m, 16): keys of images whose latents stay non-finite
-    text1     `hidden` (n, S, D₁) of the first text encoder, `keys` (n, 16)
-    text2     `hidden` (n, S, D₂), `pooled` (n, P) of the second, `keys` (n, 16)
+    text1     `hidden` (n, S, D₁) of the first text encoder, `keys` (n, 16); `failed` (m, 16): keys of prompts
+              whose embeddings are not finite
+    text2     `hidden` (n, S, D₂), `pooled` (n, P) of the second, `keys` (n, 16), `failed`
 
 A shard says itself what it holds and is renamed into place only when it is complete. After that its SHA-256
 goes to `latents-00000.sha256` beside it (in the format of `sha256sum`): whatever stands in the folder with
@@ -41,7 +42,8 @@ class Place(NamedTuple):
 class ShardFamily:
     """The finished shards of one family in a folder.
 
-    Opening it reads every shard. One without a record was cut short by a kill and is removed.
+    Opening it reads every shard. One without a record was cut short by a kill and is removed. Text that is
+    stored and not finite, as before cache format 4 it could be, counts as failed.
 
     Raises:
         UserError: a shard is not what its record says.
@@ -64,6 +66,8 @@ class ShardFamily:
                 with safe_open(path, framework="pt") as file:
                     keys = {n: file.get_tensor(n) for n in file.keys() if n.startswith(("keys", "failed"))}  # noqa: SIM118
                     self._register(path, keys, file.metadata())
+                    for name in {"hidden", "pooled"} & set(file.keys()):
+                        self._forget(_not_finite(file.get_tensor(name), keys["keys"]))
             except OSError as error:
                 raise UserError(f"shard {path} cannot be read: {error.strerror or error}") from None
             except (SafetensorError, ValueError) as error:
@@ -74,6 +78,13 @@ class ShardFamily:
     def __contains__(self, key: bytes) -> bool:
         """Whether the item has been dealt with: stored, or failed."""
         return key in self.places or key in self.failed
+
+    def alias(self, key: bytes, other: bytes) -> None:
+        """Have `key` stand for what is stored under `other`, if only the latter has been dealt with."""
+        if key not in self and other in self.places:
+            self.places[key] = self.places[other]
+        elif key not in self and other in self.failed:
+            self.failed.add(key)
 
     def paths(self) -> list[Path]:
         """The shard files in order."""
@@ -103,6 +114,11 @@ class ShardFamily:
             if not record.with_suffix(".safetensors").is_file():
                 record.unlink()
 
+    def _forget(self, keys: list[bytes]) -> None:
+        for key in keys:
+            self.places.pop(key, None)
+            self.failed.add(key)
+
     def _register(self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         number = int(path.stem.rpartition("-")[2])
         for name, values in tensors.items():
@@ -111,6 +127,11 @@ class ShardFamily:
             elif name.startswith("keys"):
                 self.places.update((key, Place(number, row)) for row, key in enumerate(_unpack(values)))
         self.retries += int(metadata["nan_retries"])
+
+
+def _not_finite(values: Tensor, keys: Tensor) -> list[bytes]:
+    bad = ~values.isfinite().flatten(1).all(dim=1)
+    return _unpack(keys[bad])
 
 
 def shard_path(folder: Path, family: str, number: int) -> Path:

@@ -147,6 +147,12 @@ def chunk_ids(tokenizer: Any, prompts: Sequence[str], chunks: int) -> Tensor:  #
     return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), chunks, CHUNK_TOKENS + 2)
 
 
+def text_ids(tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """The tokens of each prompt that an encoder gets to see, without start, end and padding."""
+    kept = CHUNK_TOKENS * chunk_count(max_tokens)
+    return [ids[:kept] for ids in _text_ids(tokenizer, prompts)]
+
+
 def truncations(folder: SDXLFolder, prompts: Sequence[str], max_tokens: int) -> Iterator[Truncation]:
     """Those of `prompts` that lose text at `max_tokens`, in order; the first tokenizer decides."""
     tokenizer = folder.load_tokenizer(1)

@@ -1,22 +1,26 @@
 import io
 import json
+import os
 import shutil
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mapo_fast.data import cache as cache_module
-from mapo_fast.data.cache import PAIR, PairCache, PairRows, PairTable, table_digests
+from mapo_fast.data.cache import ENCODERS, PAIR, PairCache, PairRows, PairTable, table_digests
 from mapo_fast.data.prepare import prepare
 from mapo_fast.engine.batches import MicroBatches
 from mapo_fast.errors import UserError
 from mapo_fast.model import open_sdxl
-from tests.data.sources import config, contents
+from mapo_fast.tensorfile import write_tensors
+from tests.data.sources import config, contents, skipped
 
 
 @pytest.fixture
@@ -270,13 +274,23 @@ def test_a_large_cache_is_checked_as_it_is_read(copy: Path, monkeypatch: pytest.
         cache.rows(cache.train[:1])
 
 
-def test_tables_of_an_earlier_format_are_made_anew(tiny_sdxl: Path, prepared: Path, copy: Path) -> None:
-    run = config(tiny_sdxl, prepared.parent / "s", copy)
+def as_format(cache: Path, number: int, model: Path) -> None:
+    """Turn a cache into what the version with this format wrote."""
+    known = open_sdxl(model).fingerprint(ENCODERS)
     for name in ("index.json", "settings.json"):
-        text = json.loads((copy / name).read_text())
-        (text["settings"] if name == "index.json" else text)["format"] = 2
-        (copy / name).write_text(json.dumps(text))
-    (copy / "pairs.npy").write_bytes(b"as format 2 had it")
+        text = json.loads((cache / name).read_text())
+        settings = text["settings"] if name == "index.json" else text
+        settings |= {"format": number, "model": known}
+        (cache / name).write_text(json.dumps(text))
+    (cache / "pairs.npy").write_bytes(b"as that format had it")
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_an_earlier_format_is_taken_over_without_encoding(
+    tiny_sdxl: Path, prepared: Path, copy: Path, number: int
+) -> None:
+    run = config(tiny_sdxl, prepared.parent / "s", copy)
+    as_format(copy, number, tiny_sdxl)
     with pytest.raises(UserError, match="of an earlier version whose latents can be kept: run mapo-fast"):
         PairCache.open(copy)
     before = {path: path.stat().st_mtime_ns for path in (copy / "shards").iterdir()}
@@ -285,19 +299,56 @@ def test_tables_of_an_earlier_format_are_made_anew(tiny_sdxl: Path, prepared: Pa
     assert contents(copy) == contents(prepared)
 
 
+def test_an_earlier_format_of_another_model_is_refused(
+    tiny_sdxl: Path, prepared: Path, copy: Path, other_model: Callable[[str], Path]
+) -> None:
+    as_format(copy, 3, other_model("text_encoder_2"))
+    with pytest.raises(UserError, match="made with another VAE, text encoder or tokenizer"):
+        prepare(config(tiny_sdxl, prepared.parent / "s", copy))
+
+
+def test_embeddings_of_an_earlier_format_that_are_not_finite_are_listed(
+    tiny_sdxl: Path, prepared: Path, copy: Path
+) -> None:
+    as_format(copy, 3, tiny_sdxl)
+    path = copy / "shards" / "text2-00001.safetensors"
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    tensors["pooled"][2, 5] = torch.nan
+    tensors["hidden"][4, 3, 1] = torch.inf
+    path.with_suffix(".sha256").write_text(
+        f"{write_tensors(path, tensors, {'nan_retries': '0'})}  {path.name}\n"
+    )
+    summary = prepare(config(tiny_sdxl, prepared.parent / "s", copy, max_skipped=0.5))
+    assert (summary.pairs, summary.skipped) == (10, {"non-finite embedding": 2})
+    assert set(skipped(copy).values()) == {"non-finite embedding"}
+    cache = PairCache.open(copy)
+    batch = cache.batch([*cache.train], flip=None, drop=None)
+    assert batch.prompt_embeds.isfinite().all()
+    assert batch.pooled_embeds.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["index.json", "pairs.npy", SHARDS[0]])
 def test_file_without_permission_is_not_called_damaged(
     tiny_sdxl: Path, prepared: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     # Tests may run as root, whom no permission stops: the system's answer is put in its place.
-    io_open = io.open
+    io_open, os_open = io.open, os.open
 
-    def refusing(path: Any, *args: Any, **options: Any) -> Any:
-        if path == copy / name and (not args or args[0] in ("r", "rb")):
+    def forbid(path: Any) -> None:
+        if path == copy / name:
             raise PermissionError(13, "Permission denied", str(path))
+
+    def opening(path: Any, *args: Any, **options: Any) -> Any:
+        if not args or args[0] in ("r", "rb"):
+            forbid(path)
         return io_open(path, *args, **options)
 
-    monkeypatch.setattr(io, "open", refusing)
+    def opening_low(path: Any, *args: Any, **options: Any) -> int:
+        forbid(path)
+        return os_open(path, *args, **options)
+
+    monkeypatch.setattr(io, "open", opening)
+    monkeypatch.setattr(os, "open", opening_low)
     with pytest.raises(UserError, match=r"^data\.cache .* cannot be read: Permission denied \(.*\)$"):
         PairCache.open(copy)
     if name != "pairs.npy":  # prepare makes the table anew

@@ -2,6 +2,7 @@ import errno
 import io
 import json
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,54 @@ def test_latents_that_stay_nan_are_skipped_and_listed(
     assert list((tmp_path / "d" / "shards").glob("latents-*")), "what is encoded is kept"
 
 
+def nan_for(monkeypatch: pytest.MonkeyPatch, word: str, which: int) -> None:
+    """One encoder gives NaN for prompts with a word in them."""
+    call = prepare_module.TextEncoder.__call__
+
+    def damaged(self: Any, prompts: Any) -> Any:
+        hidden, pooled = call(self, prompts)
+        if self.which == which:
+            (pooled if which == 2 else hidden)[[word in prompt for prompt in prompts]] = torch.nan
+        return hidden, pooled
+
+    monkeypatch.setattr(prepare_module.TextEncoder, "__call__", damaged)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_prompts_whose_embeddings_are_not_finite_are_listed(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    nan_for(monkeypatch, "thing 3", which)
+    source = jsonl_folder(tmp_path / "s", 6)
+    run = config(tiny_sdxl, source, tmp_path / "c", held_out=0.0)
+    summary = prepare(run)
+    assert summary.skipped == {"non-finite embedding": 1}
+    assert skipped(tmp_path / "c") == {"pairs.jsonl:4": "non-finite embedding"}
+    assert (summary.pairs, summary.images) == (5, 10)
+    cache = PairCache.open(tmp_path / "c")
+    batch = cache.batch(cache.train, flip=None, drop=None)
+    assert batch.prompt_embeds.isfinite().all()
+    assert batch.prompt_embeds.abs().max() < 65504
+    assert batch.pooled_embeds.isfinite().all()
+    with pytest.raises(UserError, match="1 × non-finite embedding"):
+        prepare(config(tiny_sdxl, source, tmp_path / "d", max_skipped=0.1))
+    assert not list((tmp_path / "d" / "shards").glob("latents-*")), "known before images are encoded"
+    (tmp_path / "c" / "index.json").unlink()
+    monkeypatch.setattr(SDXLFolder, "load_text_encoder", None)
+    assert prepare(run).skipped == summary.skipped, "known without encoding again"
+
+
+def test_an_empty_prompt_that_is_not_finite_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_tiny_sdxl(tmp_path / "m", force_zeros=False)
+    nan_for(monkeypatch, "", 2)
+    with pytest.raises(UserError, match=r"text_encoder_2 gives values for the empty prompt that are not"):
+        prepare(config(model, jsonl_folder(tmp_path / "s", 3), tmp_path / "c"))
+    monkeypatch.undo()
+    assert prepare(config(model, tmp_path / "s", tmp_path / "c")).pairs == 3
+
+
 def test_embeddings_too_large_for_fp16_are_kept_in_fp32(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -607,7 +656,115 @@ def test_cache_inside_the_source_is_refused(tiny_sdxl: Path, tmp_path: Path) -> 
     assert contents(source) == before
 
 
+# Prompts that are the same
+
+
+SPELLINGS: tuple[Callable[[str], str], ...] = (
+    lambda prompt: prompt,
+    str.upper,
+    lambda prompt: prompt.replace(" ", "  "),
+    lambda prompt: prompt.replace("e", "e\u0301"),  # NFD
+    lambda prompt: prompt.replace("e", "\u00e9"),  # NFC of the same
+)
+
+
+def spelled_folder(folder: Path, prompts: list[str]) -> Path:
+    """A pair of images of its own for every prompt."""
+    rows = []
+    folder.mkdir()
+    for i, prompt in enumerate(prompts):
+        for side, name in enumerate("wl"):
+            (folder / f"{i}{name}.png").write_bytes(png(2 * i + side))
+        rows.append({"prompt": prompt, "chosen": f"{i}w.png", "rejected": f"{i}l.png"})
+    write_jsonl(folder, rows)
+    return folder
+
+
+def test_prompts_with_the_same_tokens_stay_on_one_side_and_are_encoded_once(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    things = [f"a red thing {letter}" for letter in "abcdefghij"]
+    source = spelled_folder(tmp_path / "s", [spell(thing) for thing in things for spell in SPELLINGS])
+    encoded: list[str] = []
+    call = prepare_module.TextEncoder.__call__
+
+    def counted(self: Any, prompts: Any) -> Any:
+        encoded.extend(prompts if self.which == 1 else ())
+        return call(self, prompts)
+
+    monkeypatch.setattr(prepare_module.TextEncoder, "__call__", counted)
+    summary = prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.3))
+    assert summary.pairs == 50
+    assert summary.prompts == len(encoded) == 20, "with and without an accent"
+    cache = PairCache.open(tmp_path / "c")
+    sides = [
+        {" ".join(unicodedata.normalize("NFC", row.prompt).lower().split()) for row in cache.rows(part)}
+        for part in (cache.train, cache.held_out)
+    ]
+    assert len(cache.held_out) >= 10
+    assert not sides[0] & sides[1]
+
+
+def test_spellings_do_not_hide_duplicates_and_contradictions(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = spelled_folder(tmp_path / "s", ["a red cat", "a blue cat", "a green cat"])
+    rows = [json.loads(line) for line in (source / "pairs.jsonl").read_text().splitlines()]
+    rows.append(rows[0] | {"prompt": "A  RED cat"})
+    rows.append({"prompt": "A Blue CAT", "chosen": rows[1]["rejected"], "rejected": rows[1]["chosen"]})
+    write_jsonl(source, rows)
+    summary = prepare(config(tiny_sdxl, source, tmp_path / "c", max_skipped=0.5, held_out=0.0))
+    assert (summary.pairs, summary.duplicates) == (2, 1)
+    assert skipped(tmp_path / "c") == {"pairs.jsonl:2": "contradiction", "pairs.jsonl:5": "contradiction"}
+
+
+def test_prompts_that_differ_beyond_the_last_token_only_are_the_same(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = spelled_folder(tmp_path / "s", ["x" * 80, "x" * 90, "x" * 70])
+    summary = prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0))
+    assert (summary.prompts, summary.truncated) == (2, 2)
+    assert prepare(config(tiny_sdxl, source, tmp_path / "d", held_out=0.0, max_tokens=150)).prompts == 3
+
+
+def test_a_spelling_that_comes_later_is_not_encoded(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = spelled_folder(tmp_path / "s", ["a red cat", "a blue cat"])
+    run = config(tiny_sdxl, source, tmp_path / "c", held_out=0.0)
+    prepare(run)
+    rows = [json.loads(line) for line in (source / "pairs.jsonl").read_text().splitlines()]
+    (source / "x.png").write_bytes(png(77))
+    write_jsonl(
+        source, rows + [rows[0] | {"prompt": p, "chosen": "x.png"} for p in ("A RED CAT", "a Red cat")]
+    )
+    monkeypatch.setattr(SDXLFolder, "load_text_encoder", None)
+    summary = prepare(run)
+    assert (summary.pairs, summary.prompts, summary.duplicates) == (3, 2, 1)
+
+
 # Mistakes
+
+
+@pytest.mark.parametrize("change", [{"max_crop": 0.9}, {"resolution": 64}, {"vae_dtype": "bf16"}])
+def test_a_refused_prepare_leaves_the_cache_free(
+    tiny_sdxl: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    source = jsonl_folder(tmp_path / "s", 4)
+    write_jsonl(source, (source / "pairs.jsonl").read_text().splitlines() + ["{"] * 3)
+    with pytest.raises(UserError, match="3 × bad line"):
+        prepare(config(tiny_sdxl, source, tmp_path / "c"))
+    run = config(tiny_sdxl, source, tmp_path / "c", max_skipped=0.5, **change)
+    assert prepare(run).pairs == 4
+    assert PairCache.open(tmp_path / "c").check(open_sdxl(tiny_sdxl), run.data) is None
+
+
+def test_text_is_encoded_before_images(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*args: Any) -> None:
+        raise UserError("no such encoder")
+
+    monkeypatch.setattr(SDXLFolder, "load_text_encoder", missing)
+    with pytest.raises(UserError, match="no such encoder"):
+        prepare(config(tiny_sdxl, jsonl_folder(tmp_path / "s", 3), tmp_path / "c"))
+    assert not list((tmp_path / "c" / "shards").glob("latents-*"))
 
 
 def test_bad_rows_do_not_stop_the_others(tiny_sdxl: Path, tmp_path: Path) -> None:
