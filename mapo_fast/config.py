@@ -281,7 +281,7 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(500, ge=0, le=_EVERY)
     """Optimizer steps between checkpoints; 0 writes one at the end only."""
     keep_checkpoints: int = Field(2, ge=1, le=_EVERY)
-    """Checkpoints kept."""
+    """Checkpoints kept; of one that is a link to a folder elsewhere, only the link is removed."""
     evaluate_every: int = Field(100, ge=0, le=_EVERY)
     """Optimizer steps between held-out evaluations; 0 evaluates at step 0 and at the end only."""
     evaluate_pairs: int = Field(64, ge=1, le=8192)
@@ -289,7 +289,9 @@ class TrainConfig(Section):
     evaluate_draws: int = Field(8, ge=8, le=1000)
     """Stratified timesteps per held-out pair, each with a fixed noise. A schedule has 1000 of them."""
     max_skipped_steps: int = Field(10, ge=0, le=_EVERY)
-    """More non-finite steps in a row than this stop the run; each one is skipped and counted."""
+    """More non-finite steps in a row than this stop the run; each one is skipped and counted. Whatever it is,
+    a run that skipped more than half of all its steps keeps its checkpoint, writes no result and ends with
+    exit code 1."""
     wandb: str | None = Field(None, max_length=128, pattern=r"^[^\x00-\x1f/\\#?%:]+$")
     """Weights & Biases project that mirrors the TensorBoard figures; needs the `wandb` extra."""
 

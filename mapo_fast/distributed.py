@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mapo_fast.config import Config
-from mapo_fast.errors import MachineError, UserError
+from mapo_fast.errors import FailedRunError, MachineError, UserError
 
 T = TypeVar("T")
 
@@ -120,9 +120,9 @@ class Processes:
             raise ReportedError(outcome[1])
         return outcome[0]  # type: ignore[no-any-return]
 
-    def error(self, message: str) -> UserError:
-        """An error that every process raises, to be reported once."""
-        return UserError(message) if self.main else ReportedError(message)
+    def failed(self, message: str) -> UserError:
+        """The error of a run that came to nothing: every process raises it, one reports it."""
+        return FailedRunError(message) if self.main else ReportedError(message)
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Add up .grad over the processes, which all have the same ones, in place.

@@ -18,6 +18,12 @@ class MachineError(UserError):
     exit_code = 1
 
 
+class FailedRunError(UserError):
+    """Training came to nothing: the model diverged, or too many steps were skipped."""
+
+    exit_code = 1
+
+
 def printable(text: str) -> str:
     """The text on one line, with nothing in it that a terminal would act on.
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from scipy.special import stdtrit
 from torch import Tensor
 
@@ -25,7 +23,7 @@ from mapo_fast.diffusion import Diffusion
 from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.draws import pair_noise, stratified_timesteps
 from mapo_fast.engine.step import pair_inputs, predict, sample_inputs
-from mapo_fast.files import atomic_path
+from mapo_fast.sealed import WrongFileError, read_sealed, write_sealed
 
 
 class HeldOutErrors(NamedTuple):
@@ -199,28 +197,34 @@ def compare(now: HeldOutErrors, start: HeldOutErrors) -> dict[str, Any]:
     }
 
 
-def save_errors(errors: HeldOutErrors, path: Path) -> None:
+def start_of(run: str) -> dict[str, Any]:
+    """What the file with the start model's errors says that it is; `run` is the run's id."""
+    return {"what": "held-out errors of the start model", "run": run, "step": 0}
+
+
+def save_errors(errors: HeldOutErrors, path: Path, run: str) -> None:
     """Write the start model's errors and predictions, atomically."""
-    tensors = {f"prediction.{i}": p.contiguous() for i, p in enumerate(errors.predictions)}
-    with atomic_path(path) as temporary:
-        save_file(
-            {"chosen": errors.chosen.contiguous(), "rejected": errors.rejected.contiguous(), **tensors},
-            temporary,
-        )
+    tensors = {f"prediction.{i}": p for i, p in enumerate(errors.predictions)}
+    write_sealed(path, start_of(run), {"chosen": errors.chosen, "rejected": errors.rejected, **tensors})
 
 
-def load_errors(path: Path, held_out: HeldOut) -> HeldOutErrors | None:
-    """Read what `save_errors` wrote; None if it is missing, damaged or of other pairs or draws."""
+def load_errors(path: Path, run: str, held_out: HeldOut) -> HeldOutErrors | None:
+    """Read what `save_errors` wrote; None where no file is.
+
+    Raises:
+        WrongFileError: damaged, another run's, or of other pairs or draws.
+    """
+    tensors = read_sealed(path, start_of(run))
+    if tensors is None:
+        return None
     try:
-        tensors = load_file(path)
-        count = len(tensors) - 2
-        predictions = [tensors[f"prediction.{i}"] for i in range(count)]
+        predictions = [tensors[f"prediction.{i}"] for i in range(len(tensors) - 2)]
         errors = HeldOutErrors(
             tensors["chosen"], tensors["rejected"], predictions, paired=held_out.cache.paired
         )
-    except (OSError, SafetensorError, KeyError):
-        return None
+    except KeyError as error:
+        raise WrongFileError(f"holds no {error}") from None
     shapes = tuple(errors.chosen.shape), tuple(errors.rejected.shape)
-    if count != len(held_out.pairs) or shapes != held_out.shapes:
-        return None
+    if len(predictions) != len(held_out.pairs) or shapes != held_out.shapes:
+        raise WrongFileError("is of other pairs or draws")
     return errors

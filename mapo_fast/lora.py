@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mapo_fast.checkpoint import new_folder
 from mapo_fast.errors import UserError
 from mapo_fast.files import disk_errors
+from mapo_fast.tensorfile import rewrite, write_tensors
 
 ADAPTER = "default"
 """peft's name of the one adapter."""
@@ -126,10 +126,12 @@ def save_lora(unet: Any, folder: Path) -> None:
             StableDiffusionXLPipeline.save_lora_weights(
                 temporary, unet_lora_layers=factors, unet_lora_adapter_metadata=metadata
             )
-            save_file(
-                kohya_state_dict(factors, config.lora_alpha, unet.config.layers_per_block),
+            for written in list(temporary.iterdir()):
+                rewrite(written)
+            write_tensors(
                 temporary / "lora_kohya.safetensors",
-                metadata={
+                kohya_state_dict(factors, config.lora_alpha, unet.config.layers_per_block),
+                {
                     "format": "pt",
                     "ss_network_module": "networks.lora",
                     "ss_network_dim": str(config.r),

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from contextlib import closing
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mapo_fast.config import Config
 from mapo_fast.engine.prefetch import MicroBatch, read_ahead
 from mapo_fast.engine.reference import PrecomputedErrors, StartModel
 from mapo_fast.signals import StopRequest
 from mapo_fast.trainer import Trainer
 
 
+def depends_on(config: Config, identity: dict[str, str]) -> dict[str, Any]:
+    """All that the errors depend on: fingerprints of the run's inputs, and its settings."""
+    settings = config.train.model_dump(include={"seed", "pairs_per_batch", "precision", "caption_dropout"})
+    return {**identity, **settings, "base": config.adapter.base}
+
+
 def precompute(
-    trainer: Trainer, identity: dict[str, str], stop: StopRequest, console: Console | None
+    trainer: Trainer, run: str, identity: dict[str, str], stop: StopRequest, console: Console | None
 ) -> bool:
     """Compute what is missing in the run's folder, and give the trainer all of it.
 
@@ -22,6 +30,7 @@ def precompute(
 
     Args:
         trainer: gets its `reference`.
+        run: the run's id.
         identity: fingerprints of the cache, the start model and its noise schedule.
         stop: ends it early; what is done is kept.
         console: where to show progress.
@@ -30,10 +39,9 @@ def precompute(
         Whether nothing is missing.
     """
     train, processes = trainer.config.train, trainer.processes
-    settings = train.model_dump(include={"seed", "pairs_per_batch", "precision", "caption_dropout"})
     trainer.reference = reference = PrecomputedErrors(
         train.output / "reference",
-        {**identity, **settings, "base": trainer.config.adapter.base},
+        {"run": run, **depends_on(trainer.config, identity)},
         trainer.batches,
         train.steps * train.accumulation * processes.size,
         trainer.device,

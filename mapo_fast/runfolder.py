@@ -1,21 +1,26 @@
 """The output folder of a run: claimed once, continued only by the same run.
 
-`run.json` holds the settings and the identity of the data and the start model. A folder that already holds a
-run is never written to without `--resume`, and a resume with settings that would change the arithmetic is
-refused by name.
+`run.json` holds the run's id, its settings and the identity of the data and the start model. A folder that
+already holds a run is never written to without `--resume`, and a resume with settings that would change the
+arithmetic is refused by name.
 """
 
 from __future__ import annotations
 
-import json
+import re
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mapo_fast import __version__
+from mapo_fast.checkpoint import delete, remove_halves
 from mapo_fast.config import Config
 from mapo_fast.errors import UserError
-from mapo_fast.files import disk_errors, write_json
+from mapo_fast.files import disk_errors, read_json
+from mapo_fast.sealed import WrongFileError, unsealed, write_record
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,28 @@ class TrainResult:
     skipped_steps: int
     """Steps that were not finite and changed nothing."""
 
+
+class RunRecord(BaseModel):
+    """What a `run.json` holds, beside its own checksum."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    format: Literal[2] = 2
+    run: str
+    """Id of the run, which its other files name; empty in files of format 1, which had none."""
+    version: str
+    config: dict[str, dict[str, Any]]
+    identity: dict[str, str]
+    """Fingerprints of the cache, the start model and its noise schedule."""
+    processes: int = Field(1, ge=1)
+
+
+RECORD = "run.json"
+START = "held_out_start.safetensors"
+RESULTS = ("unet", "lora")
+
+_LEFTOVER = re.compile(r"\.(.+\.\d+\.tmp|tmp\w{6})")
+"""Temporary files of `files.atomic_path`, and of safetensors, with which older versions wrote."""
 
 _MAY_CHANGE = frozenset(
     {
@@ -79,30 +106,52 @@ def check_output(config: Config, identity: dict[str, str], *, resume: bool, proc
         UserError: another run is there, or the resumed run had other settings, data or start model.
     """
     output = config.train.output
-    path = output / "run.json"
-    with disk_errors(output):
-        found = path.exists()
-    if found:
+    if (before := read_run(output)) is not None:
         if not resume:
             raise UserError(
                 f"{output} already holds a run: add --resume to continue it, or set another train.output"
             )
-        _check_same_run(path, _record(config, identity, processes))
-    elif output.exists() and (not output.is_dir() or any(not _leftover(file) for file in output.iterdir())):
-        raise UserError(f"{output} exists and is not an empty folder: set another train.output")
+        _check_same_run(output, before, _record(config, identity, processes))
+        return
+    with disk_errors(output):
+        if output.exists() and (not output.is_dir() or any(not _ours(file) for file in output.iterdir())):
+            raise UserError(f"{output} exists and is not an empty folder: set another train.output")
 
 
-def _leftover(file: Path) -> bool:
-    """Whether it is a `run.json` that a killed process was about to write."""
-    return file.name.startswith(".run.json.") and file.name.endswith(".tmp")
+def _ours(file: Path) -> bool:
+    """Whether a process that was killed before it wrote `run.json` may have left it."""
+    return file.name == ".lock" or (file.name.startswith(f".{RECORD}.") and file.name.endswith(".tmp"))
+
+
+def read_run(output: Path) -> RunRecord | None:
+    """The record of the run in a folder; None where there is none.
+
+    Raises:
+        UserError: it cannot be read, or is another one than was written.
+    """
+    path = output / RECORD
+    with disk_errors(output):
+        if not path.exists():
+            return None
+    stated = read_json(path)
+    try:
+        if "format" in stated:
+            return RunRecord.model_validate(unsealed(stated))
+        return RunRecord.model_validate({**stated, "run": ""})
+    except WrongFileError as error:
+        problem = f"{path} {error}"
+    except ValidationError:
+        problem = f"{path} cannot be read as the record of a run"
+    raise UserError(f"{problem}: put the one back that was written, or start again with another train.output")
 
 
 def recorded_settings(output: Path) -> dict[str, Any] | None:
     """The settings of the run in this folder, by section; None where there is none or it cannot be read."""
     try:
-        return dict(json.loads((output / "run.json").read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError):
+        record = read_run(output)
+    except UserError:
         return None
+    return None if record is None else record.config
 
 
 def check_results(output: Path) -> None:
@@ -111,7 +160,7 @@ def check_results(output: Path) -> None:
     Raises:
         UserError: a result is there.
     """
-    for name in ("unet", "lora"):
+    for name in RESULTS:
         if (output / name).exists():
             raise UserError(
                 f"cannot resume {output}: it holds the result {name}/ but no checkpoint "
@@ -119,54 +168,70 @@ def check_results(output: Path) -> None:
             )
 
 
-def claim_output(config: Config, identity: dict[str, str], processes: int = 1) -> None:
-    """Create the output folder with its `run.json`, unless it is there already."""
+def claim_output(config: Config, identity: dict[str, str], processes: int = 1) -> str:
+    """Write `run.json` unless it is there already; the folder is there and held.
+
+    Returns:
+        The run's id.
+    """
     output = config.train.output
+    if (found := read_run(output)) is not None:
+        return found.run
+    record = _record(config, identity, processes)
+    write_record(output / RECORD, record.model_dump())
+    return record.run
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove what kills left in a run's folder that is held: temporary files and half-written results."""
     with disk_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-    if not (output / "run.json").exists():
-        write_json(output / "run.json", _record(config, identity, processes))
+        for name in RESULTS:
+            remove_halves(output / name)
+        for folder in (output, output / "reference", output / "scheduler"):
+            for path in list(folder.iterdir()) if folder.is_dir() else ():
+                if _LEFTOVER.fullmatch(path.name):
+                    delete(path)
 
 
-def _record(config: Config, identity: dict[str, str], processes: int) -> dict[str, Any]:
-    return {
-        "version": __version__,
-        "config": config.model_dump(mode="json"),
-        "identity": identity,
-        "processes": processes,
-    }
+def _record(config: Config, identity: dict[str, str], processes: int) -> RunRecord:
+    return RunRecord(
+        run=uuid.uuid4().hex,
+        version=__version__,
+        config=config.model_dump(mode="json"),
+        identity=identity,
+        processes=processes,
+    )
 
 
-def _check_same_run(path: Path, record: dict[str, Any]) -> None:
+def _check_same_run(output: Path, before: RunRecord, now: RunRecord) -> None:
+    new, processes = _arithmetic(now.config), now.processes
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        old, old_identity = _arithmetic(before["config"]), dict(before["identity"])
-        per_step = old["train.accumulation"] * before.get("processes", 1)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): start again with another train.output") from None
-    new = _arithmetic(record["config"])
-    processes = record["processes"]
-    now = new.pop("train.accumulation") * processes
-    if now != per_step:
+        old = _arithmetic(before.config)
+        per_step = int(old.pop("train.accumulation")) * before.processes
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{output / RECORD} cannot be read as the record of a run: start again with another train.output"
+        ) from None
+    micro_batches = new.pop("train.accumulation") * processes
+    if micro_batches != per_step:
         way_out = (
             f"set train.accumulation = {per_step // processes}"
             if per_step % processes == 0
             else f"the number of processes must divide {per_step}"
         )
         raise UserError(
-            f"cannot resume {path.parent}: a step had {per_step} micro-batches, train.accumulation = "
-            f"{now // processes} in {processes} process(es) makes it {now} ({way_out})"
+            f"cannot resume {output}: a step had {per_step} micro-batches, train.accumulation = "
+            f"{micro_batches // processes} in {processes} process(es) makes it {micro_batches} ({way_out})"
         )
-    del old["train.accumulation"]
     for name in sorted(new.keys() | old.keys()):
         if new.get(name) != old.get(name):
             raise UserError(
-                f"cannot resume {path.parent}: {name} was {old.get(name)!r} and is now {new.get(name)!r} "
+                f"cannot resume {output}: {name} was {old.get(name)!r} and is now {new.get(name)!r} "
                 "(set it back, or start with another train.output)"
             )
-    for name, value in record["identity"].items():
-        if old_identity.get(name) != value:
-            raise UserError(f"cannot resume {path.parent}: the {name} is not the one this run started with")
+    for name, value in now.identity.items():
+        if before.identity.get(name) != value:
+            raise UserError(f"cannot resume {output}: the {name} is not the one this run started with")
 
 
 def _arithmetic(config: dict[str, Any]) -> dict[str, Any]:

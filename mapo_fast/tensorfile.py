@@ -10,6 +10,10 @@ The format is simple enough to stream:
 
 Peak extra memory is one tensor, and only if it is not a contiguous CPU tensor already. The files are read
 with the safetensors library itself.
+
+The same tensors give the same bytes, and the umask decides who may read them. `save_file` puts metadata in a
+random order and makes files that only their owner can read; `rewrite` changes both in what other libraries
+wrote.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 _DTYPES: dict[torch.dtype, str] = {
@@ -49,7 +55,7 @@ def write_tensors(
         TypeError: a dtype that safetensors files cannot hold here.
         OSError: from the file system; nothing is cleaned up.
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     offset = 0
     for name in order:
@@ -79,6 +85,15 @@ def write_tensors(
             put(_bytes(tensors[name]))  # no local variable: it would keep one tensor while the next is made
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def rewrite(path: Path) -> None:
+    """Write a small safetensors file again as `write_tensors` does; not atomic."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load(path.read_bytes())
+    path.unlink()
+    write_tensors(path, tensors, metadata)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

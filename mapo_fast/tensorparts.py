@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -33,3 +33,16 @@ def split(tensor: Tensor, like: DTensor) -> DTensor:
     """Each process takes its part of what it has itself."""
     source = tensor.to(like.device)
     return distribute_tensor(source, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no number is inf or NaN, of what is split in this process's parts.
+
+    Nothing is allocated but one number a tensor, and the host waits once a device.
+    """
+    largest: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        part = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        if part.is_floating_point() and part.numel():
+            largest.setdefault(part.device, []).append(torch.linalg.vector_norm(part, torch.inf).double())
+    return all(bool(torch.isfinite(torch.stack(found)).all()) for found in largest.values())

@@ -1,7 +1,8 @@
 """`mapo-fast train`: everything is checked, loaded and claimed in this order, then the `Trainer` runs.
 
-Nothing is written before the settings, the model folder, the cache, the output folder and the checkpoint to
-resume from have all been found good.
+Nothing is written before the settings, the model folder, the cache and the output folder have all been found
+good. Loading takes minutes, in which another process may have taken the output folder: it is held and checked
+again before the first write, and only then is the checkpoint to resume from looked for.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import ExitStack, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from mapo_fast.adopt import adopt
 from mapo_fast.budget import planned
 from mapo_fast.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.config import ON_CPU, Config
@@ -23,12 +25,20 @@ from mapo_fast.distributed import Processes, environment, in_processes, joined
 from mapo_fast.engine.build import build_unet
 from mapo_fast.engine.precision import choose_device, choose_precision
 from mapo_fast.errors import UserError
-from mapo_fast.files import exclusive
+from mapo_fast.files import disk_errors, exclusive
 from mapo_fast.model import SDXLFolder, open_sdxl, scheduler_overrides
 from mapo_fast.planner.plan import with_settings
 from mapo_fast.precompute import precompute
 from mapo_fast.preview import Previews
-from mapo_fast.runfolder import TrainResult, check_output, check_results, claim_output, recorded_settings
+from mapo_fast.runfolder import (
+    START,
+    TrainResult,
+    check_output,
+    check_results,
+    claim_output,
+    recorded_settings,
+    remove_leftovers,
+)
 from mapo_fast.runlog import RunLog, find_wandb
 from mapo_fast.signals import StopRequest
 from mapo_fast.trainer import Trainer
@@ -75,8 +85,8 @@ def _train(
     diffusion = Diffusion(folder.scheduler_config)
     cache = _open_cache(config, folder)
     store = CheckpointStore(config.train.output / "checkpoints", config.train.keep_checkpoints)
-    identity, checkpoint = processes.once(lambda: _found(config, folder, cache, store, resume, processes))
-    notes = _notes(config, cache, checkpoint, resume, processes.size)
+    identity = processes.once(lambda: _identity(folder, cache))
+    processes.once(lambda: check_output(config, identity, resume=resume, processes=processes.size))
     with nullcontext() if budget is None else budget.kept():
         sampling = config.preview.prompts and (processes.main or processes.shard(config))
         previews = Previews(config, folder, device) if sampling else None
@@ -84,9 +94,8 @@ def _train(
             torch.cuda.reset_peak_memory_stats(device)  # text encoders are gone and are not the plan's
         parts = build_unet(config, folder, precision, device, processes)
         trainer = Trainer(config, parts, cache, diffusion, precision, device, store, previews, processes)
-        if budget is not None:
-            notes = budget.notes() + notes
-        return _run(trainer, folder, identity, checkpoint, notes, console)
+        notes = [] if budget is None else budget.notes()
+        return _run(trainer, folder, identity, resume, notes, console)
 
 
 def _open_cache(config: Config, folder: SDXLFolder) -> PairCache:
@@ -115,37 +124,58 @@ def _open_cache(config: Config, folder: SDXLFolder) -> PairCache:
     return cache
 
 
-def _found(
-    config: Config,
-    folder: SDXLFolder,
-    cache: PairCache,
-    store: CheckpointStore,
-    resume: bool,
-    processes: Processes,
-) -> tuple[dict[str, str], Checkpoint | None]:
-    """What the run is made from, and the checkpoint to go on from, once the output folder fits both.
-
-    Raises:
-        UserError: it holds something else, another run or this one's results.
-    """
+def _identity(folder: SDXLFolder, cache: PairCache) -> dict[str, str]:
+    """Fingerprints of what the run is made from."""
     schedule = json.dumps(folder.scheduler_config, sort_keys=True)
-    identity = {
+    return {
         "cache": cache.fingerprint,
         "start model": folder.fingerprint(("unet",)),
         "noise schedule": hashlib.sha256(schedule.encode()).hexdigest(),
     }
-    check_output(config, identity, resume=resume, processes=processes.size)
-    checkpoint = store.newest() if resume else None
+
+
+class _Claimed(NamedTuple):
+    run: str
+    """The run's id."""
+    checkpoint: Checkpoint | None
+    """What to go on from."""
+    notes: list[str]
+
+
+def _claim(
+    config: Config,
+    identity: dict[str, str],
+    store: CheckpointStore,
+    resume: bool,
+    processes: int,
+    held: ExitStack,
+) -> _Claimed:
+    """Hold the output folder, find it fit once more, and find the checkpoint to go on from.
+
+    Raises:
+        UserError: it is in use, or holds something else, another run or this one's results.
+    """
+    output = config.train.output
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    held.enter_context(exclusive(output))
+    check_output(config, identity, resume=resume, processes=processes)
+    remove_leftovers(output)
+    notes = adopt(config, identity, store)
+    store.run = claim_output(config, identity, processes)
+    checkpoint = store.newest()
     if checkpoint is None:
-        check_results(config.train.output)
-    return identity, checkpoint
+        check_results(output)
+    else:
+        store.tidy(checkpoint.step)
+    return _Claimed(store.run, checkpoint, notes)
 
 
 def _run(
     trainer: Trainer,
     folder: SDXLFolder,
     identity: dict[str, str],
-    checkpoint: Checkpoint | None,
+    resume: bool,
     notes: list[str],
     console: Console | None,
 ) -> TrainResult:
@@ -153,17 +183,16 @@ def _run(
     config, processes = trainer.config, trainer.processes
     output = config.train.output
     with ExitStack() as held:
-
-        def claim() -> None:
-            claim_output(config, identity, processes.size)
-            held.enter_context(exclusive(output))
-
-        processes.once(claim)
-        trainer.measure_start(output / "held_out_start.safetensors")
+        run, checkpoint, found = processes.once(
+            lambda: _claim(config, identity, trainer.store, resume, processes.size, held)
+        )
+        notes += found + trainer.measure_start(output / START, run)
         if config.reference == "precomputed":
             with StopRequest() as stop:
-                if not precompute(trainer, identity, stop, console):
+                if not precompute(trainer, run, identity, stop, console):
                     return TrainResult(output, checkpoint.step if checkpoint else 0, False, 0)
+            assert trainer.reference is not None
+            notes += [f"{reason}: computed again" for reason in trainer.reference.refused]
         if checkpoint is not None:
             trainer.restore(checkpoint)
         log = None
@@ -172,7 +201,7 @@ def _run(
                 output, config.train.steps, console, start_step=trainer.step, wandb=config.train.wandb
             )
             held.enter_context(log)
-            for note in notes:
+            for note in notes + _notes(config, trainer.cache, checkpoint, resume, processes.size):
                 log.warning(trainer.step, note)
         with StopRequest() as stop:
             return trainer.run(log, stop, folder)
@@ -194,8 +223,8 @@ def _notes(
         if checkpoint.step == config.train.steps:
             notes.append(f"the run is finished already: all {checkpoint.step} steps are done")
         notes += [
-            f"checkpoint {path.name} is damaged ({reason}): falling back to {checkpoint.path.name}"
-            for path, reason in checkpoint.damaged
+            f"checkpoint {path.name} cannot be used ({reason}): falling back to {checkpoint.path.name}"
+            for path, reason in checkpoint.passed_over
         ]
     if config.train.precision == "pure_bf16" and config.optim.name != "adamw8bit":
         notes.append(

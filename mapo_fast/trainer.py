@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -32,18 +33,19 @@ from mapo_fast.engine.metrics import Metrics, peak_memory_mib
 from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.prefetch import MicroBatch, read_ahead
 from mapo_fast.engine.reference import PrecomputedErrors
-from mapo_fast.engine.step import PairInputs, predict, training_inputs, upload
+from mapo_fast.engine.step import PairInputs, predict, sample_errors, training_inputs, upload
 from mapo_fast.errors import UserError
 from mapo_fast.evaluate import HeldOut, HeldOutErrors, compare, load_errors, save_errors
-from mapo_fast.export import export
+from mapo_fast.export import about_checkpoint, export
 from mapo_fast.lora import lora_state_dict
 from mapo_fast.model import SDXLFolder
 from mapo_fast.objectives import build_loss
 from mapo_fast.preview import Previews
 from mapo_fast.runfolder import TrainResult
 from mapo_fast.runlog import RunLog
+from mapo_fast.sealed import WrongFileError
 from mapo_fast.signals import StopRequest
-from mapo_fast.tensorparts import whole
+from mapo_fast.tensorparts import all_finite, whole
 
 
 class Trainer:
@@ -86,15 +88,31 @@ class Trainer:
         self.start: HeldOutErrors | None = None
         self.reference: PrecomputedErrors | None = None
 
-    def measure_start(self, path: Path) -> None:
-        """Read the start model's held-out errors, or measure them; call it before `restore`."""
+    def measure_start(self, path: Path, run: str) -> list[str]:
+        """Read the start model's held-out errors, or measure them; call it before `restore`.
+
+        Args:
+            path: the file that keeps them.
+            run: the run's id.
+
+        Returns:
+            What to say.
+        """
         if not self.held_out.pairs:
-            return
-        self.start = self.processes.once(lambda: load_errors(path, self.held_out))
+            return []
+
+        def load() -> tuple[HeldOutErrors | None, list[str]]:
+            try:
+                return load_errors(path, run, self.held_out), []
+            except WrongFileError as error:
+                return None, [f"{path} {error}: measured again"]
+
+        self.start, notes = self.processes.once(load)
         if self.start is None:
             start = self.held_out.errors(self.unet, self.precision.context(self.device))
-            self.processes.once(lambda: save_errors(start, path))
+            self.processes.once(lambda: save_errors(start, path, run))
             self.start = start
+        return notes
 
     def run(self, log: RunLog | None, stop: StopRequest, folder: SDXLFolder) -> TrainResult:
         """Train to the last step or the first signal to any process, then save.
@@ -111,6 +129,7 @@ class Trainer:
             self._loop(micro_batches, log, stop)
         finished = self.step >= config.steps
         if finished:
+            self._check_skipped()
             export(self.config, self.unet, self._model_tensors(), folder, self.processes)
         elif self._healthy():
             self.save()
@@ -136,8 +155,8 @@ class Trainer:
             except UserError:  # a full disk, most likely: what is trained must not be lost
                 self.save()
                 raise
-            if finished and not self._healthy(always=True):
-                raise self.processes.error(self._diverged("the run's last step"))
+            if finished and not self._healthy():
+                raise self.processes.failed(self._diverged("the run's last step"))
             if finished or (_due(self.step, config.checkpoint_every) and self._healthy()):
                 self.save()
 
@@ -195,13 +214,13 @@ class Trainer:
         if log is not None:
             log.step(self.step, figures)
         if in_a_row > self.config.train.max_skipped_steps:
-            raise self.processes.error(self._stopped(in_a_row))
+            raise self.processes.failed(self._stopped(in_a_row))
 
     def _stopped(self, in_a_row: int) -> str:
         """Keep the last good state and say where it is."""
         limit = self.config.train.max_skipped_steps
         reason = f"{in_a_row} steps in a row were not finite (train.max_skipped_steps = {limit})"
-        if self._healthy(always=True):
+        if self._healthy():
             self.save()
             return f"{reason}; the weights are, and are saved at step {self.step}: look for damaged data"
         return self._diverged(reason)
@@ -212,18 +231,44 @@ class Trainer:
         kept = self.processes.once(lambda: self.store.discard_from(first))
         if kept is None:
             return f"{reason}: the model has diverged before its first checkpoint; lower optim.lr"
+        if kept >= first:
+            return (
+                f"{reason}: the model has diverged. The only checkpoint that is left, step {kept} in "
+                f"{self.store.folder}, may be of the diverged model (train.keep_checkpoints = "
+                f"{self.store.keep}); lower optim.lr in a new run"
+            )
         return (
             f"{reason}: the model has diverged. The newest checkpoint from before that is step {kept} in "
             f"{self.store.folder}; lower optim.lr in a new run"
         )
 
-    def _healthy(self, *, always: bool = False) -> bool:
-        """Whether the model still predicts finite numbers; looked at only after a skipped step."""
-        if not always and not bool(self.optimizer.skipped_in_a_row):
-            return True
+    def _check_skipped(self) -> None:
+        """Raise if most steps of the run changed nothing: its result would pass for a trained model."""
+        skipped = int(self.optimizer.skipped)
+        if 2 * skipped > self.step:
+            raise self.processes.failed(
+                f"{skipped} of {self.step} steps were not finite and were skipped: there is no result, the "
+                f"checkpoint of step {self.step} is in {self.store.folder}; look for damaged data "
+                "(train.max_skipped_steps counts steps in a row only)"
+            )
+
+    def _healthy(self) -> bool:
+        """Whether all that is trained is finite, and so are the errors on input that is."""
+        finite = all_finite(self._model_tensors().values())
         with torch.no_grad(), self.precision.context(self.device):
-            prediction = predict(self.unet, self.inputs(*self.batches.at(0)))
-        return not self.processes.any(not bool(torch.isfinite(prediction).all()))
+            if finite and self._probe is not None:
+                prediction = predict(self.unet, self._probe)
+                finite = all_finite([sample_errors(prediction, self._probe.target)])
+        return not self.processes.any(not finite)
+
+    @cached_property
+    def _probe(self) -> PairInputs | None:
+        """The first micro-batch, with zeros for what is not finite in it; None if it cannot be read."""
+        try:
+            inputs = self.inputs(*self.batches.at(0))
+        except UserError:
+            return None
+        return PairInputs(*(torch.nan_to_num(t, nan=0.0, posinf=0.0, neginf=0.0) for t in inputs))
 
     def _look(self, log: RunLog | None, *, always: bool) -> None:
         """Evaluate and preview where this step is due for it."""
@@ -264,7 +309,8 @@ class Trainer:
             state["baseline"] = self.engine.baseline.state()
         keep = self.processes.main
         files = {"model": whole(self._model_tensors(), keep=keep), "optimizer": whole(tensors, keep=keep)}
-        self.processes.once(lambda: self.store.save(self.step, files, state))
+        about = about_checkpoint(self.config, self.step)
+        self.processes.once(lambda: self.store.save(self.step, files, state, about))
         self.metrics.restart_clock()
 
     def restore(self, checkpoint: Checkpoint) -> None:

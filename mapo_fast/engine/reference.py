@@ -15,23 +15,19 @@ blocks see one half at a time, it is 0 up to rounding.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.engine.batches import MicroBatches
 from mapo_fast.engine.step import PairInputs, predict, sample_errors
 from mapo_fast.engine.stream_weights import WeightStreaming
-from mapo_fast.files import atomic_path, disk_errors
+from mapo_fast.sealed import WrongFileError, read_sealed, write_sealed
 from mapo_kernels import paired_loss
 
 PART = 256
@@ -88,8 +84,8 @@ class PrecomputedErrors:
     """The start model's errors for the first micro-batches of a run, kept in a folder.
 
     `errors-000000.safetensors`, …: each has `errors` (n, 2P) fp32 for up to `PART` positions in a row, of a
-    micro-batch of B ≤ P pairs the first 2B in use, chosen half first; and in its metadata the run's identity
-    and a SHA-256. A file is whole or absent. One of another identity, or a damaged one, is made again.
+    micro-batch of B ≤ P pairs the first 2B in use, chosen half first; and says of which run and positions
+    they are. A file is whole or absent. A damaged one, or one that is another's, is made again.
 
     Args:
         folder: where they are kept.
@@ -110,7 +106,9 @@ class PrecomputedErrors:
         processes: Processes = ALONE,
     ) -> None:
         self.folder, self.device, self.processes = folder, device, processes
-        self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self._identity = identity
+        self.refused: list[str] = []
+        """Files that are there and are made again, and why."""
         self._table = torch.full((count, 2 * batches.pairs_per_batch), float("nan"))
         if device.type == "cuda":  # only from pinned memory does the copy to the device not wait
             self._table = self._table.pin_memory()
@@ -162,20 +160,17 @@ class PrecomputedErrors:
         """(2B,) fp32 errors of the micro-batch of B pairs at a position, on the device."""
         return self._table[position, : 2 * pairs].to(self.device, non_blocking=True)
 
-    def _path(self, first: int) -> Path:
-        return self.folder / f"errors-{first // PART:06d}.safetensors"
-
     def _read(self, first: int) -> int:
         """Take over a part that is on disk; returns its positions."""
-        rows = self._table[first : first + PART]
+        rows, path = self._table[first : first + PART], part_path(self.folder, first)
         try:
-            with safe_open(self._path(first), framework="pt") as file:
-                metadata, found = file.metadata() or {}, file.get_tensor("errors")
-        except (OSError, SafetensorError):
+            tensors = read_sealed(path, part_of(self._identity, first))
+        except WrongFileError as error:
+            self.refused.append(f"{path} {error}")
             return 0
-        wanted = {"identity": self._identity, "sha256": _digest(found)}
-        if any(metadata.get(name) != value for name, value in wanted.items()):
+        if tensors is None:
             return 0
+        found = tensors["errors"]
         known = min(len(found), len(rows))
         rows[:known] = found[:known]
         return known
@@ -186,13 +181,15 @@ class PrecomputedErrors:
         self._done[first] = known + len(found)
         if not self.processes.main:
             return
-        rows = self._table[first : first + self._done[first]].clone()
-        with disk_errors(self.folder):
-            self.folder.mkdir(exist_ok=True)
-        with atomic_path(self._path(first)) as temporary:
-            metadata = {"identity": self._identity, "sha256": _digest(rows)}
-            save_file({"errors": rows}, temporary, metadata=metadata)
+        rows = self._table[first : first + self._done[first]]
+        write_sealed(part_path(self.folder, first), part_of(self._identity, first), {"errors": rows})
 
 
-def _digest(rows: Tensor) -> str:
-    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+def part_path(folder: Path, first: int) -> Path:
+    """The file of the `PART` positions from `first` on."""
+    return folder / f"errors-{first // PART:06d}.safetensors"
+
+
+def part_of(identity: dict[str, Any], first: int) -> dict[str, Any]:
+    """What that file says that it is."""
+    return {"what": "errors of the start model", "position": first, **identity}
