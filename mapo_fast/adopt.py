@@ -15,7 +15,7 @@ from typing import Any
 
 from mapo_fast.checkpoint import CheckpointStore, Record
 from mapo_fast.config import Config
-from mapo_fast.engine.reference import PART, part_of, part_path
+from mapo_fast.engine import reference
 from mapo_fast.errors import UserError
 from mapo_fast.evaluate import start_of
 from mapo_fast.files import parse_json, read_json, sha256_file
@@ -43,8 +43,8 @@ def adopt(config: Config, identity: dict[str, str], store: CheckpointStore) -> l
     if record is None or record.run:
         return []
     run = sha256_file(output / RECORD)[:32]
-    for step, path in store.found():
-        _adopt_checkpoint(path / "state.json", step, run)
+    for _, path in store.found():
+        _adopt_checkpoint(path / "state.json", run)
     _adopt_start(output / START, run)
     _adopt_parts(output / "reference", depends_on(config, identity), run)
     write_record(output / RECORD, record.model_copy(update={"run": run}).model_dump())
@@ -54,15 +54,13 @@ def adopt(config: Config, identity: dict[str, str], store: CheckpointStore) -> l
     ]
 
 
-def _adopt_checkpoint(path: Path, step: int, run: str) -> None:
+def _adopt_checkpoint(path: Path, run: str) -> None:
     try:
         old = read_json(path)
         text, hashes = old["state"], dict(old["sha256"])
-        if old["format"] != 1 or old["step"] != step:
+        if old["format"] != 1 or hashes.pop("state") != hashlib.sha256(text.encode()).hexdigest():
             return
-        if hashes.pop("state") != hashlib.sha256(text.encode()).hexdigest():
-            return
-        record = Record(run=run, step=step, files=hashes, state=parse_json(text))
+        record = Record(run=run, step=old["step"], files=hashes, state=parse_json(text))
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return  # it stays as it is, and is found to be of no use
     write_record(path, record.model_dump())
@@ -82,10 +80,11 @@ def _adopt_parts(folder: Path, depends: dict[str, Any], run: str) -> None:
     for path in folder.glob("errors-*.safetensors"):
         try:
             metadata, tensors = open_tensors(path)
-            first = PART * int(path.stem.removeprefix("errors-"))
+            first = reference.PART * int(path.stem.removeprefix("errors-"))
             errors = tensors["errors"]
         except (WrongFileError, KeyError, ValueError):
             continue
         digest = hashlib.sha256(errors.numpy().tobytes()).hexdigest()
-        if metadata == {"identity": identity, "sha256": digest} and path == part_path(folder, first):
-            write_sealed(path, part_of({"run": run, **depends}, first), {"errors": errors})
+        same = metadata == {"identity": identity, "sha256": digest}
+        if same and path == reference.part_path(folder, first):
+            write_sealed(path, reference.part_of({"run": run, **depends}, first), {"errors": errors})

@@ -142,14 +142,15 @@ def read_bytes(path: Path, limit: int) -> bytes:
     Raises:
         OSError: also where it is no regular file (EINVAL) or larger (EOVERFLOW); `strerror` says so.
     """
-    data = b""
+    data = bytearray()
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size <= limit:
-            data = file.read(limit + 1)
+        # In pieces: read(limit) would allocate the limit before it reads the first byte.
+        while max(size, len(data)) <= limit and (piece := file.read(1 << 18)):
+            data += piece
     if max(size, len(data)) > limit:
         raise OSError(errno.EOVERFLOW, f"it is larger than the limit of {limit:,} bytes", str(path))
-    return data
+    return bytes(data)
 
 
 @contextmanager

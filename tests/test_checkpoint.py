@@ -8,12 +8,14 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import tracemalloc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mapo_fast import checkpoint as checkpoint_module
 from mapo_fast import tensorfile
-from mapo_fast.checkpoint import CheckpointStore, save_unet
+from mapo_fast.checkpoint import CheckpointStore, new_folder, remove_halves, save_unet
 from mapo_fast.errors import UserError
 from mapo_fast.tensorfile import write_tensors
 
@@ -129,12 +131,14 @@ def test_saving_copies_at_most_one_tensor_at_a_time(tmp_path: Path, transposed: 
 def test_save_and_read_back(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "new" / "checkpoints", keep=2)
     state = {"seed": 2**40, "lr": 0.1 + 0.2, "scaler": None, "nested": {"list": [1, 2]}}
-    path = store.save(100, {"model": tensors(), "optimizer": {"0.m": torch.ones(3)}}, state)
+    path = store.save(100, {"model": tensors(), "optimizer": {"0.m": torch.ones(3)}}, state, "What it is.")
     assert path.name == "step-00000100"
-    assert steps_in(path) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    assert steps_in(path) == ["README.txt", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert (path / "README.txt").read_text() == "What it is."
+    (path / "README.txt").unlink()  # it is for people: nothing depends on it
     found = store.newest()
     assert found is not None
-    assert (found.step, found.state, found.damaged) == (100, state, ())
+    assert (found.step, found.state, found.passed_over) == (100, state, ())
     assert_same(dict(found.views("model")), tensors())
     assert_same(dict(found.views("optimizer")), {"0.m": torch.ones(3)})
 
@@ -188,43 +192,91 @@ def _flip_a_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
-DAMAGE: dict[str, tuple[Any, str]] = {
+def _state(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], object]:
+    """Damage that puts something else into `state.json`."""
+
+    def damage(path: Path) -> None:
+        changed = change(json.loads((path / "state.json").read_text()))
+        (path / "state.json").write_text(changed if isinstance(changed, str) else json.dumps(changed))
+
+    return damage
+
+
+def _fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "bit flip": (
         lambda p: _flip_a_byte(p / "model.safetensors"),
         r"model\.safetensors does not match its checksum",
     ),
     "truncated": (lambda p: os.truncate(p / "model.safetensors", 20), r"does not match its checksum"),
     "file missing": (lambda p: (p / "model.safetensors").unlink(), r"model\.safetensors is missing"),
+    "file is a FIFO": (
+        lambda p: _fifo(p / "model.safetensors"),
+        r"model\.safetensors cannot be read \(it is a FIFO",
+    ),
     "state missing": (lambda p: (p / "state.json").unlink(), r"state\.json is missing"),
-    "state empty": (lambda p: (p / "state.json").write_text(""), r"state\.json is not readable"),
-    "state not an object": (lambda p: (p / "state.json").write_text("[1]"), r"state\.json is not readable"),
+    "state is a FIFO": (lambda p: _fifo(p / "state.json"), r"state\.json is not readable"),
+    "state empty": (_state(lambda s: ""), r"state\.json is not readable"),
+    "state not an object": (_state(lambda s: [1]), r"state\.json is not readable"),
     "state not text": (lambda p: (p / "state.json").write_bytes(b"\xff\xfe"), r"state\.json is not readable"),
+    "state nested": (_state(lambda s: "[" * 200_000 + "]" * 200_000), r"state\.json is not readable"),
+    "state nested in an object": (
+        _state(lambda s: json.dumps(s).replace('{"at": 200}', '{"a":' * 900 + "1" + "}" * 900)),
+        r"state\.json (is not readable|does not match its checksum)",
+    ),
+    "a number of 5,000 digits": (
+        _state(lambda s: json.dumps(s).replace("200", "2" * 5000, 1)),
+        r"state\.json is not readable",
+    ),
     "state changed": (
-        lambda p: (p / "state.json").write_text((p / "state.json").read_text().replace("200", "201")),
+        _state(lambda s: s | {"state": {"at": 201}}),
         r"state\.json does not match its checksum",
     ),
-    "another format": (
-        lambda p: (p / "state.json").write_text(
-            json.dumps({**json.loads((p / "state.json").read_text()), "format": 99})
-        ),
-        r"format 99",
+    "step changed": (_state(lambda s: s | {"step": 201}), r"state\.json does not match its checksum"),
+    "step is text": (_state(lambda s: s | {"step": "200"}), r"state\.json does not match its checksum"),
+    "no files": (_state(lambda s: s | {"files": None}), r"state\.json does not match its checksum"),
+    "no checksum": (
+        _state(lambda s: {name: s[name] for name in s if name != "sha256"}),
+        r"state\.json does not match its checksum",
     ),
+    "another format": (_state(lambda s: s | {"format": 99}), r"format 99"),
+    "format is text": (_state(lambda s: s | {"format": "2"}), r"state\.json does not match its checksum"),
+    "renamed": (
+        lambda p: shutil.copytree(p.with_name("step-00000100"), p, dirs_exist_ok=True),
+        r"it is that of step 100: name it step-00000100 again",
+    ),
+    "of another run": (
+        lambda p: shutil.copytree(p.parents[1] / "other" / p.name, p, dirs_exist_ok=True),
+        r"it belongs to another run",
+    ),
+    "a link to nothing": (
+        lambda p: (shutil.rmtree(p), p.symlink_to(p.with_name("nothing"))),
+        r"it is a link to nothing",
+    ),
+    "a file": (lambda p: (shutil.rmtree(p), p.touch()), r"it is not a folder"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_falls_back_past_a_damaged_checkpoint_and_says_so(tmp_path: Path, kind: str) -> None:
+    if "FIFO" in kind and not hasattr(os, "mkfifo"):
+        pytest.skip("needs FIFOs")
     damage, message = DAMAGE[kind]
-    store = CheckpointStore(tmp_path, keep=3)
+    store = CheckpointStore(tmp_path / "own", keep=3, run="own")
     for step in (100, 200):
-        store.save(step, {"model": {"a": torch.full((4,), float(step))}}, {"at": step})
-    damage(tmp_path / "step-00000200")
+        for one in (store, CheckpointStore(tmp_path / "other", keep=3, run="other")):
+            one.save(step, {"model": {"a": torch.full((4,), float(step))}}, {"at": step})
+    damage(tmp_path / "own" / "step-00000200")
     found = store.newest()
     assert found is not None
     assert found.step == 100
     assert found.state == {"at": 100}
-    [(path, reason)] = found.damaged
-    assert path == tmp_path / "step-00000200"
+    [(path, reason)] = found.passed_over
+    assert path == tmp_path / "own" / "step-00000200"
     assert re.search(message, reason), reason
 
 
@@ -233,7 +285,7 @@ def test_only_damaged_checkpoints_is_an_error(tmp_path: Path) -> None:
     for step in (1, 2):
         store.save(step, {"model": {"a": torch.ones(2)}}, {})
         _flip_a_byte(tmp_path / f"step-0000000{step}" / "model.safetensors")
-    with pytest.raises(UserError, match=r"every checkpoint .* is damaged \(step-00000002: .*step-00000001: "):
+    with pytest.raises(UserError, match=r"no checkpoint .* can be used \(step-00000002: .*step-00000001: "):
         store.newest()
 
 
@@ -256,12 +308,72 @@ def test_pruning_after_a_fallback_keeps_what_was_just_saved(tmp_path: Path) -> N
     assert store.newest().step == 150  # type: ignore[union-attr]
 
 
+def test_pruning_counts_what_can_be_used_and_leaves_another_runs(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2, run="own")
+    other = CheckpointStore(tmp_path, keep=9, run="other")
+    one: dict[str, dict[str, Tensor]] = {"model": {"a": torch.ones(2)}}
+    store.save(1, one, {})
+    other.save(2, one, {})
+    store.save(3, one, {})
+    (tmp_path / "step-00000003" / "state.json").write_text("")
+    store.save(4, one, {})
+    names = [f"step-0000000{step}" for step in (1, 2, 3, 4)]
+    assert steps_in(tmp_path) == names
+    store.save(5, one, {})
+    assert steps_in(tmp_path) == [names[1], names[3], "step-00000005"]
+
+
+def test_a_linked_checkpoint_is_used_and_pruned_without_its_folder(tmp_path: Path) -> None:
+    """Moved to a bigger disk and linked back."""
+    store = CheckpointStore(tmp_path / "own", keep=1)
+    store.save(1, {"model": {"a": torch.ones(2)}}, {})
+    (tmp_path / "own" / "step-00000001").rename(tmp_path / "moved")
+    (tmp_path / "own" / "step-00000001").symlink_to(tmp_path / "moved")
+    assert store.newest().step == 1  # type: ignore[union-attr]
+    for step in (2, 3):
+        store.save(step, {"model": {"a": torch.ones(2)}}, {})
+    assert steps_in(tmp_path / "own") == ["step-00000003"]
+    assert (tmp_path / "moved" / "state.json").is_file()
+
+
+def test_what_a_kill_in_the_last_save_left_is_tidied(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    for step in (1, 2):
+        CheckpointStore(tmp_path, keep=2).save(step, {"model": {"a": torch.ones(2)}}, {})
+    (tmp_path / "moved").mkdir()
+    (tmp_path / ".step-00000003.tmp").mkdir()
+    (tmp_path / ".step-00000000.tmp").symlink_to(tmp_path / "moved")
+    store.tidy(2)
+    assert steps_in(tmp_path) == ["moved", "step-00000002"]
+
+
 def test_leftover_temporary_folders_are_removed_and_nothing_else(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     for name in (".step-00000007.tmp", "previews", ".step-notes.tmp"):
         (tmp_path / name).mkdir()
     store.save(8, {"model": {"a": torch.ones(2)}}, {})
     assert steps_in(tmp_path) == [".step-notes.tmp", "previews", "step-00000008"]
+
+
+@pytest.mark.parametrize("link", ["to a folder", "to nothing"])
+def test_a_linked_result_folder_is_written_again_and_again(tmp_path: Path, link: str) -> None:
+    (tmp_path / "unet").symlink_to(tmp_path / "moved")
+    if link == "to a folder":
+        (tmp_path / "moved").mkdir()
+    for text in ("one", "two"):
+        with new_folder(tmp_path / "unet") as folder:
+            (folder / "a").write_text(text)
+        assert (tmp_path / "unet" / "a").read_text() == text
+    assert steps_in(tmp_path) == (["moved", "unet"] if link == "to a folder" else ["unet"])
+
+
+def test_a_kill_between_the_two_renames_loses_no_folder(tmp_path: Path) -> None:
+    (tmp_path / ".unet.old").mkdir()
+    (tmp_path / ".unet.old" / "a").touch()
+    (tmp_path / ".unet.tmp").mkdir()
+    remove_halves(tmp_path / "unet")
+    assert steps_in(tmp_path) == ["unet"]
+    assert steps_in(tmp_path / "unet") == ["a"]
 
 
 @pytest.mark.parametrize("failing", ["write", "fsync", "rename"])
@@ -329,7 +441,7 @@ def test_killed_at_any_moment_it_stays_loadable(tmp_path: Path) -> None:
             assert process.returncode == -signal.SIGKILL
         found = store.newest()
         assert found is not None
-        assert found.damaged == ()
+        assert found.passed_over == ()
         assert found.step > last
         assert found.state == {"at": found.step}
         assert all(bool((t == found.step).all()) for t in dict(found.views("model")).values())
@@ -389,5 +501,14 @@ def test_discarding_keeps_at_least_one(tmp_path: Path) -> None:
     assert store.discard_from(7) == 6
     assert store.discard_from(4) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002"]
-    assert store.discard_from(1) == 2
+    assert store.discard_from(1) == 2, "the only one that is left"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002"]
+
+
+def test_discarding_counts_only_what_can_be_used(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    for step in (2, 4):
+        store.save(step, {"model": {"a": torch.zeros(1)}}, {})
+    _flip_a_byte(tmp_path / "step-00000002" / "model.safetensors")
+    assert store.discard_from(4) == 4
+    assert (tmp_path / "step-00000004").is_dir()

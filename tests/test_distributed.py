@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mapo_fast import MaPOLoss, budget
@@ -32,6 +32,7 @@ from mapo_fast.errors import MachineError, UserError
 from mapo_fast.planner.plan import Plan
 from mapo_fast.runfolder import TrainResult
 from mapo_fast.runlog import read_log
+from mapo_fast.sealed import write_sealed
 from mapo_fast.tensorparts import whole
 from mapo_fast.trainer import Trainer
 from tests.engine.pair_steps import pair_of_inputs
@@ -245,9 +246,9 @@ def test_a_run_goes_on_with_another_number_of_processes(
     def save(*args: Any, **kwargs: Any) -> None:
         with (tmp_path / "writers").open("a") as writers:
             print(environment().rank, file=writers)
-        save_file(*args, **kwargs)
+        write_sealed(*args, **kwargs)
 
-    monkeypatch.setattr(reference, "save_file", save)
+    monkeypatch.setattr(reference, "write_sealed", save)
 
     def of(steps: int, accumulation: int) -> Config:
         train = {"steps": steps, "accumulation": accumulation, "shard": shard}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mapo_fast.draws import pair_noise, stratified_timesteps
 from mapo_fast.engine.step import pair_inputs, predict
 from mapo_fast.evaluate import HeldOut, HeldOutErrors, compare, load_errors, paired_change, save_errors
 from mapo_fast.model import open_sdxl
+from mapo_fast.sealed import WrongFileError
 from tests.training import make_cache
 
 
@@ -49,8 +51,8 @@ def test_evaluating_twice_gives_the_same_bits_and_survives_a_file(
 ) -> None:
     unet = open_sdxl(tiny_sdxl).load_unet()
     first, second = held_out.errors(unet, nullcontext()), held_out.errors(unet, nullcontext())
-    save_errors(first, tmp_path / "start.safetensors")
-    loaded = load_errors(tmp_path / "start.safetensors", held_out)
+    save_errors(first, tmp_path / "start.safetensors", "run")
+    loaded = load_errors(tmp_path / "start.safetensors", "run", held_out)
     assert loaded is not None
     for one, other in ((first, second), (first, loaded)):
         assert torch.equal(one.chosen, other.chosen)
@@ -90,12 +92,12 @@ def test_a_start_that_does_not_fit_is_measured_again(
     held_out: HeldOut, tiny_sdxl: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "start.safetensors"
-    assert load_errors(path, held_out) is None
-    save_errors(held_out.errors(open_sdxl(tiny_sdxl).load_unet(), nullcontext()), path)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    assert load_errors(path, held_out) is None
-    path.write_bytes(content)
+    assert load_errors(path, "run", held_out) is None
+    save_errors(held_out.errors(open_sdxl(tiny_sdxl).load_unet(), nullcontext()), path, "run")
+    whole = path.read_bytes()
+    assert load_errors(path, "run", held_out) is not None
+    with pytest.raises(WrongFileError, match="is another file under this name"):
+        load_errors(path, "another run", held_out)
     fewer = HeldOut(
         held_out.cache,
         held_out.pairs[:-1],
@@ -105,8 +107,32 @@ def test_a_start_that_does_not_fit_is_measured_again(
         seed=3,
         device=held_out.device,
     )
-    assert load_errors(path, held_out) is not None
-    assert load_errors(path, fewer) is None
+    with pytest.raises(WrongFileError, match="other pairs or draws"):
+        load_errors(path, "run", fewer)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WrongFileError, match="is not a safetensors file"):
+        load_errors(path, "run", held_out)
+
+
+def test_any_flipped_bit_of_the_start_is_found(held_out: HeldOut, tiny_sdxl: Path, tmp_path: Path) -> None:
+    """Of the lengths, the header and the numbers; what pads the header is not read."""
+    path = tmp_path / "start.safetensors"
+    save_errors(held_out.errors(open_sdxl(tiny_sdxl).load_unet(), nullcontext()), path, "run")
+    whole = path.read_bytes()
+    head = 8 + int.from_bytes(whole[:8], "little")
+    chance = random.Random(0)
+    for place in [
+        *range(16),
+        *chance.sample(range(16, head), 60),
+        *chance.sample(range(head, len(whole)), 60),
+    ]:
+        if whole[place : place + 1] == b" ":
+            continue
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(WrongFileError):
+            load_errors(path, "run", held_out)
 
 
 def test_a_model_that_predicts_nan_has_no_accuracy() -> None:

@@ -350,7 +350,7 @@ def test_a_run_and_its_resume(make: Callable[..., Config], tmp_path: Path, kind:
     for done in (Path(RESULT[kind]).parent, "checkpoints/step-00000003"):
         shutil.rmtree(tmp_path / "run" / done)
     state = json.loads((tmp_path / "run/checkpoints/step-00000002/state.json").read_text())
-    baseline = json.loads(state["state"])["baseline"]
+    baseline = state["state"]["baseline"]
     assert len(baseline) == 2
     assert all(total != 0 and samples in (2, 4) for total, samples in baseline)
     assert train(config, resume=True).finished

@@ -272,8 +272,24 @@ def test_a_full_disk_leaves_the_older_files(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("mapo_fast.lora.save_file", full)
-    with pytest.raises(UserError, match="disk full while writing"):
+    monkeypatch.setattr("mapo_fast.lora.write_tensors", full)
+    with pytest.raises(UserError, match="the disk is full"):
         save_lora(unet, tmp_path / "lora")
     assert {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
+def test_the_same_adapter_gives_the_same_bytes_for_whom_the_umask_says(tmp_path: Path) -> None:
+    unet = trained(("to_q",), alpha=3.0)
+    before = os.umask(0o022)
+    try:
+        for name in ("one", "two", "three"):
+            save_lora(unet, tmp_path / name)
+    finally:
+        os.umask(before)
+    files = [path.name for path in (tmp_path / "one").iterdir()]
+    assert sorted(files) == ["lora_kohya.safetensors", "pytorch_lora_weights.safetensors"]
+    for file in files:
+        assert len({(tmp_path / name / file).read_bytes() for name in ("one", "two", "three")}) == 1
+        if os.name != "nt":
+            assert (tmp_path / "one" / file).stat().st_mode & 0o777 == 0o644

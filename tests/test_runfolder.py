@@ -9,7 +9,13 @@ import pytest
 
 from mapo_fast.config import Config, parse_config
 from mapo_fast.errors import UserError
-from mapo_fast.runfolder import check_output, check_results, claim_output
+from mapo_fast.runfolder import (
+    check_output,
+    check_results,
+    claim_output,
+    recorded_settings,
+    remove_leftovers,
+)
 
 IDENTITY = {"cache": "a", "start model": "b"}
 
@@ -22,11 +28,13 @@ def _config(output: Path, **sections: dict[str, object]) -> Config:
 def test_a_new_or_empty_folder_is_claimed(tmp_path: Path) -> None:
     for output in (tmp_path, tmp_path / "new" / "run"):
         check_output(_config(output), IDENTITY, resume=False)
+        output.mkdir(parents=True, exist_ok=True)
         claim_output(_config(output), IDENTITY)
         assert json.loads((output / "run.json").read_text())["identity"] == IDENTITY
 
 
 def test_a_killed_claim_may_be_repeated(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
     (tmp_path / ".run.json.123.tmp").write_text("{")
     check_output(_config(tmp_path), IDENTITY, resume=True)
 
@@ -79,11 +87,57 @@ def test_a_resume_on_other_data_or_another_model_is_refused(tmp_path: Path) -> N
         check_output(_config(tmp_path), {**IDENTITY, "cache": "z"}, resume=True)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"config": 3}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"config": 3}', "\x00", "[" * 200_000, '{"a": ' + "9" * 5000 + "}", '{"format": 2}']
+)
 def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match=r"run\.json (cannot be read|is not a JSON object|does not match)"):
+        check_output(_config(tmp_path), IDENTITY, resume=True)
+
+
+@pytest.mark.parametrize(("old", "new"), [('"rank": 16', '"rank": 17'), ('"version": "', '"version": "1')])
+def test_a_changed_record_is_not_trusted(tmp_path: Path, old: str, new: str) -> None:
+    claim_output(_config(tmp_path), IDENTITY)
+    path = tmp_path / "run.json"
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=r"run\.json does not match its checksum"):
+        check_output(_config(tmp_path, adapter={"rank": 17}), IDENTITY, resume=True)
+    assert recorded_settings(tmp_path) is None
+
+
+def test_a_record_of_format_1_with_text_for_a_number_is_named(tmp_path: Path) -> None:
+    claim_output(_config(tmp_path), IDENTITY)
+    path = tmp_path / "run.json"
+    record = json.loads(path.read_text())
+    for name in ("format", "run", "sha256"):
+        del record[name]
+    record["config"]["train"]["accumulation"] = "x"
+    path.write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"run\.json cannot be read"):
         check_output(_config(tmp_path), IDENTITY, resume=True)
+
+
+def test_leftovers_of_kills_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    leftovers = [
+        ".run.json.12.tmp",
+        ".held_out_start.safetensors.7.tmp",
+        ".tmpAb3dEf",
+        "reference/.errors-000000.safetensors.3.tmp",
+        "reference/.tmpAb3dEf",
+        "scheduler/.scheduler_config.json.9.tmp",
+        ".unet.tmp/part",
+        ".lora.old/part",
+    ]
+    kept = [".lock", "run.json", "lora/part", ".notes.tmp", ".tmp", "reference/errors-000000.safetensors"]
+    for name in leftovers + kept:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    found = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()]
+    assert sorted(found) == sorted(kept)
 
 
 def test_steps_are_fixed_where_the_schedule_depends_on_them(tmp_path: Path) -> None:

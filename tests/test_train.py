@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mapo_fast.checkpoint import CheckpointStore
 from mapo_fast.config import Config
 from mapo_fast.data.cache import PairCache
 from mapo_fast.data.prepare import prepare
@@ -150,7 +149,6 @@ def test_killed_at_any_moment_and_resumed_is_bit_identical(
     config = make(run, **MODES[mode])
     undisturbed = _cpu_seconds(make(tmp_path / "other", **MODES[mode]))
     chance = random.Random(mode)
-    store = CheckpointStore(run / "checkpoints", 1)
     kills = kills_after_a_checkpoint = 0
     for _ in range(40):
         enough = kills >= 3 and kills_after_a_checkpoint
@@ -159,7 +157,7 @@ def test_killed_at_any_moment_and_resumed_is_bit_identical(
         process.join()
         if process.exitcode == -signal.SIGPROF:
             kills += 1
-            kills_after_a_checkpoint += store.newest() is not None
+            kills_after_a_checkpoint += any((run / "checkpoints").glob("step-*"))
             continue
         assert process.exitcode == 0
         if enough:
@@ -202,7 +200,7 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(
     result = train(make(tmp_path / "run"), resume=True)
     assert result.finished
     warnings = [e["message"] for e in read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "warning"]
-    assert any("step-00000006 is damaged" in w and "falling back to step-00000004" in w for w in warnings)
+    assert any("step-00000006 cannot be used" in w and "falling back to step-00000004" in w for w in warnings)
     assert (tmp_path / "run" / RESULT["full"]).read_bytes() == (
         finished["full"] / RESULT["full"]
     ).read_bytes()
@@ -306,7 +304,8 @@ def test_a_diverged_model_does_not_replace_good_checkpoints(
     message = _last_message(make(tmp_path / "run", train={**settings, "log_every": 1}))
     assert "the model has diverged" in message
     assert "step 4" in message
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000004"]
     kept = load_file(tmp_path / "run" / "checkpoints" / "step-00000004" / "model.safetensors")
     assert all(bool(torch.isfinite(value).all()) for value in kept.values())
 
@@ -523,3 +522,156 @@ def test_on_the_cpu_what_runs_is_planned(
     assert train(config).finished
     speed = seen[0].speed
     assert (speed.fused_ops, speed.prefetch) == (bool(stated), False)
+
+
+def _meanwhile(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], Any]) -> None:
+    """Let something happen while the next run, which has looked at its output folder, loads its model."""
+    from mapo_fast import train as module
+
+    build = module.build_unet
+
+    def slow(*args: Any) -> Any:
+        monkeypatch.setattr(module, "build_unet", build)
+        happens()
+        return build(*args)
+
+    monkeypatch.setattr(module, "build_unet", slow)
+
+
+def test_a_run_that_ended_meanwhile_is_not_written_over(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found the folder empty."""
+    run = tmp_path / "run"
+    before: dict[Path, bytes] = {}
+
+    def another() -> None:
+        train(make(run, train={"steps": 2}))
+        before.update({path: path.read_bytes() for path in run.rglob("*") if path.is_file()})
+
+    _meanwhile(monkeypatch, another)
+    assert "already holds a run" in _last_message(make(run, train={"steps": 2}, optim={"lr": 0.1}))
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert run / RESULT["full"] in before
+
+
+def test_a_resume_goes_on_from_what_another_process_saved_meanwhile(
+    make: Callable[..., Config], finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has pruned the checkpoint that was the newest."""
+    keep = {"keep_checkpoints": 1}
+    train(make(tmp_path / "run", train={"steps": 2, **keep}))
+    another = make(tmp_path / "run", train={"steps": 4, **keep})
+    _meanwhile(monkeypatch, lambda: train(another, resume=True))
+    assert train(make(tmp_path / "run", train=keep), resume=True).finished
+    assert _same(tmp_path / "run", finished["full"], "full")
+    log = read_log(tmp_path / "run" / "log.jsonl")
+    assert [e["step"] for e in log if e["event"] == "start"] == [0, 2, 4]
+
+
+def test_a_damaged_start_is_measured_again_and_said(
+    make: Callable[..., Config], finished: dict[str, Path], tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished["full"], tmp_path / "run")
+    path = run / "held_out_start.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    train(make(run), resume=True)
+    assert path.read_bytes() == whole
+    said = [e["message"] for e in read_log(run / "log.jsonl") if e["event"] == "warning"]
+    assert f"{path} does not match its checksum: measured again" in said
+
+
+def test_a_start_copied_from_another_run_is_measured_again(
+    make: Callable[..., Config], finished: dict[str, Path], tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished["lora"], tmp_path / "run")
+    shutil.copy(finished["full"] / "held_out_start.safetensors", run)
+    train(make(run, **LORA8), resume=True)
+    said = [e["message"] for e in read_log(run / "log.jsonl") if e["event"] == "warning"]
+    assert any("is another file under this name" in message for message in said)
+
+
+def test_where_most_steps_were_skipped_the_checkpoint_stays_and_no_result_is_written(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in a row: train.max_skipped_steps never stops it."""
+    from mapo_fast import trainer as module
+
+    build = module.build_loss
+    monkeypatch.setattr(module, "build_loss", lambda *a: _Poisoned(build(*a), {1, 2, 4, 6}))
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"^4 of 6 steps were not finite and were skipped") as caught:
+            train(make(tmp_path / "run", train={"max_skipped_steps": 5}), resume=resume)
+        assert caught.value.exit_code == 1
+        assert not (tmp_path / "run" / "unet").exists()
+        weights = load_file(tmp_path / "run" / "checkpoints" / "step-00000006" / "model.safetensors")
+        assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+
+
+def test_a_run_is_not_called_diverged_for_what_its_first_pair_holds(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first micro-batch always has NaN in it, as an old cache may; the model is healthy."""
+    inputs = Trainer.inputs
+
+    def poisoned(self: Trainer, epoch: int, pairs: Any) -> Any:
+        made = inputs(self, epoch, pairs)
+        if (epoch, pairs) == self.batches.at(0):
+            made.prompt_embeds[:, 0, 0] = float("nan")
+        return made
+
+    monkeypatch.setattr(Trainer, "inputs", poisoned)
+    result = train(make(tmp_path / "run"))
+    assert (result.finished, result.skipped_steps) == (True, 1)
+    assert (tmp_path / "run" / RESULT["full"]).is_file()
+
+
+def test_the_one_checkpoint_that_is_kept_is_not_the_diverged_models(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of step 5 are useless though its own figures were finite: it is not saved."""
+    _diverge_at(5, monkeypatch)
+    settings = {"max_skipped_steps": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "steps": 20}
+    message = _last_message(make(tmp_path / "run", train={**settings, "log_every": 1}))
+    assert "The newest checkpoint from before that is step 4 in" in message
+    weights = load_file(tmp_path / "run" / "checkpoints" / "step-00000004" / "model.safetensors")
+    assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+
+
+def test_a_checkpoint_that_may_be_of_the_diverged_model_is_not_called_older(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it looked healthy as it was saved, and no older one is left."""
+    _diverge_at(5, monkeypatch)
+    monkeypatch.setattr(Trainer, "_healthy", lambda self: self.step == 5)
+    settings = {"max_skipped_steps": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "steps": 20}
+    message = _last_message(make(tmp_path / "run", train={**settings, "log_every": 1}))
+    assert "The only checkpoint that is left, step 5 in" in message
+    assert "may be of the diverged model (train.keep_checkpoints = 1)" in message
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_checkpoint_says_how_to_use_it_and_that_works(
+    finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    folder = finished[mode] / "checkpoints" / "step-00000006"
+    text = (folder / "README.txt").read_text()
+    assert "step 6 of 6" in text
+    assert "repeat its command with --resume" in text
+    code = "\n".join(
+        line[4:] for line in text.splitlines() if line.startswith("    ") and "  " not in line[4:]
+    )
+    monkeypatch.chdir(folder)
+    made: dict[str, Any] = {}
+    exec(code, made)
+    unet = made["pipe"].unet
+    if mode == "full":
+        found = unet.state_dict()
+        expected = load_file(finished[mode] / RESULT[mode])
+    else:
+        found = {n.replace(".step.", "."): p for n, p in unet.named_parameters() if ".lora_" in n}
+        expected = {n.removeprefix("unet."): t for n, t in load_file(finished[mode] / RESULT[mode]).items()}
+        assert {m.scaling["step"] for m in unet.modules() if hasattr(m, "lora_A")} == {1.0}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

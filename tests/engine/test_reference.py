@@ -309,9 +309,25 @@ def test_errors_of_another_run_or_damaged_ones_are_made_again(tmp_path: Path) ->
     path.write_bytes(content[:20])
     assert opened(tmp_path).missing == 4
     save_file(load_file(tmp_path / "errors-000000.safetensors"), path)
-    assert opened(tmp_path).missing == 4
+    again = opened(tmp_path)
+    assert again.missing == 4
+    assert again.refused == [f"{path} does not match its checksum"]
     fill(opened(tmp_path), seen := [])
     assert seen == [4, 5, 6, 7]
+    check(opened(tmp_path), 10)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_exchanged_files_are_made_again(tmp_path: Path) -> None:
+    fill(opened(tmp_path), [])
+    one, other = (tmp_path / f"errors-00000{i}.safetensors" for i in (0, 1))
+    one.rename(tmp_path / "x")
+    other.rename(one)
+    (tmp_path / "x").rename(other)
+    again = opened(tmp_path)
+    assert again.missing == 8
+    assert ["is another file under this name" in reason for reason in again.refused] == [True, True]
+    fill(again, [])
     check(opened(tmp_path), 10)
 
 
