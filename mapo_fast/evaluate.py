@@ -228,3 +228,34 @@ def load_errors(path: Path, run: str, held_out: HeldOut) -> HeldOutErrors | None
     if len(predictions) != len(held_out.pairs) or shapes != held_out.shapes:
         raise WrongFileError("is of other pairs or draws")
     return errors
+
+
+def start_errors(
+    path: Path, run: str, held_out: HeldOut, unet: Any, context: AbstractContextManager[None]
+) -> tuple[HeldOutErrors | None, list[str]]:
+    """The start model's errors, read or else measured and written; all processes call it together.
+
+    Args:
+        path: the file that keeps them.
+        run: the run's id.
+        held_out: the run's held-out pairs.
+        unet: the start model.
+        context: autocast of its forward passes.
+
+    Returns:
+        None where no pair is held out; and what to say.
+    """
+    if not held_out.pairs:
+        return None, []
+
+    def load() -> tuple[HeldOutErrors | None, list[str]]:
+        try:
+            return load_errors(path, run, held_out), []
+        except WrongFileError as error:
+            return None, [f"{path} {error}: measured again"]
+
+    errors, notes = held_out.processes.once(load)
+    if errors is None:
+        errors = measured = held_out.errors(unet, context)
+        held_out.processes.once(lambda: save_errors(measured, path, run))
+    return errors, notes

@@ -33,19 +33,19 @@ from mapo_fast.engine.metrics import Metrics, peak_memory_mib
 from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.prefetch import MicroBatch, read_ahead
 from mapo_fast.engine.reference import PrecomputedErrors
-from mapo_fast.engine.step import PairInputs, predict, sample_errors, training_inputs, upload
+from mapo_fast.engine.step import PairInputs, training_inputs, upload
 from mapo_fast.errors import UserError
-from mapo_fast.evaluate import HeldOut, HeldOutErrors, compare, load_errors, save_errors
+from mapo_fast.evaluate import HeldOut, HeldOutErrors, compare, start_errors
 from mapo_fast.export import about_checkpoint, export
+from mapo_fast.health import diverged, finite_input, is_healthy, mostly_skipped
 from mapo_fast.lora import lora_state_dict
 from mapo_fast.model import SDXLFolder
 from mapo_fast.objectives import build_loss
 from mapo_fast.preview import Previews
 from mapo_fast.runfolder import TrainResult
 from mapo_fast.runlog import RunLog
-from mapo_fast.sealed import WrongFileError
 from mapo_fast.signals import StopRequest
-from mapo_fast.tensorparts import all_finite, whole
+from mapo_fast.tensorparts import whole
 
 
 class Trainer:
@@ -89,29 +89,10 @@ class Trainer:
         self.reference: PrecomputedErrors | None = None
 
     def measure_start(self, path: Path, run: str) -> list[str]:
-        """Read the start model's held-out errors, or measure them; call it before `restore`.
-
-        Args:
-            path: the file that keeps them.
-            run: the run's id.
-
-        Returns:
-            What to say.
-        """
-        if not self.held_out.pairs:
-            return []
-
-        def load() -> tuple[HeldOutErrors | None, list[str]]:
-            try:
-                return load_errors(path, run, self.held_out), []
-            except WrongFileError as error:
-                return None, [f"{path} {error}: measured again"]
-
-        self.start, notes = self.processes.once(load)
-        if self.start is None:
-            start = self.held_out.errors(self.unet, self.precision.context(self.device))
-            self.processes.once(lambda: save_errors(start, path, run))
-            self.start = start
+        """Read the start model's held-out errors, or measure them, before `restore`; returns what to say."""
+        self.start, notes = start_errors(
+            path, run, self.held_out, self.unet, self.precision.context(self.device)
+        )
         return notes
 
     def run(self, log: RunLog | None, stop: StopRequest, folder: SDXLFolder) -> TrainResult:
@@ -129,7 +110,8 @@ class Trainer:
             self._loop(micro_batches, log, stop)
         finished = self.step >= config.steps
         if finished:
-            self._check_skipped()
+            if problem := mostly_skipped(int(self.optimizer.skipped), self.step, self.store):
+                raise self.processes.failed(problem)
             export(self.config, self.unet, self._model_tensors(), folder, self.processes)
         elif self._healthy():
             self.save()
@@ -226,49 +208,20 @@ class Trainer:
         return self._diverged(reason)
 
     def _diverged(self, reason: str) -> str:
-        """Drop the checkpoints that may hold the model as it is now and name the one before them."""
         first = self.step - int(self.optimizer.skipped_in_a_row)
-        kept = self.processes.once(lambda: self.store.discard_from(first))
-        if kept is None:
-            return f"{reason}: the model has diverged before its first checkpoint; lower optim.lr"
-        if kept >= first:
-            return (
-                f"{reason}: the model has diverged. The only checkpoint that is left, step {kept} in "
-                f"{self.store.folder}, may be of the diverged model (train.keep_checkpoints = "
-                f"{self.store.keep}); lower optim.lr in a new run"
-            )
-        return (
-            f"{reason}: the model has diverged. The newest checkpoint from before that is step {kept} in "
-            f"{self.store.folder}; lower optim.lr in a new run"
-        )
-
-    def _check_skipped(self) -> None:
-        """Raise if most steps of the run changed nothing: its result would pass for a trained model."""
-        skipped = int(self.optimizer.skipped)
-        if 2 * skipped > self.step:
-            raise self.processes.failed(
-                f"{skipped} of {self.step} steps were not finite and were skipped: there is no result, the "
-                f"checkpoint of step {self.step} is in {self.store.folder}; look for damaged data "
-                "(train.max_skipped_steps counts steps in a row only)"
-            )
+        return self.processes.once(lambda: diverged(reason, first, self.store))
 
     def _healthy(self) -> bool:
-        """Whether all that is trained is finite, and so are the errors on input that is."""
-        finite = all_finite(self._model_tensors().values())
-        with torch.no_grad(), self.precision.context(self.device):
-            if finite and self._probe is not None:
-                prediction = predict(self.unet, self._probe)
-                finite = all_finite([sample_errors(prediction, self._probe.target)])
-        return not self.processes.any(not finite)
+        with self.precision.context(self.device):
+            healthy = is_healthy(self._model_tensors().values(), self.unet, self._finite_input)
+        return not self.processes.any(not healthy)
 
     @cached_property
-    def _probe(self) -> PairInputs | None:
-        """The first micro-batch, with zeros for what is not finite in it; None if it cannot be read."""
+    def _finite_input(self) -> PairInputs | None:
         try:
-            inputs = self.inputs(*self.batches.at(0))
-        except UserError:
+            return finite_input(self.inputs(*self.batches.at(0)))
+        except UserError:  # it cannot be read, and what is trained must not be lost for that
             return None
-        return PairInputs(*(torch.nan_to_num(t, nan=0.0, posinf=0.0, neginf=0.0) for t in inputs))
 
     def _look(self, log: RunLog | None, *, always: bool) -> None:
         """Evaluate and preview where this step is due for it."""

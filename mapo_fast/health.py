@@ -1,0 +1,67 @@
+"""Whether a run's model is of use, and what to say where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mapo_fast.checkpoint import CheckpointStore
+from mapo_fast.engine.step import PairInputs, predict, sample_errors
+from mapo_fast.tensorparts import all_finite
+
+
+def finite_input(inputs: PairInputs) -> PairInputs:
+    """The same micro-batch with zeros for what is not finite: bad data must not pass for a bad model."""
+    return PairInputs(*(torch.nan_to_num(t, nan=0.0, posinf=0.0, neginf=0.0) for t in inputs))
+
+
+@torch.no_grad()
+def is_healthy(trained: Iterable[Tensor], unet: Any, inputs: PairInputs | None) -> bool:
+    """Whether all that is trained is finite in this process, and so are the errors on finite input.
+
+    Args:
+        trained: the trained tensors.
+        unet: predicts, in the caller's autocast.
+        inputs: of `finite_input`; None judges by the weights alone.
+    """
+    weights = all_finite(trained)
+    if inputs is None:  # no early return for bad weights: a model that is split predicts in all processes
+        return weights
+    return all_finite([sample_errors(predict(unet, inputs), inputs.target)]) and weights
+
+
+def diverged(reason: str, first: int, store: CheckpointStore) -> str:
+    """Drop the checkpoints that may hold the model as it is now and name the one before them.
+
+    Args:
+        reason: why the model was looked at.
+        first: the step of the model as it is now; no later one changed it.
+        store: the run's checkpoints.
+
+    Raises:
+        UserError: a checkpoint cannot be removed.
+    """
+    kept = store.discard_from(first)
+    if kept is None:
+        return f"{reason}: the model has diverged before its first checkpoint; lower optim.lr"
+    which = f"newest checkpoint from before that is step {kept} in {store.folder}"
+    if kept >= first:
+        which = (
+            f"only checkpoint that is left, step {kept} in {store.folder}, may be of the diverged model "
+            f"(train.keep_checkpoints = {store.keep})"
+        )
+    return f"{reason}: the model has diverged. The {which}; lower optim.lr in a new run"
+
+
+def mostly_skipped(skipped: int, steps: int, store: CheckpointStore) -> str | None:
+    """Why a run is no success although its model is healthy: most of its steps changed nothing."""
+    if 2 * skipped <= steps:
+        return None
+    return (
+        f"{skipped} of {steps} steps were not finite and were skipped: there is no result, the checkpoint of "
+        f"step {steps} is in {store.folder}; look for damaged data (train.max_skipped_steps counts steps in "
+        "a row only)"
+    )
