@@ -21,6 +21,7 @@ from bench.dispatch import size, tensors
 from mapo_kernels._fp8 import to_fp8, to_fp8_eager
 from mapo_kernels._linear import Projection
 from mapo_kernels.adamw8bit import AdamW8bit
+from mapo_kernels.add_rounded import add_rounded_
 from mapo_kernels.geglu import geglu
 from mapo_kernels.geglu_linear import geglu_linear
 from mapo_kernels.group_norm_silu import group_norm_silu
@@ -743,6 +744,32 @@ def _adamw8bit_cases() -> Iterator[Case]:
     )
 
 
+# --- add_rounded ---
+
+
+def _added(total: Tensor, summand: Tensor) -> Callable[[], Any]:
+    return lambda: add_rounded_(total, summand, seed=0, tensor_id=7, number=3)
+
+
+def _add_rounded(shape: tuple[int, ...], summand: torch.dtype = BF16, **options: Any) -> Case:
+    return Case(
+        op="add_rounded",
+        shape=_times(*shape) + ("" if summand == BF16 else f" += {dtype_name(summand)}"),
+        dtype=BF16,
+        inputs=lambda new: (new(*shape, dtype=BF16), new(*shape, dtype=summand)),
+        providers={"ours": _added, "eager": lambda total, summand: lambda: total.add_(summand)},
+        floor=lambda inputs: {"forward": size(inputs) + size(inputs[0])},
+        **options,
+    )
+
+
+def _add_rounded_cases() -> Iterator[Case]:
+    yield _add_rounded((10240, 1280), headline=True)
+    yield _add_rounded((1280,))
+    yield _add_rounded((97, 101), uses=TINY)
+    yield _add_rounded((97, 101), FP32, uses=CORNER)
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "paired_loss": _paired_loss_cases,
     "paired_noise": _paired_noise_cases,
@@ -755,6 +782,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "group_norm_silu": _group_norm_silu_cases,
     "group_norm_silu_conv": _group_norm_silu_conv_cases,
     "adamw8bit": _adamw8bit_cases,
+    "add_rounded": _add_rounded_cases,
 }
 
 

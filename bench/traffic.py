@@ -41,7 +41,7 @@ CARD, CARD_NAME = Card(89, 128), "RTX 4090"
 ENDS, BETWEEN = 32, 32
 """Programs counted at each end of a large launch, and between them."""
 SMALL = 200
-QUICK = ("paired_loss", "paired_noise", "geglu", "geglu_linear", "lora_linear")
+QUICK = ("paired_loss", "paired_noise", "geglu", "geglu_linear", "lora_linear", "add_rounded")
 """Rows of these with at most SMALL counted programs are counted again by `--check`: a second or two each. The
 others' programs take minutes in the interpreter."""
 

@@ -23,6 +23,7 @@ from mapo_fast.data.cache import PairCache
 from mapo_fast.diffusion import Diffusion
 from mapo_fast.distributed import Processes, environment, in_processes, joined
 from mapo_fast.engine.build import build_unet
+from mapo_fast.engine.gradient_sums import kept_to_nearest
 from mapo_fast.engine.precision import choose_device, choose_precision
 from mapo_fast.errors import UserError
 from mapo_fast.files import disk_errors, exclusive
@@ -230,6 +231,14 @@ def _notes(
         notes.append(
             f"train.precision = 'pure_bf16' rounds updates to bf16: at lr {config.optim.lr:g} many are lost; "
             "optim.name = 'adamw8bit' rounds stochastically and keeps them on average"
+        )
+    accumulation = config.train.accumulation
+    split = config.train.shard and processes > 1
+    if config.train.precision == "pure_bf16" and split and (kept := kept_to_nearest(accumulation)) < 0.99:
+        notes.append(
+            f"train.shard adds the gradients of train.accumulation = {accumulation} micro-batches in bf16, "
+            f"to nearest: of noisy ones about {kept:.0%} of the sum is kept. Use fewer, or train.precision = "
+            "'bf16'"
         )
     if config.optim.warmup_steps >= config.train.steps:
         notes.append(

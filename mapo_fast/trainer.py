@@ -144,7 +144,7 @@ class Trainer:
 
     def _step(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
         """One optimizer step; returns its 0-d gradient norm on the device."""
-        self.engine.start(self.learning_rate(self.step))
+        self.engine.start(self.learning_rate(self.step), self.step)
         for batch in islice(micro_batches, self.config.train.accumulation):
             out = self.engine.accumulate(
                 batch.inputs, batch.share, reference_errors=batch.reference_errors, labels=batch.labels

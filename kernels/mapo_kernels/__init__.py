@@ -8,6 +8,7 @@ beside it. Other modules with an underscore are shared between operators.
 from mapo_kernels._launch import Backend, backend
 from mapo_kernels._linear import FrozenWeight, Lora, Projection, frozen_or_dense, join_weights
 from mapo_kernels.adamw8bit import AdamW8bit
+from mapo_kernels.add_rounded import add_rounded_, add_rounded_reference
 from mapo_kernels.fp8_linear import fp8_linear
 from mapo_kernels.frozen import (
     frozen_conv2d,
@@ -43,6 +44,8 @@ __all__ = [
     "NoiseTarget",
     "PairedLoss",
     "Projection",
+    "add_rounded_",
+    "add_rounded_reference",
     "backend",
     "fp8_linear",
     "frozen_conv2d",

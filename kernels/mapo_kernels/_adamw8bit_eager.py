@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mapo_kernels._adamw8bit_tensors import QUANTISED_BLOCK, Settings, Tensors
 from mapo_kernels._dynamic_code import code_book, cpu_code, nearest_code
-from mapo_kernels._philox import philox_torch
+from mapo_kernels._rounding import random_bits_torch, round_stochastically_torch
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -37,28 +37,6 @@ def _quantise(moments: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> N
     chosen = choose(blocks * (1 / absmax)[:, None], signed)
     chosen = torch.where(absmax[:, None] == 0, 0, chosen)  # as bitsandbytes; 0 · anything is 0
     _flat(codes).copy_(chosen.view(-1)[: codes.numel()])
-
-
-def _random_bits_torch(seed: int, tensor_id: int, step: int, numel: int) -> Tensor:
-    """16 bits for each element, int32."""
-    counter = torch.arange(-(-numel // 8), dtype=torch.int64)
-    words = torch.stack(philox_torch(seed, counter, tensor_id, step & 0xFFFFFFFF, step >> 32), 1)
-    return torch.stack([words & 0xFFFF, words >> 16], 2).view(-1)[:numel].to(torch.int32)
-
-
-def _round_stochastically_torch(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 x, rounded to bf16 or fp16 by 16 random bits; NaN and Inf stay."""
-    bits = x.view(torch.int32)
-    magnitude = bits & 0x7FFFFFFF
-    if dtype == torch.bfloat16:
-        random = torch.where(magnitude < 0x7F7F0000, random, 0)
-        rounded = ((bits + random) & -65536).view(torch.float32)
-    else:
-        exponent = (magnitude & 0x7F800000).clamp(min=0x38800000)
-        spacing = (exponent - 0x05000000).view(torch.float32)
-        whole = (x.abs() / spacing + (random >> 3) / 8192).floor()
-        rounded = torch.copysign((whole * spacing).clamp(max=65504.0), x)
-    return torch.where(magnitude < 0x7F800000, rounded, x).to(dtype)
 
 
 def eager_step(tensors: Tensors, settings: Settings) -> None:
@@ -106,6 +84,6 @@ def eager_step(tensors: Tensors, settings: Settings) -> None:
             _flat(state1).copy_(m)
             _flat(state2).copy_(v)
         if settings.seed is not None and p.dtype in (torch.bfloat16, torch.float16):
-            random = _random_bits_torch(int(settings.seed), tensor_id, step, p.numel()).to(p.device)
-            weight = _round_stochastically_torch(weight, random, p.dtype)
+            random = random_bits_torch(int(settings.seed), tensor_id, step, p.numel()).to(p.device)
+            weight = round_stochastically_torch(weight, random, p.dtype)
         _flat(p).copy_(weight)

@@ -18,6 +18,7 @@ from torch import Tensor
 from mapo_kernels._adamw8bit_tensors import QUANTISED_BLOCK, Settings, Tensors
 from mapo_kernels._dynamic_code import both_books, signed_code, unsigned_code
 from mapo_kernels._launch import block_size, jit, on_device, tl
+from mapo_kernels._rounding import random_bits, round_stochastically
 
 BLOCK = 1024
 """Elements a program handles at a time: 8 per thread, 16 bytes of bf16; a warp holds a quantised block."""
@@ -174,39 +175,6 @@ def _inverse(absmax):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _random_bits(key, tensor_id, step, first, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """16 bits for each of (ROWS, 256) elements from `first` on, int32."""
-    counter = tl.arange(0, ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    counter = (first // 8 + counter).to(tl.uint32)
-    low = (step & 0xFFFFFFFF).to(tl.uint32)
-    high = (step >> 32).to(tl.uint32)
-    a, b, c, d = tl.philox(key, counter, tensor_id.to(tl.uint32), low, high)
-    words = tl.join(tl.join(a, c), tl.join(b, d))
-    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [ROWS, 256]).to(tl.int32)
-
-
-@jit
-def _round_stochastically(x, random, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """fp32 x, rounded to a number of DTYPE (bf16, fp16) by 16 random bits; NaN and Inf stay."""
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    if tl.bfloat16 == DTYPE:
-        # Both types have the same exponents: 16 bits are cut off, and a carry goes where it should.
-        random = tl.where(magnitude < 0x7F7F0000, random, 0)  # nothing above the largest number but Inf
-        rounded = ((bits + random) & -65536).to(tl.float32, bitcast=True)
-    else:
-        exponent = tl.maximum(magnitude & 0x7F800000, 0x38800000)  # subnormals lie as near as 2^-14's
-        spacing = (exponent - 0x05000000).to(tl.float32, bitcast=True)
-        inverse = (0x7F000000 - (exponent - 0x05000000)).to(tl.float32, bitcast=True)
-        scaled = magnitude.to(tl.float32, bitcast=True) * inverse  # < 2^11, with 13 bits behind the point
-        whole = tl.floor(scaled + (random >> 3).to(tl.float32) * (1 / 8192))
-        rounded = tl.minimum(whole * spacing, 65504.0)
-        # The sign as a bit: −x may be 0 − x, which is not −0 at 0.
-        rounded = (rounded.to(tl.int32, bitcast=True) | (bits & -2147483648)).to(tl.float32, bitcast=True)
-    return tl.where(magnitude < 0x7F800000, rounded, x)
-
-
-@jit
 def _update_kernel(  # type: ignore[no-untyped-def]
     table,
     scalars,
@@ -251,8 +219,8 @@ def _update_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         p = p * decay + step_size * (m / (tl.sqrt(v) * root2 + eps))
         if seed is not None:
-            random = _random_bits(key, tensor_id, step, first + local, BLOCK // 256)
-            p = _round_stochastically(p, random, PARAM)
+            random = random_bits(key, tensor_id, step, first + local, BLOCK // 256)
+            p = round_stochastically(p, random, PARAM)
         tl.store(params + offset, p.to(PARAM), mask=inside)
         if QUANTISED:
             new1 = tl.max(tl.abs(m), axis=1)

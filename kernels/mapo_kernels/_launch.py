@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -50,9 +50,24 @@ class Backend(NamedTuple):
     reason: str
 
 
-def jit(kernel: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the untouched function where Triton is missing (it is never called there)."""
-    return kernel if triton is None else triton.jit(kernel)
+@overload
+def jit(kernel: Callable[..., Any]) -> Any: ...
+
+
+@overload
+def jit(*, any_value: Sequence[str]) -> Callable[[Callable[..., Any]], Any]: ...
+
+
+def jit(kernel: Callable[..., Any] | None = None, *, any_value: Sequence[str] = ()) -> Any:
+    """`triton.jit`, or the untouched function where Triton is missing (it is never called there).
+
+    Args:
+        any_value: integers of the signature that one compiled kernel takes whatever they are. Triton compiles
+            the others anew where they are 1 or a multiple of 16, and where they are not.
+    """
+    if kernel is None:
+        return functools.partial(jit, any_value=any_value)
+    return kernel if triton is None else triton.jit(do_not_specialize=list(any_value))(kernel)
 
 
 def backend(device: torch.device | str) -> Backend:

@@ -6,6 +6,7 @@ The trainer and the planner's trace use the same `Engine`, so that what is predi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.engine.baseline import Baseline
 from mapo_fast.engine.build import TrainingUnet
 from mapo_fast.engine.fused_step import FusedStep
+from mapo_fast.engine.gradient_sums import GradientSums
 from mapo_fast.engine.graphs import StepGraphs, check_capture
 from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
 from mapo_fast.engine.precision import Precision
@@ -88,6 +90,9 @@ class Engine:
                 scaler=self.scaler,
             )
 
+        self._sums: GradientSums | None = None
+        if config.train.accumulation > 1 and precision.trainable == torch.bfloat16 and not self._sharded:
+            self._sums = GradientSums(self.parameters, config.train.seed)
         self._lr: Tensor | None = None
         self._graphs: StepGraphs | None = None
         check_capture(config, device)
@@ -105,8 +110,10 @@ class Engine:
         keep = optimizer.take_captured if isinstance(optimizer, AdamW8bit) else lambda: None
         self._graphs = graphs(self._whole_step, self.device, keep)
 
-    def start(self, lr: float) -> None:
-        """Begin an optimizer step at learning rate `lr`."""
+    def start(self, lr: float, step: int = 0) -> None:
+        """Begin an optimizer step at learning rate `lr`, after `step` others, on which rounding depends."""
+        if self._sums is not None:
+            self._sums.start(step)
         if self._lr is not None:
             self._lr.fill_(lr)
         for group in self.optimizer.optimizer.param_groups:
@@ -160,13 +167,15 @@ class Engine:
                 scratch=self._scratch,
                 scale=self.scaler,
                 context=self.precision.context(self.device),
+                sums=self._sums,
                 given=given,
             )
         with self.precision.context(self.device):
             prediction = predict(self.unet, inputs)
         out: PairedLoss | UnpairedLoss = self.loss(prediction, inputs.target, **given)
         del prediction  # the loss keeps what it needs
-        self.optimizer.backward(out.loss * share)
+        with nullcontext() if self._sums is None else self._sums.adding():
+            self.optimizer.backward(out.loss * share)
         return out
 
     def errors_of(self, start: StartModel, inputs: PairInputs) -> Tensor:

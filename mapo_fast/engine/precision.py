@@ -8,7 +8,8 @@
 | `pure_bf16` | bf16                              | bf16 base and factors                    |
 
 `pure_bf16` needs optim.name = 'adamw8bit', whose stochastic rounding keeps updates that are smaller than the
-distance of two bf16 numbers; the other optimizers lose them.
+distance of two bf16 numbers; the other optimizers lose them. Its sums of gradients over micro-batches are
+rounded stochastically for the same reason (`gradient_sums.py`), except where `train.shard` splits them.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mapo_fast.engine.gradient_sums import GradientSums
 from mapo_fast.engine.layouts import has_dropout
 from mapo_fast.engine.step import PairInputs, predict, sample_errors
 from mapo_fast.loss import KTOLoss, PairLoss, UnpairedLoss
@@ -52,6 +53,7 @@ def sequential_backward(
     scratch: bool,
     scale: torch.amp.GradScaler | None = None,
     context: AbstractContextManager[Any] | None = None,
+    sums: GradientSums | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> PairedLoss | UnpairedLoss:
     """Add `weight` times the loss's gradients to `.grad`, with one half in memory at a time.
@@ -65,12 +67,13 @@ def sequential_backward(
         scale: multiplies the gradients by its scale. Under `scratch` a chosen gradient has it before its
             coefficient, so it may overflow where `joint`'s does not, or the other way round.
         context: autocast of the forward passes, entered anew for each.
+        sums: adds gradients of the parameters; None leaves it to autograd.
         given: what else the loss takes of all pairs: `reference_errors`, `labels`; `baseline` of `KTOLoss`.
 
     Returns:
         What `loss(prediction, target)` would return, detached.
     """
-    halves = _Halves(unet, inputs, loss, weight, scale, context or nullcontext(), given or {})
+    halves = _Halves(unet, inputs, loss, weight, scale, context or nullcontext(), sums, given or {})
     return halves.pair_by_pair(parameters) if scratch else halves.half_by_half()
 
 
@@ -82,6 +85,7 @@ class _Halves:
     weight: float
     scale: torch.amp.GradScaler | None
     context: AbstractContextManager[Any]
+    sums: GradientSums | None
     given: Mapping[str, Any]
 
     def pair_by_pair(self, parameters: Sequence[torch.nn.Parameter]) -> PairedLoss | UnpairedLoss:
@@ -98,7 +102,7 @@ class _Halves:
             rejected = self._errors(slice(pairs + i, pairs + i + 1))
             errors[1, i] = rejected.detach()[0]
             c_w, c_l, out = self._coefficients(*errors)  # those of pairs to come do not matter to pair i's
-            _scale_and_add(parameters, c_w[i], before)
+            _scale_and_add(parameters, c_w[i], before, self.sums)
             self._backward(c_l[i] * rejected)
         return out
 
@@ -138,24 +142,28 @@ class _Halves:
 
     def _backward(self, terms: Tensor) -> None:
         total = terms.sum()
-        (total if self.scale is None else self.scale.scale(total)).backward()  # type: ignore[no-untyped-call]
+        with nullcontext() if self.sums is None else self.sums.adding():
+            (total if self.scale is None else self.scale.scale(total)).backward()  # type: ignore[no-untyped-call]
 
 
 def _scale_and_add(
-    parameters: Sequence[torch.nn.Parameter], factor: Tensor, before: Sequence[Tensor | None]
+    parameters: Sequence[torch.nn.Parameter],
+    factor: Tensor,
+    before: Sequence[Tensor | None],
+    sums: GradientSums | None,
 ) -> None:
     """Set .grad to before + factor · .grad, in the memory of `before` where there is some."""
     torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
-    sums, summands = [], []
+    totals, summands = [], []
     for parameter, old in zip(parameters, before, strict=True):
         if old is None:
             continue
         if parameter.grad is not None:
-            sums.append(old)
+            totals.append(old)
             summands.append(parameter.grad)
         parameter.grad = old
-    if sums:
-        torch._foreach_add_(sums, summands)
+    if totals:
+        (torch._foreach_add_ if sums is None else sums.add)(totals, summands)
 
 
 def _replayable(device: torch.device) -> Callable[[], AbstractContextManager[None]]:

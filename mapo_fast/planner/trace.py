@@ -126,10 +126,17 @@ def record_step(config: Config, unet_config: dict[str, Any], *, settled: bool = 
             for one in unets:
                 _attend_apart(one)
         loss = build_loss(config.objective, 1000)
-        for p in unet.parameters():
-            if p.requires_grad:
+        trained = [p for p in unet.parameters() if p.requires_grad]
+
+        def tag_gradients() -> None:
+            for p in trained:
                 p.register_post_accumulate_grad_hook(_tag_gradient(recorder))
+
+        if config.train.fused_step:  # its own hooks take gradients away, others put what is a sum in place
+            tag_gradients()
         engine = Engine(plain, parts, loss, precision, CPU)
+        if not config.train.fused_step:
+            tag_gradients()
         side, chunks = config.data.resolution // 8, chunk_count(config.data.max_tokens)
         inputs = [
             pairs_of_zeros(config.train.pairs_per_batch, side, unet_config, chunks=chunks)

@@ -36,7 +36,7 @@ def factors(table: list[dict[str, Any]], op: str, name: str | None = None) -> di
     return found
 
 
-@pytest.mark.parametrize("op", ["paired_loss", "geglu", "adamw8bit", "paired_noise"])
+@pytest.mark.parametrize("op", ["paired_loss", "geglu", "adamw8bit", "paired_noise", "add_rounded"])
 def test_element_wise_ops_move_the_least(table: list[dict[str, Any]], op: str) -> None:
     for where, factor in factors(table, op).items():
         assert factor <= 1.05, where

@@ -24,6 +24,7 @@ from mapo_kernels import _adamw8bit_eager as eager
 from mapo_kernels import _adamw8bit_kernels as kernels
 from mapo_kernels import _dynamic_code as book
 from mapo_kernels import _launch as launch
+from mapo_kernels import _rounding as rounding
 from mapo_kernels._adamw8bit_tensors import Settings, Tensors, in_order
 from mapo_kernels._launch import backend, jit, tl
 from mapo_kernels._philox import philox_torch
@@ -94,13 +95,13 @@ def test_every_code_is_its_own_values(device: str, signed: bool) -> None:
 @jit
 def _round(x, random, out, DTYPE: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
     i = tl.arange(0, N)
-    rounded = kernels._round_stochastically(tl.load(x + i), tl.load(random + i), DTYPE)
+    rounded = rounding.round_stochastically(tl.load(x + i), tl.load(random + i), DTYPE)
     tl.store(out + i, rounded.to(DTYPE))
 
 
 def rounded(x: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
     if backend(x.device).name == "eager":
-        return eager._round_stochastically_torch(x, random, dtype)  # type: ignore[no-any-return]
+        return rounding.round_stochastically_torch(x, random, dtype)  # type: ignore[no-any-return]
     out = torch.empty(len(x), dtype=dtype, device=x.device)
     _round[(1,)](x, random, out, kernels._triton_dtype(dtype), len(x))
     return out
@@ -141,7 +142,7 @@ def test_every_result_is_a_neighbour_and_right_on_average(device: str, dtype: to
 def test_rounding_is_unbiased_with_its_own_random_numbers(device: str, dtype: torch.dtype) -> None:
     count = 2**18
     x = all_magnitudes(count, dtype)
-    random = eager._random_bits_torch(7, 3, 11, count)
+    random = rounding.random_bits_torch(7, 3, 11, count)
     got = rounded(x.to(device), random.to(device), dtype).cpu().double()
     low, high = neighbours(x, dtype)
     assert bool(((got == low) | (got == high)).all())
@@ -177,7 +178,7 @@ def test_numbers_of_the_type_stay_and_nothing_finite_becomes_inf(device: str, dt
 
 @jit
 def _bits(seed, step, out, first: tl.int64, number: tl.int64):  # type: ignore[no-untyped-def]
-    bits = kernels._random_bits(tl.load(seed), number, tl.load(step), first, 4)
+    bits = rounding.random_bits(tl.load(seed), number, tl.load(step), first, 4)
     i = tl.arange(0, 4)[:, None] * 256 + tl.arange(0, 256)[None, :]
     tl.store(out + i, bits)
 
@@ -190,7 +191,7 @@ def test_kernels_draw_the_same_bits_as_torch(
 ) -> None:
     got = torch.empty(1024, dtype=torch.int32, device=device)
     if backend(device).name == "eager":
-        got = eager._random_bits_torch(seed, number, step, first + 1024)[first:] if first < 2**20 else None
+        got = rounding.random_bits_torch(seed, number, step, first + 1024)[first:] if first < 2**20 else None
     else:
         _bits[(1,)](
             torch.tensor([seed], device=device), torch.tensor([step], device=device), got, first, number
