@@ -1,4 +1,4 @@
-"""Does the size or the shape of an image give away which one is chosen?
+"""Does the size, the shape or the colour profile of an image give away which one is chosen?
 
 If it does, a model can lower its loss by learning "large is good" instead of the preference. The measure is
 the area under the ROC curve of a feature as a predictor of "chosen": the chance that a random chosen image
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mapo_fast.data.buckets import Size
+from mapo_fast.data.colour import Profile
 
 LIMIT = 0.6
 
@@ -42,5 +43,23 @@ def size_leaks(chosen: Sequence[Size], rejected: Sequence[Size], conditioning: s
         if max(value, 1 - value) > LIMIT:
             warnings.append(
                 f"image {name} alone predicts the label (AUC {value:.2f} over {len(first)} pairs): {remedy}"
+            )
+    return warnings
+
+
+def profile_leaks(chosen: Sequence[Profile], rejected: Sequence[Profile]) -> list[str]:
+    """One warning for each outcome of a colour profile that predicts the label (AUC above `LIMIT`)."""
+    warnings = []
+    for outcome, text in (
+        ("converted", "a colour profile other than sRGB, which was converted"),
+        ("ignored", "a colour profile that is unusable, so their colours may be shifted"),
+    ):
+        first, second = (np.array([p == outcome for p in half], float) for half in (chosen, rejected))
+        value = auc(first, second)
+        if max(value, 1 - value) > LIMIT:
+            shares = f"{first.mean():.0%} of the chosen and {second.mean():.0%} of the rejected images"
+            warnings.append(
+                f"{shares} have {text}: what is left of the difference predicts the label; "
+                "save both halves in one colour space"
             )
     return warnings

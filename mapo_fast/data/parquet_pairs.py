@@ -2,8 +2,9 @@
 
 The small columns of a row group are read in one pass from front to back and the images of its usable rows in
 another. A read that follows the last one goes on where that ended. Columns are read page by page through
-buffers of `BUFFER_BYTES`, never as whole column chunks: what is held is one page of each column, as it is
-stored and decoded, and about `BATCH_BYTES` of rows.
+buffers of `BUFFER_BYTES`, never as whole column chunks. What is held is about `BATCH_BYTES` of rows and up to
+three times a page of each image column (its dictionary twice and the page). Pages are as large as the writer
+made them: pyarrow's hold up to `PAGE_ROWS` images.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from mapo_fast.files import os_error
 BUFFER_BYTES = 1 << 20
 BATCH_BYTES = 8 << 20
 BATCH_ROWS = 1024
+PAGE_ROWS = 1024
+LARGE = 4 << 30
+"""Bytes of memory for reading that are worth a note."""
 
 
 class _Pass:
@@ -34,12 +38,8 @@ class _Pass:
     def __init__(self, path: Path, group: int, columns: Sequence[str]) -> None:
         self._file = _parquet(path)
         metadata = self._file.metadata.row_group(group)
-        size = sum(
-            metadata.column(i).total_uncompressed_size
-            for i in range(metadata.num_columns)
-            if metadata.column(i).path_in_schema.split(".")[0] in columns
-        )
-        rows = max(1, min(BATCH_ROWS, BATCH_BYTES * metadata.num_rows // max(1, size)))
+        size = max(1, _size(metadata, columns))
+        rows = max(1, min(BATCH_ROWS, BATCH_BYTES * metadata.num_rows // size))
         self._batches = self._file.iter_batches(rows, row_groups=[group], columns=list(columns))
         self._batch: pa.RecordBatch | None = None
         self.start = 0
@@ -70,15 +70,26 @@ class ParquetPairs(PreferencePairs):
         self._rows = 0
         self._passes: dict[tuple[int, Sequence[str]], _Pass] = {}
         columns = set()
+        most, largest = 0, ""
         for file in files:
             with _readable(file.path), _parquet(file.path) as table:
-                columns.add(columns_of(table.schema_arrow.names, file.path))
+                found = columns_of(table.schema_arrow.names, file.path)
+                columns.add(found)
                 row = 0
                 for group in range(table.num_row_groups):
                     self._starts.append(self._rows)
                     self._groups.append((file, group, row))
-                    count = table.metadata.row_group(group).num_rows
+                    metadata = table.metadata.row_group(group)
+                    count = metadata.num_rows
                     self._rows, row = self._rows + count, row + count
+                    held = 3 * _size(metadata, found.images) * min(count, PAGE_ROWS) // max(1, count)
+                    if held > most:
+                        most, largest = held, file.name
+        if most > LARGE:
+            self.note = (
+                f"reading {largest} takes up to {most / 1e9:.1f} GB of memory, as its row groups are large: "
+                "less when it is written again with pyarrow's row_group_size=100"
+            )
         if len(columns) > 1:
             raise UserError(f"the parquet files in {root} do not have the same columns")
         self.columns: Columns = columns.pop()
@@ -149,6 +160,14 @@ class ParquetPairs(PreferencePairs):
             elif name in leaves and is_text(table.schema_arrow.field(name).type):
                 found.append(name)
         return found
+
+
+def _size(group: Any, columns: Sequence[str]) -> int:
+    """Bytes of these columns in a row group, uncompressed."""
+    leaves = map(group.column, range(group.num_columns))
+    return sum(
+        leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema.split(".")[0] in columns
+    )
 
 
 @contextmanager

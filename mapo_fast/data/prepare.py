@@ -46,8 +46,9 @@ from mapo_fast.data.cache import (
     table_digests,
     translated,
 )
+from mapo_fast.data.colour import Profile
 from mapo_fast.data.latents import DTYPES, ImageJob, LatentEncoder, encode_shard, images, latent_shape, plan
-from mapo_fast.data.leak import size_leaks
+from mapo_fast.data.leak import profile_leaks, size_leaks
 from mapo_fast.data.pairs import PreferencePairs, SkippedRow
 from mapo_fast.data.prompts import EMPTY, prompt_keys, spelling_key
 from mapo_fast.data.scan import ScannedRow, content_hash, scan
@@ -93,6 +94,10 @@ class PrepareSummary:
     paired: bool = True
     """False: what counts as a pair here is a single labelled image."""
     seconds: float = 0.0
+    converted: int = 0
+    """Distinct images whose colours a profile moved to sRGB."""
+    ignored_profiles: int = 0
+    """Distinct images with a colour profile that is damaged or for another kind of image."""
 
 
 @dataclass(frozen=True)
@@ -387,7 +392,12 @@ class Preparation:
         chosen, rejected = (
             [p.row.images[half][1] for p in pairs if half in p.row.images] for half in ("chosen", "rejected")
         )
-        warnings = size_leaks(chosen, rejected, data.size_conditioning) if chosen and rejected else []
+        profiles = [
+            [p.row.profiles[half] for p in pairs if half in p.row.images] for half in ("chosen", "rejected")
+        ]
+        warnings = []
+        if chosen and rejected:
+            warnings = size_leaks(chosen, rejected, data.size_conditioning) + profile_leaks(*profiles)
         if not self.source.paired and not (chosen and rejected):
             warnings.append(
                 f"all images are {'wanted' if chosen else 'unwanted'}: nothing shows the difference"
@@ -398,6 +408,7 @@ class Preparation:
             )
         digests = self._write_tables([pairs[i] for i in order], [held[i] for i in order])
         sizes = {key: (p.row.images[half][1], p.bucket) for p in pairs for half, key in p.images.items()}
+        outcomes = {p.row.images[half][0]: p.row.profiles[half] for p in pairs for half in p.row.images}
         index: dict[str, Any] = {
             "settings": self.settings,
             "source": self.identity,
@@ -416,6 +427,8 @@ class Preparation:
                 "upscaled": sum(fit(size, bucket).upscaled for size, bucket in sizes.values()),
                 "nan_retries": self.families["latents"].retries,
                 "warnings": warnings,
+                "converted": list(outcomes.values()).count("converted"),
+                "ignored_profiles": list(outcomes.values()).count("ignored"),
             },
             "files": self._checksums(),
             "pieces": digests,
@@ -464,9 +477,13 @@ class Preparation:
         return Progress(*columns, console=self.console)
 
 
-def image_key(file_hash: bytes, bucket: Size) -> bytes:
-    """Key of an image's latents: its content and the shape it is given."""
-    return content_hash(file_hash + "{}x{}".format(*bucket).encode())
+def image_key(file_hash: bytes, bucket: Size, profile: Profile = "") -> bytes:
+    """Key of an image's latents: its content, the shape it is given, and that its colours were converted.
+
+    The last because caches of earlier versions hold latents of the same image unconverted.
+    """
+    converted = " sRGB" if profile == "converted" else ""
+    return content_hash(file_hash + f"{bucket[0]}x{bucket[1]}{converted}".encode())
 
 
 def choose(
@@ -506,7 +523,10 @@ def choose(
             detail = f"the best bucket cuts off {best.crop:.2f} of an image, data.max_crop = {max_crop}"
             choice.skipped.append(SkippedRow(row.index, row.name, "too much crop", detail))
             continue
-        keys = {half: image_key(file_hash, best.bucket) for half, (file_hash, _) in row.images.items()}
+        keys = {
+            half: image_key(file_hash, best.bucket, row.profiles[half])
+            for half, (file_hash, _) in row.images.items()
+        }
         choice.pairs.append(Candidate(row, pair_id, best.bucket, prompts[row.prompt], keys))
     return choice
 
@@ -592,6 +612,10 @@ def _report(summary: PrepareSummary, cache: Path, console: Console) -> None:
         f"{summary.duplicates} duplicates, {sum(summary.skipped.values())} skipped, "
         f"{summary.nan_retries} latents encoded again in fp32; {summary.seconds:.0f} s",
     )
+    if summary.converted:
+        say(console, f"  {summary.converted} images had a colour profile: converted to sRGB")
+    if summary.ignored_profiles:
+        say(console, f"  {summary.ignored_profiles} images have a colour profile that is unusable: ignored")
     for reason, count in summary.skipped.items():
         say(console, f"  skipped: {count} × {reason}")
     for warning in summary.warnings:

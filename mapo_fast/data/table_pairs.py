@@ -215,7 +215,8 @@ def open_split(
             f"data.source {source} mixes {names}: move one split to its own folder and name that folder"
         )
     pairs = opener(splits["train"], source)
-    pairs.note = f"{source} has the splits {listed(splits)}; train is used"
+    used = f"{source} has the splits {listed(splits)}; train is used"
+    pairs.note = f"{used}; {pairs.note}" if pairs.note else used
     return pairs
 
 

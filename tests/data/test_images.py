@@ -1,12 +1,15 @@
+import os
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 from mapo_fast.data.images import ImageProblemError, decode_image
+from mapo_fast.data.libtiff import captured
 from tests.data.sources import encoded, picture, png
 
 
@@ -145,3 +148,219 @@ def test_no_warning_escapes_and_no_global_state_changes() -> None:
         decode_image(encoded(image, transparency=b"\x80"))
     assert not caught
     assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+
+
+# Formats
+
+
+def test_postscript_in_a_png_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = tmp_path / "called"
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {called}\necho 10.0\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
+    wrapped = struct.pack("<4sII", b"\xc5\xd0\xd3\xc6", 32, len(script)).ljust(32, b"\0") + script
+    for data in (script, wrapped):
+        with pytest.raises(ImageProblemError, match="unsupported format: PostScript"):
+            decode_image(data)
+    assert not called.exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"\0\0\0\x18ftypheic" + bytes(50), "unsupported format: HEIC: convert it to PNG or JPEG"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(50), "unsupported format: HEIC"),
+        (b"\0\0\0\x18ftypisom" + bytes(50), "unsupported format: a video"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(50), "unsupported format: JPEG XL"),
+        (b"<?xml version='1.0'?><svg/>", "unsupported format: SVG"),
+        (b"\n<!DOCTYPE html><html></html>", "unsupported format: a web page"),
+        (b"%PDF-1.7", "unsupported format: PDF"),
+        (b"\xd7\xcd\xc6\x9a" + bytes(60), "unsupported format: WMF"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "unsupported format: an OLE file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "unreadable image: a Git LFS pointer"),
+        (b"\xff\xd8\xff" + bytes(30), "unreadable image: a JPEG file that is damaged"),
+        (b"II*\0" + bytes(30), "unreadable image: a TIFF file that is damaged or of a rare kind"),
+        (b"hello", "unreadable image: no image of a known format; its first bytes are 68 65 6c 6c 6f"),
+        (b"\0\0\0\xffftyp", "unsupported format"),
+    ],
+)
+def test_what_a_file_is_that_cannot_be_decoded(data: bytes, says: str) -> None:
+    for _ in range(2):
+        with pytest.raises(ImageProblemError) as problem:
+            decode_image(data)
+        assert str(problem.value).startswith(says)
+        assert "0x" not in str(problem.value)
+
+
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA", "ICO", "AVIF"]
+)
+def test_formats_that_are_decoded(kind: str) -> None:
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {kind}")
+    assert decode_image(encoded(Image.new("RGB", (32, 32), (200, 30, 30)), kind)).size == (32, 32)
+
+
+# PNG with text
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+LARGE = zlib.compress(b"x" * (3 << 20))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        chunk(b"zTXt", b"workflow\0\0" + LARGE),
+        chunk(b"iTXt", b"workflow\0\1\0\0\0" + LARGE),
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + LARGE),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LARGE),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0damaged"),
+        chunk(b"iTXt", b"\0"),
+        chunk(b"zTXt", b""),
+        chunk(b"tEXt", b"prompt\0" + b"x" * 70_000_000),
+        chunk(b"tEXt", b"x" * 100)[:-1] + b"?",
+        chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * 900_000)) * 80,
+    ],
+    ids=lambda text: f"{text[4:8].decode()} {text[8:14]!r} {len(text)}",
+)
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_text_costs_no_pixel(text: bytes, place: str) -> None:
+    limits = (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
+    image, data = picture(2), encoded(picture(2))
+    at = 33 if place == "before" else len(data) - 12
+    assert np.array_equal(np.asarray(decode_image(data[:at] + text + data[at:])), np.asarray(image))
+    assert limits == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
+
+
+@pytest.mark.parametrize("key", ["Raw profile type exif", "XML:com.adobe.xmp"])
+def test_orientation_in_text_is_kept_next_to_large_text(key: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    hexed = exif.tobytes().hex()
+    value = (
+        f"\nexif\n{len(exif.tobytes()):8}\n{hexed}\n"
+        if key.startswith("Raw")
+        else '<x tiff:Orientation="6"/>'
+    )
+    body = key.encode() + (b"\0" if key.startswith("Raw") else b"\0\0\0\0\0") + value.encode()
+    kind = b"tEXt" if key.startswith("Raw") else b"iTXt"
+    data = encoded(picture(1, 4, 8))
+    data = data[:33] + chunk(b"zTXt", b"workflow\0\0" + LARGE) + chunk(kind, body) + data[33:]
+    assert decode_image(data).size == (4, 8)
+
+
+@pytest.mark.parametrize("cut", range(8, 120, 3))
+def test_a_png_cut_in_any_chunk_is_a_problem_with_a_reason(cut: int) -> None:
+    data = encoded(picture(1), icc_profile=b"x" * 50)
+    data = data[:33] + chunk(b"zTXt", b"a\0\0" + LARGE[:20]) + data[33:]
+    with pytest.raises(ImageProblemError) as problem:
+        decode_image(data[:cut])
+    assert problem.value.detail
+
+
+# More than 8 bits
+
+
+def tiff(values: np.ndarray, bits: int, *, sample: int = 1, photometric: int = 1, order: str = "<") -> bytes:
+    """An uncompressed grey TIFF of these integers or floats."""
+    height, width = values.shape
+    if bits == 12:
+        flat = values.ravel().astype(int)
+        body = bytes(
+            b
+            for a, c in zip(flat[::2], flat[1::2], strict=True)
+            for b in (a >> 4, a % 16 << 4 | c >> 8, c % 256)
+        )
+    else:
+        kind = "f" if sample == 3 else "i" if sample == 2 else "u"
+        body = values.astype(f"{order}{kind}{bits // 8}").tobytes()
+    tags = [
+        (256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 200), (277, 1),
+        (278, height), (279, len(body)), (339, sample),
+    ]  # fmt: skip
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(tags))
+    for tag, value in tags:
+        long = tag in (273, 279)
+        head += struct.pack(order + "HHI", tag, 4 if long else 3, 1)
+        head += struct.pack(order + ("I" if long else "HH"), *((value,) if long else (value, 0)))
+    return head.ljust(200, b"\0") + body
+
+
+RAMP = np.linspace(0, 1, 256).reshape(16, 16)
+LEVELS = np.arange(256).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    ("bits", "photometric", "order"), [(16, 1, "<"), (16, 1, ">"), (12, 1, "<"), (16, 0, "<")]
+)
+def test_grey_of_more_than_8_bits_keeps_its_range(bits: int, photometric: int, order: str) -> None:
+    data = tiff(np.rint(RAMP * (2**bits - 1)), bits, photometric=photometric, order=order)
+    expected = LEVELS if photometric else 255 - LEVELS
+    assert np.abs(np.asarray(decode_image(data))[:, :, 1].astype(int) - expected).max() <= (bits == 12)
+
+
+def test_a_16_bit_pgm_keeps_its_range() -> None:
+    for most in (65535, 1023):
+        body = np.rint(RAMP * most).astype(">u2").tobytes()
+        image = decode_image(b"P5 16 16 %d\n" % most + body)
+        assert np.abs(np.asarray(image)[:, :, 0].astype(int) - LEVELS).max() <= 1
+
+
+def test_a_clear_value_of_a_16_bit_png() -> None:
+    data = encoded(Image.fromarray(np.array([[0, 257], [25700, 65535]], np.uint16)))
+    data = data[:33] + chunk(b"tRNS", struct.pack(">H", 25700)) + data[33:]
+    assert np.asarray(decode_image(data))[:, :, 0].tolist() == [[0, 1], [255, 255]]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        tiff(RAMP * 2**31, 32),
+        tiff(RAMP * 2**30, 32, sample=2),
+        tiff(RAMP * 2**14, 16, sample=2),
+        tiff(RAMP, 32, sample=3),
+        encoded(Image.fromarray(RAMP.astype(np.float32)), "TIFF", compression="tiff_lzw"),
+        b"Pf 16 16 -1.0\n" + RAMP.astype("<f4").tobytes(),
+    ],
+)
+def test_pixels_without_a_known_range_are_named(data: bytes) -> None:
+    with pytest.raises(ImageProblemError, match=r"unsupported pixel format: (32-bit or signed|floating)"):
+        decode_image(data)
+
+
+# libtiff
+
+
+def test_libtiff_reports_in_the_detail_and_not_on_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    data = bytearray(encoded(picture(0, 64, 64), "TIFF", compression="tiff_adobe_deflate"))
+    data[200:1200] = b"\xff" * 1000
+    details = set()
+    for _ in range(2):
+        with pytest.raises(ImageProblemError) as problem:
+            decode_image(bytes(data))
+        details.add(problem.value.detail)
+    assert len(details) == 1
+    assert "ZIPDecode" in details.pop()
+    assert capfd.readouterr().err == ""
+
+
+def test_what_others_write_while_a_tiff_is_decoded_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    with captured(said):
+        os.write(2, b"Traceback (most recent call last):\nLZWDecode: Not enough data.\n  50% of it\n")
+    assert said == ["LZWDecode: Not enough data."]
+    assert capfd.readouterr().err == "Traceback (most recent call last):\n  50% of it\n"
+    saved = os.dup(2)
+    os.close(2)
+    try:
+        assert decode_image(encoded(picture(0), "TIFF")).size == (32, 32), "without a standard error"
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
