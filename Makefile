@@ -7,6 +7,7 @@
 #   make gpu-check PART=ops     what needs an NVIDIA GPU: kernel tests, then microbenchmarks
 #   make gpu-check PART=memory  likewise: the engine's tests, then the memory table's rows at full size
 #   make gpu-check PART=step    likewise: whole training steps beside other recipes, and every switch
+#   make proof             long campaigns that CI does not run; each appends a row to bench/results
 #   make test-base         the loss in an environment with the base install only
 #
 # PIP_ARGS is handed to pip, for instance to choose the CPU build of torch:
@@ -22,7 +23,7 @@ PART ?= ops
 BIN := $(VENV)/bin
 TTSEM := $(VENV)/ttsem
 
-.PHONY: install demo test test-base lint format races gpu-check clean
+.PHONY: install demo test test-base lint format races gpu-check proof clean
 
 install: $(VENV)/.installed
 
@@ -52,6 +53,9 @@ $(TTSEM)/.installed: $(VENV)/.installed
 
 gpu-check: $(VENV)/.installed
 	$(BIN)/python -m bench.gpu_check $(PART)
+
+proof: $(VENV)/.installed
+	$(BIN)/python -m bench.kills --append
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
