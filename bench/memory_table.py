@@ -6,8 +6,9 @@
     python -m bench.memory_table --write    replaces bench/results/memory_table.jsonl
 
 A row is one training step of the trainer's own engine under the row's settings: bf16 weights, AdamW8bit. The
-peak counts weights, gradients, optimizer states, activations and staging buffers; CUDA context, workspaces
-and fragmentation come on top.
+peak counts weights, gradients, optimizer states, activations and staging buffers. What torch's allocator
+reserves for them comes from a replay by its rules, with the workspaces of cuBLAS: with expandable segments,
+which a run switches on, and without. The CUDA context and the workspaces of cuDNN come on top.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from typing import Any
 
 from bench.environment import environment
 from mapo_fast.config import Config, parse_config
+from mapo_fast.planner.allocator import EXPANDABLE, Rules
 from mapo_fast.planner.cards import find_card
 from mapo_fast.planner.models import SDXL_UNET
+from mapo_fast.planner.replay import Allocator, cublas_workspace, reserved
 from mapo_fast.planner.store import traces
 from mapo_fast.planner.timeline import simulate
 
@@ -87,10 +90,16 @@ def row(number: int) -> dict[str, Any]:
     name, target, card_name, settings = ROWS[number]
     card = find_card(card_name)
     (trace,) = traces([config_of(settings)], SDXL_UNET)
+    workspace = cublas_workspace(card.capability)
+    expandable, default = (
+        reserved(trace, Allocator(rules, workspace)) / GIB for rules in (EXPANDABLE, Rules())
+    )
     return {
         "name": name,
         "peak_gib": round(trace.peak / GIB, 2),
         "target_gib": target,
+        "reserved_gib": round(expandable, 2),
+        "reserved_by_default_gib": round(default, 2),
         "plan": settings,
         "ms_estimate": round(simulate(trace, card).step),
         "card": card_name,
@@ -112,7 +121,8 @@ def main() -> None:
             found.append(one)
             reached = "" if one["peak_gib"] <= one["target_gib"] else "   MISSED"
             text = (
-                f"{one['peak_gib']:6.2f} GiB of {one['target_gib']:5.1f}  {one['ms_estimate']:6d} ms "
+                f"{one['peak_gib']:6.2f} GiB of {one['target_gib']:4.1f}, {one['reserved_gib']:5.2f} held "
+                f"({one['reserved_by_default_gib']:5.2f} by default)  {one['ms_estimate']:6d} ms "
                 f"on {one['card']:14} {one['name']}{reached}"
             )
             print(json.dumps(one) if arguments.json else text, flush=True)

@@ -67,10 +67,9 @@ def memory() -> str:
     titles = [f"{what} measured on {gpu}" for gpu in gpus for what in ("peak, GiB,", "step")]
     titles = titles or ["measured on a GPU"]
     lines = [
-        "| one pair at 1024², bf16 weights, AdamW8bit | peak, GiB, predicted | target | step, predicted | "
-        + " | ".join(titles)
-        + " |",
-        "|---" * (4 + len(titles)) + "|",
+        "| one pair at 1024², bf16 weights, AdamW8bit | peak, GiB, predicted | target | reserved by torch "
+        "(by default) | step, predicted | " + " | ".join(titles) + " |",
+        "|---" * (5 + len(titles)) + "|",
     ]
     for row in _rows("memory_table"):
         cells = []
@@ -79,6 +78,7 @@ def memory() -> str:
             cells += _measured_cells(found[0]) if found else ["not measured yet"] * 2
         lines.append(
             f"| {row['name']} | {row['peak_gib']:.2f} | {row['target_gib']:.1f} "
+            f"| {row['reserved_gib']:.2f} ({row['reserved_by_default_gib']:.2f}) "
             f"| {row['ms_estimate'] / 1000:.1f} s for {row['card']} | "
             + " | ".join(cells or ["not measured yet"])
             + " |"

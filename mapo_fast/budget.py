@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import psutil
 import torch
 
+from mapo_fast import gpu
 from mapo_fast.config import Config
 from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.errors import UserError
+from mapo_fast.gpu import CONTEXT_GIB
 from mapo_fast.model import SDXLFolder
 from mapo_fast.planner.ask import plan_run, refusal
-from mapo_fast.planner.cards import CONTEXT_GIB, GIB, parse_size, size_text, vram_for
+from mapo_fast.planner.cards import GIB, parse_size, size_text, vram_for
 from mapo_fast.planner.plan import Plan, with_settings
 from mapo_fast.planner.search import Outcome
 
@@ -44,16 +46,18 @@ class Budget(NamedTuple):
     def notes(self) -> list[str]:
         """What the user should know before the first step."""
         notes = [
-            f"memory plan: {self.plan.name}; {self.plan.peak / GIB:.2f} GiB and {self.plan.ms:.0f} ms a "
-            f"step predicted for {self.vram / GIB:.2f} GiB ({self.source}), rates {self.rates}"
+            f"memory plan: {self.plan.name}; {self.plan.peak / GIB:.2f} GiB, {self.plan.reserved / GIB:.2f} "
+            f"reserved, and {self.plan.time} predicted for {self.vram / GIB:.2f} GiB ({self.source}), rates "
+            f"{self.rates}"
         ]
         if self.shortage:
             notes.append(self.shortage)
         if self.plan.changes:
             notes.append(f"no exact plan fits: {', '.join(self.plan.changes)}")
         if self.device.type == "cuda":
-            free = _free(self.device) + torch.cuda.memory_reserved(self.device)  # the run has loaded already
-            needed = vram_for(self.plan.peak)
+            loaded = torch.cuda.memory_reserved(self.device)
+            free = gpu.free(self.device) + loaded
+            needed = vram_for(self.plan.reserved)
             if free + CONTEXT_GIB * GIB < needed:
                 notes.append(
                     f"the plan needs {needed / GIB:.1f} GiB of GPU memory and only {free / GIB:.1f} are "
@@ -70,20 +74,18 @@ class Budget(NamedTuple):
             UserError: out of GPU memory: planned, actual, and the next smaller plan; or out of system RAM.
         """
         if self.device.type == "cuda":
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            _cap((self.vram - CONTEXT_GIB * GIB) / total, self.device)
+            gpu.cap(self.vram - CONTEXT_GIB * GIB, self.device)
         try:
             yield
         except RuntimeError as error:
             if self._is_of_the_host(error):
                 raise UserError(self._out_of_ram()) from error
-            if not _is_out_of_memory(error):
+            if not gpu.is_out_of_memory(error):
                 raise
             raise UserError(self._out_of_memory()) from error
         finally:
             if self.device.type == "cuda":
-                with suppress(RuntimeError):  # of a device that an error has left unusable
-                    _cap(1.0, self.device)
+                gpu.uncap(self.device)
 
     def _is_of_the_host(self, error: RuntimeError) -> bool:
         """Whether system RAM has run out: CUDA says the same words when it can pin no more of it."""
@@ -94,7 +96,7 @@ class Budget(NamedTuple):
         if "CUDA error: out of memory" not in str(error) or self.device.type != "cuda":
             return False
         try:
-            return _free(self.device) > ENOUGH_FOR_A_LIBRARY
+            return gpu.free(self.device) > ENOUGH_FOR_A_LIBRARY
         except RuntimeError:  # of a device that the error has left unusable
             return False
 
@@ -116,7 +118,7 @@ class Budget(NamedTuple):
         if self.smaller is None:
             advice = "there is no smaller plan for these settings: lower data.resolution or state less of it"
         else:
-            vram = size_text(vram_for(self.smaller.peak))
+            vram = size_text(vram_for(self.smaller.reserved))
             advice = (
                 f"the next smaller plan ({self.smaller.name}, {self.smaller.peak / GIB:.2f} GiB) is that of "
                 f"--set train.vram={json.dumps(vram)}"
@@ -153,7 +155,8 @@ def planned(
     if processes.shard(config):
         return config, None
     wanted = None if config.train.vram is None else parse_size(config.train.vram, "train.vram")
-    free = _available(device) if device.type == "cuda" else wanted
+    rules = gpu.choose_rules(device) if device.type == "cuda" else gpu.planned_rules()
+    free = gpu.available(device) if device.type == "cuda" else wanted
     if free is None:
         return config, None
     free = int(processes.smallest(free))
@@ -168,7 +171,7 @@ def planned(
         config = with_settings(config, _open(config, recorded))
 
     def choose() -> tuple[Plan, Plan | None, str]:
-        outcome = plan_run(config, folder, vram, device, processes.local_size)
+        outcome = plan_run(config, folder, vram, device, processes.local_size, rules)
         if outcome.chosen is None:
             raise UserError("; ".join(filter(None, [refusal(outcome, source), shortage])))
         return outcome.chosen, _smaller(outcome, outcome.chosen), outcome.card.rates.source
@@ -192,28 +195,9 @@ def _smaller(outcome: Outcome, chosen: Plan) -> Plan | None:
     others = [
         plan
         for plan, _ in outcome.others
-        if plan.peak < 0.95 * chosen.peak and plan.pinned <= host.pinnable and plan.host <= host.ram
+        if plan.reserved < 0.95 * chosen.reserved and plan.pinned <= host.pinnable and plan.host <= host.ram
     ]
     return min(others, key=lambda plan: plan.ms, default=None)
-
-
-def _cap(share: float, device: torch.device) -> None:
-    """Cap the allocator at a share of the card; unlike its siblings, torch's function needs an index."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), index)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """The allocator's own error, or a library's that got no memory beside it."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return any(words in str(error) for words in ("CUDA error: out of memory", "STATUS_ALLOC_FAILED"))
-
-
-def _available(device: torch.device) -> int:
-    """Bytes that this process can have: what it has cached and does not use too, and its context."""
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _free(device) + cached + int(CONTEXT_GIB * GIB)  # asking has made the context
 
 
 def _shortage(wanted: int, free: int, device: torch.device) -> str:
@@ -226,7 +210,3 @@ def _shortage(wanted: int, free: int, device: torch.device) -> str:
         f"{asked} is more than the {available} that are free: other programs hold the rest (nvidia-smi lists "
         "them), and the run has what is free"
     )
-
-
-def _free(device: torch.device) -> int:
-    return int(torch.cuda.mem_get_info(device)[0])

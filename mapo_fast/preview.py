@@ -16,6 +16,7 @@ import torch
 from mapo_fast.config import Config
 from mapo_fast.data.text import PromptEmbeds, empty_prompt, encode_prompts
 from mapo_fast.files import disk_errors
+from mapo_fast.gpu import is_out_of_memory
 from mapo_fast.model import SDXLFolder
 from mapo_fast.sample import decode_latents, sample_latents
 from mapo_fast.vae import use_tiles
@@ -29,8 +30,9 @@ class Previews:
         try:
             self.prompts, self.empty = self._encoded(device)
             return
-        except torch.OutOfMemoryError:
-            pass  # the larger encoder has 2.6 GiB, more than some plans; what it holds goes with the error
+        except RuntimeError as error:  # the larger encoder has 2.6 GiB, more than some plans
+            if not is_out_of_memory(error):  # what it holds goes with the error
+                raise
         if device.type == "cuda":
             torch.cuda.empty_cache()
         self.prompts, self.empty = self._encoded(torch.device("cpu"))

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from mapo_fast import preview
+from mapo_fast import gpu, preview
 from mapo_fast.budget import Budget, planned
 from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder, open_sdxl
+from mapo_fast.planner.allocator import EXPANDABLE
 from mapo_fast.planner.plan import Plan
 from mapo_fast.train import train
 from tests.training import make_cache, make_config
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("planned_here")
 
 def plan_of(name: str, peak: int) -> Plan:
     settings: dict[str, Any] = {"train.layout": name, "train.gradient_checkpointing": True}
-    return Plan(settings, {}, peak, 0, 0, 1.0, True)
+    return Plan(settings, {}, peak, peak, 0, 0, 1.0, True)
 
 
 def budget_of(device: torch.device, vram: int, peak: int, smaller: Plan | None = None) -> Budget:
@@ -97,7 +98,7 @@ def test_running_out_of_memory_is_explained() -> None:
         budget_of(CPU, 10 * GIB, 8 * GIB, smaller).kept(),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    assert 'next smaller plan (split, checkpointed, 5.00 GiB) is that of --set train.vram="5.71GiB"' in str(
+    assert 'next smaller plan (split, checkpointed, 5.00 GiB) is that of --set train.vram="5.56GiB"' in str(
         e.value
     )
     with (
@@ -110,8 +111,13 @@ def test_running_out_of_memory_is_explained() -> None:
 class PretendedCard:
     """A card of 24 GiB behind torch.cuda's names; the cap goes through torch's own checks."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, free: float, reserved: float) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, free: float, reserved: float, display: bool = False
+    ) -> None:
         self.caps: list[tuple[float, int]] = []
+        monkeypatch.setattr(gpu, "choose_rules", lambda device: EXPANDABLE)
+        monkeypatch.setattr(gpu, "load_libraries", lambda device: None)
+        monkeypatch.setattr(gpu, "drives_display", lambda device: display)
         fakes: dict[str, Any] = {
             "mem_get_info": lambda device: (int(free * GIB), 24 * GIB),
             "memory_reserved": lambda device: int(reserved * GIB),
@@ -239,4 +245,4 @@ def test_what_the_run_itself_holds_is_not_missing(monkeypatch: pytest.MonkeyPatc
     PretendedCard(monkeypatch, free=10, reserved=9.7)
     assert len(budget.notes()) == 1
     PretendedCard(monkeypatch, free=4, reserved=9.7)
-    assert "needs 18.1 GiB of GPU memory and only 13.7 are free" in budget.notes()[1]
+    assert "needs 17.6 GiB of GPU memory and only 13.7 are free" in budget.notes()[1]

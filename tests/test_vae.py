@@ -7,6 +7,8 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,56 @@ def test_a_gpu_too_small_for_images_is_told_what_to_do(
     monkeypatch.setattr(LatentEncoder, "tiling_error", lambda *_: 0.0)
     with pytest.raises(UserError, match=re.escape(advice)):
         prepare(config(tiny_sdxl, jsonl_folder(tmp_path / "s", 3), tmp_path / "c", **data))
+
+
+def test_a_library_without_gpu_memory_is_told_the_same_and_other_errors_are_not(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = jsonl_folder(tmp_path / "s", 3)
+    for words, kind, message in (
+        (
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling",
+            UserError,
+            "out of GPU memory while encoding",
+        ),
+        ("CUDA error: an illegal memory access", RuntimeError, "illegal memory access"),
+    ):
+
+        def fail(*_: Any, words: str = words) -> None:
+            raise RuntimeError(words)
+
+        monkeypatch.setattr(LatentEncoder, "_encode", fail)
+        with pytest.raises(kind, match=message):
+            prepare(config(tiny_sdxl, source, tmp_path / "c"))
+
+
+def test_prepare_is_capped_as_training_is(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By train.vram or by what is free, from before the first tensor to after the last one."""
+    caps: list[Any] = []
+
+    @contextmanager
+    def capped(vram: int | None) -> Iterator[None]:
+        caps.append(vram)
+        yield
+        caps.append("lifted")
+
+    def full(*_: Any) -> None:
+        assert caps in ([None], [6 * 2**30])
+        raise torch.OutOfMemoryError
+
+    source = jsonl_folder(tmp_path / "s", 3)
+    run = config(tiny_sdxl, source, tmp_path / "c")
+    monkeypatch.setattr("mapo_fast.gpu.capped", capped)
+    prepare(run)
+    assert caps == [None, "lifted"]
+    caps.clear()
+    monkeypatch.setattr(LatentEncoder, "_encode", full)
+    run = config(tiny_sdxl, source, tmp_path / "d")
+    run = run.model_copy(update={"train": run.train.model_copy(update={"vram": "6GiB"})})
+    with pytest.raises(UserError, match=r"raise train\.vram = '6GiB'"):
+        prepare(run)
 
 
 def test_a_text_encoder_that_does_not_fit_runs_on_the_cpu(

@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from mapo_fast import gpu
 from mapo_fast.config import Config
 from mapo_fast.console import say
 from mapo_fast.data import shards
@@ -66,6 +67,7 @@ from mapo_fast.data.text import (
 from mapo_fast.errors import UserError
 from mapo_fast.files import atomic_path, disk_errors, exclusive, read_json, sha256_file, write_json
 from mapo_fast.model import SDXLFolder, open_sdxl, scheduler_overrides
+from mapo_fast.planner.cards import parse_size
 from mapo_fast.vae import TILE, encoding_with_less, setting_text
 
 
@@ -163,7 +165,8 @@ def prepare(config: Config, *, console: Console | None = None) -> PrepareSummary
 
     with disk_errors(data.cache):
         data.cache.mkdir(parents=True, exist_ok=True)
-    with exclusive(data.cache):
+    vram = None if config.train.vram is None else parse_size(config.train.vram, "train.vram")
+    with exclusive(data.cache), gpu.capped(vram):
         _check_claim(data.cache, settings, folder)  # again: another process may have been here in between
         write_json(data.cache / "settings.json", settings)  # of an earlier format: its shards are kept
         index = Preparation(config, folder, source, identity, settings, buckets, console).run()
@@ -187,7 +190,7 @@ class Preparation:
     ) -> None:
         self.data, self.folder, self.source, self.identity = config.data, folder, source, identity
         self.settings, self.buckets, self.console = settings, buckets, console
-        self.cache = config.data.cache
+        self.cache, self.vram = config.data.cache, config.train.vram
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with disk_errors(self.cache):
             (self.cache / "shards").mkdir(exist_ok=True)
@@ -218,7 +221,9 @@ class Preparation:
         self._check_skipped(choice, len(rows))
         try:
             self._encode_images(self._images_to_do(choice))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not gpu.is_out_of_memory(error):
+                raise
             raise UserError(self._too_large()) from None
         failed = self.families["latents"].failed
         detail = "the VAE gives non-finite latents even in fp32"
@@ -309,6 +314,7 @@ class Preparation:
         less = next(iter(encoding_with_less(self.data)), {})
         elsewhere = " and another data.cache, as tiles change the latents" if "vae_tiling" in less else ""
         change = f"set {setting_text(less)}{elsewhere}, or " if less else ""
+        change += f"raise train.vram = {self.vram!r}, or " if self.vram else ""
         return (
             f"out of GPU memory while encoding {self.data.batch_size} image(s) at once: {change}close what "
             "else uses the GPU, or hide it (CUDA_VISIBLE_DEVICES=) to encode on the CPU; what has been "
@@ -331,8 +337,9 @@ class Preparation:
             try:
                 self._encode_family(which, family, prompts, self.device)
                 continue
-            except torch.OutOfMemoryError:
-                pass  # what the encoder holds goes with the error
+            except RuntimeError as error:  # what the encoder holds goes with it
+                if not gpu.is_out_of_memory(error):
+                    raise
             torch.cuda.empty_cache()
             say(self.console, f"text encoder {which} does not fit the GPU's free memory: on the CPU")
             self._encode_family(which, family, prompts, torch.device("cpu"))

@@ -11,7 +11,9 @@ from mapo_fast.config import Config, apply_override, load_config, parse_config
 from mapo_fast.engine.fp8 import capability_for, refuse_card_without_fp8, refuse_without_fp8
 from mapo_fast.engine.graphs import check_capture
 from mapo_fast.errors import UserError
+from mapo_fast.gpu import planned_rules
 from mapo_fast.model import SDXLFolder
+from mapo_fast.planner.allocator import EXPANDABLE, Rules
 from mapo_fast.planner.cards import GIB, Card, card_with, find_card, parse_size, size_text
 from mapo_fast.planner.host import host
 from mapo_fast.planner.models import parts_of
@@ -56,11 +58,16 @@ def ask(
     refuse_card_without_fp8(settings, chosen.name, chosen.capability)
     check_capture(settings, torch.device("cuda"))
     unet, vae = parts_of(model, settings)
-    return search(settings, unet, chosen, nbytes, limits, vae=vae)
+    return search(settings, unet, chosen, nbytes, limits, vae=vae, rules=planned_rules())
 
 
 def plan_run(
-    config: Config, folder: SDXLFolder, vram: int, device: torch.device, processes: int = 1
+    config: Config,
+    folder: SDXLFolder,
+    vram: int,
+    device: torch.device,
+    processes: int = 1,
+    rules: Rules = EXPANDABLE,
 ) -> Outcome:
     """Plan for a run on this machine.
 
@@ -69,6 +76,7 @@ def plan_run(
         vram: bytes that the run may use.
         device: a GPU's rates are measured, once.
         processes: those that share this machine's RAM.
+        rules: of torch's allocator.
 
     Raises:
         UserError: the GPU cannot do what the settings ask for.
@@ -77,7 +85,7 @@ def plan_run(
     check_capture(config, device)
     card = card_of(device) if device.type == "cuda" else card_with(vram, capability_for(config))
     limits = host(None, processes)
-    return search(config, folder.config("unet"), card, vram, limits, vae=vae_of(folder))
+    return search(config, folder.config("unet"), card, vram, limits, vae=vae_of(folder), rules=rules)
 
 
 def refusal(outcome: Outcome, source: str) -> str:

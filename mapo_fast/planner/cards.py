@@ -18,6 +18,7 @@ import re
 from typing import NamedTuple
 
 from mapo_fast.errors import UserError
+from mapo_fast.gpu import CONTEXT_GIB
 from mapo_kernels._fp8 import OLDEST_FP8_CAPABILITY
 
 GIB = 2**30
@@ -93,22 +94,18 @@ CARDS = (
     _card("H100", 80, 90, 989, 3350, 64),
 )
 
-CONTEXT_GIB = 0.4
-"""The CUDA context with lazily loaded kernels."""
 WORKSPACE_GIB = 0.15
-"""Of cuBLAS (32 MiB) and of cuDNN's convolutions."""
-FRAGMENTATION = 0.03
-"""Share of a plan's peak that the allocator reserves on top."""
+"""Of cuDNN's convolutions, which torch's allocator holds while one runs."""
 
 
 def usable_bytes(vram: int) -> int:
-    """What a plan's peak may be on a card with this much free memory."""
-    return int((vram - (CONTEXT_GIB + WORKSPACE_GIB) * GIB) / (1 + FRAGMENTATION))
+    """What a plan may reserve with this much free memory, beside the CUDA context and workspaces."""
+    return int(vram - (CONTEXT_GIB + WORKSPACE_GIB) * GIB)
 
 
-def vram_for(peak: int) -> int:
-    """The least free memory for a plan with this peak: the inverse of `usable_bytes`."""
-    return int(peak * (1 + FRAGMENTATION) + (CONTEXT_GIB + WORKSPACE_GIB) * GIB) + 1
+def vram_for(reserved: int) -> int:
+    """The least free memory for a plan that reserves this much: the inverse of `usable_bytes`."""
+    return int(reserved + (CONTEXT_GIB + WORKSPACE_GIB) * GIB) + 1
 
 
 def find_card(name: str) -> Card:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mapo_kernels._adamw8bit_tensors import Tensors
+
 aten = torch.ops.aten
 
 ELEMENTWISE, MATRIX, FP8, CONVOLUTION, ATTENTION, FETCH, STORE, WAIT = range(8)
@@ -107,15 +109,38 @@ def hidden_bytes(func: Any, args: Sequence[Any]) -> int:
     return 4 * int(math.prod(heads)) * int(-(-rows // 128) * 128) * int(width + 1)
 
 
-def cost(func: Any, args: Any, given: Sequence[Tensor], made: Sequence[Tensor], out: Any) -> Cost | None:
+def addressed_bytes(tensors: Tensors, clips: bool) -> int:
+    """What a step of AdamW8bit moves of its tensors, which its kernels find by a table of addresses.
+
+    Parameters, moments, block maxima and step counts are read and written, gradients are read. Where updates
+    are clipped, a pass before that reads all of these but the parameters and the counts.
+    """
+    params, gradients, *moments, steps = (size(given) for given in tensors[:7])
+    update = 2 * (params + sum(moments) + steps) + gradients
+    return update + gradients + sum(moments) if clips else update
+
+
+def cost(
+    func: Any,
+    args: Any,
+    given: Sequence[Tensor],
+    made: Sequence[Tensor],
+    out: Any,
+    changed: Sequence[Tensor] = (),
+) -> Cost | None:
     """Of a dispatched operation that has made `out` of these tensors; None if it moves nothing.
 
     The caller knows that it is no view.
+
+    Args:
+        changed: those of the given tensors that it writes to.
     """
     packet = func.overloadpacket
     if packet in _FREE or not (given or made):
         return None
     nbytes = float(size([*given, *made]))
+    if packet not in _OVERWRITING:
+        nbytes += size(changed)
     known = _FLOPS.get(packet)
     if known is None:
         return Cost(ELEMENTWISE, 0.0, nbytes)
@@ -124,3 +149,8 @@ def cost(func: Any, args: Any, given: Sequence[Tensor], made: Sequence[Tensor], 
 
 
 _FREE = frozenset({aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided})
+
+_OVERWRITING = frozenset(
+    {aten.copy_, aten.fill_, aten.zero_, aten.uniform_, aten._foreach_copy_, aten._foreach_zero_}
+)
+"""What they write to they do not read."""

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 from mapo_fast.combinations import NAMES, OPEN, work
 from mapo_fast.config import Config
 from mapo_fast.engine.layouts import below
+from mapo_fast.planner.allocator import EXPANDABLE, Rules
 from mapo_fast.planner.cards import Card
 from mapo_fast.planner.host import highest
 from mapo_fast.planner.plan import GRAPHS, Plan, with_settings
+from mapo_fast.planner.replay import Allocator, cublas_workspace, least, needed
 from mapo_fast.planner.store import Tracing
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import Trace
@@ -52,8 +54,11 @@ class Family:
         card: Card,
         usable: int,
         tracing: Tracing,
+        rules: Rules = EXPANDABLE,
     ) -> None:
         self.config, self.changes = with_settings(config, changes), changes
+        workspace = cublas_workspace(card.capability)
+        self.allocator = Allocator(rules, workspace, graphs=self.config.speed.cuda_graph)
         self.unet_config, self.card, self.usable, self.tracing = unet_config, card, usable, tracing
         self.stated = stated(config)
         self.full = self.config.adapter.kind == "full"
@@ -62,8 +67,9 @@ class Family:
         self.combinations = self._sensible()
         self.names = self._needed()
         configs = [self._config(self._settings(name)) for name in self.names]
-        self._coming = tracing.traces(configs, unet_config, settled=False)
+        self._coming = tracing.traces(configs, unet_config)
         self.traces: dict[str, Trace] = {}
+        self._overheads: dict[str, int] = {}
 
     def _sensible(self) -> list[dict[str, Any]]:
         """The combinations that work and are not beaten by another whatever the card."""
@@ -135,7 +141,7 @@ class Family:
         name = self.names[0]
         self.traces[name] = next(self._coming)
         blocks = {BLOCKS: list(self.blocks)} if isinstance(self.blocks, tuple) else {}
-        plan = Plan({**self._settings(name), **blocks, **self.changes}, {}, 0, 0, 0, 0.0, traced=False)
+        plan = Plan({**self._settings(name), **blocks, **self.changes}, {}, 0, 0, 0, 0, 0.0, traced=False)
         return self._measured(plan, self.traces[name])._replace(traced=not blocks)
 
     def least(self) -> int:
@@ -162,17 +168,29 @@ class Family:
     def smaller(self, plan: Plan, excess: int) -> Plan | None:
         """The plan with more recomputed, because its trace has shown this many bytes too many."""
         settings = {name: plan.settings[name] for name in CHOICES}
-        found = self._best(settings, plan.peak - excess)
+        found = self._best(settings, plan.reserved - excess)
         return found if found is not None and found.peak < plan.peak else None
 
+    def _overhead(self, name: str) -> int:
+        """What the allocator reserves beside the tensors of a mode's trace."""
+        if name not in self._overheads:
+            trace = self.traces[name]
+            peak = trace.peak + sum(self._graphs(trace.peak - trace.lasting).values())
+            self._overheads[name] = max(0, least(trace, self.allocator) - peak)
+        return self._overheads[name]
+
     def _best(self, settings: dict[str, Any], room: int) -> Plan | None:
-        """A combination's plan; None where another combination has the same."""
+        """A combination's plan; None where another combination has the same.
+
+        Args:
+            room: bytes that it may reserve.
+        """
         layout = settings["train.layout"]
         keep = not settings["train.fused_step"]
         names = self._modes(settings)
         modes = {name: cut(self.traces[name], self.card, keep_gradients=keep) for name in names}
         lasting = self._lasting(settings)
-        room -= sum(lasting.device.values())
+        room -= sum(lasting.device.values()) + self._overhead(names[-1])
         if self.config.speed.cuda_graph:
             room //= 2  # what a step makes, and as much again
         plain, recomputed = _plain(layout), _recomputed(settings)
@@ -251,10 +269,11 @@ class Family:
         # A frozen copy streams as much as the UNet, in forward only; a LoRA's reference is that UNet again.
         unet = lasting.weights // 2 if reference == "copy" else lasting.weights
         unet *= 2 if settings["train.layout"] == "sequential" else 1
-        forward_in = 2 * unet if reference in ("adapter", "copy") else unet
-        backward_in = unet + lasting.states + moved
-        stored = lasting.states + (unet if self.full else 0)
-        seconds = max(made.forward, forward_in / rates.fetch, moved / rates.store)
+        times = self.config.train.accumulation
+        forward_in = times * (2 * unet if reference in ("adapter", "copy") else unet)
+        backward_in = times * (unet + moved) + lasting.states
+        stored = times * (unet if self.full else 0) + lasting.states
+        seconds = max(made.forward, forward_in / rates.fetch, times * moved / rates.store)
         seconds += max(made.backward, backward_in / rates.fetch, stored / rates.store)
         pinned = lasting.weights + lasting.states + moved
         device = {**lasting.device, "activations and gradients": made.peak, **self._graphs(made.peak)}
@@ -262,11 +281,13 @@ class Family:
             {**settings, BLOCKS: blocks, **self.changes},
             device,
             sum(device.values()),
+            sum(device.values()) + self._overhead(default),
             pinned,
             highest(pinned, self._loaded()),
             1e3 * seconds,
             traced=False,
             changes=tuple(f"{name} = {json.dumps(value)}" for name, value in self.changes.items()),
+            accumulation=times,
         )
 
     def _graphs(self, made: int) -> dict[str, int]:
@@ -296,10 +317,12 @@ class Family:
         return plan._replace(
             device=at_peak | graphs,
             peak=trace.peak + sum(graphs.values()),
+            reserved=needed(trace, self.allocator, self.usable),
             pinned=pinned,
             host=highest(pinned, self._loaded()),
             ms=simulate(trace, self.card).step,
             traced=True,
+            accumulation=trace.accumulation,
             changes=tuple(f"{name} = {json.dumps(value)}" for name, value in self.changes.items()),
         )
 

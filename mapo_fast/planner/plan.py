@@ -21,6 +21,8 @@ class Plan(NamedTuple):
     """Bytes on the device at the step's peak, by category."""
     peak: int
     """Their sum: no CUDA context, no workspaces."""
+    reserved: int
+    """Most bytes that torch's allocator reserves for them, with cuBLAS' workspaces (`replay.py`)."""
     pinned: int
     """Bytes of host memory that transfers go to and come from."""
     host: int
@@ -30,10 +32,20 @@ class Plan(NamedTuple):
     """Whether the figures are those of a full trace of this plan; else it is composed of others' pieces."""
     changes: tuple[str, ...] = ()
     """Settings that change what is computed."""
+    accumulation: int = 1
+    """Micro-batches in a step."""
 
     def apply(self, config: Config) -> Config:
         """The config with this plan's settings."""
         return with_settings(config, self.settings)
+
+    @property
+    def time(self) -> str:
+        """How long a step takes, in words."""
+        if self.accumulation == 1:
+            return f"{self.ms:.0f} ms a step"
+        each = self.ms / self.accumulation
+        return f"{self.ms:.0f} ms a step of {self.accumulation} micro-batches ({each:.0f} ms each)"
 
     @property
     def name(self) -> str:

@@ -263,7 +263,7 @@ def _host(clock: _Clock) -> float:
 def _operations() -> int:
     block, pair = _block(CPU)
     recorder = Recorder(block.parameters())
-    with card_path(CARD, recorder.launched), recorder:
+    with card_path(CARD, recorder), recorder:
         _differentiate(block, pair)
     return len(recorder.operations)
 

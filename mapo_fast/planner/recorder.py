@@ -26,8 +26,8 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from mapo_fast.planner.costs import ELEMENTWISE, Cost, cost, hidden_bytes, size, tensors
-from mapo_kernels import _launch
+from mapo_fast.planner.costs import ELEMENTWISE, Cost, addressed_bytes, cost, hidden_bytes, size, tensors
+from mapo_kernels import _launch, adamw8bit
 
 try:
     from triton.runtime.jit import JITFunction
@@ -45,11 +45,11 @@ META = torch.device("meta")
 class Allocation:
     """One storage: it is there from operation `born` up to, and not with, operation `died`."""
 
-    __slots__ = ("born", "died", "nbytes", "tag")
+    __slots__ = ("born", "died", "nbytes", "number", "tag")
 
-    def __init__(self, nbytes: int, born: int) -> None:
+    def __init__(self, nbytes: int, born: int, number: int) -> None:
         self.nbytes = -(-nbytes // ROUNDING) * ROUNDING
-        self.born = born
+        self.number, self.born = number, born
         self.died: int | None = None
         self.tag = ""
 
@@ -65,6 +65,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Cost] = []
         self.allocations: list[Allocation] = []
+        self.made: list[Allocation] = []
+        """All that ever were, by number; `allocations` are those that count."""
+        self.events: list[int] = []
+        """Numbers of what was allocated, and ~numbers of what was freed, in order."""
         self.first = 0
         """The first operation that counts."""
         self.live = self.peak = 0
@@ -95,18 +99,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = tensors(out)
         for tensor in made:
             self.allocation(tensor)
-        found = cost(func, args, given, made, out)
+        changed = tensors([kwargs.get(name) if i >= len(args) else args[i] for i, name in form.writes])
+        found = cost(func, args, given, made, out, changed)
         if found is not None:
             if hidden := hidden_bytes(func, args):
                 workspace = self._new(hidden)
-                workspace.died = len(self.operations) + 1
-                self.live -= workspace.nbytes
+                self._gone(workspace, len(self.operations) + 1)
             self.operations.append(found)
         return out
 
     def launched(self, arguments: Sequence[Any]) -> None:
         """A Triton kernel: it reads or writes each of its tensors once."""
         self.operations.append(Cost(ELEMENTWISE, 0.0, float(size(tensors(arguments)))))
+
+    def addressed(self, nbytes: int) -> None:
+        """What the newest launches moved of tensors that they were not given."""
+        last = self.operations[-1]
+        self.operations[-1] = last._replace(nbytes=last.nbytes + nbytes)
 
     def allocation(self, tensor: Tensor) -> Allocation:
         """The tensor's memory, new or known."""
@@ -119,8 +128,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def freed() -> None:
             del self._of[key]
-            self.live -= new.nbytes
-            new.died = len(self.operations)
+            self._gone(new, len(self.operations))
 
         weakref.finalize(storage, freed).atexit = False
         return new
@@ -145,11 +153,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = self.live
 
     def _new(self, nbytes: int) -> Allocation:
-        new = Allocation(nbytes, len(self.operations))
+        new = Allocation(nbytes, len(self.operations), len(self.made))
+        self.made.append(new)
+        self.events.append(new.number)
         self.allocations.append(new)
         self.live += new.nbytes
         self.peak = max(self.peak, self.live)
         return new
+
+    def _gone(self, allocation: Allocation, died: int) -> None:
+        self.live -= allocation.nbytes
+        allocation.died = died
+        self.events.append(~allocation.number)
 
     def _result(self, func: Any, form: _Form, given: list[Tensor], args: Any, kwargs: Any) -> Any:
         """What the operation returns, computed only where it is small."""
@@ -228,14 +243,23 @@ def _untouched(shapes: Any) -> Any:
 
 
 @contextmanager
-def card_path(card: _launch.Card, launched: Callable[[Sequence[Any]], None]) -> Iterator[None]:
-    """Within, our operators take the kernel path of `card`; a launch calls `launched` with its arguments."""
+def card_path(card: _launch.Card, recorder: Recorder) -> Iterator[None]:
+    """Within, our operators take the kernel path of `card`, and the recorder is told of launches."""
+    real_step = adamw8bit._step
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launched([*args, *kwargs.values()])
+        recorder.launched([*args, *kwargs.values()])
+
+    def step(tensors: Any, settings: Any, plan: Any) -> None:
+        real_step(tensors, settings, plan)
+        recorder.addressed(addressed_bytes(tensors, settings.max_update_rms is not None))
 
     if JITFunction is None:  # without Triton operators run in plain torch, on a card too
         yield
         return
-    with mock.patch.object(JITFunction, "run", run), _launch.assume_card(card):
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(adamw8bit, "_step", step),
+        _launch.assume_card(card),
+    ):
         yield

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from mapo_fast.errors import UserError
-from mapo_fast.planner.cards import CONTEXT_GIB, FRAGMENTATION, GIB, WORKSPACE_GIB, size_text
+from mapo_fast.gpu import CONTEXT_GIB
+from mapo_fast.planner.cards import GIB, WORKSPACE_GIB, size_text
 from mapo_fast.planner.plan import GRAPHS, Plan
 from mapo_fast.planner.search import Outcome
 from mapo_fast.planner.timeline import simulate
@@ -23,8 +24,8 @@ def as_text(outcome: Outcome) -> str:
     """The plan, where its memory goes, and why others lost; all figures are predictions."""
     card, usable = outcome.card, max(0, outcome.usable) / GIB
     lines = [
-        f"{outcome.vram / GIB:.2f} GiB: {usable:.2f} GiB for a plan beside CUDA context, "
-        f"workspaces and {FRAGMENTATION:.0%} fragmentation; rates {card.rates.source}"
+        f"{outcome.vram / GIB:.2f} GiB: {usable:.2f} GiB for a plan beside CUDA context and workspaces; "
+        f"rates {card.rates.source}"
     ]
     if outcome.chosen is None:
         lines += ["nothing fits", outcome.advice]
@@ -34,12 +35,14 @@ def as_text(outcome: Outcome) -> str:
         lines += [
             "",
             f"{plan.name}",
-            f"  {plan.peak / GIB:.2f} GiB on the card, {plan.ms:.0f} ms a step (predicted)",
+            f"  {plan.peak / GIB:.2f} GiB on the card, {plan.reserved / GIB:.2f} reserved; {plan.time} "
+            "(predicted)",
             f"  {plan.pinned / GIB:.1f} GiB of system RAM pinned, {plan.host / GIB:.1f} GiB used at most",
             "",
             *_settings(plan),
             "",
             *(f"  {name:<14}{size / GIB:7.2f} GiB" for name, size in plan.device.items()),
+            f"  {'allocator':<14}{(plan.reserved - plan.peak) / GIB:7.2f} GiB",
             f"  {'CUDA context':<14}{CONTEXT_GIB:7.2f} GiB",
             f"  {'workspaces':<14}{WORKSPACE_GIB:7.2f} GiB",
             "",
@@ -93,10 +96,12 @@ def _row(plan: Plan) -> dict[str, Any]:
         "name": plan.name,
         "settings": plan.settings,
         "peak": plan.peak,
+        "reserved": plan.reserved,
         "device": plan.device,
         "pinned": plan.pinned,
         "host": plan.host,
         "ms": round(plan.ms, 1),
+        "accumulation": plan.accumulation,
         "traced": plan.traced,
     }
 
@@ -135,7 +140,10 @@ def plot(outcome: Outcome, path: Path) -> None:
         labels.append(GRAPHS)
     axes.stackplot(ends, np.array(live) / GIB, labels=labels, step="post")
     axes.axhline(outcome.usable / GIB, color="black", linewidth=1, linestyle="--", label="usable")
-    axes.set(xlabel=f"ms, rates of {outcome.card.name} (predicted)", ylabel="GiB", xlim=(0, ends[-1]))
+    what = "ms"
+    if trace.accumulation > trace.micro_batches:
+        what += f" of {trace.micro_batches} of {trace.accumulation} micro-batches"
+    axes.set(xlabel=f"{what}, rates of {outcome.card.name} (predicted)", ylabel="GiB", xlim=(0, ends[-1]))
     axes.legend(loc="upper left", ncols=4, fontsize="small")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -19,6 +19,7 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 from mapo_fast.config import Config, parse_config
+from mapo_fast.planner.allocator import EXPANDABLE, Rules
 from mapo_fast.planner.cards import GIB, Card, size_text, usable_bytes, vram_for
 from mapo_fast.planner.family import BLOCKS, Family, stated
 from mapo_fast.planner.host import Host
@@ -45,7 +46,7 @@ class Outcome(NamedTuple):
     card: Card
     vram: int
     usable: int
-    """Bytes that a plan's peak may have."""
+    """Bytes that a plan may reserve."""
     host: Host
     chosen: Plan | None
     trace: Trace | None
@@ -62,13 +63,25 @@ class Outcome(NamedTuple):
 
 
 def search(
-    config: Config, unet_config: dict[str, Any], card: Card, vram: int, host: Host, *, vae: Vae = SDXL_VAE
+    config: Config,
+    unet_config: dict[str, Any],
+    card: Card,
+    vram: int,
+    host: Host,
+    *,
+    vae: Vae = SDXL_VAE,
+    rules: Rules = EXPANDABLE,
 ) -> Outcome:
-    """Choose a plan for training `config`'s UNet on a card with `vram` bytes of free memory."""
+    """Choose a plan for training `config`'s UNet on a card with `vram` bytes of free memory.
+
+    Args:
+        vae: what previews are decoded with.
+        rules: of torch's allocator there.
+    """
     if config.speed.cuda_graph:
         card = card._replace(rates=card.rates._replace(host=0.0))  # a step is launched at once
     with closing(Tracing()) as tracing:
-        return _Search(config, unet_config, card, vram, host, vae, tracing).outcome()
+        return _Search(config, unet_config, card, vram, host, vae, tracing, rules).outcome()
 
 
 class _Search:
@@ -83,7 +96,9 @@ class _Search:
         host: Host,
         vae: Vae,
         tracing: Tracing,
+        rules: Rules,
     ) -> None:
+        self.rules = rules
         self.config, self.unet_config, self.card, self.vram = config, unet_config, card, vram
         self.host, self.vae, self.tracing = host, vae, tracing
         self.usable = usable_bytes(vram)
@@ -106,7 +121,7 @@ class _Search:
                 return self._chosen(*found)
             small += [(plan, family) for plan in [frugal, *plans]]
         # Composing errs by a few MiB: only a full trace says that the smallest plan does not fit.
-        smallest, family = min(small, key=lambda one: (bool(_no_ram(one[0], self.host)), one[0].peak))
+        smallest, family = min(small, key=lambda one: (bool(_no_ram(one[0], self.host)), one[0].reserved))
         if not smallest.traced or not self._lacks(smallest):
             smallest, trace = family.traced(smallest)
             if not self._lacks(smallest):
@@ -116,7 +131,8 @@ class _Search:
         return Outcome(*given, None, None, self.others, {}, "", advice, enough)
 
     def _family(self, config: Config, changes: dict[str, Any]) -> Family:
-        return Family(config, changes, self.unet_config, self.card, self.usable, self.tracing)
+        given = config, changes, self.unet_config, self.card, self.usable, self.tracing
+        return Family(*given, self.rules)
 
     def _fastest(self, family: Family, plans: list[Plan]) -> tuple[Plan, Trace] | None:
         """The first plan whose own trace fits; what is slower or too large goes to `others`."""
@@ -133,7 +149,7 @@ class _Search:
                     chosen = traced, trace
                     composed, ratio = plan.ms, traced.ms / plan.ms
                     continue
-                smaller = family.smaller(plan, traced.peak - self.usable)
+                smaller = family.smaller(plan, traced.reserved - self.usable)
                 if smaller is not None:
                     queue = sorted([*queue, smaller], key=_score)
                     continue
@@ -157,16 +173,19 @@ class _Search:
 
     def _lacks(self, plan: Plan) -> str:
         """Why a plan does not fit, or an empty text."""
-        if plan.peak > self.usable:
-            return f"needs {(plan.peak - self.usable) / GIB:.2f} GiB more on the card"
+        if plan.reserved > self.usable:
+            return f"needs {(plan.reserved - self.usable) / GIB:.2f} GiB more on the card"
         missing = self._peak(plan) - self.usable
         if missing > 0:
             return _no_ram(plan, self.host) or f"needs {missing / GIB:.2f} GiB more for a preview's VAE"
         return _no_ram(plan, self.host)
 
     def _peak(self, plan: Plan) -> int:
-        """Most bytes on the device of the step and the previews that the config asks for."""
-        return max(plan.peak, previewing(self.config, plan, self.vae) if self.config.preview.prompts else 0)
+        """Most bytes that the step and the previews that the config asks for reserve."""
+        if not self.config.preview.prompts:
+            return plan.reserved
+        beside = plan.reserved - plan.peak
+        return max(plan.reserved, previewing(self.config, plan, self.vae) + beside)
 
     def _advice(self, smallest: Plan, plans: list[Plan]) -> tuple[str, int]:
         """The smallest change that would fit: a setting given up, fewer pairs, a smaller image, more memory.
@@ -190,7 +209,7 @@ class _Search:
         if lacks_ram and on_card:
             plan = min(on_card, key=lambda plan: _ram_for(plan, self.host))
             need, there = size_text(_ram_for(plan, self.host)), size_text(self.host.ram)
-            return f"{need} of system RAM would do ({plan.name}), there are {there}", 0
+            return f"{need} of system RAM would do ({plan.name}), {there} are free", 0
         return f"the smallest plan ({smallest.name}) {lacks_ram or self._lacks(smallest)}", enough
 
     def _attempts(self) -> Iterator[tuple[Config, str]]:
@@ -220,7 +239,7 @@ def _no_ram(plan: Plan, host: Host) -> str:
     if plan.pinned > host.pinnable:
         return f"pins {plan.pinned / GIB:.1f} GiB of system RAM, {host.pinnable / GIB:.1f} can be"
     if plan.host > host.ram:
-        return f"needs {plan.host / GIB:.1f} GiB of system RAM, there are {host.ram / GIB:.1f}"
+        return f"needs {plan.host / GIB:.1f} GiB of system RAM, {host.ram / GIB:.1f} are free"
     return ""
 
 

@@ -28,8 +28,8 @@ from mapo_fast.config import Config
 from mapo_fast.files import open_regular, parse_json
 from mapo_fast.planner.trace import Mark, Trace, record_step
 
-_Work = tuple[Path, str, dict[str, Any], bool]
-_ARRAYS = ("kinds", "flops", "nbytes", "links", "live", "kept")
+_Work = tuple[Path, str, dict[str, Any]]
+_ARRAYS = ("kinds", "flops", "nbytes", "links", "live", "kept", "sizes", "events")
 
 
 def folder() -> Path:
@@ -38,10 +38,10 @@ def folder() -> Path:
     return Path(local or Path.home() / ".cache") / "mapo_fast" / "traces"
 
 
-def traces(configs: Sequence[Config], unet_config: dict[str, Any], *, settled: bool = True) -> list[Trace]:
+def traces(configs: Sequence[Config], unet_config: dict[str, Any]) -> list[Trace]:
     """The traces of these configs, from disk or made now, two at a time; see `record_step`."""
     with closing(Tracing()) as tracing:
-        return list(tracing.traces(configs, unet_config, settled=settled))
+        return list(tracing.traces(configs, unet_config))
 
 
 class Tracing:
@@ -58,14 +58,12 @@ class Tracing:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def traces(
-        self, configs: Sequence[Config], unet_config: dict[str, Any], *, settled: bool = True
-    ) -> Generator[Trace, None, None]:
+    def traces(self, configs: Sequence[Config], unet_config: dict[str, Any]) -> Generator[Trace, None, None]:
         """One after the other; those behind a trace that is not asked for any more are not made."""
-        paths = [folder() / f"{_digest(config, unet_config, settled)}.npz" for config in configs]
+        paths = [folder() / f"{_digest(config, unet_config)}.npz" for config in configs]
         found = {i: trace for i, path in enumerate(paths) if (trace := _read(path)) is not None}
         work = {
-            i: (path, configs[i].model_dump_json(), unet_config, settled)
+            i: (path, configs[i].model_dump_json(), unet_config)
             for i, path in enumerate(paths)
             if i not in found
         }
@@ -137,15 +135,15 @@ def _safe_path() -> Iterator[None]:
 
 
 def _record(work: _Work) -> Trace:
-    path, text, unet_config, settled = work
+    path, text, unet_config = work
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # third-party deprecations
-        trace = record_step(Config.model_validate_json(text), unet_config, settled=settled)
+        trace = record_step(Config.model_validate_json(text), unet_config)
     _write(path, trace)
     return trace
 
 
-def _digest(config: Config, unet_config: dict[str, Any], settled: bool) -> str:
+def _digest(config: Config, unet_config: dict[str, Any]) -> str:
     table = config.model_dump(mode="json", include={"adapter", "objective", "offload", "optim"})
     table["train"] = config.train.model_dump(
         mode="json",
@@ -156,9 +154,7 @@ def _digest(config: Config, unet_config: dict[str, Any], settled: bool) -> str:
     )  # fmt: skip
     table["optim"].pop("lr")
     table["speed"] = config.speed.model_dump(mode="json", include={"fused_ops", "channels_last", "fp8"})
-    first_step = config.offload.optimizer == "cpu" and not settled
     parts = [
-        first_step,
         table,
         [config.data.resolution, config.data.max_tokens],
         sorted(unet_config.items(), key=str),

@@ -30,7 +30,7 @@ class Times(NamedTuple):
     transfer: float
     """The busier of the two directions of PCIe."""
     ends: np.ndarray
-    """(n,) when each operation ends."""
+    """(n,) when each traced operation ends."""
 
 
 def durations(trace: Trace, rates: Rates) -> np.ndarray:
@@ -53,7 +53,23 @@ def durations(trace: Trace, rates: Rates) -> np.ndarray:
 
 
 def simulate(trace: Trace, card: Card) -> Times:
-    """Run the step's operations in order on a card, one step after another."""
+    """Run the step's operations in order on a card, one step after another.
+
+    Of a step with more micro-batches than were traced, each further one takes as long as one more of them.
+    """
+    times = _simulated(trace, card)
+    more = trace.accumulation - trace.micro_batches
+    if not more:
+        return times
+    longer = _simulated(trace.with_one_more(), card)
+    step, compute, transfer = (
+        some + more * (longer_by - some) for some, longer_by in zip(times[:3], longer[:3], strict=True)
+    )
+    return Times(step, compute, transfer, times.ends)
+
+
+def _simulated(trace: Trace, card: Card) -> Times:
+    """Of the micro-batches that were traced."""
     seconds = durations(trace, card.rates)
     _, computed, issued = _run(trace, seconds, card.rates.host, 0.0)
     # Where the device ends later than the host, the host has begun the next step by then.

@@ -10,7 +10,7 @@ backward; the pieces between them are what `windows.py` composes other plans fro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -57,7 +57,8 @@ class Mark(NamedTuple):
     operation: int
     """It stands before this one."""
     name: str
-    """`forward BLOCK`, where the block begins; `backward BLOCK`, where its backward ends; or `update`."""
+    """`forward BLOCK`, where the block begins; `backward BLOCK`, where its backward ends; `accumulate`, where
+    a micro-batch begins, and `finish` after the last; `loss` and `differentiated` around a backward pass."""
 
 
 class Trace(NamedTuple):
@@ -70,10 +71,16 @@ class Trace(NamedTuple):
     live: np.ndarray  # (len(CATEGORIES), n) int64, bytes while an operation runs
     kept: np.ndarray  # (n,) int64, bytes of gradients if none were freed before the step's end
     marks: list[Mark]
+    sizes: np.ndarray  # (m,) int64, bytes of each allocation on the device
+    events: np.ndarray  # (e,) int64: n where allocation n is made, ~n where it is freed, in order
     slots: int
     """Bytes of the device buffers that streamed weights visit."""
     trainable: int
     """Trained numbers."""
+    begins: list[int]
+    """Where in `events` each step begins: what is before is there when training begins."""
+    accumulation: int = 1
+    """Micro-batches in a step; two of them are traced at most, between marks `accumulate`."""
 
     def row(self, category: str) -> np.ndarray:
         """Live bytes of one category, (n,)."""
@@ -94,6 +101,32 @@ class Trace(NamedTuple):
         """Most bytes on the device."""
         return int(self.device.max())
 
+    @property
+    def micro_batches(self) -> int:
+        """How many were traced."""
+        return max(1, sum(mark.name == "accumulate" for mark in self.marks))
+
+    @property
+    def last_micro_batch(self) -> slice:
+        """The operations of the last micro-batch that was traced."""
+        borders = {mark.name: mark.operation for mark in self.marks}
+        return slice(borders.get("accumulate", 0), borders.get("finish", len(self.kinds)))
+
+    def with_one_more(self) -> Trace:
+        """The operations of a step with one more micro-batch; nothing else fits them."""
+        again = self.last_micro_batch
+        added = again.stop - again.start
+        links = self.links.copy()
+        links[again.stop :][links[again.stop :] >= again.start] += added
+        repeated = self.links[again].copy()
+        repeated[repeated >= again.start] += added
+
+        def doubled(row: np.ndarray, middle: np.ndarray) -> np.ndarray:
+            return np.concatenate([row[: again.stop], middle, row[again.stop :]])
+
+        kinds, flops, nbytes = (doubled(row, row[again]) for row in (self.kinds, self.flops, self.nbytes))
+        return self._replace(kinds=kinds, flops=flops, nbytes=nbytes, links=doubled(links, repeated))
+
     def at_peak(self) -> dict[str, int]:
         """Live bytes by category when most of the device is in use; and host memory at its own highest."""
         column = self.live[:, int(self.device.argmax())]
@@ -101,13 +134,14 @@ class Trace(NamedTuple):
         return found | {"host": int(self.live[-1].max())}
 
 
-def record_step(config: Config, unet_config: dict[str, Any], *, settled: bool = True) -> Trace:
+def record_step(config: Config, unet_config: dict[str, Any]) -> Trace:
     """Trace one optimizer step of `config`, of square latents at the config's resolution.
+
+    It is the second one: tables and states are there, and states are fetched ahead in the order in which they
+    will be asked for.
 
     Args:
         unet_config: of a diffusers `UNet2DConditionModel`.
-        settled: a step that knows the order in which states will be asked for, and fetches them ahead; else a
-            first step, which needs as much memory and half the time to trace.
     """
     precision = _precision(config)
     unets = [_untouched_unet(unet_config, precision.base) for _ in range(1 + (config.reference == "copy"))]
@@ -116,7 +150,7 @@ def record_step(config: Config, unet_config: dict[str, Any], *, settled: bool = 
         code_book(signed, CPU)  # cached, so it must be made outside
     recorder = Recorder([p for one in unets for p in one.parameters()])
     with ExitStack() as stack:
-        stack.enter_context(card_path(CARD, recorder.launched))
+        stack.enter_context(card_path(CARD, recorder))
         stack.enter_context(recorder)
         links = stack.enter_context(_transfers(recorder))
         plain = with_settings(config, _EAGER)
@@ -142,12 +176,12 @@ def record_step(config: Config, unet_config: dict[str, Any], *, settled: bool = 
             pairs_of_zeros(config.train.pairs_per_batch, side, unet_config, chunks=chunks)
             for _ in range(_micro_batches(config))
         ]
-        if settled and config.offload.optimizer == "cpu":
-            _step(engine, inputs)
+        begins = [len(recorder.events)]
+        _step(engine, inputs)
+        begins.append(len(recorder.events))
         recorder.restart()
         marks = stack.enter_context(_marks(recorder, unet))
-        _step(engine, inputs)
-        marks.append(Mark(len(recorder.operations), "end"))
+        _step(engine, inputs, lambda name: marks.append(Mark(len(recorder.operations), name)))
         _tag_persistent(recorder, engine)
         slots = {
             id(a): a.nbytes
@@ -156,11 +190,14 @@ def record_step(config: Config, unet_config: dict[str, Any], *, settled: bool = 
             if weights is not None and weights.unit_of(p) is not None
             for a in [recorder.allocation(p)]
         }
+    trace = _trace(recorder, marks, links, begins)
     trainable = sum(p.numel() for p in engine.parameters)
-    return _trace(recorder, marks, links, sum(slots.values()), trainable)
+    return trace._replace(
+        slots=sum(slots.values()), trainable=trainable, accumulation=config.train.accumulation
+    )
 
 
-def _step(engine: Engine, inputs: list[PairInputs]) -> None:
+def _step(engine: Engine, inputs: list[PairInputs], mark: Callable[[str], None] = lambda name: None) -> None:
     objective, pairs = engine.config.objective, engine.config.train.pairs_per_batch
     known = torch.zeros(2 * pairs) if engine.config.reference == "precomputed" else None
     labels = torch.zeros(pairs) if objective.known.labels == "required" else None
@@ -168,8 +205,11 @@ def _step(engine: Engine, inputs: list[PairInputs]) -> None:
         labels = torch.zeros(2 * pairs, dtype=torch.bool)
     engine.start(1e-5)
     for batch in inputs:
+        mark("accumulate")
         engine.accumulate(batch, 1 / len(inputs), reference_errors=known, labels=labels)
+    mark("finish")
     engine.finish()
+    mark("end")
 
 
 def _unets(engine: Engine) -> list[tuple[Any, WeightStreaming | None]]:
@@ -335,9 +375,31 @@ def _tag_persistent(recorder: Recorder, engine: Engine) -> None:
             allocation.tag = "staging" if allocation.tag in ("", "saved") else allocation.tag
 
 
-def _trace(recorder: Recorder, marks: list[Mark], links: dict[int, int], slots: int, trainable: int) -> Trace:
+def _events(recorder: Recorder, begins: list[int]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Sizes of the device's allocations, what happens to them in order, and where the steps begin in that.
+
+    What is freed before the first step was on the host: weights are loaded there and go to the device once.
+    """
+    loaded = {~event for event in recorder.events[: begins[0]] if event < 0}
+    numbers: dict[int, int] = {}
+    events: list[int] = []
+    starts: list[int] = []
+    for i, event in enumerate(recorder.events):
+        if i in begins:
+            starts.append(len(events))
+        number = event if event >= 0 else ~event
+        if number in loaded or recorder.made[number].tag == "host":
+            continue
+        place = numbers.setdefault(number, len(numbers))
+        events.append(place if event >= 0 else ~place)
+    sizes = [recorder.made[number].nbytes for number in numbers]
+    return np.array(sizes, dtype=np.int64), np.array(events, dtype=np.int64), starts
+
+
+def _trace(recorder: Recorder, marks: list[Mark], links: dict[int, int], begins: list[int]) -> Trace:
     first = recorder.first
     n = len(recorder.operations) - first
+    sizes, events, starts = _events(recorder, begins)
     changes = np.zeros((len(CATEGORIES), n + 1), dtype=np.int64)
     kept = np.zeros(n + 1, dtype=np.int64)
     for allocation in recorder.allocations:
@@ -360,6 +422,9 @@ def _trace(recorder: Recorder, marks: list[Mark], links: dict[int, int], slots: 
         changes.cumsum(1)[:, :n],
         kept.cumsum()[:n],
         [Mark(operation - first, name) for operation, name in marks],
-        slots,
-        trainable,
+        sizes,
+        events,
+        slots=0,
+        trainable=0,
+        begins=starts,
     )

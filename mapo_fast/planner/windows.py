@@ -34,6 +34,7 @@ class Piece(NamedTuple):
     net: int
     """Live bytes at its end, less those at its beginning."""
     seconds: float
+    """Of all micro-batches that it stands for."""
 
 
 class Mode(NamedTuple):
@@ -59,6 +60,8 @@ def cut(trace: Trace, card: Card, *, keep_gradients: bool) -> Mode:
     busy = np.concatenate([[0.0], seconds.cumsum()])
     borders = _borders(trace)
     level = np.append(moving, moving[-1])
+    micro = trace.last_micro_batch
+    alike = trace.accumulation - trace.micro_batches + 1
     pieces: dict[tuple[str, int], Piece] = {}
     seen: dict[str, int] = {}
     for (start, end), name in borders:
@@ -66,6 +69,7 @@ def cut(trace: Trace, card: Card, *, keep_gradients: bool) -> Mode:
         seen[name] += 1
         highest = int(moving[start:end].max()) if end > start else int(level[start])
         time = max(float(busy[end] - busy[start]), (end - start) * card.rates.host)
+        time *= alike if micro.start <= start < micro.stop else 1
         block = name.split(" ")[1] if " " in name else ""
         entry = int(level[start])
         pieces[key] = Piece(block, highest - entry, int(level[end]) - entry, time)

@@ -19,7 +19,7 @@ from mapo_fast.planner import trace as planner_trace
 from mapo_fast.planner.costs import ATTENTION, CONVOLUTION, ELEMENTWISE, FP8, MATRIX
 from mapo_fast.planner.recorder import Recorder, card_path
 from mapo_fast.planner.trace import CPU, pairs_of_zeros, record_step
-from mapo_kernels import fp8_linear, group_norm_silu_conv
+from mapo_kernels import AdamW8bit, fp8_linear, group_norm_silu_conv
 from mapo_kernels._launch import INTERPRETING, Card
 
 CARD = Card(89, 128)
@@ -173,7 +173,7 @@ def test_temporary_memory_inside_an_operator_is_seen() -> None:
     weight = torch.empty(8, 64, 3, 3)
     recorder = Recorder([x, weight])
     before = recorder.live
-    with card_path(CARD, recorder.launched), recorder:
+    with card_path(CARD, recorder), recorder:
         out = group_norm_silu_conv(x, 32, None, None, weight)
     assert recorder.peak - before >= x.nbytes + out.nbytes  # the activation that the convolution reads
     assert recorder.live - before < x.nbytes
@@ -193,7 +193,7 @@ def test_products_in_fp8_are_counted_apart_with_the_bytes_of_rounding() -> None:
     rows, width, out = 512, 256, 384
     x, weight = (torch.empty(n, width, requires_grad=True) for n in (rows, out))
     recorder = Recorder([x, weight])
-    with card_path(CARD, recorder.launched), recorder:
+    with card_path(CARD, recorder), recorder:
         fp8_linear(x, weight).sum().backward()
     of = {kind: [c for c in recorder.operations if c.kind == kind] for kind in (FP8, MATRIX, ELEMENTWISE)}
     product = 2.0 * rows * width * out
@@ -216,3 +216,61 @@ def test_fp8_layers_move_products_and_nothing_else_to_fp8() -> None:
     assert not dense.flops[dense.kinds == FP8].any()
     assert flops[FP8] > flops[MATRIX]
     assert sum(flops.values()) == pytest.approx(dense.flops[dense.kinds == MATRIX].sum())
+
+
+@pytest.mark.skipif(INTERPRETING, reason="operators would run in Triton's interpreter")
+@pytest.mark.parametrize("max_update_rms", [None, 1.0])
+def test_what_8_bit_adamw_moves_is_counted_though_its_kernels_find_it_by_addresses(
+    max_update_rms: float | None,
+) -> None:
+    """A bf16 weight read and written, its gradient read, two codes and two block maxima read and written."""
+    numel, small = 1024 * 1024, 100
+    params = [torch.nn.Parameter(torch.zeros(n, dtype=torch.bfloat16)) for n in (numel, small)]
+    optimizer = AdamW8bit(params, max_update_rms=max_update_rms)
+
+    def step() -> None:
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+
+    recorder = Recorder(params)
+    with card_path(CARD, recorder), recorder:
+        step()
+        recorder.restart()
+        step()
+    moments = numel * 2 + numel // 256 * 8 + small * 8
+    update = (numel + small) * (2 + 2 + 2) + 2 * moments + 2 * 2 * 8
+    clipping = 0 if max_update_rms is None else (numel + small) * 2 + moments
+    moved = sum(c.nbytes for c in recorder.operations[recorder.first :])
+    assert moved == pytest.approx(update + clipping, rel=0.01)
+
+
+def test_what_is_changed_in_place_is_read_and_written() -> None:
+    x, y = torch.zeros(8192), torch.zeros(8192)
+    with Recorder([x, y]) as recorder:
+        x.add_(y)
+        x.copy_(y)
+        torch._foreach_mul_([x, y], 2.0)
+        x.zero_()
+    assert [c.nbytes / x.nbytes for c in recorder.operations] == [3, 2, 4, 1]
+
+
+@pytest.mark.parametrize(
+    "some",
+    [PLANS["split, fused"], {"adapter": {"kind": "lora"}, "train": {"layout": "joint", "precision": "bf16"}}],
+    ids=["full", "LoRA"],
+)
+def test_what_only_a_first_step_does_is_in_no_other(
+    some: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States and tables of addresses are made once; a step is as long as the one that follows it."""
+    config = settings(**some)
+    second = record_step(config, REDUCED)
+    real = planner_trace._step
+
+    def twice(engine: Engine, inputs: Any, *mark: Any) -> None:
+        real(engine, inputs)
+        real(engine, inputs, *mark)
+
+    monkeypatch.setattr(planner_trace, "_step", twice)
+    assert len(record_step(config, REDUCED).kinds) == 2 * len(second.kinds)

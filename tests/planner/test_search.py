@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from multiprocessing.spawn import get_preparation_data
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -19,6 +20,7 @@ from mapo_fast.errors import UserError
 from mapo_fast.planner import host as planner_host
 from mapo_fast.planner import search as planner_search
 from mapo_fast.planner import store
+from mapo_fast.planner.allocator import EXPANDABLE, Rules
 from mapo_fast.planner.cards import (
     CARDS,
     GIB,
@@ -30,8 +32,9 @@ from mapo_fast.planner.cards import (
     vram_for,
 )
 from mapo_fast.planner.family import BLOCKS, Family, prefixes, stated
-from mapo_fast.planner.host import Host, _container_limits, host
+from mapo_fast.planner.host import Host, _container_rooms, host
 from mapo_fast.planner.plan import Plan, with_settings
+from mapo_fast.planner.replay import Allocator, cublas_workspace, reserved
 from mapo_fast.planner.report import check_picture
 from mapo_fast.planner.search import search
 from mapo_fast.planner.stages import Vae
@@ -111,28 +114,51 @@ def test_a_proposed_size_is_enough(peak: int) -> None:
 
 
 def test_memory_limits_of_containers_count(tmp_path: Path) -> None:
-    """Of the process's own group and of all above it, in both versions of control groups."""
+    """Less what they hold; of the process's own group and of all above it, in both versions of groups."""
 
     def write(name: str, text: str) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
 
-    assert _container_limits(tmp_path) == []
+    assert _container_rooms(tmp_path) == []
     write("proc/self/cgroup", "1:name=systemd:/x\n0::/jobs/one")
     write("sys/fs/cgroup/jobs/one/memory.max", "max")
     write("sys/fs/cgroup/jobs/one/memory.high", "7000")
     write("sys/fs/cgroup/jobs/memory.max", "9000")
     write("sys/fs/memory.max", "1")
-    assert sorted(_container_limits(tmp_path)) == [7000, 9000]
+    assert sorted(_container_rooms(tmp_path)) == [7000, 9000]
+    write("sys/fs/cgroup/jobs/one/memory.current", "3000")
+    write("sys/fs/cgroup/jobs/one/memory.stat", "anon 2500\ninactive_file 500")
+    write("sys/fs/cgroup/jobs/memory.current", "9500")
+    assert sorted(_container_rooms(tmp_path)) == [0, 4500]
     write("proc/self/cgroup", "5:cpu,memory:/docker/abc\n2:cpuset:/docker/abc")
     write("sys/fs/cgroup/memory/memory.limit_in_bytes", "8000")
-    assert _container_limits(tmp_path) == [8000]
+    write("sys/fs/cgroup/memory/memory.usage_in_bytes", "5000")
+    write("sys/fs/cgroup/memory/memory.stat", "inactive_file 1\ntotal_inactive_file 2000")
+    assert _container_rooms(tmp_path) == [5000]
 
 
+@pytest.fixture
+def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 GiB, of which 40 are free and this process holds one; in no container."""
+    memory = SimpleNamespace(total=64 * GIB, available=40 * GIB)
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=GIB))
+    monkeypatch.setattr(planner_host.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(planner_host.psutil, "Process", lambda: process)
+    monkeypatch.setattr(planner_host, "_container_rooms", lambda root: [])
+
+
+@pytest.mark.usefixtures("busy_machine")
 def test_a_container_is_not_planned_for_the_whole_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner_host, "_container_limits", lambda root: [GIB, 2 * GIB])
-    assert host(None).ram == GIB
+    monkeypatch.setattr(planner_host, "_container_rooms", lambda root: [GIB, 2 * GIB])
+    assert host(None).ram == GIB + GIB  # and what the process holds
     assert host(3 * GIB).ram == 3 * GIB
+
+
+@pytest.mark.usefixtures("busy_machine")
+def test_ram_that_other_programs_hold_is_not_planned_for() -> None:
+    assert host(None).ram == 41 * GIB
+    assert host(None, processes=4).ram == 11 * GIB
 
 
 def test_prefixes_hold_exactly_the_chosen_blocks() -> None:
@@ -165,6 +191,38 @@ def test_a_composed_plan_is_its_full_trace() -> None:
     assert 1e3 * (made.forward + made.backward) == pytest.approx(simulate(full, RTX).step, rel=0.05)
 
 
+def test_a_composed_step_lasts_as_long_as_all_its_micro_batches() -> None:
+    """Composed as traced: 16 micro-batches take nearly 16 times as long as one."""
+    state = {"layout": "split", "gradient_checkpointing": True}
+    times = {}
+    for count in (1, 16):
+        config = settings(train={**state, "fused_step": False, "accumulation": count})
+        with closing(store.Tracing()) as tracing:
+            family = Family(config, {}, REDUCED, RTX, GIB, tracing)
+            family.frugal()
+            composed = next(p for p in family.plans() if "cpu" not in p.settings.values())
+            traced, _ = family.traced(composed)
+        assert composed.accumulation == traced.accumulation == count
+        assert composed.ms == pytest.approx(traced.ms, rel=0.1)
+        times[count] = traced
+    assert times[16].ms == pytest.approx(16 * times[1].ms, rel=0.15)
+    assert "ms a step of 16 micro-batches (" in times[16].time
+    assert "micro-batches" not in times[1].time
+
+
+def test_a_plan_reserves_no_more_than_the_room_it_was_chosen_for() -> None:
+    """Replayed at just that cap: by default less fits, and a plan that fits runs."""
+    large = settings(data={"resolution": 512})
+    for rules in (Rules(), EXPANDABLE):
+        room = int(0.8 * _chosen(large, GIB).reserved)
+        found = search(large, REDUCED, RTX, vram_for(room), PLENTY, rules=rules)
+        assert found.chosen is not None
+        assert found.trace is not None
+        assert found.chosen.peak < found.chosen.reserved <= found.usable
+        allocator = Allocator(rules, cublas_workspace(RTX.capability))
+        assert reserved(found.trace, allocator, found.usable) <= found.usable
+
+
 def test_a_streamed_copy_of_the_start_model_is_foreseen() -> None:
     """Its memory, its copies and its forward pass, without a trace of the plan itself."""
     config = settings(
@@ -195,10 +253,10 @@ def test_memory_that_lasts_buys_no_recomputation(exact_budget: None) -> None:
 
 def test_little_memory_moves_things_off_the_card_and_little_more_is_refused(exact_budget: None) -> None:
     rich = search(settings(), REDUCED, RTX, GIB, PLENTY)
-    least = min(loser.plan.peak for loser in rich.others)
+    least = min(loser.plan.reserved for loser in rich.others)
     poor = search(settings(), REDUCED, RTX, int(least * 1.02), PLENTY)
     assert poor.chosen is not None
-    assert poor.chosen.peak <= least * 1.02
+    assert poor.chosen.reserved <= least * 1.02
     assert poor.chosen.settings["offload.weights"] == "cpu"
     applied = poor.chosen.apply(settings())
     assert applied.offload.weights == "cpu"
@@ -314,10 +372,10 @@ def test_blocks_are_recomputed_where_two_steps_do_not_fit(exact_budget: None) ->
     """Composed as traced; nothing is offloaded, which no graph holds."""
     large = {"data": {"resolution": 512}}
     asked = settings(speed={"cuda_graph": True}, **large)
-    room = int(0.9 * _chosen(asked, GIB).peak)
+    room = int(0.9 * _chosen(asked, GIB).reserved)
     assert _chosen(settings(**large), room).settings[BLOCKS] is False
     plan = _chosen(asked, room)
-    assert plan.peak <= room
+    assert plan.reserved <= room
     assert plan.settings[BLOCKS] is not False
     with closing(store.Tracing()) as tracing:
         family = Family(asked, {}, REDUCED, RTX, room, tracing)
@@ -330,7 +388,7 @@ def test_blocks_are_recomputed_where_two_steps_do_not_fit(exact_budget: None) ->
 def test_without_graphs_is_the_first_advice(exact_budget: None) -> None:
     asked = settings(speed={"cuda_graph": True})
     with closing(store.Tracing()) as tracing:
-        least = Family(asked, {}, REDUCED, RTX, GIB, tracing).frugal().peak
+        least = Family(asked, {}, REDUCED, RTX, GIB, tracing).frugal().reserved
     outcome = search(asked, REDUCED, RTX, int(0.9 * least), PLENTY)
     assert outcome.chosen is None
     assert outcome.advice.startswith("speed.cuda_graph = false would fit")
@@ -339,7 +397,7 @@ def test_without_graphs_is_the_first_advice(exact_budget: None) -> None:
 def test_too_little_system_ram_says_how_much_would_do_and_that_does(exact_budget: None) -> None:
     refused = search(settings(), REDUCED, RTX, GIB, Host(GIB, GIB // 2))
     assert refused.chosen is None
-    found = re.fullmatch(r"(\S+) of system RAM would do \((.*)\), there are 1.00GiB", refused.advice)
+    found = re.fullmatch(r"(\S+) of system RAM would do \((.*)\), 1.00GiB are free", refused.advice)
     assert found is not None
     enough = parse_size(found[1], "--ram")
     assert search(settings(), REDUCED, RTX, GIB, Host(enough, enough // 2)).chosen is not None
@@ -357,7 +415,7 @@ def test_a_stated_offload_without_system_ram_for_it_is_what_to_give_up(exact_bud
 def test_a_stated_optimizer_with_larger_states_is_what_to_give_up(exact_budget: None) -> None:
     config = settings(optim={"name": "adamw"}, offload={"optimizer": "gpu", "weights": "gpu"})
     with closing(store.Tracing()) as tracing:
-        least = Family(config, {}, REDUCED, RTX, GIB, tracing).frugal().peak
+        least = Family(config, {}, REDUCED, RTX, GIB, tracing).frugal().reserved
     outcome = search(config, REDUCED, RTX, int(0.9 * least), Host(64 * GIB, 1))
     assert outcome.chosen is None
     assert outcome.advice.startswith('optim.name = "adamw8bit" would fit')

@@ -1,0 +1,113 @@
+"""What torch's allocator has to reserve for a traced run: its steps replayed by the allocator's rules.
+
+Tensors are not all. Blocks that lie where nothing else fits, what is left of segments, and the workspaces
+that torch makes for cuBLAS are reserved too. How much that is follows from the order in which a step
+allocates and frees, so every plan has its own share.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from mapo_fast.planner.allocator import MIB, Block, CachingAllocator, CapReachedError, Rules
+from mapo_fast.planner.trace import Trace
+
+EXACT = 1 / 256
+"""Share of a peak by which the least cap that is found may be too high."""
+_HANDLES = 2
+"""cuBLAS handles: of the thread that runs forward passes and of autograd's."""
+
+
+class Allocator(NamedTuple):
+    """torch's allocator on a card."""
+
+    rules: Rules
+    workspace: int
+    """Bytes that each cuBLAS handle holds for a stream."""
+    graphs: bool = False
+    """Whether steps run as CUDA graphs."""
+
+
+def cublas_workspace(capability: int) -> int:
+    """Bytes of one of torch's workspaces for cuBLAS (`CublasHandlePool.cpp`).
+
+    Args:
+        capability: of the card, 89 for 8.9.
+    """
+    chosen = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    if chosen:
+        return sum(1024 * int(size) * int(count) for size, count in chosen)
+    return 32 * MIB if capability >= 90 else 1024 * (2 * 4096 + 8 * 16)
+
+
+def reserved(trace: Trace, allocator: Allocator, cap: int | None = None) -> int:
+    """Most bytes that are reserved in a run of these steps.
+
+    A run loads, takes its first step and goes on with the last one that was traced. With CUDA graphs that
+    one is captured in a pool of its own, and something as large runs beside it.
+
+    Raises:
+        CapReachedError: it needs more than the cap.
+    """
+    caching = CachingAllocator(allocator.rules, cap)
+    sizes, events = trace.sizes.tolist(), trace.events.tolist()
+    live: dict[int, Block] = {}
+
+    def run(happened: Iterable[int], *, private: bool = False) -> None:
+        for event in happened:
+            if event < 0:
+                block = live.pop(~event, None)
+                if block is not None:
+                    caching.free(block)
+            elif event not in live:  # what lasts is there since the step before
+                live[event] = caching.malloc(sizes[event], private=private)
+
+    first, last = trace.begins[0], trace.begins[-1]
+    run(events[:first])
+    for _ in range(_HANDLES * (2 if allocator.graphs else 1)):  # one for each stream too
+        caching.malloc(allocator.workspace)
+    run(events[first:])
+    if allocator.graphs:
+        caching.release()
+        run(events[last:], private=True)
+    run(events[last:])
+    return caching.peak
+
+
+def least(trace: Trace, allocator: Allocator) -> int:
+    """The least cap under which these steps run; with expandable segments what they reserve under none."""
+    enough = reserved(trace, allocator)
+    if allocator.rules.expandable:
+        return enough
+    short = trace.peak
+    while enough - short > EXACT * trace.peak:
+        middle = (short + enough) // 2
+        if _runs(trace, allocator, middle):
+            enough = middle
+        else:
+            short = middle
+    return enough
+
+
+def needed(trace: Trace, allocator: Allocator, room: int) -> int:
+    """What these steps reserve under a cap of `room` bytes; where they do not run, the least that does.
+
+    More than `room` says that they do not run.
+    """
+    most = reserved(trace, allocator)
+    if most <= room:
+        return most
+    if _runs(trace, allocator, room):
+        return room
+    return max(room + 1, least(trace, allocator))
+
+
+def _runs(trace: Trace, allocator: Allocator, cap: int) -> bool:
+    try:
+        reserved(trace, allocator, cap)
+    except CapReachedError:
+        return False
+    return True
