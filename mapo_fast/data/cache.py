@@ -95,6 +95,7 @@ def cache_settings(folder: SDXLFolder, data: DataConfig) -> dict[str, Any]:
 def difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
     """The first difference between two settings in words, or None."""
     have = {"vae_tiling": False, **have}  # caches from before this setting
+    have.pop("before", None)
     if have.get("format") != want["format"]:
         return f"has cache format {have.get('format')}, this version writes {want['format']}"
     for name in _SETTINGS:
@@ -108,12 +109,14 @@ def difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
 def translated(have: dict[str, Any], want: dict[str, Any], folder: SDXLFolder) -> dict[str, Any]:
     """The settings of a cache of an earlier format as they would be of this one.
 
-    Before format 4 a model was known by its files, with their names and their configs' whole text.
+    Before format 4 a model was known by its files, with their names and their configs' whole text. The
+    settings that were stay beside: runs know the cache by them.
     """
     if have.get("format") not in TAKEN_OVER:
         return have
     same = have.get("model") == folder.fingerprint(ENCODERS)
-    return {**have, "format": FORMAT, "model": want["model"] if same else have.get("model")}
+    model = want["model"] if same else have.get("model")
+    return {**have, "format": FORMAT, "model": model, "before": have}
 
 
 @dataclass(frozen=True)
@@ -281,8 +284,12 @@ class PairCache:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the cache's content: settings, pairs and split, shards."""
-        identity = {"settings": self.settings, "train": self.index["train"], "files": self.index["files"]}
+        """Identity of the cache's content: settings, pairs and split, shards.
+
+        One that was taken over from an earlier format, and whose pairs and split are the same, keeps its own.
+        """
+        settings = self.settings.get("before", self.settings)
+        identity = {"settings": settings, "train": self.index["train"], "files": self.index["files"]}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def check(self, folder: SDXLFolder, data: DataConfig) -> None:

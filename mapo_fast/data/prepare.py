@@ -153,7 +153,7 @@ def prepare(config: Config, *, console: Console | None = None) -> PrepareSummary
             "taken for data: choose a data.cache elsewhere"
         )
     with disk_errors(data.cache):
-        _check_claim(data.cache, settings, folder)
+        _claimed(data.cache, settings, folder)
     if source.note:
         say(console, source.note)
     identity = source.identity()
@@ -167,7 +167,7 @@ def prepare(config: Config, *, console: Console | None = None) -> PrepareSummary
         data.cache.mkdir(parents=True, exist_ok=True)
     vram = None if config.train.vram is None else parse_size(config.train.vram, "train.vram")
     with exclusive(data.cache), gpu.capped(vram):
-        _check_claim(data.cache, settings, folder)  # again: another process may have been here in between
+        settings = _claimed(data.cache, settings, folder)  # again: another process may have been here
         write_json(data.cache / "settings.json", settings)  # of an earlier format: its shards are kept
         index = Preparation(config, folder, source, identity, settings, buckets, console).run()
     summary = _summary(index, time.perf_counter() - started)
@@ -570,26 +570,29 @@ def _half(values: Tensor) -> Tensor:
     return half if half.isfinite().all() else values
 
 
-def _check_claim(cache: Path, settings: dict[str, Any], folder: SDXLFolder) -> None:
+def _claimed(cache: Path, settings: dict[str, Any], folder: SDXLFolder) -> dict[str, Any]:
     """Check that the cache folder is empty, or made for these settings; nothing is written.
+
+    Returns what its settings.json is to hold.
 
     One in which nothing has been encoded yet, which a refused `prepare` leaves, may become any other.
     """
     path = cache / "settings.json"
     if path.is_file():
         if not (cache / "index.json").exists() and not list(cache.glob("shards/*.safetensors")):
-            return
+            return settings
         try:
             have = translated(read_json(path), settings, folder)
         except UserError as error:
             raise UserError(f"{error}: choose another data.cache") from None
         if reason := difference(have, settings):
             raise UserError(f"data.cache {cache} {reason}: choose another data.cache (nothing was changed)")
-        return
+        return have
     # A kill during the very first write leaves the lock, its temporary file and nothing else.
     own = {cache / ".lock", *cache.glob(".settings.json.*.tmp")}
     if cache.exists() and (not cache.is_dir() or set(cache.iterdir()) - own):
         raise UserError(f"data.cache {cache} already holds something else: choose another data.cache")
+    return settings
 
 
 def _whole(cache: Path, index: dict[str, Any]) -> bool:

@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import os
@@ -291,12 +292,22 @@ def test_an_earlier_format_is_taken_over_without_encoding(
 ) -> None:
     run = config(tiny_sdxl, prepared.parent / "s", copy)
     as_format(copy, number, tiny_sdxl)
+    index = json.loads((copy / "index.json").read_text())
+    known = {name: index[name] for name in ("settings", "train", "files")}  # as runs of then know it
     with pytest.raises(UserError, match="of an earlier version whose latents can be kept: run mapo-fast"):
         PairCache.open(copy)
     before = {path: path.stat().st_mtime_ns for path in (copy / "shards").iterdir()}
     prepare(run)
     assert {path: path.stat().st_mtime_ns for path in (copy / "shards").iterdir()} == before
-    assert contents(copy) == contents(prepared)
+    have, want = contents(copy), contents(prepared)
+    assert have.keys() == want.keys()
+    assert {name for name in have if have[name] != want[name]} == {"index.json", "settings.json"}
+    cache = PairCache.open(copy)
+    cache.check(open_sdxl(tiny_sdxl), run.data)
+    assert cache.fingerprint == hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    before_again = contents(copy)
+    prepare(run)
+    assert contents(copy) == before_again
 
 
 def test_an_earlier_format_of_another_model_is_refused(
