@@ -5,13 +5,20 @@ A latent is the posterior's mean, scaled as SDXL's UNet expects it (`vae.to_unet
 The images that no shard holds yet are cut into shards in source order, so that the source is read once from
 front to back. Batches never cross a shard: an interrupted run that starts a shard again forms the same
 batches and gets the same bits.
+
+Files are read and decoded in threads, a few images ahead, and a batch's latents are fetched when the next
+batch has been given to the device: it waits for neither. Order and bits are those of one after the other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +50,25 @@ class ImageJob:
     bucket: Size
 
 
+class Encoding:
+    """A batch whose latents are on their way to host memory."""
+
+    def __init__(self, pixels: Tensor, latents: Tensor) -> None:
+        self.pixels = pixels
+        """(n, 3, H, W) fp32 on the CPU."""
+        self._latents = latents.to("cpu", non_blocking=True)
+        self._done: torch.cuda.Event | None = None
+        if latents.device.type == "cuda":
+            self._done = torch.cuda.current_stream(latents.device).record_event()
+
+    def wait(self) -> Tensor:
+        """The latents, (n, C, h, w), when they are there."""
+        if self._done is None:
+            return self._latents
+        self._done.synchronize()
+        return self._latents.clone()  # pinned memory is for copies alone
+
+
 class LatentEncoder:
     """The VAE's encoder, with a second one in fp32 as soon as a latent comes out non-finite.
 
@@ -68,14 +94,25 @@ class LatentEncoder:
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Tensor | None]:
         """Latents (C, h, w) of equally sized RGB images; None where even fp32 gives NaN or Inf."""
+        return self.finish(self.start(images))
+
+    def start(self, images: Sequence[Image.Image]) -> Encoding:
+        """Give equally sized RGB images to the device, and go on while it encodes them."""
         pixels = torch.stack([_pixels(image) for image in images])
-        latents: list[Tensor | None] = list(self._encode(self.vae, pixels))
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        return Encoding(pixels, self._encode(self.vae, pixels))
+
+    def finish(self, encoding: Encoding) -> list[Tensor | None]:
+        """Wait for the latents of what was started first: see `__call__`."""
+        pixels = encoding.pixels
+        latents: list[Tensor | None] = list(encoding.wait())
         for index, latent in enumerate(latents):
             if latent is not None and not latent.isfinite().all():
                 self.retries += 1
                 if self._vae_fp32 is None:
                     self._vae_fp32 = self._load(torch.float32)
-                again = self._encode(self._vae_fp32, pixels[index : index + 1])[0]
+                again = self._encode(self._vae_fp32, pixels[index : index + 1])[0].cpu()
                 latents[index] = again if again.isfinite().all() else None
         return latents
 
@@ -93,8 +130,9 @@ class LatentEncoder:
 
     @torch.no_grad()
     def _encode(self, vae: Any, pixels: Tensor) -> Tensor:
-        mean: Tensor = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode().float()
-        return to_unet(mean, self.config).to(self.dtype).cpu()
+        images = pixels.to(self.device, vae.dtype, non_blocking=True)
+        mean: Tensor = vae.encode(images).latent_dist.mode().float()
+        return to_unet(mean, self.config).to(self.dtype)
 
 
 def _pixels(image: Image.Image) -> Tensor:  # (3, H, W) fp32 in [−1, 1]
@@ -152,29 +190,41 @@ def encode_shard(
     """
     buckets: dict[Size, _Filling] = {}
     failed: list[bytes] = []
+    started: deque[tuple[_Filling, list[ImageJob], list[Encoding]]] = deque()
 
-    def encode(filling: _Filling) -> None:
-        images = [image for _, image in filling.waiting]
-        views = [encoder(images)]
+    def start(filling: _Filling) -> None:
+        batch = [image for _, image in filling.waiting]
+        views = [encoder.start(batch)]
         if flip:
-            views.append(encoder([image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]))
-        for index, (job, _) in enumerate(filling.waiting):
-            latents = [latent for view in views if (latent := view[index]) is not None]
-            if len(latents) < len(views):
+            views.append(encoder.start([image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in batch]))
+        started.append((filling, [job for job, _ in filling.waiting], views))
+        filling.waiting.clear()
+        if len(started) > 1:
+            finish()
+
+    def finish() -> None:
+        filling, batch, views = started.popleft()
+        found = [encoder.finish(view) for view in views]
+        for job, *halves in zip(batch, *found, strict=True):
+            latents = [latent for latent in halves if latent is not None]
+            if len(latents) < len(halves):
                 failed.append(job.key)
             else:
                 filling.latents[job.key] = torch.stack(latents) if flip else latents[0]
-        progress(len(images))
-        filling.waiting.clear()
+        progress(len(batch))
 
-    for job, image in images(jobs, source):
-        filling = buckets.setdefault(job.bucket, _Filling())
-        filling.waiting.append((job, image))
-        if len(filling.waiting) == batch_size:
-            encode(filling)
-    for filling in buckets.values():
-        if filling.waiting:
-            encode(filling)
+    with warnings.catch_warnings(), closing(images(jobs, source)) as coming:
+        warnings.simplefilter("ignore")  # decoders do so too, but several at a time put back what others set
+        for job, image in coming:
+            filling = buckets.setdefault(job.bucket, _Filling())
+            filling.waiting.append((job, image))
+            if len(filling.waiting) == batch_size:
+                start(filling)
+        for filling in buckets.values():
+            if filling.waiting:
+                start(filling)
+        while started:
+            finish()
 
     tensors: dict[str, Tensor] = {}
     for (height, width), filling in buckets.items():
@@ -186,12 +236,43 @@ def encode_shard(
     return tensors
 
 
-def images(jobs: Sequence[ImageJob], source: PreferencePairs) -> Iterator[tuple[ImageJob, Image.Image]]:
+def images(
+    jobs: Sequence[ImageJob], source: PreferencePairs
+) -> Generator[tuple[ImageJob, Image.Image], None, None]:
     """The jobs' images in source order, cropped and scaled to their buckets.
+
+    One thread reads and some decode, at most `AHEAD` images ahead of the one that was given out last.
 
     Raises:
         UserError: the source changed since it was scanned.
     """
+    files = _files(jobs, source)
+    reader, decoders = ThreadPoolExecutor(1, "reader"), ThreadPoolExecutor(DECODERS, "decoder")
+
+    def read() -> tuple[ImageJob, Future[Image.Image]] | None:
+        if (found := next(files, None)) is None:
+            return None
+        job, data = found
+        return job, decoders.submit(lambda: fit_image(decode_image(data), job.bucket))
+
+    try:
+        coming = deque(reader.submit(read) for _ in range(AHEAD))
+        while (item := coming.popleft().result()) is not None:
+            job, image = item
+            coming.append(reader.submit(read))
+            yield job, image.result()
+    finally:
+        reader.shutdown(cancel_futures=True)
+        decoders.shutdown(cancel_futures=True)
+
+
+DECODERS = min(4, os.cpu_count() or 1)
+"""Threads that decode: each may hold an image of `images.MAX_PIXELS` pixels."""
+AHEAD = 2 * DECODERS
+
+
+def _files(jobs: Sequence[ImageJob], source: PreferencePairs) -> Iterator[tuple[ImageJob, bytes]]:
+    """The jobs' image files, in source order."""
     by_row: dict[int, list[ImageJob]] = {}
     for job in jobs:
         by_row.setdefault(job.row, []).append(job)
@@ -207,4 +288,4 @@ def images(jobs: Sequence[ImageJob], source: PreferencePairs) -> Iterator[tuple[
                     raise UserError(
                         f"{row.name} in data.source changed during prepare: run the command again"
                     )
-                yield job, fit_image(decode_image(data), job.bucket)
+                yield job, data

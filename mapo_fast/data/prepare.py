@@ -19,6 +19,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -66,6 +67,7 @@ from mapo_fast.data.text import (
 )
 from mapo_fast.errors import UserError
 from mapo_fast.files import atomic_path, disk_errors, exclusive, read_json, sha256_file, write_json
+from mapo_fast.fp32 import exact_fp32
 from mapo_fast.model import SDXLFolder, open_sdxl, scheduler_overrides
 from mapo_fast.planner.cards import parse_size
 from mapo_fast.vae import TILE, encoding_with_less, setting_text
@@ -213,12 +215,20 @@ class Preparation:
         # From here on the files of an older index no longer belong together.
         with disk_errors(self.cache):
             (self.cache / "index.json").unlink(missing_ok=True)
+        if self.device.type == "cuda":
+            say(self.console, "TF32 is off while prompts and images are encoded")
+        with exact_fp32():
+            self._encode(choice, len(rows))
+        return self._finish(choice, self._write_truncated(choice))
+
+    def _encode(self, choice: Choice, rows: int) -> None:
+        """Encode what is new, and skip what cannot be encoded."""
         self._encode_prompts(self._prompts(choice))
         for which in ENCODERS:
             failed = self.families[f"text{which}"].failed
             detail = f"text encoder {which} gives values for its prompt that are not finite"
             choice.skip("non-finite embedding", detail, [pair.prompt in failed for pair in choice.pairs])
-        self._check_skipped(choice, len(rows))
+        self._check_skipped(choice, rows)
         try:
             self._encode_images(self._images_to_do(choice))
         except RuntimeError as error:
@@ -229,8 +239,7 @@ class Preparation:
         detail = "the VAE gives non-finite latents even in fp32"
         bad = [not failed.isdisjoint(pair.images.values()) for pair in choice.pairs]
         choice.skip("non-finite latent", detail, bad)
-        self._check_skipped(choice, len(rows))
-        return self._finish(choice, self._write_truncated(choice))
+        self._check_skipped(choice, rows)
 
     def _find_spellings(self, keys: dict[str, bytes]) -> None:
         """What is stored under one spelling of a prompt serves all of them."""
@@ -324,9 +333,10 @@ class Preparation:
     def _report_tiling(self, encoder: LatentEncoder, jobs: list[ImageJob]) -> None:
         """What tiling changes in the first image that is tiled at all."""
         large = [job for job in jobs if max(job.bucket) > TILE][:1]
-        for _, image in images(large, self.source):
-            error = encoder.tiling_error(image)
-            say(self.console, f"data.vae_tiling changes latents by {error:.2%} (first image)")
+        with closing(images(large, self.source)) as found:
+            for _, image in found:
+                error = encoder.tiling_error(image)
+                say(self.console, f"data.vae_tiling changes latents by {error:.2%} (first image)")
 
     def _encode_prompts(self, prompts: dict[bytes, str]) -> None:
         prompts = {EMPTY: "", **prompts}

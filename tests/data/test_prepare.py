@@ -132,14 +132,14 @@ def test_each_distinct_prompt_and_image_is_stored_once(
         [row, row, row | {"chosen": "copy.png"}, row | {"rejected": "c.png"}, row | {"prompt": "blue"}],
     )
     count = 0
-    call = latents.LatentEncoder.__call__
+    start = latents.LatentEncoder.start
 
     def counted(self: Any, images: Any) -> Any:
         nonlocal count
         count += len(images)
-        return call(self, images)
+        return start(self, images)
 
-    monkeypatch.setattr(latents.LatentEncoder, "__call__", counted)
+    monkeypatch.setattr(latents.LatentEncoder, "start", counted)
     summary = prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0))
     assert (summary.pairs, summary.images, summary.prompts, summary.duplicates) == (3, 3, 2, 2)
     assert count == 3
@@ -551,14 +551,14 @@ def test_new_pairs_reuse_what_is_encoded(
         (source / f"{name}.png").write_bytes(png(ord(name)))
     write_jsonl(source, [{"prompt": "new", "chosen": "x.png", "rejected": "y.png"}, *rows[::-1]])
     encoded_images = 0
-    call = latents.LatentEncoder.__call__
+    start = latents.LatentEncoder.start
 
     def counted(self: Any, images: Any) -> Any:
         nonlocal encoded_images
         encoded_images += len(images)
-        return call(self, images)
+        return start(self, images)
 
-    monkeypatch.setattr(latents.LatentEncoder, "__call__", counted)
+    monkeypatch.setattr(latents.LatentEncoder, "start", counted)
     assert prepare(run).pairs == 7
     assert encoded_images == 2
     after = contents(tmp_path / "c" / "shards")
@@ -893,7 +893,7 @@ def test_interrupt_keeps_what_is_finished(
     source = jsonl_folder(tmp_path / "s", 8)
     run = config(tiny_sdxl, source, tmp_path / "c", batch_size=2)
     prepare(config(tiny_sdxl, source, tmp_path / "whole", batch_size=2))
-    call = latents.LatentEncoder.__call__
+    start = latents.LatentEncoder.start
     calls = 0
 
     def interrupted(self: Any, images: Any) -> Any:
@@ -901,10 +901,10 @@ def test_interrupt_keeps_what_is_finished(
         calls += 1
         if calls == 6:
             raise KeyboardInterrupt
-        return call(self, images)
+        return start(self, images)
 
     with monkeypatch.context() as patch:
-        patch.setattr(latents.LatentEncoder, "__call__", interrupted)
+        patch.setattr(latents.LatentEncoder, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(run)
     kept = contents(tmp_path / "c" / "shards")
