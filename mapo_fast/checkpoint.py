@@ -32,7 +32,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mapo_fast.errors import UserError
-from mapo_fast.files import disk_errors, fsync, read_json, sha256_file
+from mapo_fast.files import disk_errors, fsync, os_error, read_json, sha256_file
 from mapo_fast.sealed import WrongFileError, unsealed, write_record
 from mapo_fast.tensorfile import write_tensors
 from mapo_fast.tensorparts import fill
@@ -215,10 +215,18 @@ class CheckpointStore:
                 delete(path)
 
     def found(self) -> list[tuple[int, Path]]:
-        """Whatever has a checkpoint's name, oldest first."""
-        if not self.folder.is_dir():
+        """Whatever has a checkpoint's name, oldest first.
+
+        Raises:
+            UserError: the folder cannot be listed; where it is a link to a disk that is not there, a run must
+                not begin anew.
+        """
+        if not os.path.lexists(self.folder):
             return []
-        matches = ((_STEP.fullmatch(path.name), path) for path in self.folder.iterdir())
+        try:
+            matches = [(_STEP.fullmatch(path.name), path) for path in self.folder.iterdir()]
+        except OSError as error:
+            raise os_error(error, f"read {self.folder}") from None
         return sorted((int(match[1]), path) for match, path in matches if match)
 
     def _is_whole(self, path: Path, step: int) -> bool:
@@ -251,7 +259,11 @@ class CheckpointStore:
         Raises:
             WrongFileError: it is not, or cannot be read.
         """
-        if not path.is_dir():
+        try:
+            is_folder = path.is_dir()
+        except OSError as error:
+            raise WrongFileError(f"it cannot be read ({error.strerror})") from None
+        if not is_folder:
             raise WrongFileError("it is a link to nothing" if path.is_symlink() else "it is not a folder")
         file = path / "state.json"
         if not os.path.lexists(file):

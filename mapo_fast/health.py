@@ -9,13 +9,18 @@ import torch
 from torch import Tensor
 
 from mapo_fast.checkpoint import CheckpointStore
+from mapo_fast.engine.fused_step import FusedStep
+from mapo_fast.engine.optim import GuardedOptimizer
 from mapo_fast.engine.step import PairInputs, predict, sample_errors
 from mapo_fast.tensorparts import all_finite
 
 
 def finite_input(inputs: PairInputs) -> PairInputs:
-    """The same micro-batch with zeros for what is not finite: bad data must not pass for a bad model."""
-    return PairInputs(*(torch.nan_to_num(t, nan=0.0, posinf=0.0, neginf=0.0) for t in inputs))
+    """The same micro-batch in host memory, with zeros for what is not finite.
+
+    Bad data must not pass for a bad model.
+    """
+    return PairInputs(*(torch.nan_to_num(t.cpu(), nan=0.0, posinf=0.0, neginf=0.0) for t in inputs))
 
 
 @torch.no_grad()
@@ -30,7 +35,8 @@ def is_healthy(trained: Iterable[Tensor], unet: Any, inputs: PairInputs | None) 
     weights = all_finite(trained)
     if inputs is None:  # no early return for bad weights: a model that is split predicts in all processes
         return weights
-    return all_finite([sample_errors(predict(unet, inputs), inputs.target)]) and weights
+    prediction = predict(unet, inputs)
+    return all_finite([sample_errors(prediction, inputs.target)]) and weights
 
 
 def diverged(reason: str, first: int, store: CheckpointStore) -> str:
@@ -56,12 +62,18 @@ def diverged(reason: str, first: int, store: CheckpointStore) -> str:
     return f"{reason}: the model has diverged. The {which}; lower optim.lr in a new run"
 
 
-def mostly_skipped(skipped: int, steps: int, store: CheckpointStore) -> str | None:
-    """Why a run is no success although its model is healthy: most of its steps changed nothing."""
+def mostly_skipped(optimizer: GuardedOptimizer | FusedStep, steps: int, store: CheckpointStore) -> str | None:
+    """Why a run is no success although its model is healthy: most of its steps changed nothing.
+
+    Where the step is fused into backward, a tensor that was skipped counts as its share of a step.
+    """
+    skipped = float(optimizer.skipped)
+    if isinstance(optimizer, FusedStep):
+        skipped += float(optimizer.skipped_tensors) / len(optimizer.parameters)
     if 2 * skipped <= steps:
         return None
     return (
-        f"{skipped} of {steps} steps were not finite and were skipped: there is no result, the checkpoint of "
-        f"step {steps} is in {store.folder}; look for damaged data (train.max_skipped_steps counts steps in "
-        "a row only)"
+        f"{skipped:.0f} of {steps} steps were not finite and were skipped: there is no result, the "
+        f"checkpoint of step {steps} is in {store.folder}; look for damaged data (train.max_skipped_steps "
+        "counts steps in a row only)"
     )

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mapo_fast import __version__
 from mapo_fast.checkpoint import delete, remove_halves
 from mapo_fast.config import Config
-from mapo_fast.errors import UserError
+from mapo_fast.errors import MachineError, UserError
 from mapo_fast.files import disk_errors, read_json
 from mapo_fast.sealed import WrongFileError, unsealed, write_record
 
@@ -133,11 +133,15 @@ def read_run(output: Path) -> RunRecord | None:
     with disk_errors(output):
         if not path.exists():
             return None
-    stated = read_json(path)
     try:
+        stated = read_json(path)
         if "format" in stated:
             return RunRecord.model_validate(unsealed(stated))
         return RunRecord.model_validate({**stated, "run": ""})
+    except MachineError:
+        raise
+    except UserError as error:
+        problem = str(error)
     except WrongFileError as error:
         problem = f"{path} {error}"
     except ValidationError:

@@ -110,7 +110,7 @@ class Trainer:
             self._loop(micro_batches, log, stop)
         finished = self.step >= config.steps
         if finished:
-            if problem := mostly_skipped(int(self.optimizer.skipped), self.step, self.store):
+            if problem := mostly_skipped(self.optimizer, self.step, self.store):
                 raise self.processes.failed(problem)
             export(self.config, self.unet, self._model_tensors(), folder, self.processes)
         elif self._healthy():
@@ -212,8 +212,10 @@ class Trainer:
         return self.processes.once(lambda: diverged(reason, first, self.store))
 
     def _healthy(self) -> bool:
+        known = self._finite_input
+        inputs = None if known is None else PairInputs(*(t.to(self.device) for t in known))
         with self.precision.context(self.device):
-            healthy = is_healthy(self._model_tensors().values(), self.unet, self._finite_input)
+            healthy = is_healthy(self._model_tensors().values(), self.unet, inputs)
         return not self.processes.any(not healthy)
 
     @cached_property

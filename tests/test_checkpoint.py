@@ -512,3 +512,9 @@ def test_discarding_counts_only_what_can_be_used(tmp_path: Path) -> None:
     _flip_a_byte(tmp_path / "step-00000002" / "model.safetensors")
     assert store.discard_from(4) == 4
     assert (tmp_path / "step-00000004").is_dir()
+
+
+def test_a_checkpoints_folder_on_a_disk_that_is_not_there_is_no_new_beginning(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(UserError, match=r"cannot read .*checkpoints: No such file"):
+        CheckpointStore(tmp_path / "checkpoints", keep=1).newest()
