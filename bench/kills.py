@@ -276,9 +276,9 @@ def main() -> int:
     warnings.simplefilter("ignore")  # third-party deprecations
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    made_on = environment()  # now: the processes that are forked run what has been imported
     with tempfile.TemporaryDirectory() as folder:
         rows = campaigns(Path(folder), args.kills, args.seed)
-    made_on = environment()
     for row in rows:
         print(json.dumps(row))
         if args.append:
