@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def _system(device: str) -> list[tuple[str, Callable[[], str]]]:
         ("mapo_fast", lambda: f"{__version__} ({Path(__file__).parent})"),
         ("python", lambda: f"{platform.python_version()} ({sys.executable})"),
         ("platform", platform.platform),
-        ("gpu", _gpu if device == "cuda" else _no_gpu),
+        ("gpu", _gpu if device == "cuda" else lambda: f"none that torch can use: {why_no_gpu()}"),
         (
             "cpu",
             lambda: f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads (train.threads)",
@@ -148,20 +149,42 @@ def _gpu() -> str:
     return "; ".join(found) + f"; driver {driver() or 'unknown'}"
 
 
-def _no_gpu() -> str:
-    found = driver()
-    if torch.version.cuda is None and torch.version.hip is None:
+_OLDEST_DRIVERS = {11: ("450.80.02", "452.39"), 12: ("525.60.13", "528.33"), 13: ("580.65.06", "580.88")}
+"""By CUDA's major version, on Linux and on Windows: what any minor version of it runs with (NVIDIA, CUDA
+Compatibility, minor version compatibility; release notes, table 3)."""
+
+
+def why_no_gpu() -> str:
+    """Why torch sees no NVIDIA GPU, and what to do."""
+    found, wants = driver(), _wanted_driver()
+    if torch.version.hip is not None:
+        return "this torch is a ROCm build"
+    if torch.version.cuda is None:
         if found:
-            return (
-                f"not usable: NVIDIA driver {found} is here, but this torch is a CPU build; install a CUDA "
-                "build (see pytorch.org)"
-            )
-        return "none: no NVIDIA driver found, and this torch is a CPU build"
+            needed = "install a CUDA build (pytorch.org)"
+            return f"NVIDIA driver {found} is here, but this torch is a CPU build: {needed}"
+        return "no NVIDIA driver found, and this torch is a CPU build"
+    build = f"this torch (CUDA {torch.version.cuda})"
+    if found is None:
+        return f"no NVIDIA driver found; {build} wants driver {wants} or newer"
+    if _numbers(found) < _numbers(wants):
+        return f"NVIDIA driver {found} is too old: {build} wants {wants} or newer; update it"
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except Exception as error:
-        return f"none: {_first_line(error)}"
-    return "none: torch sees no device (is CUDA_VISIBLE_DEVICES empty?)"
+        return _first_line(error)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "torch sees no device" if hidden is None else f"CUDA_VISIBLE_DEVICES = {hidden!r} hides it"
+
+
+def _wanted_driver() -> str:
+    """The oldest driver for this torch's CUDA; of a version that is not known, the newest that is."""
+    major = int((torch.version.cuda or "0").partition(".")[0])
+    return _OLDEST_DRIVERS.get(major, _OLDEST_DRIVERS[max(_OLDEST_DRIVERS)])[sys.platform == "win32"]
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 def driver() -> str | None:
@@ -189,13 +212,7 @@ def _memory() -> str:
 def _loss_kernels(device: str) -> str:
     from mapo_kernels._launch import backend
 
-    chosen = backend(device)
-    effect = {
-        "triton": "fused Triton kernels",
-        "interpreter": "Triton's interpreter (for tests; slow)",
-        "eager": "eager PyTorch",
-    }
-    return f"{effect[chosen.name]}: {chosen.reason}"
+    return str(backend(device))
 
 
 def _bf16(device: str) -> str:

@@ -22,6 +22,7 @@ from mapo_fast.console import say
 from mapo_fast.data.cache import PairCache
 from mapo_fast.diffusion import Diffusion
 from mapo_fast.distributed import Processes, environment, in_processes, joined
+from mapo_fast.doctor import why_no_gpu
 from mapo_fast.engine.build import build_unet
 from mapo_fast.engine.gradient_sums import kept_to_nearest
 from mapo_fast.engine.precision import choose_device, choose_precision
@@ -43,6 +44,7 @@ from mapo_fast.runfolder import (
 from mapo_fast.runlog import RunLog, find_wandb
 from mapo_fast.signals import StopRequest
 from mapo_fast.trainer import Trainer
+from mapo_kernels import backend
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,9 +73,8 @@ def _train(
     config: Config, device: torch.device, processes: Processes, resume: bool, console: Console | None
 ) -> TrainResult:
     if console is not None:
-        why = " (torch sees no NVIDIA GPU: mapo-fast doctor)" if device.type == "cpu" else ""
         where = f"{processes.size} × {device.type}" if processes.size > 1 else str(device)
-        say(console, f"training on {where}{why}")
+        say(console, f"training on {where} ({back_end(device)})")
     folder = open_sdxl(config.model.path, config.model.vae, scheduler_overrides(config.train))
     if console is not None and (device.type == "cuda" or config.train.vram is not None):
         say(console, "planning memory; the first time on a machine this takes a minute or two")
@@ -97,6 +98,15 @@ def _train(
         trainer = Trainer(config, parts, cache, diffusion, precision, device, store, previews, processes)
         notes = [] if budget is None else budget.notes()
         return _run(trainer, folder, identity, resume, notes, console)
+
+
+def back_end(device: torch.device) -> str:
+    """What computes, and where that is not the GPU's kernels why."""
+    if device.type == "cuda":
+        return str(backend(device))
+    if torch.cuda.is_available():
+        return "train.device = 'cpu'"
+    return f"torch sees no NVIDIA GPU: {why_no_gpu()}"
 
 
 def _open_cache(config: Config, folder: SDXLFolder) -> PairCache:

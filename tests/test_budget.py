@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,16 @@ import torch
 
 from mapo_fast import gpu, preview
 from mapo_fast.budget import Budget, planned
+from mapo_fast.engine import compile as compile_module
 from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder, open_sdxl
 from mapo_fast.planner.allocator import EXPANDABLE
 from mapo_fast.planner.plan import Plan
-from mapo_fast.train import train
+from mapo_fast.train import back_end, train
+from mapo_kernels import Backend
 from tests.training import make_cache, make_config
 
+train_module = sys.modules["mapo_fast.train"]
 CPU = torch.device("cpu")
 GIB = 2**30
 
@@ -87,6 +91,31 @@ def test_a_size_is_checked(tiny_sdxl: Path, tmp_path: Path, text: str) -> None:
     config = make_config(tiny_sdxl, tmp_path, tmp_path, train={"vram": text})
     with pytest.raises(UserError, match=r"train\.vram = '.*' is not a size; .*\"24GiB\""):
         planned(config, open_sdxl(tiny_sdxl), CPU)
+
+
+def test_the_first_line_names_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where it is not the GPU's kernels, why."""
+    monkeypatch.setattr(
+        train_module, "backend", lambda device: Backend("eager", "Triton cannot start (no gcc)")
+    )
+    assert back_end(torch.device("cuda")) == "eager PyTorch: Triton cannot start (no gcc)"
+    monkeypatch.setattr(train_module, "backend", lambda device: Backend("triton", "Triton 3.7.1 on RTX 3060"))
+    assert back_end(torch.device("cuda")) == "fused Triton kernels: Triton 3.7.1 on RTX 3060"
+    monkeypatch.setattr(train_module, "why_no_gpu", lambda: "driver 470 is too old")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert back_end(CPU) == "torch sees no NVIDIA GPU: driver 470 is too old"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert back_end(CPU) == "train.device = 'cpu'"
+
+
+def test_compiled_blocks_need_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compile_module, "backend", lambda device: Backend("eager", "Triton is not installed"))
+    config = make_config(tmp_path, tmp_path, tmp_path, speed={"compile": True})
+    with pytest.raises(
+        UserError, match=r"speed\.compile = true needs Triton; Triton is not installed\. Or set"
+    ):
+        compile_module.refuse_without_triton(config, torch.device("cuda"))
+    compile_module.refuse_without_triton(config, CPU)
 
 
 def test_running_out_of_memory_is_explained() -> None:

@@ -84,6 +84,6 @@ def eager_step(tensors: Tensors, settings: Settings) -> None:
             _flat(state1).copy_(m)
             _flat(state2).copy_(v)
         if settings.seed is not None and p.dtype in (torch.bfloat16, torch.float16):
-            random = random_bits_torch(int(settings.seed), tensor_id, step, p.numel()).to(p.device)
+            random = random_bits_torch(int(settings.seed), tensor_id, step, p.numel(), p.device)
             weight = round_stochastically_torch(weight, random, p.dtype)
         _flat(p).copy_(weight)

@@ -14,13 +14,20 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+WHY_NO_TRITON = ""
 try:
     import triton
     import triton.language as tl
-except ImportError:  # Windows, macOS: the eager path runs
-    triton = None
-    tl = None
+
+    INTERPRETING: bool = triton.knobs.runtime.interpret
+    """Triton runs kernels in Python on CPU tensors: a test mode, correct and slow, its masks exact."""
+except Exception as error:  # it is missing (Windows, macOS), damaged, too old, or another Python's
+    triton = tl = None
+    INTERPRETING = False
+    missing = isinstance(error, ModuleNotFoundError) and error.name == "triton"
+    WHY_NO_TRITON = "is not installed" if missing else f"cannot be imported: {error!r:.200}"
 
 __all__ = [
     "INTERPRETING",
@@ -36,9 +43,6 @@ __all__ = [
     "tl",
 ]
 
-INTERPRETING: bool = triton is not None and triton.knobs.runtime.interpret
-"""Triton runs kernels in Python on CPU tensors (a test mode: correct, slow, bit-exact masks and indexing)."""
-
 OLDEST_CAPABILITY = (7, 5)
 """Oldest NVIDIA compute capability every kernel is compiled for ahead of time in the tests."""
 
@@ -48,6 +52,15 @@ class Backend(NamedTuple):
 
     name: Literal["triton", "interpreter", "eager"]
     reason: str
+
+    def __str__(self) -> str:
+        """In words, with the reason."""
+        what = {
+            "triton": "fused Triton kernels",
+            "interpreter": "Triton's interpreter (for tests; slow)",
+            "eager": "eager PyTorch",
+        }
+        return f"{what[self.name]}: {self.reason}"
 
 
 @overload
@@ -74,7 +87,7 @@ def backend(device: torch.device | str) -> Backend:
     """Return the implementation that ops of this package use for tensors on `device`."""
     device = torch.device(device)
     if triton is None:
-        return Backend("eager", "Triton is not installed")
+        return Backend("eager", f"Triton {WHY_NO_TRITON}")
     if _assumed is not None and not INTERPRETING:
         return Backend("triton", f"assumed: {_assumed}")
     if INTERPRETING:
@@ -95,12 +108,26 @@ def _cuda_backend(index: int) -> Backend:
         )
     try:
         triton.runtime.driver.active.get_current_target()
-    except (
-        Exception
-    ) as error:  # of many kinds: no C compiler, with which Triton builds its launcher, or no driver
+        _run_a_kernel(index)
+    except Exception as error:  # of many kinds: with a C compiler and Python's headers it builds its launcher
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        return Backend("eager", f"Triton cannot start: {first}")
+        needs = "it needs a C compiler and Python's headers: apt install gcc python3-dev"
+        return Backend("eager", f"Triton cannot start ({first:.200}); {needs}")
     return Backend("triton", f"Triton {triton.__version__} on {torch.cuda.get_device_name(index)}")
+
+
+@jit
+def _answer_kernel(out):  # type: ignore[no-untyped-def]
+    tl.store(out, 42)
+
+
+def _run_a_kernel(index: int) -> None:
+    """Compile, launch and check a kernel: whatever of that fails, fails here and not in a training step."""
+    with unset_fake_temporarily(), torch.cuda.device(index):
+        out = torch.zeros(1, dtype=torch.int32, device="cuda")
+        _answer_kernel[(1,)](out)
+        if int(out) != 42:
+            raise RuntimeError("its first kernel did not write what it should")
 
 
 class Card(NamedTuple):

@@ -52,9 +52,11 @@ def round_stochastically(x, random, DTYPE: tl.constexpr):  # type: ignore[no-unt
 # --- In torch ---
 
 
-def random_bits_torch(seed: int, tensor_id: int, step: int, numel: int) -> Tensor:
+def random_bits_torch(
+    seed: int, tensor_id: int, step: int, numel: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """16 bits for each element, int32."""
-    counter = torch.arange(-(-numel // 8), dtype=torch.int64)
+    counter = torch.arange(-(-numel // 8), dtype=torch.int64, device=device)
     words = torch.stack(philox_torch(seed, counter, tensor_id, step & 0xFFFFFFFF, step >> 32), 1)
     return torch.stack([words & 0xFFFF, words >> 16], 2).view(-1)[:numel].to(torch.int32)
 

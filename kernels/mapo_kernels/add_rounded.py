@@ -66,7 +66,7 @@ def _add_rounded_op(total: Tensor, summand: Tensor, seed: int, tensor_id: int, n
     summand = in_order(summand, total)
     if backend(total.device).name == "eager":
         x = _flat(total).float() + _flat(summand).float()
-        random = random_bits_torch(seed, tensor_id, number | _OWN, x.numel()).to(x.device)
+        random = random_bits_torch(seed, tensor_id, number | _OWN, x.numel(), x.device)
         _flat(total).copy_(round_stochastically_torch(x, random, total.dtype))
         return
     block = max(256, block_size(BLOCK, total.numel()))

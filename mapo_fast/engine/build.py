@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mapo_fast.config import Config, OptimConfig
 from mapo_fast.distributed import ALONE, Processes
-from mapo_fast.engine.compile import CompiledBlocks
+from mapo_fast.engine.compile import CompiledBlocks, refuse_without_triton
 from mapo_fast.engine.flash import use_flash
 from mapo_fast.engine.fp8 import refuse_without_fp8, use_fp8
 from mapo_fast.engine.layouts import apply_layout
@@ -67,6 +67,7 @@ def prepare_unet(
     """
     train, adapter, offload = config.train, config.adapter, config.offload
     refuse_without_fp8(config, device)
+    refuse_without_triton(config, device)
     sharded = processes.shard(config)
     if adapter.base != "dense":
         quantise_base(unet, adapter.base, device)

@@ -25,6 +25,10 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 from torch._dynamo.callback import callback_handler
 
+from mapo_fast.config import Config
+from mapo_fast.errors import UserError
+from mapo_kernels import backend
+
 BACKEND = "inductor"
 """torch.compile's own default."""
 
@@ -60,6 +64,16 @@ class CompiledBlocks:
                 if kind not in self._compiled:
                     self._compiled[kind] = _where_steps_are(kind.forward)
                 block.forward = MethodType(self._compiled[kind], block)
+
+
+def refuse_without_triton(config: Config, device: torch.device) -> None:
+    """Inductor compiles to Triton on a GPU.
+
+    Raises:
+        UserError: speed.compile on a GPU where Triton cannot start; the message says why.
+    """
+    if config.speed.compile and device.type == "cuda" and (found := backend(device)).name == "eager":
+        raise UserError(f"speed.compile = true needs Triton; {found.reason}. Or set speed.compile = false")
 
 
 class _Clock:

@@ -21,6 +21,7 @@ import torch
 
 from mapo_fast.config import Config, TrainConfig
 from mapo_fast.distributed import ALONE, Processes
+from mapo_fast.doctor import why_no_gpu
 from mapo_fast.errors import UserError
 
 
@@ -78,7 +79,7 @@ def choose_device(config: TrainConfig, processes: Processes = ALONE) -> torch.de
         UserError: `cuda` is asked for and there is no NVIDIA GPU that torch can use, or not one for each.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device = 'cuda', but torch sees no NVIDIA GPU (see mapo-fast doctor)")
+        raise UserError(f"train.device = 'cuda', but torch sees no NVIDIA GPU: {why_no_gpu()}")
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if processes.size == 1:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mapo_fast.config import Config, apply_override, load_config, parse_config
+from mapo_fast.engine.compile import refuse_without_triton
 from mapo_fast.engine.fp8 import capability_for, refuse_card_without_fp8, refuse_without_fp8
 from mapo_fast.engine.graphs import check_capture
 from mapo_fast.errors import UserError
@@ -20,6 +21,7 @@ from mapo_fast.planner.models import parts_of
 from mapo_fast.planner.rates import rates_of
 from mapo_fast.planner.search import Outcome, search
 from mapo_fast.planner.stages import vae_of
+from mapo_kernels import backend
 
 
 def ask(
@@ -82,6 +84,7 @@ def plan_run(
         UserError: the GPU cannot do what the settings ask for.
     """
     refuse_without_fp8(config, device)
+    refuse_without_triton(config, device)
     check_capture(config, device)
     card = card_of(device) if device.type == "cuda" else card_with(vram, capability_for(config))
     limits = host(None, processes)
@@ -105,8 +108,9 @@ def card_of(device: torch.device) -> Card:
     """
     name, properties = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device)
     total, capability = properties.total_memory, 10 * properties.major + properties.minor
+    kernels = backend(device).name == "triton"
     try:
-        return Card(name, total / GIB, capability, rates_of(device))
+        return Card(name, total / GIB, capability, rates_of(device), kernels)
     except Exception as error:  # whatever it is, a run does not depend on it
         why = (str(error).splitlines() or [type(error).__name__])[0]
     try:
@@ -114,7 +118,7 @@ def card_of(device: torch.device) -> Card:
     except UserError:
         card = card_with(total)
     rates = card.rates._replace(source=f"{card.rates.source}: not measured ({why})")
-    return card._replace(capability=capability, rates=rates)
+    return card._replace(capability=capability, rates=rates, kernels=kernels)
 
 
 def _assumed(overrides: list[str]) -> Config:

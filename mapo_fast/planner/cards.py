@@ -55,6 +55,8 @@ class Card(NamedTuple):
     capability: int
     """Compute capability as one number, 89 for 8.9."""
     rates: Rates
+    kernels: bool = True
+    """Whether our Triton kernels run on it; else their operators run in eager PyTorch."""
 
 
 def _card(name: str, gib: float, capability: int, tflops: float, gbps: float, pcie_gbps: float) -> Card:

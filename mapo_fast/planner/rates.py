@@ -34,6 +34,7 @@ from mapo_fast.planner import store
 from mapo_fast.planner.cards import Rates
 from mapo_fast.planner.recorder import Recorder, card_path
 from mapo_fast.planner.trace import CARD, CPU
+from mapo_kernels import backend
 from mapo_kernels._fp8 import fp8_product, in_fp8, to_fp8
 
 SAMPLES = 5
@@ -257,13 +258,13 @@ def _host(clock: _Clock) -> float:
         began = time.perf_counter()
         _differentiate(block, pair)
         samples.append(time.perf_counter() - began)  # issued, not done
-    return statistics.median(samples) / _operations()
+    return statistics.median(samples) / _operations(kernels=backend(clock.device).name == "triton")
 
 
-def _operations() -> int:
+def _operations(*, kernels: bool) -> int:
     block, pair = _block(CPU)
     recorder = Recorder(block.parameters())
-    with card_path(CARD, recorder), recorder:
+    with card_path(CARD if kernels else None, recorder), recorder:
         _differentiate(block, pair)
     return len(recorder.operations)
 
@@ -284,11 +285,12 @@ def _differentiate(block: torch.nn.Module, pair: tuple[Tensor, Tensor]) -> None:
 
 
 def _path(device: torch.device) -> Path:
-    """Of the figures for this GPU, driver, torch, and way to measure."""
+    """Of the figures for this GPU, driver, torch, what our operators run on, and way to measure."""
     parts = [
         torch.cuda.get_device_name(device),
         driver(),
         torch.__version__,
+        backend(device).name,
         Path(__file__).read_text("utf-8"),
     ]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

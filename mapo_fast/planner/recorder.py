@@ -31,7 +31,7 @@ from mapo_kernels import _launch, adamw8bit
 
 try:
     from triton.runtime.jit import JITFunction
-except ImportError:
+except Exception:  # it is missing, or damaged: see `_launch`
     JITFunction = None
 
 ROUNDING = 512
@@ -243,8 +243,11 @@ def _untouched(shapes: Any) -> Any:
 
 
 @contextmanager
-def card_path(card: _launch.Card, recorder: Recorder) -> Iterator[None]:
-    """Within, our operators take the kernel path of `card`, and the recorder is told of launches."""
+def card_path(card: _launch.Card | None, recorder: Recorder) -> Iterator[None]:
+    """Within, our operators take the kernel path of `card`, and the recorder is told of launches.
+
+    None is a card on which no kernel runs.
+    """
     real_step = adamw8bit._step
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -254,7 +257,7 @@ def card_path(card: _launch.Card, recorder: Recorder) -> Iterator[None]:
         real_step(tensors, settings, plan)
         recorder.addressed(addressed_bytes(tensors, settings.max_update_rms is not None))
 
-    if JITFunction is None:  # without Triton operators run in plain torch, on a card too
+    if JITFunction is None or card is None:  # without Triton operators run in plain torch, on a card too
         yield
         return
     with (

@@ -80,7 +80,7 @@ def search(
     """
     if config.speed.cuda_graph:
         card = card._replace(rates=card.rates._replace(host=0.0))  # a step is launched at once
-    with closing(Tracing()) as tracing:
+    with closing(Tracing(kernels=card.kernels)) as tracing:
         return _Search(config, unet_config, card, vram, host, vae, tracing, rules).outcome()
 
 

@@ -28,7 +28,7 @@ from mapo_fast.config import Config
 from mapo_fast.files import open_regular, parse_json
 from mapo_fast.planner.trace import Mark, Trace, record_step
 
-_Work = tuple[Path, str, dict[str, Any]]
+_Work = tuple[Path, str, dict[str, Any], bool]
 _ARRAYS = ("kinds", "flops", "nbytes", "links", "live", "kept", "sizes", "events")
 
 
@@ -50,7 +50,8 @@ class Tracing:
     Importing torch and diffusers takes as long as half a trace: the other one serves until `close`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, kernels: bool = True) -> None:
+        self.kernels = kernels
         self._pool: ProcessPoolExecutor | None = None
 
     def close(self) -> None:
@@ -60,10 +61,10 @@ class Tracing:
 
     def traces(self, configs: Sequence[Config], unet_config: dict[str, Any]) -> Generator[Trace, None, None]:
         """One after the other; those behind a trace that is not asked for any more are not made."""
-        paths = [folder() / f"{_digest(config, unet_config)}.npz" for config in configs]
+        paths = [folder() / f"{_digest(config, unet_config, self.kernels)}.npz" for config in configs]
         found = {i: trace for i, path in enumerate(paths) if (trace := _read(path)) is not None}
         work = {
-            i: (path, configs[i].model_dump_json(), unet_config)
+            i: (path, configs[i].model_dump_json(), unet_config, self.kernels)
             for i, path in enumerate(paths)
             if i not in found
         }
@@ -135,15 +136,15 @@ def _safe_path() -> Iterator[None]:
 
 
 def _record(work: _Work) -> Trace:
-    path, text, unet_config = work
+    path, text, unet_config, kernels = work
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # third-party deprecations
-        trace = record_step(Config.model_validate_json(text), unet_config)
+        trace = record_step(Config.model_validate_json(text), unet_config, kernels=kernels)
     _write(path, trace)
     return trace
 
 
-def _digest(config: Config, unet_config: dict[str, Any]) -> str:
+def _digest(config: Config, unet_config: dict[str, Any], kernels: bool) -> str:
     table = config.model_dump(mode="json", include={"adapter", "objective", "offload", "optim"})
     table["train"] = config.train.model_dump(
         mode="json",
@@ -155,6 +156,7 @@ def _digest(config: Config, unet_config: dict[str, Any]) -> str:
     table["optim"].pop("lr")
     table["speed"] = config.speed.model_dump(mode="json", include={"fused_ops", "channels_last", "fp8"})
     parts = [
+        kernels,
         table,
         [config.data.resolution, config.data.max_tokens],
         sorted(unet_config.items(), key=str),

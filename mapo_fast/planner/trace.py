@@ -134,7 +134,7 @@ class Trace(NamedTuple):
         return found | {"host": int(self.live[-1].max())}
 
 
-def record_step(config: Config, unet_config: dict[str, Any]) -> Trace:
+def record_step(config: Config, unet_config: dict[str, Any], *, kernels: bool = True) -> Trace:
     """Trace one optimizer step of `config`, of square latents at the config's resolution.
 
     It is the second one: tables and states are there, and states are fetched ahead in the order in which they
@@ -142,6 +142,7 @@ def record_step(config: Config, unet_config: dict[str, Any]) -> Trace:
 
     Args:
         unet_config: of a diffusers `UNet2DConditionModel`.
+        kernels: as on a card that our Triton kernels run on; else as in eager PyTorch.
     """
     precision = _precision(config)
     unets = [_untouched_unet(unet_config, precision.base) for _ in range(1 + (config.reference == "copy"))]
@@ -150,7 +151,7 @@ def record_step(config: Config, unet_config: dict[str, Any]) -> Trace:
         code_book(signed, CPU)  # cached, so it must be made outside
     recorder = Recorder([p for one in unets for p in one.parameters()])
     with ExitStack() as stack:
-        stack.enter_context(card_path(CARD, recorder))
+        stack.enter_context(card_path(CARD if kernels else None, recorder))
         stack.enter_context(recorder)
         links = stack.enter_context(_transfers(recorder))
         plain = with_settings(config, _EAGER)

@@ -14,6 +14,7 @@ import torch
 from mapo_fast.planner import ask, rates, store
 from mapo_fast.planner.cards import GIB, Rates
 from mapo_fast.planner.trace import CPU
+from mapo_kernels import Backend
 
 CUDA = torch.device("cuda")
 MEASURED = Rates(*[1e12] * 9, source="measured on a card")
@@ -22,7 +23,7 @@ MEASURED = Rates(*[1e12] * 9, source="measured on a card")
 @pytest.fixture
 def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A card that counts how often it is measured."""
-    pretended = SimpleNamespace(driver="580.1", measured=0)
+    pretended = SimpleNamespace(driver="580.1", measured=0, back_end="triton")
 
     def measure(device: torch.device) -> Rates:
         pretended.measured += 1
@@ -30,6 +31,8 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(store, "folder", lambda: tmp_path / "traces")
     monkeypatch.setattr(rates, "driver", lambda: pretended.driver)
+    for module in (rates, ask):
+        monkeypatch.setattr(module, "backend", lambda device: Backend(pretended.back_end, ""))
     monkeypatch.setattr(rates, "measure", measure)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
     properties = SimpleNamespace(total_memory=24 * GIB, major=8, minor=9)
@@ -81,7 +84,7 @@ def test_the_median_of_calls_counts_without_what_comes_before() -> None:
 
 def test_the_hosts_operations_are_a_traces() -> None:
     """Forward and backward of a block: norms, products, attention and their gradients."""
-    assert 40 < rates._operations() < 120
+    assert 40 < rates._operations(kernels=True) < 120
 
 
 def test_a_card_is_measured_once_for_its_driver(card: SimpleNamespace) -> None:
@@ -93,6 +96,9 @@ def test_a_card_is_measured_once_for_its_driver(card: SimpleNamespace) -> None:
     rates._path(CUDA).write_text("damaged")
     assert rates.rates_of(CUDA) == MEASURED
     assert card.measured == 3
+    card.back_end = "eager"  # Python issues other operations then
+    rates.rates_of(CUDA)
+    assert card.measured == 4
 
 
 @pytest.mark.parametrize(
@@ -123,6 +129,7 @@ def test_a_run_plans_by_measured_rates_and_says_when_it_does_not(
 ) -> None:
     assert ask.card_of(CUDA).rates == MEASURED
     assert ask.card_of(CUDA).capability == 89
+    assert ask.card_of(CUDA).kernels
 
     def fail(device: torch.device) -> Rates:
         raise torch.OutOfMemoryError("CUDA out of memory\nand more")
@@ -133,5 +140,7 @@ def test_a_run_plans_by_measured_rates_and_says_when_it_does_not(
     assert found.rates.source == (
         "assumed from the maker's figures for RTX 4090: not measured (CUDA out of memory)"
     )
+    card.back_end = "eager"
+    assert not ask.card_of(CUDA).kernels
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GB999")
     assert ask.card_of(CUDA).name == "RTX 3090"

@@ -292,6 +292,18 @@ def test_pictures_are_refused_before_the_search(tmp_path: Path) -> None:
     check_picture(tmp_path / "memory.png")
 
 
+@pytest.mark.usefixtures("exact_budget")
+def test_where_no_kernel_runs_eager_operators_are_planned() -> None:
+    config = settings(train={"layout": "joint", "gradient_checkpointing": False, "fused_step": False})
+    peaks = []
+    for kernels in (True, False):
+        found = search(config, REDUCED, RTX._replace(kernels=kernels), 24 * GIB, PLENTY)
+        assert found.chosen is not None
+        peaks.append(found.chosen.peak)
+        assert found.chosen.peak == record_step(config, REDUCED, kernels=kernels).peak
+    assert peaks[0] < peaks[1]
+
+
 def test_traces_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "folder", lambda: tmp_path)
     config = settings(train={"layout": "joint", "gradient_checkpointing": False})
