@@ -14,6 +14,7 @@ from mapo_fast.engine.build import prepare_unet, with_start_model
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.precision import choose_precision
 from mapo_fast.objectives import build_loss
+from mapo_fast.planner import trace as planner_trace
 from mapo_fast.planner.costs import ATTENTION, CONVOLUTION, ELEMENTWISE, FP8, MATRIX
 from mapo_fast.planner.recorder import Recorder, card_path
 from mapo_fast.planner.trace import CPU, pairs_of_zeros, record_step
