@@ -58,7 +58,8 @@ def _adopt_checkpoint(path: Path, run: str) -> None:
     try:
         old = read_json(path)
         text, hashes = old["state"], dict(old["sha256"])
-        if old["format"] != 1 or hashes.pop("state") != hashlib.sha256(text.encode()).hexdigest():
+        right = hashes.pop("state") == hashlib.sha256(text.encode()).hexdigest()
+        if old["format"] != 1 or not right or not hashes:
             return
         record = Record(run=run, step=old["step"], files=hashes, state=parse_json(text))
     except (UserError, KeyError, TypeError, ValueError, AttributeError):

@@ -185,7 +185,8 @@ def _open(config: Config, recorded: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for name in ARITHMETIC:
         section, key = name.split(".")
-        if key not in getattr(config, section).model_fields_set:
+        stated = key in getattr(config, section).model_fields_set
+        if not stated and key in recorded.get(section, {}):  # a setting may be younger than the run
             found[name] = recorded[section][key]
     return found
 

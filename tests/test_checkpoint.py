@@ -518,3 +518,27 @@ def test_a_checkpoints_folder_on_a_disk_that_is_not_there_is_no_new_beginning(tm
     (tmp_path / "checkpoints").symlink_to(tmp_path / "not mounted")
     with pytest.raises(UserError, match=r"cannot read .*checkpoints: No such file"):
         CheckpointStore(tmp_path / "checkpoints", keep=1).newest()
+
+
+def test_any_flipped_bit_of_a_checkpoint_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    """Of its record, its weights and the header of its file; white space in JSON may change."""
+    store = CheckpointStore(tmp_path, keep=1, run="own")
+    saved = store.save(7, {"model": {"a": torch.ones(40)}}, {"lr": 0.1, "names": ["x", "y"]})
+    chance = random.Random(0)
+    found = 0
+    for name in ("state.json", "model.safetensors"):
+        whole = (saved / name).read_bytes()
+        for _ in range(150):
+            damaged = bytearray(whole)
+            damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+            (saved / name).write_bytes(damaged)
+            try:
+                newest = store.newest()
+            except UserError:
+                found += 1
+            else:
+                assert newest is not None
+                assert newest.state == {"lr": 0.1, "names": ["x", "y"]}
+                assert json.loads(damaged) == json.loads(whole)
+        (saved / name).write_bytes(whole)
+    assert found > 250
