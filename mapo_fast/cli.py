@@ -1,7 +1,7 @@
 """The `mapo-fast` command: one line on stderr for whatever ends it, never a stack trace.
 
 Exit codes: 0 done · 1 the machine failed (disk, I/O, memory) · 2 wrong input or settings · 3 no plan fits ·
-130 (Ctrl-C) and 143 (SIGTERM) stopped, and what was done is saved.
+130 (Ctrl-C), 143 (SIGTERM) and 129 (the terminal was closed) stopped, and what was done is saved.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-from mapo_fast.console import encode_anything, say
+from mapo_fast.console import encode_anything, output_may_fail, say
 from mapo_fast.errors import printable
 from mapo_fast.files import one_line
+from mapo_fast.signals import Interrupted, exit_code, interruptible
 
 try:
     import typer
@@ -38,12 +39,16 @@ _PATIENCE = 10.0
 
 class _Commands(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; a Ctrl-C that it does not answer itself ends it with 130, not with click's 1."""
+        """Run the command; a signal that it does not answer itself ends it with 128 + its number.
+
+        Ctrl-C too, where click would end it with 1.
+        """
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
+            with interruptible():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as signal:
+            typer.echo(str(signal) or "interrupted", err=True)
+            raise typer.Exit(exit_code(getattr(signal, "number", None))) from None
 
 
 app = typer.Typer(
@@ -68,11 +73,12 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     from mapo_fast.config import load_config
     from mapo_fast.data.prepare import prepare as run
 
+    output_may_fail()
     try:
         run(load_config(config, overrides), console=Console())
-    except KeyboardInterrupt:
-        typer.echo("interrupted; what is encoded is kept, the same command continues", err=True)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as signal:
+        text = "interrupted; what is encoded is kept, the same command continues"
+        raise Interrupted(getattr(signal, "number", 0), text) from None
 
 
 @app.command()
@@ -85,15 +91,16 @@ def train(
     from mapo_fast.config import load_config
     from mapo_fast.train import train as run
 
+    output_may_fail()
     settings = load_config(config, overrides)
     result = run(settings, resume=resume, console=Console())
     main = _main()
     if not result.finished:
+        saved = result.saved_step
         if main:
-            typer.echo(
-                f"stopped at step {result.step}, saved; continue with the same command and --resume", err=True
-            )
-        raise typer.Exit(130)
+            where = "before the first step" if saved is None else f"at step {saved}, saved"
+            typer.echo(f"stopped {where}; continue with the same command and --resume", err=True)
+        raise typer.Exit(exit_code(result.signal))
     if not main:
         return
     made = result.output / ("lora" if settings.adapter.kind == "lora" else "unet")
@@ -162,6 +169,7 @@ def demo(
     """Fine-tune a tiny SDXL on drawn preferences and show what changed. Needs no GPU and no download."""
     from mapo_fast.demo.run import run_demo
 
+    output_may_fail()
     run_demo(out, seed=seed, console=Console(), objective=objective, overrides=overrides or ())
 
 

@@ -1,9 +1,15 @@
-"""What reaches the terminal: text as it is, on one line, whatever stands in the names within it."""
+"""What reaches the terminal: text as it is, on one line, whatever stands in the names within it.
+
+What does not reach it ends no run: a full disk behind `> train.log`, a `| tee` that has ended, a terminal
+that was closed.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from mapo_fast.errors import printable
 
@@ -30,3 +36,52 @@ def encode_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # tests and notebooks replace them
             stream.reconfigure(errors="backslashreplace")
+
+
+class _Unfailing:
+    """A text stream that drops what it cannot write."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, with Python escapes for what the encoding lacks."""
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError as error:
+            self.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+        except (OSError, ValueError):  # the latter of a stream that is closed
+            pass
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be written."""
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+def output_may_fail() -> None:
+    """From here on this process goes on, and ends as it would have, when nobody takes its output.
+
+    For commands whose work is not what they print.
+    """
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is not None:  # None without a console on Windows
+            setattr(sys, name, _Unfailing(stream))
+
+
+@contextmanager
+def unfailing(console: Console | None) -> Iterator[None]:
+    """Let a console drop what it cannot write; without, rich ends the process where a pipe has ended."""
+    if console is None:
+        yield
+        return
+    file = console.file
+    console.file = cast("IO[str]", _Unfailing(file))
+    try:
+        yield
+    finally:
+        console.file = file

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from mapo_fast.config import Config
 from mapo_fast.errors import FailedRunError, MachineError, UserError
+from mapo_fast.files import one_line
 
 T = TypeVar("T")
 
@@ -98,20 +100,42 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
+    def each(self, call: Callable[[], T]) -> T:
+        """What `call` returns in each process, once it has returned in all.
+
+        Raises:
+            Exception: what `call` raised, in a process where it did.
+            UserError: what it raised elsewhere; a `ReportedError` in all but process 0.
+        """
+        if self.size == 1:
+            return call()
+        failed: Exception | None = None
+        try:
+            value = call()
+        except Exception as error:
+            failed = error
+        if not self.any(failed is not None):
+            return value
+        said = self.gathered(None if failed is None else _as_line(failed))
+        message, machine = next(one for one in said if one is not None)
+        if not self.main:
+            raise ReportedError(message) from failed
+        raise failed or (MachineError if machine else UserError)(message)
+
     def once(self, call: Callable[[], T]) -> T:
         """What `call` returns (picklable) in process 0, the only one that calls it, for all.
 
         Raises:
-            UserError: what `call` raised, in process 0; a `ReportedError` in the others.
+            Exception: what `call` raised, in process 0; a `ReportedError` in the others.
         """
         if self.size == 1:
             return call()
         outcome: list[Any] = [None, None]
-        failed: UserError | None = None
+        failed: Exception | None = None
         if self.main:
             try:
                 outcome[0] = call()
-            except UserError as error:
+            except Exception as error:
                 failed, outcome[1] = error, str(error)
         dist.broadcast_object_list(outcome)
         if failed is not None:
@@ -218,7 +242,11 @@ def _number(name: str, default: int) -> int:
 
 @contextmanager
 def joined(processes: Processes, device: torch.device) -> Iterator[None]:
-    """Connect the processes of a launch, until the context ends."""
+    """Connect the processes of a launch, until the context ends.
+
+    Raises:
+        MachineError: another process is gone.
+    """
     if processes.size == 1:
         yield
         return
@@ -231,14 +259,13 @@ def joined(processes: Processes, device: torch.device) -> Iterator[None]:
         kind = UserError if isinstance(error, ValueError) else MachineError  # torch's of a missing variable
         raise kind(f"the {processes.size} processes cannot be connected: {_first_line(error)}") from error
     try:
-        yield
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+        peers = processes.gathered((socket.gethostname(), os.getpid()))
+        try:
+            yield
+        except Exception as error:
+            if connection_lost(error):
+                raise _lost(error, processes.rank, peers) from error
             raise
-        raise MachineError(
-            f"process {processes.rank} has lost the others, one of which has ended ({_first_line(error)}): "
-            "what was saved is whole, --resume continues from there"
-        ) from error
     finally:
         dist.destroy_process_group()
 
@@ -247,8 +274,42 @@ _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|tim
 """In what a collective raises when another process is gone; gloo raises plain `RuntimeError`s."""
 
 
+def connection_lost(error: Exception) -> bool:
+    """Whether this is what torch raises where another process of the run does not answer any more."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+    )
+
+
+def _lost(error: Exception, rank: int, peers: list[tuple[str, int]]) -> MachineError:
+    """What a survivor says, with the processes that are gone; the first one that is left says it for all."""
+    gone = [r for r, (host, pid) in enumerate(peers) if host == peers[rank][0] and _is_gone(pid)]
+    known = " and ".join(f"process {r}, pid {peers[r][1]}: its own output says why" for r in gone)
+    lost = MachineError(
+        f"process {rank} has lost the others, one of which has ended ({known or _first_line(error)}): what was "
+        "saved is whole, --resume continues from there"
+    )
+    lost.reported = any(r not in gone for r in range(rank))
+    return lost
+
+
+def _is_gone(pid: int) -> bool:
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.Error:
+        return True
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _as_line(error: Exception) -> tuple[str, bool]:
+    """What another process says of an error, and whether the machine is to blame."""
+    line = one_line(error)
+    return str(line or repr(error)), line is None or isinstance(line, MachineError)
 
 
 def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -9,7 +9,7 @@ The start model's errors and a sample of its predictions are written once, at st
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,20 +68,25 @@ class HeldOut:
         self.seed, self.device = seed, device
 
     @torch.no_grad()
-    def errors(self, unet: Any, context: AbstractContextManager[None]) -> HeldOutErrors:
+    def errors(
+        self, unet: Any, context: AbstractContextManager[None], poll: Callable[[], None] = lambda: None
+    ) -> HeldOutErrors:
         """Chosen and rejected errors of every pair at every draw, in all processes.
 
         Each takes every W-th pair, and all as many: a UNet that is split runs in all of them or in none.
+        `poll` is called before each batch, in all processes together; what it raises ends the evaluation.
         """
         count, (rank, size) = len(self.pairs), (self.processes.rank, self.processes.size)
         mine = []
         training = unet.training
         unet.eval()
-        with context:
-            for place in range(rank, -(-count // size) * size, size):
-                index = place % count
-                mine.append(self._pair_errors(unet, self.pairs[index], keep=index % self.draws))
-        unet.train(training)
+        try:
+            with context:
+                for place in range(rank, -(-count // size) * size, size):
+                    index = place % count
+                    mine.append(self._pair_errors(unet, self.pairs[index], index % self.draws, poll))
+        finally:
+            unet.train(training)
         shared = self.processes.gathered([(rows.cpu(), kept.cpu()) for rows, kept in mine])
         results = [result for row in zip(*shared, strict=True) for result in row][:count]
         stack = torch.stack([rows for rows, _ in results], dim=1)
@@ -100,23 +105,23 @@ class HeldOut:
             rejected -= chosen
         return (chosen, self.draws), (rejected, self.draws)
 
-    def _pair_errors(self, unet: Any, pair: CachedPair, keep: int) -> tuple[Tensor, Tensor]:
+    def _pair_errors(
+        self, unet: Any, pair: CachedPair, keep: int, poll: Callable[[], None]
+    ) -> tuple[Tensor, Tensor]:
         """(2, draws) errors of one pair, and its (2, C, h, w) prediction at draw `keep`.
 
         Of a single image one instead of two.
         """
-        single: PairBatch | SampleBatch
-        if self.cache.paired:
-            single = self.cache.batch([pair], flip=None, drop=None)
-            shape, halves = tuple(single.chosen_latents.shape[1:]), 2
-        else:
-            single = self.cache.samples([pair], flip=None, drop=None)
-            shape, halves = tuple(single.latents.shape[1:]), 1
+        read = self.cache.batch if self.cache.paired else self.cache.samples
+        single: PairBatch | SampleBatch = self.processes.each(lambda: read([pair], flip=None, drop=None))
+        latents, halves = (single.chosen_latents, 2) if isinstance(single, PairBatch) else (single.latents, 1)
+        shape = tuple(latents.shape[1:])
         timesteps = stratified_timesteps(
             self.seed, "held-out", pair.id, self.diffusion.num_train_timesteps, self.draws
         )
         errors, kept = [], None
         for first in range(0, self.draws, self.draws_per_batch):
+            poll()
             draws = range(first, min(first + self.draws_per_batch, self.draws))
             batch = type(single)(*(t.expand(len(draws), *t.shape[1:]) for t in vars(single).values()))
             noise = torch.stack([pair_noise(self.seed, "held-out", pair.id, shape, draw=d) for d in draws])
@@ -231,7 +236,12 @@ def load_errors(path: Path, run: str, held_out: HeldOut) -> HeldOutErrors | None
 
 
 def start_errors(
-    path: Path, run: str, held_out: HeldOut, unet: Any, context: AbstractContextManager[None]
+    path: Path,
+    run: str,
+    held_out: HeldOut,
+    unet: Any,
+    context: AbstractContextManager[None],
+    poll: Callable[[], None] = lambda: None,
 ) -> tuple[HeldOutErrors | None, list[str]]:
     """The start model's errors, read or else measured and written; all processes call it together.
 
@@ -241,6 +251,7 @@ def start_errors(
         held_out: the run's held-out pairs.
         unet: the start model.
         context: autocast of its forward passes.
+        poll: as of `HeldOut.errors`.
 
     Returns:
         None where no pair is held out; and what to say.
@@ -256,6 +267,6 @@ def start_errors(
 
     errors, notes = held_out.processes.once(load)
     if errors is None:
-        errors = measured = held_out.errors(unet, context)
+        errors = measured = held_out.errors(unet, context, poll)
         held_out.processes.once(lambda: save_errors(measured, path, run))
     return errors, notes

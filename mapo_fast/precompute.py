@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from mapo_fast.config import Config
 from mapo_fast.engine.prefetch import MicroBatch, read_ahead
 from mapo_fast.engine.reference import PrecomputedErrors, StartModel
-from mapo_fast.signals import StopRequest
 from mapo_fast.trainer import Trainer
 
 
@@ -21,9 +22,7 @@ def depends_on(config: Config, identity: dict[str, str]) -> dict[str, Any]:
     return {**identity, **settings, "base": config.adapter.base}
 
 
-def precompute(
-    trainer: Trainer, run: str, identity: dict[str, str], stop: StopRequest, console: Console | None
-) -> bool:
+def precompute(trainer: Trainer, run: str, identity: dict[str, str], console: Console | None) -> None:
     """Compute what is missing in the run's folder, and give the trainer all of it.
 
     Call it before `Trainer.restore`: it takes the start model that was built.
@@ -32,11 +31,10 @@ def precompute(
         trainer: gets its `reference`.
         run: the run's id.
         identity: fingerprints of the cache, the start model and its noise schedule.
-        stop: ends it early; what is done is kept.
         console: where to show progress.
 
-    Returns:
-        Whether nothing is missing.
+    Raises:
+        StopNow: a signal asks for the end; what is done is kept.
     """
     train, processes = trainer.config.train, trainer.processes
     trainer.reference = reference = PrecomputedErrors(
@@ -48,19 +46,23 @@ def precompute(
         processes,
     )
     if not (missing := reference.missing):
-        return True
+        return
     start, mine = StartModel(trainer.unet), reference.positions()
     source = (MicroBatch(trainer.inputs(*trainer.batches.at(position)), share=1.0) for position in mine)
     prefetch = trainer.config.speed.prefetch
+
+    def errors(batches: Iterator[MicroBatch]) -> Iterator[Tensor]:
+        for _ in mine:
+            batch = processes.each(lambda: next(batches))
+            yield trainer.engine.errors_of(start, batch.inputs)
+
     columns = (TextColumn("reference"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         Progress(*columns, console=console or Console(quiet=True)) as progress,
         read_ahead(source, trainer.device, prefetch=prefetch) as batches,
-        closing(reference.compute(trainer.engine.errors_of(start, b.inputs) for b in batches)) as positions,
+        closing(reference.compute(errors(batches))) as positions,
     ):
         task = progress.add_task("", total=missing)
         for _ in positions:
             progress.advance(task)
-            if processes.any(stop.requested):
-                break
-    return not reference.missing
+            trainer.poll()

@@ -8,14 +8,16 @@ size, and training keeps neither.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mapo_fast.config import Config
 from mapo_fast.data.text import PromptEmbeds, empty_prompt, encode_prompts
-from mapo_fast.files import disk_errors
+from mapo_fast.files import atomic_path, disk_errors
 from mapo_fast.gpu import is_out_of_memory
 from mapo_fast.model import SDXLFolder
 from mapo_fast.sample import decode_latents, sample_latents
@@ -27,6 +29,8 @@ class Previews:
 
     def __init__(self, config: Config, folder: SDXLFolder, device: torch.device) -> None:
         self.config, self.folder, self.device = config, folder, device
+        self.poll: Callable[[], None] = lambda: None
+        """Called after each denoising step and before each decoding; what it raises ends a preview."""
         try:
             self.prompts, self.empty = self._encoded(device)
             return
@@ -47,8 +51,18 @@ class Previews:
         prompts = encode_prompts(self.folder, self.config.preview.prompts, **settings)
         return prompts, empty_prompt(self.folder, **settings)
 
+    def complete(self, step: int) -> bool:
+        """Whether all images of a step are there."""
+        count, folder = len(self.config.preview.prompts), self._folder(step)
+        return all((folder / f"{index:02d}.png").is_file() for index in range(count))
+
     def write(
-        self, unet: Any, step: int, context: AbstractContextManager[None], *, main: bool = True
+        self,
+        unet: Any,
+        step: int,
+        context: AbstractContextManager[None],
+        *,
+        main: bool = True,
     ) -> None:
         """Write `<output>/previews/step-XXXXXXXX/NN.png`, one image per prompt.
 
@@ -67,15 +81,22 @@ class Previews:
                 steps=preview.steps,
                 guidance=preview.guidance,
                 batch_size=1,
+                poll=self.poll,
             )
         if not main:
             return
         vae = use_tiles(self.folder.load_vae(torch.float32).to(self.device))
-        target = self.config.train.output / "previews" / f"step-{step:08d}"
+        target = self._folder(step)
         with disk_errors(target):
             target.mkdir(parents=True, exist_ok=True)
-            for index, image in enumerate(decode_latents(vae, latents, batch_size=1)):
-                image.save(target / f"{index:02d}.png")
+        for index, latent in enumerate(torch.split(latents, 1)):
+            self.poll()
+            (image,) = decode_latents(vae, latent, batch_size=1)
+            with atomic_path(target / f"{index:02d}.png") as temporary:
+                image.save(temporary, format="PNG")
         del vae
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what decoding took, for the rest of the step
+
+    def _folder(self, step: int) -> Path:
+        return self.config.train.output / "previews" / f"step-{step:08d}"

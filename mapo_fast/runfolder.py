@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +30,13 @@ class TrainResult:
     output: Path
     step: int
     finished: bool
-    """False when a signal stopped it early; the checkpoint to resume from is written."""
+    """False when a signal stopped it before."""
     skipped_steps: int
     """Steps that were not finite and changed nothing."""
+    saved_step: int | None = field(default=None, compare=False)
+    """Of the checkpoint to resume from; None before the first step."""
+    signal: int = field(default=0, compare=False)
+    """Number of the signal that stopped it; 0 where none did."""
 
 
 class RunRecord(BaseModel):

@@ -17,6 +17,9 @@ is strict JSON.
 A resumed run drops the lines of steps after its checkpoint (they will be made again) and a last line that a
 kill cut short, so no step is there twice. `<folder>/tensorboard` gets the same
 numbers, purged in the same way. On a terminal there is a progress bar; elsewhere plain lines.
+
+A line that cannot be written is an error: the run has no other record. TensorBoard and Weights & Biases are
+copies of it: one that fails is left out from then on, with a warning.
 """
 
 from __future__ import annotations
@@ -24,12 +27,12 @@ from __future__ import annotations
 import json
 import math
 import time
-import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -38,6 +41,7 @@ from mapo_fast import __version__
 from mapo_fast.console import say
 from mapo_fast.errors import UserError
 from mapo_fast.files import atomic_path, disk_errors
+from mapo_fast.mirrors import TensorBoard, open_wandb
 from mapo_fast.monitor import Monitor
 
 LOG_FILE = "log.jsonl"
@@ -84,9 +88,9 @@ class RunLog:
             wandb: Weights & Biases project that mirrors TensorBoard; None for none.
 
         Raises:
-            UserError: disk full or not writable, or wandb is asked for and not installed.
+            UserError: disk full or not writable, or wandb is asked for and not installed or does not start.
         """
-        self._wandb = _open_wandb(wandb, folder) if wandb is not None else None
+        self._wandb = open_wandb(wandb, folder) if wandb is not None else None
         self._console = console
         self._total = total_steps
         self._first_step = start_step
@@ -95,8 +99,12 @@ class RunLog:
         with disk_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
             kept = _cut(path, start_step)
-            self._file: TextIO = path.open("a", encoding="utf-8", newline="\n")
+            # Unbuffered: what could not be written is not tried again when the file is closed.
+            self._file: BinaryIO = path.open("ab", buffering=0)
         self._path = path
+        self._last_step = start_step
+        self.evaluated = any(e["event"] == "evaluation" and e["step"] == start_step for e in kept)
+        """Whether the step that the log starts from has been evaluated."""
         self._progress: Progress | None = None
         self._monitor = Monitor(self._warn)
         self._replaying = True
@@ -107,7 +115,7 @@ class RunLog:
                 self._monitor.evaluation(entry["step"], entry)
         self._replaying = False
         self._write("start", start_step, {"total_steps": total_steps, "version": __version__})
-        self._writer = self._open_tensorboard(folder / "tensorboard")
+        self._board = self._open_tensorboard(folder / "tensorboard")
         if console is not None and console.is_terminal:
             self._progress = Progress(
                 TextColumn("training"),
@@ -145,9 +153,7 @@ class RunLog:
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
         """Log a held-out evaluation: the (nested) dict of `evaluate.compare`."""
         self._write("evaluation", step, figures)
-        self._scalars("held_out", step, figures)
-        if self._writer is not None:
-            self._writer.flush()
+        self._scalars("held_out", step, figures, flush=True)
         parts = []
         if "accuracy" in figures:
             parts.append(f"accuracy {figures['accuracy']:.3f}")
@@ -163,25 +169,35 @@ class RunLog:
         self._monitor.evaluation(step, figures)
 
     def warning(self, step: int, message: str) -> None:
-        """Log a warning and show it."""
-        self._write("warning", step, {"message": message})
+        """Show a warning and log it."""
         self._print(f"warning at step {step}: {message}", style="yellow")
+        self._write("warning", step, {"message": message})
 
     def end(self, step: int, *, finished: bool) -> None:
-        """Log the end of this session: the run is finished, or was stopped to be resumed."""
-        self._write("end", step, {"finished": finished, "seconds": round(time.monotonic() - self._began, 3)})
+        """Log the end of this session: the run is finished, or was stopped to be resumed.
+
+        All else is written by then: a disk that is full now is a warning.
+        """
+        seconds = round(time.monotonic() - self._began, 3)
+        try:
+            self._write("end", step, {"finished": finished, "seconds": seconds})
+        except UserError as error:
+            self._print(f"warning: the log lacks its last line: {error}", style="yellow")
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
         if self._progress is not None:
             self._progress.stop()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
-        self._file.close()
+        board, self._board = self._board, None
+        if board is not None:
+            with self._mirror("TensorBoard"):
+                board.close()
+        wandb, self._wandb = self._wandb, None
+        if wandb is not None:
+            with self._mirror("Weights & Biases"):
+                wandb.finish()
+        with suppress(OSError):  # nothing is buffered
+            self._file.close()
 
     def __enter__(self) -> RunLog:
         """Return the log itself."""
@@ -198,16 +214,34 @@ class RunLog:
             self.warning(step, message)
 
     def _write(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
+        self._last_step = step
         line = {"event": event, "step": step, "time": round(time.time(), 3), **fields}
+        data = (json.dumps(_quoted(line), allow_nan=False) + "\n").encode()
         with disk_errors(self._path):
-            self._file.write(json.dumps(_quoted(line), allow_nan=False) + "\n")
-            self._file.flush()
+            while data:  # a disk that is nearly full takes a part
+                data = data[self._file.write(data) :]
 
-    def _scalars(self, group: str, step: int, figures: Mapping[str, Any]) -> None:
-        if self._writer is not None:
-            with disk_errors(self._path.parent / "tensorboard"):
-                for name, value in _numbers(group, figures):
-                    self._writer.add_scalar(name, value, step)
+    def _scalars(self, group: str, step: int, figures: Mapping[str, Any], *, flush: bool = False) -> None:
+        if (board := self._board) is None:
+            return
+        with self._mirror("TensorBoard"):
+            try:
+                board.add(_numbers(group, figures), step, flush=flush)
+            except Exception:
+                self._board = None
+                with suppress(Exception):
+                    board.close()
+                raise
+
+    @contextmanager
+    def _mirror(self, name: str) -> Iterator[None]:
+        """Whatever a mirror's library raises, the run does not depend on it."""
+        try:
+            yield
+        except Exception as error:
+            with suppress(UserError):  # the log may have failed too, and is about to say so
+                message = f"{name} failed and is left out from here: {type(error).__name__}: {error}"
+                self.warning(self._last_step, message)
 
     def _print(self, text: str, style: str | None = None) -> None:
         if self._console is not None:
@@ -220,40 +254,18 @@ class RunLog:
         left = (time.monotonic() - self._began) / done * (self._total - step)
         return f"  ETA {timedelta(seconds=round(left))}"
 
-    def _open_tensorboard(self, folder: Path) -> Any:
-        """A SummaryWriter (its import takes seconds), or None with one warning where it is missing."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.warning(
-                self._first_step,
-                f"tensorboard is not installed, so figures go to {self._path.name} only "
-                "(pip install tensorboard)",
-            )
-            return None
-        purge = self._first_step + 1 if self._first_step else 0
-        with disk_errors(folder):
-            return SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
-
-
-def find_wandb() -> Any:
-    """The wandb module.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("train.wandb is set, but wandb is not installed (pip install wandb)") from None
-    return wandb
-
-
-def _open_wandb(project: str, folder: Path) -> Any:
-    """Start a wandb run that copies whatever TensorBoard is given; it has to start before TensorBoard."""
-    return find_wandb().init(project=project, name=folder.name, dir=str(folder), sync_tensorboard=True)
+    def _open_tensorboard(self, folder: Path) -> TensorBoard | None:
+        """None with one warning where it is missing or fails."""
+        with self._mirror("TensorBoard"):
+            try:
+                return TensorBoard(folder, self._first_step)
+            except ImportError:
+                self.warning(
+                    self._first_step,
+                    f"tensorboard is not installed, so figures go to {self._path.name} only "
+                    "(pip install tensorboard)",
+                )
+        return None
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

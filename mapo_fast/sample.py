@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ def sample_latents(
     steps: int = 25,
     guidance: float = 5.0,
     batch_size: int = 8,
+    poll: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Sample one latent per prompt.
 
@@ -54,6 +55,7 @@ def sample_latents(
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1 or less switches guidance off.
         batch_size: samples denoised together.
+        poll: called after each denoising step; what it raises ends the sampling.
 
     Returns:
         Latents (N, C, h, w) as in training, which `decode_latents` takes; fp32, on the CPU.
@@ -73,6 +75,11 @@ def sample_latents(
     unet.eval()
     device, dtype = unet.device, unet.dtype
     done = []
+
+    def step_end(_: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        poll()
+        return given
+
     try:
         for start in range(0, count, batch_size):
             part = slice(start, min(start + batch_size, count))
@@ -94,6 +101,7 @@ def sample_latents(
                     num_inference_steps=steps,
                     guidance_scale=guidance,
                     output_type="latent",
+                    callback_on_step_end=step_end,
                 ).images
             done.append(latents.float().cpu())
     finally:

@@ -1,38 +1,92 @@
-"""SIGINT and SIGTERM as a request to finish the current step, save and stop."""
+"""Signals that stop a command: Ctrl-C, SIGTERM, a terminal that closes.
+
+Training takes the first one as a request: it finishes the step, saves and ends. The second ends it at once.
+Whatever has nothing to finish ends at the first one, by an exception, so that temporary files are removed.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any
+
+CAUGHT = tuple(
+    signal.Signals(getattr(signal, name))
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the last but one not on Windows, the last only
+    if hasattr(signal, name)
+)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the command at once; the text is for the user."""
+
+    def __init__(self, number: int, text: str = "interrupted") -> None:
+        super().__init__(text)
+        self.number = number
+
+
+class StopNow(Exception):  # noqa: N818 - it is a request
+    """What was begun can be left: a signal asks for the end."""
+
+
+def exit_code(number: int | None) -> int:
+    """128 + the signal's number, as shells say it; a plain `KeyboardInterrupt` is SIGINT."""
+    return 128 + (number or signal.SIGINT)
 
 
 class StopRequest:
-    """Context manager; `requested` turns true at the first signal, a second one interrupts at once.
+    """Context manager; `requested` turns true at the first signal, a second one raises `Interrupted`.
 
     Outside the main thread signals cannot be caught, and the request is never set.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[signal.Signals, Any] = {}
+        self.number = 0
+        """The first signal's; 0 as long as there was none."""
+        self._handling = _handling(self._handle)
 
     def __enter__(self) -> StopRequest:
         """Install the handlers."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+        self._handling.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Put the former handlers back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handling.__exit__(None, None, None)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+            raise Interrupted(number)
+        self.requested, self.number = True, number
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let every signal that stops raise `Interrupted`, as Ctrl-C raises `KeyboardInterrupt`."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    with _handling(interrupt):
+        yield
+
+
+@contextmanager
+def _handling(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in CAUGHT:
+                # `nohup` has it ignored: the run is to outlive its terminal.
+                if number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
+                    continue
+                before[number] = signal.signal(number, handle)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -18,7 +18,7 @@ from mapo_fast.adopt import adopt
 from mapo_fast.budget import planned
 from mapo_fast.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.config import ON_CPU, Config
-from mapo_fast.console import say
+from mapo_fast.console import say, unfailing
 from mapo_fast.data.cache import PairCache
 from mapo_fast.diffusion import Diffusion
 from mapo_fast.distributed import Processes, environment, in_processes, joined
@@ -28,6 +28,7 @@ from mapo_fast.engine.gradient_sums import kept_to_nearest
 from mapo_fast.engine.precision import choose_device, choose_precision
 from mapo_fast.errors import UserError
 from mapo_fast.files import disk_errors, exclusive
+from mapo_fast.mirrors import find_wandb
 from mapo_fast.model import SDXLFolder, open_sdxl, scheduler_overrides
 from mapo_fast.planner.plan import with_settings
 from mapo_fast.precompute import precompute
@@ -41,8 +42,8 @@ from mapo_fast.runfolder import (
     recorded_settings,
     remove_leftovers,
 )
-from mapo_fast.runlog import RunLog, find_wandb
-from mapo_fast.signals import StopRequest
+from mapo_fast.runlog import RunLog
+from mapo_fast.signals import StopNow, StopRequest
 from mapo_fast.trainer import Trainer
 from mapo_kernels import backend
 
@@ -65,7 +66,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     if config.train.wandb is not None:
         find_wandb()
     device = choose_device(config.train, processes)
-    with joined(processes, device):
+    with unfailing(console), joined(processes, device):
         return _train(config, device, processes, resume, console if processes.main else None)
 
 
@@ -95,7 +96,10 @@ def _train(
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # text encoders are gone and are not the plan's
         parts = build_unet(config, folder, precision, device, processes)
-        trainer = Trainer(config, parts, cache, diffusion, precision, device, store, previews, processes)
+        stop = StopRequest()
+        trainer = Trainer(
+            config, parts, cache, diffusion, precision, device, store, previews, stop, processes
+        )
         notes = [] if budget is None else budget.notes()
         return _run(trainer, folder, identity, resume, notes, console)
 
@@ -197,13 +201,16 @@ def _run(
         run, checkpoint, found = processes.once(
             lambda: _claim(config, identity, trainer.store, resume, processes.size, held)
         )
-        notes += found + trainer.measure_start(output / START, run)
-        if config.reference == "precomputed":
-            with StopRequest() as stop:
-                if not precompute(trainer, run, identity, stop, console):
-                    return TrainResult(output, checkpoint.step if checkpoint else 0, False, 0)
-            assert trainer.reference is not None
-            notes += [f"{reason}: computed again" for reason in trainer.reference.refused]
+        held.enter_context(trainer.stop)
+        try:
+            notes += found + trainer.measure_start(output / START, run)
+            if config.reference == "precomputed":
+                precompute(trainer, run, identity, console)
+                assert trainer.reference is not None
+                notes += [f"{reason}: computed again" for reason in trainer.reference.refused]
+        except StopNow:
+            trainer.saved_step = checkpoint.step if checkpoint else None
+            return trainer.result(trainer.saved_step or 0, finished=False)
         if checkpoint is not None:
             trainer.restore(checkpoint)
         log = None
@@ -214,8 +221,7 @@ def _run(
             held.enter_context(log)
             for note in notes + _notes(config, trainer.cache, checkpoint, resume, processes.size):
                 log.warning(trainer.step, note)
-        with StopRequest() as stop:
-            return trainer.run(log, stop, folder)
+        return trainer.run(log, folder)
 
 
 def _notes(

@@ -8,14 +8,17 @@ bitsandbytes' paged optimizer once per step.
 Of W processes the r-th takes micro-batches r, r + W, r + 2W, … of the order of one: a step with
 `train.accumulation` A is the step of one process with A · W. Process 0 writes everything; all take part in
 evaluations, and in previews and checkpoints where the model is split.
+
+A checkpoint is written before anything else that its step is due for. Whatever ends the run between two
+checkpoints (a signal, a full disk, a shard that is gone, a mistake in this program) saves the last finished
+step first; a second signal does not. A resumed run makes the evaluation and the previews that its step lacks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,7 +28,7 @@ from mapo_fast.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.config import Config
 from mapo_fast.data.cache import CachedPair, PairCache
 from mapo_fast.diffusion import Diffusion
-from mapo_fast.distributed import ALONE, Processes
+from mapo_fast.distributed import ALONE, Processes, connection_lost
 from mapo_fast.engine.batches import MicroBatches
 from mapo_fast.engine.build import TrainingUnet, learning_rate
 from mapo_fast.engine.engine import Engine
@@ -44,7 +47,7 @@ from mapo_fast.objectives import build_loss
 from mapo_fast.preview import Previews
 from mapo_fast.runfolder import TrainResult
 from mapo_fast.runlog import RunLog
-from mapo_fast.signals import StopRequest
+from mapo_fast.signals import Interrupted, StopNow, StopRequest
 from mapo_fast.tensorparts import whole
 
 
@@ -61,12 +64,22 @@ class Trainer:
         device: torch.device,
         store: CheckpointStore,
         previews: Previews | None,
+        stop: StopRequest,
         processes: Processes = ALONE,
     ) -> None:
-        self.processes = processes
+        self.stop, self.processes = stop, processes
         self.config, self.unet, self.cache, self.diffusion = config, parts.unet, cache, diffusion
         self.precision, self.device, self.store, self.previews = precision, device, store, previews
         self.step = 0
+        self.saved_step: int | None = None
+        """Of the newest checkpoint that this run goes on from or has written."""
+        self._tried: int | None = None
+        """Step of the newest attempt to write one."""
+        self._judged = False
+        """Whether the run ends by its own judgement, which has saved what is worth it."""
+        if previews is not None:
+            # Of a model that is whole only one process samples, and the others cannot hear of its signals.
+            previews.poll = self.poll if processes.shard(config) else self._poll_alone
         loss = build_loss(config.objective, diffusion.num_train_timesteps)
         self.engine = Engine(config, parts, loss, precision, device, processes)
         self.optimizer = self.engine.optimizer
@@ -88,70 +101,151 @@ class Trainer:
         self.start: HeldOutErrors | None = None
         self.reference: PrecomputedErrors | None = None
 
+    def poll(self) -> None:
+        """Where to leave what can be left; all processes call it together.
+
+        Raises:
+            StopNow: any of them got a signal.
+        """
+        if self.processes.any(self.stop.requested):
+            raise StopNow
+
+    def _poll_alone(self) -> None:
+        if self.stop.requested:
+            raise StopNow
+
     def measure_start(self, path: Path, run: str) -> list[str]:
-        """Read the start model's held-out errors, or measure them, before `restore`; returns what to say."""
-        self.start, notes = start_errors(
-            path, run, self.held_out, self.unet, self.precision.context(self.device)
-        )
+        """Read the start model's held-out errors, or measure them, before `restore`; returns what to say.
+
+        Raises:
+            StopNow: a signal asks for the end.
+        """
+        context = self.precision.context(self.device)
+        self.start, notes = start_errors(path, run, self.held_out, self.unet, context, self.poll)
         return notes
 
-    def run(self, log: RunLog | None, stop: StopRequest, folder: SDXLFolder) -> TrainResult:
+    def run(self, log: RunLog | None, folder: SDXLFolder) -> TrainResult:
         """Train to the last step or the first signal to any process, then save.
 
         Args:
             log: of process 0; None in the others.
+
+        Raises:
+            Interrupted: a second signal; it says what is saved.
+            Exception: whatever else ended the run. The last finished step is saved then, if it can be.
         """
-        config = self.config.train
-        if self.step == 0:
-            self._look(log, always=True)
-        self.metrics.restart_clock()
-        source, prefetch = self._micro_batches(self.step), self.config.speed.prefetch
-        with read_ahead(source, self.device, prefetch=prefetch) as micro_batches:
-            self._loop(micro_batches, log, stop)
-        finished = self.step >= config.steps
-        if finished:
-            if problem := mostly_skipped(self.optimizer, self.step, self.store):
-                raise self.processes.failed(problem)
-            export(self.config, self.unet, self._model_tensors(), folder, self.processes)
-        elif self._healthy():
-            self.save()
+        try:
+            finished = self._to_the_end(log)
+            if finished:
+                if problem := mostly_skipped(self.optimizer, self.step, self.store):
+                    self._judged = True
+                    raise self.processes.failed(problem)
+                export(self.config, self.unet, self._model_tensors(), folder, self.processes)
+        except KeyboardInterrupt:
+            text = f"interrupted after step {self.step}; {self._what_is_saved()}"
+            raise Interrupted(self.stop.number, text) from None
+        except Exception as error:
+            self._rescue(error, log)
+            raise
         if log is not None:
             log.end(self.step, finished=finished)
-        return TrainResult(config.output, self.step, finished, int(self.optimizer.skipped))
+        return self.result(self.step, finished=finished)
 
-    def _loop(self, micro_batches: Iterator[MicroBatch], log: RunLog | None, stop: StopRequest) -> None:
+    def result(self, step: int, *, finished: bool) -> TrainResult:
+        """What the run has come to; all processes call it together."""
+        number = int(self.processes.largest(self.stop.number))
+        skipped = int(self.optimizer.skipped)
+        return TrainResult(self.config.train.output, step, finished, skipped, self.saved_step, number)
+
+    def _to_the_end(self, log: RunLog | None) -> bool:
+        """Take the steps that are left; returns whether that is all of them, or a signal came before."""
+        source, prefetch = self._micro_batches(self.step), self.config.speed.prefetch
+        try:
+            self.poll()
+            self._look(log, always=self.step in (0, self.config.train.steps), again=True)
+            with read_ahead(source, self.device, prefetch=prefetch) as micro_batches:
+                self._loop(micro_batches, log)
+        except StopNow:
+            if self.step and self.saved_step != self.step:
+                if not self._healthy():
+                    raise self.processes.failed(self._diverged(f"stopped at step {self.step}")) from None
+                self.save()
+            return False
+        return True
+
+    def _loop(self, micro_batches: Iterator[MicroBatch], log: RunLog | None) -> None:
         config = self.config.train
-        stopping = self.processes.any(stop.requested)
-        while self.step < config.steps and not stopping:
+        while self.step < config.steps:
             self.metrics.add_step(self._step(micro_batches))
-            stopping = self.processes.any(stop.requested)
+            stopping = self.processes.any(self.stop.requested)
             if log is not None:
                 log.advance(self.step)
             finished = self.step == config.steps
             if finished or stopping or self.step % config.log_every == 0:
                 self._log(log)
-            if stopping and not finished:
-                break  # save first: an evaluation may take minutes
-            try:
-                self._look(log, always=finished)
-            except UserError:  # a full disk, most likely: what is trained must not be lost
-                self.save()
-                raise
             if finished and not self._healthy():
                 raise self.processes.failed(self._diverged("the run's last step"))
             if finished or (_due(self.step, config.checkpoint_every) and self._healthy()):
                 self.save()
+            if stopping:
+                raise StopNow
+            self._look(log, always=finished)
 
     def _step(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
         """One optimizer step; returns its 0-d gradient norm on the device."""
         self.engine.start(self.learning_rate(self.step), self.step)
-        for batch in islice(micro_batches, self.config.train.accumulation):
-            out = self.engine.accumulate(
-                batch.inputs, batch.share, reference_errors=batch.reference_errors, labels=batch.labels
-            )
-            self.metrics.add(out)
+        self.metrics.begin()
+        # What fails in one process ends all of them at this point, unless they wait for one another within.
+        together = self.processes.shard(self.config) or self.engine.baseline is not None
+        for _ in range(self.config.train.accumulation):
+            if together:
+                self._accumulate(self.processes.each(lambda: next(micro_batches)))
+            else:
+                self.processes.each(lambda: self._accumulate(next(micro_batches)))
+        norm = self.engine.finish()
         self.step += 1
-        return self.engine.finish()
+        return norm
+
+    def _accumulate(self, batch: MicroBatch) -> None:
+        out = self.engine.accumulate(
+            batch.inputs, batch.share, reference_errors=batch.reference_errors, labels=batch.labels
+        )
+        self.metrics.add(out)
+
+    def _rescue(self, error: Exception, log: RunLog | None) -> None:
+        """Save what an error would lose, and add to its message what is saved."""
+        if self._judged:
+            return
+        said = self._save_before(error)
+        if isinstance(error, UserError):
+            error.args = (f"{error}; {said}",)
+        elif log is not None:
+            with suppress(UserError):
+                log.warning(self.step, f"the run ends with an error; {said}")
+
+    def _save_before(self, error: Exception) -> str:
+        """Save the last finished step, where there is one and its state is whole; returns what is saved."""
+        if self.step in (0, self.saved_step, self._tried) or self.engine.changing:
+            return self._what_is_saved()
+        if self.processes.size > 1 and not isinstance(error, UserError):
+            # The others may know nothing of such an error: only a model that is whole here can be saved.
+            if self.processes.shard(self.config) or not self.processes.main or connection_lost(error):
+                return self._what_is_saved()
+            self.processes = self.metrics.processes = ALONE
+        self.engine.drop()
+        self.metrics.drop()
+        try:
+            if not self._healthy():
+                return f"step {self.step} is not saved, the model has diverged; {self._what_is_saved()}"
+            self.save()
+        except Exception as second:
+            return f"step {self.step} could not be saved ({second}); {self._what_is_saved()}"
+        return self._what_is_saved()
+
+    def _what_is_saved(self) -> str:
+        if self.saved_step is None:
+            return "no step was saved"
+        return f"step {self.saved_step} is saved, and --resume continues from it"
 
     def _micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """This process's ones of all steps from `step` on."""
@@ -193,13 +287,19 @@ class Trainer:
         figures["peak_memory_mib"] = self.processes.largest(peak_memory_mib(self.device))
         if self.engine.parts.compiled is not None:
             figures["compile_s"] = self.engine.parts.compiled.seconds
-        if log is not None:
+
+        def write() -> None:
+            assert log is not None
             log.step(self.step, figures)
+
+        self.processes.once(write)
+        self.metrics.reset()
         if in_a_row > self.config.train.max_skipped_steps:
             raise self.processes.failed(self._stopped(in_a_row))
 
     def _stopped(self, in_a_row: int) -> str:
         """Keep the last good state and say where it is."""
+        self._judged = True
         limit = self.config.train.max_skipped_steps
         reason = f"{in_a_row} steps in a row were not finite (train.max_skipped_steps = {limit})"
         if self._healthy():
@@ -208,6 +308,7 @@ class Trainer:
         return self._diverged(reason)
 
     def _diverged(self, reason: str) -> str:
+        self._judged = True
         first = self.step - int(self.optimizer.skipped_in_a_row)
         return self.processes.once(lambda: diverged(reason, first, self.store))
 
@@ -225,12 +326,19 @@ class Trainer:
         except UserError:  # it cannot be read, and what is trained must not be lost for that
             return None
 
-    def _look(self, log: RunLog | None, *, always: bool) -> None:
-        """Evaluate and preview where this step is due for it."""
+    def _look(self, log: RunLog | None, *, always: bool, again: bool = False) -> None:
+        """Evaluate and preview where this step is due for it; `again`: where that was not done before."""
         config = self.config
         context = self.precision.context(self.device)
-        if self.start is not None and (always or _due(self.step, config.train.evaluate_every)):
-            errors = self.start if self.step == 0 else self.held_out.errors(self.unet, context)
+        done = (False, False)
+        if again and self.step:
+            done = self.processes.once(lambda: self._looked(log))
+        if (
+            self.start is not None
+            and (always or _due(self.step, config.train.evaluate_every))
+            and not done[0]
+        ):
+            errors = self.start if self.step == 0 else self.held_out.errors(self.unet, context, self.poll)
             start = self.start
 
             def report() -> None:
@@ -238,18 +346,28 @@ class Trainer:
                 log.evaluation(self.step, compare(errors, start))
 
             self.processes.once(report)
-        if config.preview.prompts and (always or _due(self.step, config.preview.every)):
+        if config.preview.prompts and (always or _due(self.step, config.preview.every)) and not done[1]:
             self._preview(context)
         self.metrics.restart_clock()
 
+    def _looked(self, log: RunLog | None) -> tuple[bool, bool]:
+        """Whether this step has been evaluated and has its previews, by an earlier session."""
+        evaluated = log is not None and log.evaluated
+        return evaluated, self.previews is not None and self.previews.complete(self.step)
+
     def _preview(self, context: AbstractContextManager[None]) -> None:
-        def write() -> None:
+        def write() -> bool:
             assert self.previews is not None
-            self.previews.write(self.unet, self.step, context, main=self.processes.main)
+            try:
+                self.previews.write(self.unet, self.step, context, main=self.processes.main)
+            except StopNow:
+                return False
+            return True
 
         if self.processes.shard(self.config) and not self.processes.main:
             write()
-        self.processes.once(write)
+        if not self.processes.once(write):
+            raise StopNow
 
     def _model_tensors(self) -> dict[str, Tensor]:
         if self.config.adapter.kind == "lora":
@@ -265,7 +383,9 @@ class Trainer:
         keep = self.processes.main
         files = {"model": whole(self._model_tensors(), keep=keep), "optimizer": whole(tensors, keep=keep)}
         about = about_checkpoint(self.config, self.step)
+        self._tried = self.step
         self.processes.once(lambda: self.store.save(self.step, files, state, about))
+        self.saved_step = self.step
         self.metrics.restart_clock()
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -286,7 +406,7 @@ class Trainer:
         self.metrics.restore(checkpoint.state["metrics"])
         if self.engine.baseline is not None:
             self.engine.baseline.restore(checkpoint.state["baseline"])
-        self.step = checkpoint.step
+        self.step = self.saved_step = checkpoint.step
 
 
 def _due(step: int, every: int) -> bool:

@@ -423,9 +423,14 @@ class PairCache:
         with self._lock:
             if key not in self._shards:
                 path = shard_path(self.folder / "shards", family, number)
-                with _reading(self.folder):
-                    _verify(self.folder, f"shards/{path.name}", self.index, self._unverified)
-                    self._shards[key] = safe_open(path, framework="pt")
+                try:
+                    with _reading(self.folder):
+                        _verify(self.folder, f"shards/{path.name}", self.index, self._unverified)
+                        self._shards[key] = safe_open(path, framework="pt")
+                except (FileNotFoundError, NotADirectoryError):
+                    raise UserError(
+                        f"{path} is missing from the cache: run mapo-fast prepare again"
+                    ) from None
                 if len(self._shards) > OPEN_SHARDS:
                     self._shards.popitem(last=False)  # the file closes with its last reference
             self._shards.move_to_end(key)

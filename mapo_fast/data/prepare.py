@@ -35,7 +35,7 @@ from torch import Tensor
 
 from mapo_fast import gpu
 from mapo_fast.config import Config
-from mapo_fast.console import say
+from mapo_fast.console import say, unfailing
 from mapo_fast.data import shards
 from mapo_fast.data.buckets import Size, choose_bucket, fit, make_buckets, time_ids
 from mapo_fast.data.cache import (
@@ -138,8 +138,13 @@ def prepare(config: Config, *, console: Console | None = None) -> PrepareSummary
         UserError: wrong source or model folder, a cache made for something else or in use by another
             process, too many skipped rows, too little disk space. What has been encoded stays and is reused.
     """
-    started = time.perf_counter()
     console = console or Console(quiet=True)
+    with unfailing(console):
+        return _prepare(config, console)
+
+
+def _prepare(config: Config, console: Console) -> PrepareSummary:
+    started = time.perf_counter()
     data = config.data
     if data.source is None:
         raise UserError("data.source is missing: prepare needs to know where the preference pairs are")

@@ -26,12 +26,13 @@ from rich.table import Table
 
 import mapo_fast
 from mapo_fast.config import Config, ObjectiveConfig, load_config
-from mapo_fast.console import say
+from mapo_fast.console import say, unfailing
 from mapo_fast.data.prepare import prepare
 from mapo_fast.demo import report, score, world
 from mapo_fast.errors import UserError
 from mapo_fast.files import disk_errors, write_json
 from mapo_fast.model import SDXLFolder, open_sdxl
+from mapo_fast.signals import Interrupted
 from mapo_fast.train import train
 
 TINY_SDXL = Path(__file__).parent / "assets" / "tiny-sdxl"
@@ -118,11 +119,17 @@ def run_demo(
     Raises:
         UserError: `out` exists and is not an empty folder, or an override is wrong.
     """
-    started = time.perf_counter()
     console = console or Console()
-    size = size or DemoSize()
     if objective not in (known := get_args(ObjectiveConfig.model_fields["name"].annotation)):
         raise UserError(f"--objective {objective!r} is not known: use one of {', '.join(known)}")
+    with unfailing(console):
+        return _run_demo(out, seed, console, size or DemoSize(), objective, overrides)
+
+
+def _run_demo(
+    out: Path, seed: int, console: Console, size: DemoSize, objective: str, overrides: Sequence[str]
+) -> dict[str, Any]:
+    started = time.perf_counter()
     _new_folder(out)
     try:
         with disk_errors(out):
@@ -242,8 +249,9 @@ def _write_config(out: Path, objective: str, seed: int, size: DemoSize, override
 
 
 def _train(config: Config, console: Console) -> None:
-    if not train(config, console=console).finished:
-        raise KeyboardInterrupt  # the trainer took the signal to save; the demo ends here
+    result = train(config, console=console)
+    if not result.finished:  # the trainer took the signal to save; the demo ends here
+        raise Interrupted(result.signal, f"interrupted; {config.train.output} keeps what was trained")
 
 
 def _sample_all(

@@ -29,6 +29,15 @@ class Baseline:
         self._processes = processes
         self._recent = torch.zeros(micro_batches, 2, dtype=torch.float64, device=device)
         """Sum of g and number of samples of each, of all processes; in place, as a graph's steps need it."""
+        self._before = self._recent.clone()
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._before.copy_(self._recent)
+
+    def drop(self) -> None:
+        """Forget the micro-batches of the step that was begun."""
+        self._recent.copy_(self._before)
 
     def __call__(self, gains: Tensor) -> Tensor:
         """Add a micro-batch's g, (n,), and return k, 0-d fp64; all processes call it together.

@@ -65,6 +65,8 @@ class Engine:
         if not config.objective.paired:
             self.baseline = Baseline(config.train.accumulation, device, processes)
             self._scratch = False  # all samples of a micro-batch have a part in each one's coefficient
+        self.changing = False
+        """Whether an update is under way: weights and states may be those of a half-made step."""
         self.scaler = torch.amp.GradScaler(device.type) if precision.scaled else None
         build = partial(build_optimizer, config.optim, seed=config.train.seed)
         self.optimizer: GuardedOptimizer | FusedStep
@@ -114,6 +116,8 @@ class Engine:
         """Begin an optimizer step at learning rate `lr`, after `step` others, on which rounding depends."""
         if self._sums is not None:
             self._sums.start(step)
+        if self.baseline is not None:
+            self.baseline.begin()
         if self._lr is not None:
             self._lr.fill_(lr)
         for group in self.optimizer.optimizer.param_groups:
@@ -140,6 +144,7 @@ class Engine:
         Returns:
             The micro-batch's loss, errors and logits.
         """
+        self.changing = self._graphs is not None or isinstance(self.optimizer, FusedStep)
         if self._graphs is not None:
             out, self._norm = self._graphs((*inputs, reference_errors, labels))
             return out  # type: ignore[no-any-return]
@@ -190,12 +195,21 @@ class Engine:
         """Complete the optimizer step; returns its 0-d gradient norm on the device."""
         if self._graphs is not None:
             assert self._norm is not None
-            return self._norm
-        return self._finish()
+            norm = self._norm
+        else:
+            norm = self._finish()
+        self.changing = False
+        return norm
+
+    def drop(self) -> None:
+        """Forget the step that was begun, where nothing is `changing` yet."""
+        if self.baseline is not None:
+            self.baseline.drop()
 
     def _finish(self) -> Tensor:
         if not self._sharded:  # those of shards are summed in backward
             self.processes.sum_gradients(self.parameters)
+        self.changing = True
         norm = self.optimizer.step()
         if self.parts.activations is not None:
             self.parts.activations.reset()

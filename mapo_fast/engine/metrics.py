@@ -20,7 +20,7 @@ _HALVES = ("chosen_error", "rejected_error")
 
 
 class Metrics:
-    """Sums over the pairs and steps since the last fetch.
+    """Sums over the pairs and steps since the last `reset`.
 
     `margin` is mean(e_l − e_w), `saturation` mean σ(−logit) (the share of the margin's gradient that is
     left), `saturated` the share of pairs where that is below 0.05, `accuracy` the share with logit > 0.
@@ -34,15 +34,24 @@ class Metrics:
         self.processes, self.paired = processes, paired
         self._pairs = torch.zeros(len(_EVERY) + 1 + 2 * len(_HALVES), dtype=torch.float64, device=device)
         """Sums of `_EVERY`, their number, then the sum and number of each of `_HALVES`."""
+        self._before = self._pairs.clone()
         self._steps = torch.zeros(2, dtype=torch.float64, device=device)
         self.restart_clock()
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._before.copy_(self._pairs)
+
+    def drop(self) -> None:
+        """Forget the step that was begun."""
+        self._pairs.copy_(self._before)
 
     def restart_clock(self) -> None:
         """Leave what happened since the last step (evaluation, saving) out of pairs per second."""
         self._started, self._timed = time.perf_counter(), 0.0
 
     def state(self) -> dict[str, list[float]]:
-        """The sums since the last fetch, for a checkpoint inside a logging interval."""
+        """The sums since the last `reset`, for a checkpoint inside a logging interval."""
         pairs = self.processes.sum_(self._pairs.clone())
         return {"pairs": pairs.tolist(), "steps": self._steps.tolist()}
 
@@ -81,11 +90,11 @@ class Metrics:
         self._steps += torch.stack([torch.where(finite, norm, torch.zeros_like(norm)), finite.to(norm.dtype)])
 
     def fetch(self, optimizer: GuardedOptimizer | FusedStep) -> tuple[dict[str, float], int]:
-        """Means since the last fetch, and how many steps in a row were skipped; the device is waited for."""
+        """Means since the last `reset`, and how many steps in a row were skipped; waits for the device."""
         fused = optimizer if isinstance(optimizer, FusedStep) else None
         tensors = torch.zeros_like(optimizer.skipped) if fused is None else fused.skipped_tensors
         counters = torch.stack([tensors, optimizer.skipped, optimizer.skipped_in_a_row]).double()
-        pairs_of_all = self.processes.sum_(self._pairs)
+        pairs_of_all = self.processes.sum_(self._pairs.clone())
         values = torch.cat([pairs_of_all, self._steps, counters]).tolist()
         seconds = time.perf_counter() - self._started
         *sums, count, chosen, n_chosen, rejected, n_rejected = values[: len(self._pairs)]
@@ -104,10 +113,13 @@ class Metrics:
         figures["skipped_steps"] = skipped
         if fused is not None:
             figures["skipped_tensors"] = skipped_tensors
+        return figures, int(in_a_row)
+
+    def reset(self) -> None:
+        """Begin another interval, once the figures are written."""
         self._pairs.zero_()
         self._steps.zero_()
         self.restart_clock()
-        return figures, int(in_a_row)
 
 
 def peak_memory_mib(device: torch.device) -> float:
