@@ -286,8 +286,8 @@ def _lost(error: Exception, rank: int, peers: list[tuple[str, int]]) -> MachineE
     gone = [r for r, (host, pid) in enumerate(peers) if host == peers[rank][0] and _is_gone(pid)]
     known = " and ".join(f"process {r}, pid {peers[r][1]}: its own output says why" for r in gone)
     lost = MachineError(
-        f"process {rank} has lost the others, one of which has ended ({known or _first_line(error)}): what was "
-        "saved is whole, --resume continues from there"
+        f"process {rank} has lost the others, one of which has ended ({known or _first_line(error)}): what "
+        "was saved is whole, --resume continues from there"
     )
     lost.reported = any(r not in gone for r in range(rank))
     return lost

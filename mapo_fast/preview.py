@@ -30,7 +30,9 @@ class Previews:
     def __init__(self, config: Config, folder: SDXLFolder, device: torch.device) -> None:
         self.config, self.folder, self.device = config, folder, device
         self.poll: Callable[[], None] = lambda: None
-        """Called after each denoising step and before each decoding; what it raises ends a preview."""
+        """Called after each denoising step, by all that sample; what it raises ends a preview."""
+        self.poll_alone: Callable[[], None] = lambda: None
+        """Called before each decoding, which the main process does."""
         try:
             self.prompts, self.empty = self._encoded(device)
             return
@@ -90,7 +92,7 @@ class Previews:
         with disk_errors(target):
             target.mkdir(parents=True, exist_ok=True)
         for index, latent in enumerate(torch.split(latents, 1)):
-            self.poll()
+            self.poll_alone()
             (image,) = decode_latents(vae, latent, batch_size=1)
             with atomic_path(target / f"{index:02d}.png") as temporary:
                 image.save(temporary, format="PNG")

@@ -78,8 +78,9 @@ class Trainer:
         self._judged = False
         """Whether the run ends by its own judgement, which has saved what is worth it."""
         if previews is not None:
-            # Of a model that is whole only one process samples, and the others cannot hear of its signals.
+            # A model that is whole samples in one process, and the others cannot hear of its signals.
             previews.poll = self.poll if processes.shard(config) else self._poll_alone
+            previews.poll_alone = self._poll_alone
         loss = build_loss(config.objective, diffusion.num_train_timesteps)
         self.engine = Engine(config, parts, loss, precision, device, processes)
         self.optimizer = self.engine.optimizer
