@@ -48,12 +48,12 @@ def about_checkpoint(config: Config, step: int) -> str:
     return _ABOUT.format(
         step=step,
         steps=train.steps,
-        output=train.output,
+        output=train.output.absolute(),
         version=__version__,
         result="lora/" if lora else "unet/",
         holds="the LoRA's factors" if lora else "the whole UNet, under diffusers' names",
         use=(_USE_LORA if lora else _USE_FULL).format(
-            base=str(config.model.path), scale=(adapter.alpha or adapter.rank) / adapter.rank
+            base=str(config.model.path.absolute()), scale=(adapter.alpha or adapter.rank) / adapter.rank
         ),
     )
 
