@@ -130,7 +130,7 @@ def save_lora(unet: Any, folder: Path) -> None:
                 rewrite(written)
             write_tensors(
                 temporary / "lora_kohya.safetensors",
-                kohya_state_dict(factors, config.lora_alpha, unet.config.layers_per_block),
+                kohya_state_dict(factors, config.lora_alpha, block_layers(unet)),
                 {
                     "format": "pt",
                     "ss_network_module": "networks.lora",
@@ -142,41 +142,44 @@ def save_lora(unet: Any, folder: Path) -> None:
             )
 
 
-def kohya_state_dict(factors: dict[str, Tensor], alpha: float, layers_per_block: int) -> dict[str, Tensor]:
+def kohya_state_dict(factors: dict[str, Tensor], alpha: float, layers: Sequence[int]) -> dict[str, Tensor]:
     """Rename `lora_state_dict`'s factors to kohya's keys and add a scalar `<layer>.alpha` to each layer."""
     state: dict[str, Tensor] = {}
     for name, factor in factors.items():
         layer, _, factor_name = name.partition(".lora_")
-        prefix = kohya_name(layer, layers_per_block)
+        prefix = kohya_name(layer, layers)
         which = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[factor_name]
         state[f"{prefix}.{which}"] = factor
         state[f"{prefix}.alpha"] = torch.tensor(float(alpha))
     return state
 
 
-def kohya_name(layer: str, layers_per_block: int) -> str:
+def kohya_name(layer: str, layers: Sequence[int]) -> str:
     """The kohya name of a layer of diffusers' SDXL UNet, with SDXL's original block numbers.
 
     The original UNet numbers its blocks through: block 0 is the first convolution, and every diffusers down
-    block is `layers_per_block` residual layers and a downsampler; an up block has one layer more and keeps
-    its upsampler in the last.
+    block is its residual layers and a downsampler; an up block has one layer more and keeps its upsampler in
+    the last.
+
+    Args:
+        layers: residual layers of each down block (`block_layers`); up blocks have them in reverse.
 
     Raises:
         KeyError: not a layer of that UNet.
     """
-    stride = layers_per_block + 1
     if match := _BLOCK.fullmatch(layer):
         side, block, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-        first = block * stride + (1 if side == "down" else 0)
+        before, last = _numbered(layers if side == "down" else layers[::-1], block)
+        first = before + (1 if side == "down" else 0)
         place = f"{'input' if side == 'down' else 'output'}_blocks"
         if kind == "resnets":
             original = f"{place}.{first + index}.0.{_RESNET[rest]}"
         elif kind == "attentions":
             original = f"{place}.{first + index}.1.{rest}"
         elif kind == "downsamplers":
-            original = f"{place}.{first + layers_per_block}.0.op"
+            original = f"{place}.{first + last}.0.op"
         else:
-            original = f"{place}.{first + layers_per_block}.2.{rest}"
+            original = f"{place}.{first + last}.2.{rest}"
     elif match := _MIDDLE.fullmatch(layer):
         kind, index, rest = match[1], int(match[2]), match[3]
         if kind == "resnets":
@@ -186,6 +189,19 @@ def kohya_name(layer: str, layers_per_block: int) -> str:
     else:
         original = _OUTSIDE[layer]
     return "lora_unet_" + original.replace(".", "_")
+
+
+def block_layers(unet: Any) -> list[int]:
+    """Residual layers of each down block: diffusers' `layers_per_block` is one number for all, or a list."""
+    stated, blocks = unet.config.layers_per_block, len(unet.config.down_block_types)
+    return [stated] * blocks if isinstance(stated, int) else list(stated)
+
+
+def _numbered(layers: Sequence[int], block: int) -> tuple[int, int]:
+    """Of a diffusers block: how many original blocks come before it, and the number of its last in it."""
+    if block >= len(layers):
+        raise KeyError(block)
+    return sum(count + 1 for count in layers[:block]), layers[block]
 
 
 def _check_targets(unet: Any, targets: Sequence[str]) -> None:
@@ -202,8 +218,8 @@ def _check_targets(unet: Any, targets: Sequence[str]) -> None:
             raise UserError(f"adapter.targets: {target!r} {what} of the UNet; {hint}")
         for name in matched:
             try:
-                kohya_name(name, unet.config.layers_per_block)
-            except (KeyError, TypeError):
+                kohya_name(name, block_layers(unet))
+            except KeyError:
                 raise UserError(
                     f"adapter.targets: {target!r} matches {name}, which SDXL's UNet does not have"
                 ) from None

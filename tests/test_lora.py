@@ -31,7 +31,7 @@ def _quiet_diffusers() -> Iterator[None]:
     logging.getLogger("diffusers").setLevel(logging.WARNING)
 
 
-def sdxl_unet(dtype: torch.dtype = torch.float32) -> Any:
+def sdxl_unet(dtype: torch.dtype = torch.float32, layers: Any = 2) -> Any:
     """SDXL's blocks in SDXL's order, two layers each, very narrow."""
     from diffusers import UNet2DConditionModel
 
@@ -42,7 +42,7 @@ def sdxl_unet(dtype: torch.dtype = torch.float32) -> Any:
             block_out_channels=(16, 32, 32),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=2,
+            layers_per_block=layers,
             transformer_layers_per_block=(1, 1, 2),
             norm_num_groups=4,
             attention_head_dim=(1, 2, 2),
@@ -238,7 +238,7 @@ NAMES = {
 
 @pytest.mark.parametrize("layer", NAMES)
 def test_kohya_names_of_sdxl(layer: str) -> None:
-    assert kohya_name(layer, 2) == "lora_unet_" + NAMES[layer]
+    assert kohya_name(layer, [2, 2, 2]) == "lora_unet_" + NAMES[layer]
 
 
 @pytest.mark.parametrize(
@@ -293,3 +293,38 @@ def test_the_same_adapter_gives_the_same_bytes_for_whom_the_umask_says(tmp_path:
         assert len({(tmp_path / name / file).read_bytes() for name in ("one", "two", "three")}) == 1
         if os.name != "nt":
             assert (tmp_path / "one" / file).stat().st_mode & 0o777 == 0o644
+
+
+def test_blocks_of_different_depth_have_names_of_their_own(tmp_path: Path) -> None:
+    """As the original UNet numbers them, whose `num_res_blocks` may be a list too."""
+    down = {"down_blocks.0.resnets.0": 1, "down_blocks.1.attentions.2": 5, "down_blocks.2.resnets.1": 8}
+    up = {"up_blocks.0.attentions.2": 2, "up_blocks.1.resnets.0": 3, "up_blocks.2.resnets.1": 8}
+    for part, number in (down | up).items():
+        side = "input" if part in down else "output"
+        kind, rest = ("0", "conv1") if "resnets" in part else ("1", "proj_in")
+        original = "in_layers.2" if kind == "0" else rest
+        expected = f"{side}_blocks.{number}.{kind}.{original}".replace(".", "_")
+        assert kohya_name(f"{part}.{rest}", [1, 3, 2]) == f"lora_unet_{expected}"
+    assert kohya_name("down_blocks.1.downsamplers.0.conv", [1, 3, 2]) == "lora_unet_input_blocks_6_0_op"
+    assert kohya_name("up_blocks.0.upsamplers.0.conv", [1, 3, 2]) == "lora_unet_output_blocks_2_2_conv"
+    with pytest.raises(KeyError):
+        kohya_name("down_blocks.3.resnets.0.conv1", [1, 3, 2])
+
+
+@pytest.mark.parametrize("layers", [[2, 2, 2], [1, 2, 3]])
+def test_a_lora_of_a_unet_with_a_list_of_layers_loads_into_diffusers(
+    tmp_path: Path, layers: list[int]
+) -> None:
+    unet = sdxl_unet(layers=layers)
+    add_lora(unet, rank=4, alpha=2.0, targets=("to_q", "conv1", "conv"), seed=5)
+    for name, factor in lora_state_dict(unet).items():
+        if "lora_B" in name:
+            factor.copy_(0.1 * torch.randn(factor.shape))
+    save_lora(unet, tmp_path / "lora")
+    base = sdxl_unet(layers=layers)
+    load_into_pipeline(base, tmp_path / "lora", "pytorch_lora_weights.safetensors")
+    torch.testing.assert_close(predict(base), predict(unet))
+    if len(set(layers)) == 1:
+        plain = sdxl_unet(layers=layers[0])
+        load_into_pipeline(plain, tmp_path / "lora", "lora_kohya.safetensors")
+        torch.testing.assert_close(predict(plain), predict(unet))
