@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 import warnings
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -76,8 +77,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Decoded:
     if data.startswith(png.SIGNATURE):
         data, profile = png.without_text(data)
     said: list[str] = []
-    with warnings.catch_warnings(), captured(said) if data.startswith(_TIFF) else nullcontext():
-        warnings.simplefilter("ignore")
+    with _quiet, captured(said) if data.startswith(_TIFF) else nullcontext():
         try:
             image = Image.open(io.BytesIO(data), formats=decoded_formats())
         except Image.DecompressionBombError as error:
@@ -102,6 +102,31 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Decoded:
     cut_off = any(word in text.lower() for word in ("truncated", "unexpected end", "eof"))
     reason = "truncated image" if cut_off or isinstance(problem, EOFError) else "unreadable image"
     raise ImageProblemError(reason, text) from None
+
+
+class _Quiet:
+    """No warnings of Pillow while any thread decodes; `warnings.catch_warnings` alone is for one thread."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
 
 
 def _upright(image: Image.Image) -> Image.Image:

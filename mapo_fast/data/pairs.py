@@ -152,6 +152,11 @@ class PreferencePairs(ABC):
     def read(self, rows: Sequence[int]) -> Iterator[PairRecord | SkippedRow]:
         """The rows with these ascending numbers; an image getter is valid until the next row is read."""
 
+    def rows(self, rows: Sequence[int]) -> Iterator[PairRecord | SkippedRow]:
+        """`read`, with one line for what the file system refuses; what the caller does is not its matter."""
+        with reading(self.where):
+            yield from self.read(rows)
+
     @abstractmethod
     def files(self) -> Iterable[Path]:
         """All files that the rows come from, in a fixed order."""

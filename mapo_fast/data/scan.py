@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from mapo_fast.data.buckets import Size
 from mapo_fast.data.colour import Profile
 from mapo_fast.data.images import ImageProblemError, decode
-from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, SkippedRow, reading
+from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, SkippedRow
 from mapo_fast.files import atomic_path, disk_errors
 
 FORMAT = 2
@@ -108,10 +108,9 @@ def scan(
         if done:
             progress(len(done))
         else:
-            with reading(source.where):
-                for row in source.read(numbers):
-                    done.append(_scan_row(row, known))
-                    progress(1)
+            for row in source.rows(numbers):
+                done.append(_scan_row(row, known))
+                progress(1)
             with atomic_path(part) as temporary:
                 table = pa.Table.from_pylist([asdict(row) for row in done], _SCHEMA)
                 pq.write_table(table, temporary, write_page_checksum=True)

@@ -150,6 +150,22 @@ def test_no_warning_escapes_and_no_global_state_changes() -> None:
     assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
 
 
+def test_threads_leave_the_filters_of_warnings_as_they_were() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    image = Image.new("P", (64, 64), 0)
+    image.putpalette([1, 2, 3])
+    data = encoded(image, transparency=b"\x80")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        with ThreadPoolExecutor(8) as pool:
+            assert {image.size for image in pool.map(decode_image, [data, encoded(picture(0), "TIFF")] * 100)}
+        assert warnings.filters == before
+        warnings.warn("of somebody else", stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["of somebody else"]
+
+
 # Formats
 
 

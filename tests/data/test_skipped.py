@@ -12,6 +12,7 @@ from PIL import Image
 from mapo_fast.data.pairs import PreferencePairs
 from mapo_fast.data.prepare import image_key, prepare
 from mapo_fast.data.scan import content_hash, scan
+from mapo_fast.errors import UserError
 from tests.data.sources import (
     config,
     contents,
@@ -45,6 +46,19 @@ def scanned(source: Path, folder: Path) -> dict[str, bytes]:
     assert all(row.detail.strip(": ") for row in rows if row.reason), rows
     assert "0x" not in "".join(row.detail for row in rows)
     return contents(folder)
+
+
+def test_a_full_terminal_is_not_taken_for_the_source(tmp_path: Path) -> None:
+    source = PreferencePairs.open(jsonl_folder(tmp_path / "s", 2))
+
+    def progress(done: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "scan").mkdir()
+    with pytest.raises(OSError, match="No space left") as error:
+        scan(source, source.identity(), tmp_path / "scan", progress)
+    assert not isinstance(error.value, UserError)
+    assert "data.source" not in str(error.value)
 
 
 def test_every_skipped_row_has_a_detail_and_two_runs_agree(tmp_path: Path) -> None:
