@@ -5,16 +5,18 @@
 
 Two kinds of rows go to bench/results/gpu_memory.jsonl as soon as they are measured:
 
-- `row`: a row of `bench.memory_table`: its memory has to be within 5 % of the prediction, and its time within
-  25 % of the prediction by this GPU's measured rates.
+- `row`: a row of `bench.memory_table`: its memory has to be within 5 % of the prediction, what torch reserves
+  within 5 % of the replay, and its time within 25 % of the prediction by this GPU's measured rates.
 - `ranking`: the planner's three fastest plans that fit a budget have to rank as predicted.
+- `allocator`: the first row with torch's own settings and with expandable segments, each under the least cap
+  at which the replay says that it runs; it has to run.
 
-Every plan runs in a process of its own under a cap on reserved memory: the row's target or the budget, with
-what the planner allows for fragmentation and workspaces.
+Every plan runs in a process of its own under a cap on reserved memory: what the replay says that it reserves,
+or the budget, with what the planner allows for cuDNN's workspaces.
 
-The planner predicts the bytes of tensors. torch's allocator also holds the workspaces of cuBLAS, for which
-the planner leaves room apart. They are measured and taken off before the two are compared. Those of cuDNN
-are there only while a convolution runs, and count as error. The CUDA context is in neither figure.
+The planner predicts the bytes of tensors. torch's allocator also holds the workspaces of cuBLAS, which the
+replay counts. They are measured and taken off before allocated bytes are compared. Those of cuDNN are there
+only while a convolution runs, and count as error. The CUDA context is in no figure.
 """
 
 from __future__ import annotations
@@ -37,14 +39,18 @@ from bench import ROOT
 from bench.environment import environment
 from bench.measure import quantiles
 from bench.memory_table import GIB, ROWS, config_of
+from mapo_fast import gpu
 from mapo_fast.engine.build import prepare_unet
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.precision import choose_precision
+from mapo_fast.gpu import CONTEXT_GIB, planned_rules
 from mapo_fast.objectives import build_loss
+from mapo_fast.planner.allocator import Rules
 from mapo_fast.planner.ask import card_of
-from mapo_fast.planner.cards import CONTEXT_GIB, WORKSPACE_GIB, Card, find_card, vram_for
+from mapo_fast.planner.cards import Card, find_card, vram_for
 from mapo_fast.planner.host import host
 from mapo_fast.planner.models import SDXL_UNET
+from mapo_fast.planner.replay import Allocator, cublas_workspace, least, reserved
 from mapo_fast.planner.search import search
 from mapo_fast.planner.store import traces
 from mapo_fast.planner.timeline import simulate
@@ -77,10 +83,13 @@ FIRST = (
 )
 """The most telling; the other rows follow."""
 
+ALLOCATORS = {"full, checkpointed, default segments": False, "full, checkpointed, expandable segments": True}
+"""Whether segments are expandable."""
+
 
 def names() -> list[str]:
-    """Rows and rankings in the order in which they are measured."""
-    return [*FIRST, *(name for name, *_ in ROWS if name not in FIRST)]
+    """All that is measured, in that order."""
+    return [*FIRST, *ALLOCATORS, *(name for name, *_ in ROWS if name not in FIRST)]
 
 
 def _row(name: str) -> tuple[float, dict[str, Any]]:
@@ -88,9 +97,12 @@ def _row(name: str) -> tuple[float, dict[str, Any]]:
     return next((target, settings) for row, target, _, settings in ROWS if row == name)
 
 
-def budget(name: str) -> int:
-    """Bytes of a card that its plans may use, with the CUDA context."""
-    return RANKINGS[name][0] * GIB if name in RANKINGS else vram_for(int(_row(name)[0] * GIB))
+def budget(name: str, plan: dict[str, Any]) -> int:
+    """Bytes of a card that a plan of this name may use, with the CUDA context."""
+    if name in RANKINGS:
+        return RANKINGS[name][0] * GIB
+    reserved_gib = plan["least_cap_gib"] if name in ALLOCATORS else plan["predicted_reserved_gib"]
+    return vram_for(int(reserved_gib * GIB))
 
 
 # --- Prediction ---
@@ -99,24 +111,33 @@ def budget(name: str) -> int:
 def predict(name: str, card: Card) -> list[dict[str, Any]]:
     """The plan of a row, or the three fastest of a budget, fastest first."""
     if name not in RANKINGS:
-        settings = _row(name)[1]
+        settings = _row(FIRST[0] if name in ALLOCATORS else name)[1]
         (trace,) = traces([config_of(settings)], SDXL_UNET)
-        return [_prediction(settings, trace.peak, simulate(trace, card).step, card)]
-    outcome = search(config_of(RANKINGS[name][1]), SDXL_UNET, card, budget(name), host(RAM))
+        rules = Rules(expandable=ALLOCATORS.get(name, planned_rules().expandable))
+        allocator = Allocator(rules, cublas_workspace(card.capability))
+        sizes = trace.peak, reserved(trace, allocator)
+        found = _prediction(settings, *sizes, simulate(trace, card).step, card)
+        if name in ALLOCATORS:
+            found["least_cap_gib"] = round(least(trace, allocator) / GIB, 3)
+        return [found]
+    gib, asked = RANKINGS[name]
+    config, rules = config_of(asked), planned_rules()
+    outcome = search(config, SDXL_UNET, card, gib * GIB, host(RAM), rules=rules)
     plans = [plan for plan in [outcome.chosen, *(loser.plan for loser in outcome.others)] if plan is not None]
     fitting = [
         plan
         for plan in plans
-        if plan.peak <= outcome.usable and plan.pinned <= outcome.host.pinnable and plan.host <= RAM
+        if plan.reserved <= outcome.usable and plan.pinned <= outcome.host.pinnable and plan.host <= RAM
     ]
     fastest = sorted(fitting, key=lambda plan: plan.ms)[:3]
-    return [_prediction(RANKINGS[name][1] | plan.settings, plan.peak, plan.ms, card) for plan in fastest]
+    return [_prediction(asked | plan.settings, plan.peak, plan.reserved, plan.ms, card) for plan in fastest]
 
 
-def _prediction(settings: dict[str, Any], peak: int, ms: float, card: Card) -> dict[str, Any]:
+def _prediction(settings: dict[str, Any], peak: int, held: int, ms: float, card: Card) -> dict[str, Any]:
     return {
         "plan": settings,
         "predicted_gib": round(peak / GIB, 3),
+        "predicted_reserved_gib": round(held / GIB, 3),
         "predicted_ms": round(ms, 1),
         "rates": card.rates.source,
     }
@@ -157,8 +178,8 @@ def measure(settings: dict[str, Any], cap: int, device: torch.device, unet: Any 
     """
     on_gpu = device.type == "cuda"
     if on_gpu:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
+        gpu.choose_rules(device)
+        gpu.cap(cap, device)
     config = config_of(settings)
     precision = choose_precision(config, device)
     unet = random_unet(precision.base) if unet is None else unet
@@ -213,11 +234,14 @@ def _memory() -> dict[str, float]:
 def judged(row: dict[str, Any]) -> dict[str, Any]:
     """A measured plan with its errors relative to the predictions, and whether they are small enough."""
     memory = (row["allocated_gib"] - row["workspaces_gib"]) / row["predicted_gib"] - 1
+    held = row["reserved_gib"] / row["predicted_reserved_gib"] - 1
     seconds = row["ms"] / row["predicted_ms"] - 1
     return row | {
         "memory_error": round(memory, 4),
+        "reserved_error": round(held, 4),
         "time_error": round(seconds, 4),
-        "memory_ok": abs(memory) <= MEMORY and row["workspaces_gib"] <= WORKSPACE_GIB,
+        "memory_ok": abs(memory) <= MEMORY,
+        "reserved_ok": abs(held) <= MEMORY,
         "time_ok": abs(seconds) <= TIME,
     }
 
@@ -247,7 +271,9 @@ def missed(row: dict[str, Any]) -> list[str]:
         return ["an error"]
     if row["kind"] == "ranking":
         return ["ranking"] if row["ranked"] == "reversed" else []
-    return [name for name in ("memory", "time") if not row[f"{name}_ok"]]
+    if row["kind"] == "allocator":
+        return []  # it ran
+    return [name for name in ("memory", "reserved", "time") if not row[f"{name}_ok"]]
 
 
 def line(row: dict[str, Any]) -> str:
@@ -264,7 +290,8 @@ def line(row: dict[str, Any]) -> str:
 def _figures(plan: dict[str, Any]) -> str:
     return (
         f"{plan['allocated_gib']:.2f} GiB, {plan['workspaces_gib']:.2f} of it workspaces (predicted "
-        f"{plan['predicted_gib']:.2f}: {plan['memory_error']:+.1%}), {plan['reserved_gib']:.2f} reserved; "
+        f"{plan['predicted_gib']:.2f}: {plan['memory_error']:+.1%}), {plan['reserved_gib']:.2f} reserved "
+        f"(predicted {plan['predicted_reserved_gib']:.2f}: {plan['reserved_error']:+.1%}); "
         f"{plan['ms']:.0f} ms (predicted {plan['predicted_ms']:.0f}: {plan['time_error']:+.1%})"
     )
 
@@ -273,10 +300,15 @@ def summary(rows: list[dict[str, Any]]) -> str:
     """How many rows keep what."""
     plans = [row for row in rows if row["kind"] == "row"]
     rankings = [row.get("ranked", "not measured") for row in rows if row["kind"] == "ranking"]
-    good = {name: sum(row.get(f"{name}_ok", False) for row in plans) for name in ("memory", "time")}
+    good = {
+        name: sum(row.get(f"{name}_ok", False) for row in plans) for name in ("memory", "reserved", "time")
+    }
+    capped = [row for row in rows if row["kind"] == "allocator"]
     return (
-        f"memory within {MEMORY:.0%}: {good['memory']} of {len(plans)} rows; time within {TIME:.0%}: "
-        f"{good['time']} of {len(plans)}; rankings: {', '.join(rankings) or 'none'}; "
+        f"memory within {MEMORY:.0%}: {good['memory']} of {len(plans)} rows; reserved within {MEMORY:.0%}: "
+        f"{good['reserved']}; time within {TIME:.0%}: {good['time']}; rankings: "
+        f"{', '.join(rankings) or 'none'}; under the least cap "
+        f"{sum('error' not in row for row in capped)} of {len(capped)} run; "
         f"{len(names()) - len(rows)} of {len(names())} not measured"
     )
 
@@ -303,15 +335,17 @@ def run(deadline: float, results: Path = RESULTS) -> int:
     for name in names():
         if name in done:
             continue
-        if budget(name) > total:
-            print(f"{name}: does not fit this GPU", flush=True)
-            continue
         if time.monotonic() > deadline - 30:
             print("Time is up: run again to go on.", file=sys.stderr)
             break
-        row: dict[str, Any] = {"kind": "ranking" if name in RANKINGS else "row", "name": name}
+        kind = "ranking" if name in RANKINGS else "allocator" if name in ALLOCATORS else "row"
+        row: dict[str, Any] = {"kind": kind, "name": name}
+        plans = predict(name, card)
+        if max(budget(name, plan) for plan in plans) > total:
+            print(f"{name}: does not fit this GPU", flush=True)
+            continue
         try:
-            row |= _measured(name, card, deadline)
+            row |= _measured(name, plans, deadline)
         except subprocess.TimeoutExpired:
             print(f"{name}: not finished when the time was up; run again to go on.", file=sys.stderr)
             break
@@ -326,22 +360,30 @@ def run(deadline: float, results: Path = RESULTS) -> int:
     return sum(bool(missed(row)) for row in rows)
 
 
-def _measured(name: str, card: Card, deadline: float) -> dict[str, Any]:
-    """Predict and measure the plans of one name."""
-    cap = budget(name) - int(CONTEXT_GIB * GIB)
-    plans = [judged(plan | _alone(plan["plan"], cap, deadline)) for plan in predict(name, card)]
-    shared = {"cap_gib": round(cap / GIB, 3)}
+def _measured(name: str, predicted: list[dict[str, Any]], deadline: float) -> dict[str, Any]:
+    """Measure the plans of one name."""
+    plans = []
+    for plan in predicted:
+        cap = budget(name, plan) - int(CONTEXT_GIB * GIB)
+        found = _alone(plan["plan"], cap, deadline, ALLOCATORS.get(name))
+        plans.append(judged(plan | {"cap_gib": round(cap / GIB, 3)} | found))
     if name in RANKINGS:
-        return shared | {"plans": plans, "ranked": ranked(plans)}
-    return shared | {"target_gib": _row(name)[0]} | plans[0]
+        return {"plans": plans, "ranked": ranked(plans)}
+    return {"target_gib": _row(FIRST[0] if name in ALLOCATORS else name)[0]} | plans[0]
 
 
-def _alone(settings: dict[str, Any], cap: int, deadline: float) -> dict[str, Any]:
-    """`measure` in a process of its own."""
+def _alone(
+    settings: dict[str, Any], cap: int, deadline: float, expandable: bool | None = None
+) -> dict[str, Any]:
+    """`measure` in a process of its own, with the allocator as a run sets it unless it is said how."""
+    environment = dict(os.environ)
+    if expandable is not None:
+        environment["PYTORCH_ALLOC_CONF"] = f"expandable_segments:{expandable}"
     command = [sys.executable, "-m", "bench.gpu_memory", "--measure", json.dumps([settings, cap])]
     left = deadline - time.monotonic()
     timeout = None if left == float("inf") else max(1.0, left)
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=timeout)
+    given: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "cwd": ROOT}
+    result = subprocess.run(command, timeout=timeout, env=environment, **given)
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found
 
@@ -356,7 +398,7 @@ def main() -> int:
     use_own_cache()
     if args.plan:
         for name in names():
-            for plan in predict(name, find_card("H100")):
+            for plan in predict(name, find_card("H100 80GB")):
                 print(f"{name}: {plan['predicted_gib']:.2f} GiB, {plan['predicted_ms']:.0f} ms", flush=True)
         return 0
     if not torch.cuda.is_available():

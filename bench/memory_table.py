@@ -46,8 +46,8 @@ _SEQUENTIAL = _HALVES | {"train.gradient_checkpointing": False}
 
 ROWS: tuple[tuple[str, float, str, dict[str, Any]], ...] = (
     ("full, no matrix product recomputed", 17.5, "RTX 3090", _FULL | _NOT_RECOMPUTED),
-    ("full, checkpointed", 10.8, "RTX 3060", _FULL),
-    ("full, checkpoints offloaded", 10.3, "RTX 3060", _FULL | _INPUTS_AWAY),
+    ("full, checkpointed", 10.8, "RTX 3060 12GB", _FULL),
+    ("full, checkpoints offloaded", 10.3, "RTX 3060 12GB", _FULL | _INPUTS_AWAY),
     ("full, states offloaded", 6.4, "RTX 4060", _FULL | _STATES_AWAY),
     (
         "full, states and checkpoints offloaded",
@@ -57,7 +57,7 @@ ROWS: tuple[tuple[str, float, str, dict[str, Any]], ...] = (
     ),
     ("full, states and weights streamed", 1.8, "RTX 3050 4GB", _FULL | _ALL_AWAY),
     ("full, everything streamed", 1.2, "RTX 3050 4GB", _FULL | _ALL_AWAY | _INPUTS_AWAY),
-    ("LoRA, bf16 base, sequential", 8.7, "RTX 3080", _LORA | _SEQUENTIAL),
+    ("LoRA, bf16 base, sequential", 8.7, "RTX 3080 10GB", _LORA | _SEQUENTIAL),
     ("LoRA, int8 base, sequential", 6.8, "RTX 4060", _LORA | _SEQUENTIAL | {"adapter.base": "int8"}),
     (
         "LoRA, nf4 base, checkpointed",

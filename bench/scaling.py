@@ -223,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("axis", nargs="*", metavar="AXIS", help=f"only these of {', '.join(VALUES)}")
     parser.add_argument("--kind", choices=("full", "lora"), default="full")
-    parser.add_argument("--card", default="H100", help="for which times are predicted without a GPU")
+    parser.add_argument("--card", default="H100 80GB", help="for which times are predicted without a GPU")
     parser.add_argument("--values", type=int, nargs="+", help="only these values")
     parser.add_argument(
         "--append", action="store_true", help="add the rows to the results file, draw it anew"

@@ -56,7 +56,8 @@ def ask(
         raise UserError('say which card: --card "RTX 4090", or --vram 24GiB')
     nbytes = min(sizes)  # a run has no more than its card either
     limits = host(None if ram is None else parse_size(ram, "--ram"))
-    chosen = found or card_with(nbytes, capability_for(settings))
+    chosen = found or card_with(nbytes, _capability(settings))
+    _refuse_without_bf16(settings, chosen)
     refuse_card_without_fp8(settings, chosen.name, chosen.capability)
     check_capture(settings, torch.device("cuda"))
     unet, vae = parts_of(model, settings)
@@ -86,7 +87,7 @@ def plan_run(
     refuse_without_fp8(config, device)
     refuse_without_triton(config, device)
     check_capture(config, device)
-    card = card_of(device) if device.type == "cuda" else card_with(vram, capability_for(config))
+    card = card_of(device) if device.type == "cuda" else card_with(vram, _capability(config))
     limits = host(None, processes)
     return search(config, folder.config("unet"), card, vram, limits, vae=vae_of(folder), rules=rules)
 
@@ -114,22 +115,48 @@ def card_of(device: torch.device) -> Card:
     except Exception as error:  # whatever it is, a run does not depend on it
         why = (str(error).splitlines() or [type(error).__name__])[0]
     try:
-        card = find_card(name)
+        card = find_card(name if "GB" in name else f"{name} {total / GIB:.0f}GB")
     except UserError:
         card = card_with(total)
     rates = card.rates._replace(source=f"{card.rates.source}: not measured ({why})")
     return card._replace(capability=capability, rates=rates, kernels=kernels)
 
 
+_WITHOUT_BF16 = 80
+"""The compute capability below which a card does not compute in bf16."""
+
+
+def _capability(config: Config) -> int:
+    """The least compute capability that the settings need, 89 for 8.9."""
+    return max(capability_for(config), _WITHOUT_BF16 if "bf16" in config.train.precision else 0)
+
+
+def _refuse_without_bf16(config: Config, card: Card) -> None:
+    if "bf16" in config.train.precision and card.capability < _WITHOUT_BF16:
+        raise UserError(
+            f"{card.name} cannot do bf16 (train.precision = {config.train.precision!r}): use 'fp16' with "
+            "adapter.kind = 'lora', or 'fp32'"
+        )
+
+
 def _assumed(overrides: list[str]) -> Config:
-    """The recipes' settings: 8-bit AdamW with stochastic rounding, and bf16 weights where all are trained."""
+    """The settings of the recipe for what is adapted, `full_24gb.toml` or `lora_300_pairs.toml`."""
+    given: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(given, override)
+    full = given.get("adapter", {}).get("kind") == "full"
     table: dict[str, Any] = {
         "model": {"path": "sdxl"},
         "data": {"cache": "cache"},
-        "train": {"output": "run"},
+        "adapter": {"kind": "full"} if full else {"kind": "lora", "rank": 16},
         "optim": {"name": "adamw8bit"},
+        "train": {
+            "output": "run",
+            "accumulation": 32 if full else 4,
+            "precision": "pure_bf16" if full else "bf16",
+        },
+        "preview": {"prompts": ["a prompt"]},
     }
     for override in overrides:
         apply_override(table, override)
-    table["train"].setdefault("precision", "pure_bf16")
     return parse_config(table, where="plan")

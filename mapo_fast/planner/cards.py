@@ -81,20 +81,33 @@ def _card(name: str, gib: float, capability: int, tflops: float, gbps: float, pc
 
 
 CARDS = (
-    _card("RTX 3050 4GB", 4, 86, 12.3, 192, 16),  # the laptop's; PCIe 4.0 x8
+    _card("RTX 3050 4GB", 4, 86, 12.3, 192, 16),  # the laptop's; PCIe 4.0 x8, as of the other two
+    _card("RTX 3050 6GB", 6, 86, 13.5, 168, 16),
+    _card("RTX 2060 6GB", 6, 75, 25.8, 336, 16),
+    _card("RTX 3050 8GB", 8, 86, 18.2, 224, 16),
+    _card("RTX 3060 8GB", 8, 86, 25.5, 240, 32),
     _card("RTX 4060", 8, 89, 30.2, 272, 16),
-    _card("RTX 3080", 10, 86, 59.5, 760, 32),
-    _card("RTX 3060", 12, 86, 25.5, 360, 32),
+    _card("RTX 4060 Ti 8GB", 8, 89, 44.1, 288, 16),
+    _card("RTX 5060 Ti 8GB", 8, 120, 47.4, 448, 32),
+    _card("RTX 3080 10GB", 10, 86, 59.5, 760, 32),
+    _card("RTX 2060 12GB", 12, 75, 28.7, 336, 16),
+    _card("RTX 3060 12GB", 12, 86, 25.5, 360, 32),
+    _card("RTX 3080 12GB", 12, 86, 61.3, 912, 32),
     _card("RTX 4070 Ti", 12, 89, 80.2, 504, 32),
     _card("RTX 4060 Ti 16GB", 16, 89, 44.1, 288, 16),
+    _card("RTX 5060 Ti 16GB", 16, 120, 47.4, 448, 32),
     _card("RTX 4080", 16, 89, 97.5, 717, 32),
     _card("RTX 3090", 24, 86, 71.0, 936, 32),
     _card("RTX 4090", 24, 89, 165.2, 1008, 32),
     _card("RTX 5090", 32, 120, 209.5, 1792, 64),
     _card("A100 40GB", 40, 80, 312, 1555, 32),
     _card("A100 80GB", 80, 80, 312, 2039, 32),
-    _card("H100", 80, 90, 989, 3350, 64),
+    _card("H100 80GB", 80, 90, 989, 3350, 64),
+    _card("H100 94GB", 94, 90, 835, 3938, 64),  # NVL
+    _card("H200", 141, 90, 989, 4800, 64),
 )
+
+_SIZE = r"(\d+(?:\.\d+)?)\s*gi?b"
 
 WORKSPACE_GIB = 0.15
 """Of cuDNN's convolutions, which torch's allocator holds while one runs."""
@@ -111,33 +124,48 @@ def vram_for(reserved: int) -> int:
 
 
 def find_card(name: str) -> Card:
-    """The card of this name: upper or lower case, with or without maker and memory size.
-
-    One that is made with several sizes has the size of its name, and the rates of the one that is known.
+    """The card of this name: upper or lower case, with or without maker and, where there is one, memory size.
 
     Raises:
-        UserError: unknown, with the nearest names; or a laptop's without its memory, of which the desktop's
-            of that name has more.
+        UserError: unknown, with the nearest names; made with several sizes, of which none or another is
+            named; or a laptop's without its memory, of which the desktop's of that name has more.
     """
-    size = re.search(r"(?<!\d)(\d{1,4})\s*gi?b", name.lower())
-    laptop = re.search(r"laptop|mobile|max-q", name.lower())
-    if laptop and size is None:
+    size = re.search(_SIZE, name.lower())
+    alike = [card for card in CARDS if _plain(card.name) == _plain(name)]
+    fitting = [card for card in alike if size is not None and card.gib == float(size[1])]
+    if re.search(r"laptop|mobile|max-q", name.lower()):
+        return _laptop(name, size, fitting or alike)
+    if len(alike) > 1 and not fitting:
+        sizes = " or ".join(f"{card.gib:g}" for card in alike)
+        raise UserError(
+            f'--card {name!r} is made with {sizes} GB: say which, as in --card "{alike[-1].name}"'
+        )
+    if not alike:
+        raise _unknown(name)
+    (card,) = fitting or alike
+    return card if size is None else card._replace(gib=float(size[1]))
+
+
+def _laptop(name: str, size: re.Match[str] | None, alike: list[Card]) -> Card:
+    """One with the rates of the slowest desktop card of its name."""
+    if not alike:
+        raise _unknown(name)
+    if size is None:
         raise UserError(f'--card {name!r}: say how much memory the laptop\'s has, as in "{name} 6GB"')
-    for memory in (True, False):
-        for card in CARDS:
-            if _plain(card.name, memory) == _plain(name, memory):
-                if laptop:
-                    source = f"{card.rates.source}, the desktop's: a laptop's is slower"
-                    card = card._replace(rates=card.rates._replace(source=source))
-                return card if memory or size is None else card._replace(gib=int(size[1]))
-    known = {_plain(card.name, False): card.name for card in CARDS}
-    near = difflib.get_close_matches(_plain(name, False), known, n=3, cutoff=0.5)
+    card = min(alike, key=lambda card: card.rates.matrix)
+    source = f"{card.rates.source}, the desktop's: a laptop's is slower"
+    return card._replace(gib=float(size[1]), rates=card.rates._replace(source=source))
+
+
+def _unknown(name: str) -> UserError:
+    known = {_plain(card.name): card.name for card in CARDS}
+    near = difflib.get_close_matches(_plain(name), known, n=3, cutoff=0.5)
     hint = (
         f"did you mean {' or '.join(known[n] for n in near)}?"
         if near
         else f"known: {', '.join(card.name for card in CARDS)}."
     )
-    raise UserError(f"--card {name!r} is not known; {hint} Any other card: --vram with its memory")
+    return UserError(f"--card {name!r} is not known; {hint} Any other card: --vram with its memory")
 
 
 def card_with(vram: int, capability: int = 0) -> Card:
@@ -148,7 +176,7 @@ def card_with(vram: int, capability: int = 0) -> Card:
     """
     able = [card for card in CARDS if card.capability >= capability]
     enough = [card for card in able if card.gib * GIB >= vram * 0.97]
-    smallest = min((card.gib for card in enough), default=CARDS[-1].gib)
+    smallest = min((card.gib for card in enough), default=max(card.gib for card in able))
     return min((c for c in able if c.gib == smallest), key=lambda card: card.rates.matrix)
 
 
@@ -171,9 +199,8 @@ def parse_size(text: str, name: str) -> int:
     return int(float(match[1]) * (GIB if match[2].startswith("g") else 2**20))
 
 
-def _plain(name: str, memory: bool) -> str:
-    """The name's telling words, with or without that of the memory's size."""
-    text = re.sub(r"(\d+)\s*gi?b", r" \1gb", name.lower().replace("rtx", " "))
-    words = re.findall(r"[a-z0-9]+", text)
-    dull = r"nvidia|geforce|rtx|laptop|mobile|max|q|gpu|pcie|sxm\d*|hbm\d*e?" + ("" if memory else r"|\d+gb")
+def _plain(name: str) -> str:
+    """The name's telling words, without the memory's size."""
+    words = re.findall(r"[a-z0-9]+", re.sub(_SIZE, " ", name.lower()).replace("rtx", " "))
+    dull = r"nvidia|geforce|laptop|mobile|max|q|gpu|pcie|nvl|sxm\d*|hbm\d*e?"
     return "".join(word for word in words if not re.fullmatch(dull, word))

@@ -74,6 +74,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._of: dict[int, Allocation] = {}
         self._known: dict[Any, Any] = {}
+        self._launched_with: set[int] = set()
+        """Memory that the newest operator of ours has given to kernels."""
         for tensor in held:
             self.allocation(tensor)
 
@@ -87,8 +89,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         form = _form(func)
         if form.inside is not None:
+            self._launched_with.clear()
             with self:
-                return form.inside(*args, **kwargs)
+                out = form.inside(*args, **kwargs)
+            written = [x for x in _written(form, args, kwargs) if _memory(x) in self._launched_with]
+            if written:  # read and written by one launch
+                self.addressed(size(written))
+            return out
         if form.view:
             out = func(*args, **kwargs)
             for tensor in tensors(out):  # `x.data = y` and the like: a view that nobody else has shown
@@ -99,8 +106,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = tensors(out)
         for tensor in made:
             self.allocation(tensor)
-        changed = tensors([kwargs.get(name) if i >= len(args) else args[i] for i, name in form.writes])
-        found = cost(func, args, given, made, out, changed)
+        found = cost(func, args, given, made, out, _written(form, args, kwargs))
         if found is not None:
             if hidden := hidden_bytes(func, args):
                 workspace = self._new(hidden)
@@ -110,7 +116,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def launched(self, arguments: Sequence[Any]) -> None:
         """A Triton kernel: it reads or writes each of its tensors once."""
-        self.operations.append(Cost(ELEMENTWISE, 0.0, float(size(tensors(arguments)))))
+        given = tensors(arguments)
+        self._launched_with.update(map(_memory, given))
+        self.operations.append(Cost(ELEMENTWISE, 0.0, float(size(given))))
 
     def addressed(self, nbytes: int) -> None:
         """What the newest launches moved of tensors that they were not given."""
@@ -216,6 +224,15 @@ def _form(func: Any) -> _Form:
     aliases = any(r.alias_info is not None for r in schema.returns)
     factory = any(a.name == "device" for a in schema.arguments)
     return _Form(inside, aliases and not writes, writes, len(schema.returns), factory)
+
+
+def _written(form: _Form, args: Any, kwargs: Any) -> list[Tensor]:
+    """The given tensors that an operation writes to."""
+    return tensors([kwargs.get(name) if i >= len(args) else args[i] for i, name in form.writes])
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _key(tree: Any) -> Any:

@@ -26,6 +26,7 @@ def plan(predicted_ms: float, ms: float, spread: float = 0.0, **figures: float) 
     return {
         "predicted_ms": predicted_ms, "ms": ms, "ms_p20": ms - spread / 2, "ms_p80": ms + spread / 2,
         "predicted_gib": 10.0, "allocated_gib": 10.1, "workspaces_gib": 0.05, "reserved_gib": 10.5,
+        "predicted_reserved_gib": 10.4,
         "plan": {}, "rates": "measured",
     } | figures  # fmt: skip
 
@@ -64,12 +65,20 @@ def test_workspaces_are_not_the_predictions() -> None:
 
 @pytest.mark.parametrize(
     "figures",
-    [{"allocated_gib": 10.6}, {"allocated_gib": 9.5}, {"workspaces_gib": 0.2, "allocated_gib": 10.2}],
+    [{"allocated_gib": 10.6}, {"allocated_gib": 9.5}, {"workspaces_gib": 0.6}],
 )
 def test_memory_off_by_more_than_a_twentieth_is_missed(figures: dict[str, float]) -> None:
     row = gpu_memory.judged(plan(100, 100, **figures)) | {"kind": "row", "name": "a plan"}
     assert gpu_memory.missed(row) == ["memory"]
     assert "MISSED: memory" in gpu_memory.line(row)
+
+
+@pytest.mark.parametrize("gib", [9.8, 11.0])
+def test_what_is_reserved_has_to_be_what_the_replay_says(gib: float) -> None:
+    row = gpu_memory.judged(plan(100, 100, reserved_gib=gib))
+    assert gpu_memory.missed(row | {"kind": "row"}) == ["reserved"]
+    assert gpu_memory.missed(row | {"kind": "allocator"}) == []
+    assert gpu_memory.missed({"kind": "allocator", "error": "OutOfMemoryError: too much"}) == ["an error"]
 
 
 @pytest.mark.parametrize("ms", [74, 126])
@@ -103,7 +112,8 @@ def test_a_budgets_three_fastest_plans_are_predicted(monkeypatch: pytest.MonkeyP
 
 
 def test_every_row_and_ranking_is_measured_once() -> None:
-    assert sorted(gpu_memory.names()) == sorted([name for name, *_ in ROWS] + list(gpu_memory.RANKINGS))
+    every = [*(name for name, *_ in ROWS), *gpu_memory.RANKINGS, *gpu_memory.ALLOCATORS]
+    assert sorted(gpu_memory.names()) == sorted(every)
 
 
 @pytest.fixture
@@ -111,15 +121,16 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """A card of 24 GiB on which all plans take what is predicted; the plans that were measured."""
     settings: list[dict[str, Any]] = []
 
-    def alone(chosen: dict[str, Any], cap: int, deadline: float) -> dict[str, Any]:
-        settings.append(chosen)
+    def alone(chosen: dict[str, Any], cap: int, deadline: float, expandable: bool | None) -> dict[str, Any]:
+        settings.append(chosen | {"cap": cap, "expandable": expandable})
         return {name: plan(100, 100)[name] for name in (
             "ms", "ms_p20", "ms_p80", "allocated_gib", "workspaces_gib", "reserved_gib"
         )}  # fmt: skip
 
     def predict(name: str, card: object) -> list[dict[str, Any]]:
         count = 3 if name in gpu_memory.RANKINGS else 1
-        return [{"plan": {"of": name}, "predicted_gib": 10.0, "predicted_ms": 100.0, "rates": ""}] * count
+        predicted = {"predicted_gib": 10.0, "predicted_ms": 100.0, "predicted_reserved_gib": 10.5}
+        return [{"plan": {"of": name}, "least_cap_gib": 10.2, "rates": "", **predicted}] * count
 
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setattr(gpu_memory, "_alone", alone)
@@ -137,7 +148,12 @@ def test_rows_are_kept_and_only_missing_ones_measured(
     assert gpu_memory.run(FOREVER, results) == 0
     rows = [json.loads(text) for text in results.read_text().splitlines()]
     assert [row["name"] for row in rows] == gpu_memory.names()
-    assert {row["kind"] for row in rows} == {"row", "ranking"}
+    assert {row["kind"] for row in rows} == {"row", "ranking", "allocator"}
+    caps = {one["of"]: (round(one["cap"] / GIB, 2), one["expandable"]) for one in measured}
+    assert caps["full, checkpointed"] == (10.65, None)
+    assert caps["full, checkpointed, default segments"] == (10.35, False)
+    assert caps["full, checkpointed, expandable segments"] == (10.35, True)
+    assert caps["full in 12 GiB"] == (11.6, None)
     assert "memory within 5%: 10 of 10 rows" in capsys.readouterr().out
     done = len(measured)
     results.write_text("".join(f"{json.dumps(row)}\n" for row in rows[:-1]))
@@ -163,3 +179,20 @@ def test_a_plan_that_fails_is_a_row_and_a_failure(
     results = tmp_path / "rows.jsonl"
     assert gpu_memory.run(FOREVER, results) == len(gpu_memory.names())
     assert json.loads(results.read_text().splitlines()[0])["error"] == "OutOfMemoryError: too much"
+
+
+@pytest.mark.parametrize(("expandable", "told"), [(None, None), (False, "False"), (True, "True")])
+def test_an_allocator_is_chosen_by_what_a_user_would_set(
+    expandable: bool | None, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments: list[dict[str, str]] = []
+
+    def run(command: list[str], **settings: Any) -> Any:
+        environments.append(settings["env"])
+        return SimpleNamespace(stdout='{"ms": 1.0}')
+
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setattr(gpu_memory.subprocess, "run", run)
+    assert gpu_memory._alone({}, GIB, FOREVER, expandable) == {"ms": 1.0}
+    expected = None if told is None else f"expandable_segments:{told}"
+    assert environments[0].get("PYTORCH_ALLOC_CONF") == expected

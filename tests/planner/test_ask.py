@@ -36,7 +36,7 @@ def test_a_plan_as_text_as_json_and_as_a_picture(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = tmp_path / "memory.png"
-    assert plan(monkeypatch, tiny_sdxl, "--card", "RTX 3060", "--plot", str(picture)) == 0
+    assert plan(monkeypatch, tiny_sdxl, "--card", "RTX 3060 12GB", "--plot", str(picture)) == 0
     text = capsys.readouterr().out
     assert text.startswith("12.00 GiB: ")
     assert "(predicted)" in text
@@ -45,10 +45,10 @@ def test_a_plan_as_text_as_json_and_as_a_picture(
     assert "train.layout = " in text
     assert "not chosen:" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert plan(monkeypatch, tiny_sdxl, "--card", "RTX 3060", "--json") == 0
+    assert plan(monkeypatch, tiny_sdxl, "--card", "RTX 3060 12GB", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["kind_of_figure"] == "predicted"
-    assert found["card"] == "RTX 3060"
+    assert found["card"] == "RTX 3060 12GB"
     assert found["vram"] == 12 * GIB
     assert sum(n for name, n in found["plan"]["device"].items() if name != "host") == found["plan"]["peak"]
     assert f"\n{found['plan']['name']}\n" in text
@@ -62,7 +62,7 @@ def test_a_folder_of_configs_is_enough(
     shutil.copytree(tiny_sdxl, tmp_path / "configs", ignore=heavy)
     texts = []
     for model in (tiny_sdxl, tmp_path / "configs"):
-        assert plan(monkeypatch, model, "--card", "RTX 3060") == 0
+        assert plan(monkeypatch, model, "--card", "RTX 3060 12GB") == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
 
@@ -90,12 +90,12 @@ def test_previews_are_planned_for_the_folders_own_vae(
 @pytest.mark.parametrize(
     ("written", "card", "vram", "expected"),
     [
-        (None, "RTX 3060", None, 12),
-        (None, "RTX 3060", "10GiB", 10),
+        (None, "RTX 3060 12GB", None, 12),
+        (None, "RTX 3060 12GB", "10GiB", 10),
         ("24GiB", None, None, 24),
         ("24GiB", None, "10GiB", 10),
-        ("24GiB", "RTX 3060", None, 12),
-        ("6GiB", "RTX 3060", None, 6),
+        ("24GiB", "RTX 3060 12GB", None, 12),
+        ("6GiB", "RTX 3060 12GB", None, 6),
     ],
 )
 def test_a_plan_has_what_a_run_on_the_card_would_have(
@@ -192,8 +192,45 @@ def test_a_run_is_refused_before_it_is_planned(tmp_path: Path, monkeypatch: pyte
 def test_a_resolution_that_is_none_is_one_line(
     tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan(monkeypatch, tiny_sdxl, "--resolution", "abc", "--card", "RTX 3060") == 2
+    assert plan(monkeypatch, tiny_sdxl, "--resolution", "abc", "--card", "RTX 3060 12GB") == 2
     expected = "mapo-fast: --resolution 'abc' is not a number of pixels: write --resolution 1024\n"
     assert capsys.readouterr().err == expected
-    assert plan(monkeypatch, tiny_sdxl, "--resolution", "65", "--card", "RTX 3060") == 2
+    assert plan(monkeypatch, tiny_sdxl, "--resolution", "65", "--card", "RTX 3060 12GB") == 2
     assert "data.resolution" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "recipe"), [("full", "full_24gb"), ("lora", "lora_300_pairs")])
+def test_without_a_config_the_recipes_settings_are_planned(
+    kind: str, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(planner_ask, "search", lambda *args, **_: asked.append(args))
+    questions: dict[str, Any] = {"resolution": None, "vram": "24GiB", "card": None, "ram": "64GiB"}
+    path = Path(__file__).parents[2] / "recipes" / f"{recipe}.toml"
+    ask(path, [], model="sdxl", adapter=None, **questions)
+    ask(None, [], model=None, adapter=kind, **questions)
+    theirs, ours = (config for config, *_ in asked)
+    assert ours.adapter == theirs.adapter
+    assert ours.optim.name == theirs.optim.name
+    assert bool(ours.preview.prompts) == bool(theirs.preview.prompts)
+    for name in ("accumulation", "pairs_per_batch", "precision"):
+        assert getattr(ours.train, name) == getattr(theirs.train, name)
+    assert (ours.data.resolution, ours.data.max_tokens) == (theirs.data.resolution, theirs.data.max_tokens)
+    asked.clear()
+    ask(None, ["train.accumulation=2"], model=None, adapter=kind, **questions)
+    assert asked[0][0].train.accumulation == 2
+
+
+def test_a_card_without_bf16_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(planner_ask, "search", lambda *args, **_: pytest.fail("planned"))
+    given = ["mapo-fast", "plan", "--card", "RTX 2060 12GB"]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "mapo-fast: RTX 2060 12GB cannot do bf16 (train.precision = 'bf16'): use 'fp16' with adapter.kind = "
+        "'lora', or 'fp32'\n"
+    )

@@ -18,7 +18,7 @@ from mapo_fast.planner import trace as planner_trace
 from mapo_fast.planner.costs import ATTENTION, CONVOLUTION, ELEMENTWISE, FP8, MATRIX
 from mapo_fast.planner.recorder import Recorder, card_path
 from mapo_fast.planner.trace import CPU, pairs_of_zeros, record_step
-from mapo_kernels import AdamW8bit, fp8_linear, group_norm_silu_conv
+from mapo_kernels import AdamW8bit, add_rounded_, fp8_linear, group_norm_silu_conv
 from mapo_kernels._launch import INTERPRETING, Card
 
 CARD = Card(89, 128)
@@ -250,6 +250,15 @@ def test_what_is_changed_in_place_is_read_and_written() -> None:
         torch._foreach_mul_([x, y], 2.0)
         x.zero_()
     assert [c.nbytes / x.nbytes for c in recorder.operations] == [3, 2, 4, 1]
+
+
+@pytest.mark.skipif(INTERPRETING, reason="operators would run in Triton's interpreter")
+def test_what_a_kernel_of_ours_changes_in_place_is_read_and_written() -> None:
+    total, summand = (torch.zeros(8192, dtype=torch.bfloat16) for _ in range(2))
+    recorder = Recorder([total, summand])
+    with card_path(CARD, recorder), recorder:
+        add_rounded_(total, summand, seed=0, tensor_id=0, number=0)
+    assert sum(c.nbytes for c in recorder.operations) == 3 * total.nbytes
 
 
 @pytest.mark.parametrize(

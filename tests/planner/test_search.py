@@ -70,10 +70,9 @@ def test_a_card_is_known_by_its_names(name: str) -> None:
 
 def test_memory_tells_cards_of_one_name_apart_and_super_is_another() -> None:
     assert find_card("NVIDIA A100-SXM4-80GB").name == "A100 80GB"
-    assert find_card("NVIDIA H100 80GB HBM3").name == "H100"
-    assert find_card("4060 Ti").name == "RTX 4060 Ti 16GB"
-    assert [find_card(f"RTX 4060 Ti{size}").gib for size in ("", " 16GB", " 8 GB")] == [16, 16, 8]
-    assert find_card("NVIDIA H100 80GB HBM3").gib == 80
+    assert find_card("NVIDIA H100 80GB HBM3").name == "H100 80GB"
+    assert [find_card(f"RTX 4060 Ti{size}").gib for size in (" 16GB", " 8 GB")] == [16, 8]
+    assert [find_card(f"RTX 4090 {size}").gib for size in ("48GB", "11.5 GiB")] == [48, 11.5]
     laptop = find_card("NVIDIA GeForce RTX 3060 Laptop GPU 6GB")
     assert laptop.gib == 6
     assert laptop.rates.source.endswith("a laptop's is slower")
@@ -83,6 +82,29 @@ def test_memory_tells_cards_of_one_name_apart_and_super_is_another() -> None:
         find_card("RTX 3060 Laptop GPU")
     with pytest.raises(UserError):
         find_card("NVIDIA GeForce RTX 4070 Ti SUPER")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("RTX 3050", "4 or 6 or 8"),
+        ("rtx 3060", "8 or 12"),
+        ("RTX 2060", "6 or 12"),
+        ("NVIDIA GeForce RTX 3080", "10 or 12"),
+        ("4060 Ti", "8 or 16"),
+        ("RTX 5060 Ti", "8 or 16"),
+        ("A100", "40 or 80"),
+        ("H100", "80 or 94"),
+        ("RTX 3060 16GB", "8 or 12"),
+    ],
+)
+def test_a_card_that_is_made_with_several_sizes_is_asked_for_its_own(name: str, sizes: str) -> None:
+    with pytest.raises(UserError, match=f"is made with {sizes} GB: say which, as in --card") as asked:
+        find_card(name)
+    assert "\n" not in str(asked.value)
+    example = re.search(r'--card "(.*)"$', str(asked.value))
+    assert example is not None
+    assert find_card(example[1]).name == example[1]
 
 
 def test_unknown_cards_and_sizes_are_one_line() -> None:
@@ -104,7 +126,7 @@ def test_the_slowest_card_with_enough_memory_is_assumed() -> None:
     assert card_with(24 * GIB).name == "RTX 3090"
     assert card_with(200 * GIB) in CARDS
     assert card_with(24 * GIB, capability=89).name == "RTX 4090"
-    assert card_with(200 * GIB, capability=89).name == "H100"
+    assert card_with(200 * GIB, capability=89).name == "H200"
     assert usable_bytes(24 * GIB) < 23.5 * GIB
 
 
@@ -300,7 +322,8 @@ def test_where_no_kernel_runs_eager_operators_are_planned() -> None:
         found = search(config, REDUCED, RTX._replace(kernels=kernels), 24 * GIB, PLENTY)
         assert found.chosen is not None
         peaks.append(found.chosen.peak)
-        assert found.chosen.peak == record_step(config, REDUCED, kernels=kernels).peak
+        again = record_step(config, REDUCED, kernels=kernels).peak  # tables are made anew where memory moves
+        assert found.chosen.peak == pytest.approx(again, rel=0.01)
     assert peaks[0] < peaks[1]
 
 
