@@ -202,22 +202,32 @@ def tables(files: Sequence[Entry], suffix: str) -> list[Entry]:
 def open_split(
     files: list[Entry], source: Path, opener: Callable[[list[Entry], Path], PreferencePairs]
 ) -> PreferencePairs:
-    """Open the files of one split: all of them, or `train` where names like `train-00000-of-…` say so."""
+    """Open the files of one split: all of them, or `train` where their names or folders tell splits apart."""
     splits: dict[str, list[Entry]] = {}
     for file in files:
-        match = re.match(r"(.+?)-\d+-of-\d+", PurePosixPath(file.name).name)
-        splits.setdefault(match[1] if match else "", []).append(file)
+        splits.setdefault(_split(PurePosixPath(file.name)), []).append(file)
     if len(splits) == 1:
         return opener(files, source)
     if "train" not in splits:
-        names = listed(f"{name}-*" if name else "unnumbered files" for name in splits)
+        mixed = listed(f"{name}-*" if name else "files of no split" for name in splits)
         raise UserError(
-            f"data.source {source} mixes {names}: move one split to its own folder and name that folder"
+            f"data.source {source} mixes {mixed}: move one split to its own folder and name that folder"
         )
     pairs = opener(splits["train"], source)
-    used = f"{source} has the splits {listed(splits)}; train is used"
+    found = listed(name or "(files of no split)" for name in splits)
+    used = f"{source} has the splits {found}; train is used"
     pairs.note = f"{used}; {pairs.note}" if pairs.note else used
     return pairs
+
+
+_SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+
+
+def _split(file: PurePosixPath) -> str:
+    """The split that a file belongs to: `train-00000-of-00002.parquet`, `train.parquet`, `train/0.parquet`."""
+    if match := re.match(r"(.+?)-\d+-of-\d+", file.name):
+        return match[1]
+    return next((name for name in (file.stem, *reversed(file.parts[:-1])) if name.lower() in _SPLITS), "")
 
 
 class DatasetPairs(PreferencePairs):

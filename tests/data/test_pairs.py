@@ -113,6 +113,17 @@ def test_train_split_is_taken_and_said(tmp_path: Path) -> None:
     assert "train is used" in pairs.note
 
 
+@pytest.mark.parametrize(
+    "names", [("train.parquet", "test.parquet"), ("a/train/0.parquet", "a/test/0.parquet")]
+)
+def test_splits_told_apart_by_files_and_folders(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name, rows in zip(names, (3, 5), strict=True):
+        write_parquet(tmp_path / name, pickapic_rows(rows))
+    pairs = PreferencePairs.open(tmp_path)
+    assert len(pairs) == 3, "held-out rows are not trained on"
+    assert "has the splits test, train; train is used" in pairs.note
+
+
 def test_splits_without_train_are_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "validation-00000-of-00001.parquet", pickapic_rows(3))
     write_parquet(tmp_path / "test-00000-of-00001.parquet", pickapic_rows(5))
