@@ -224,7 +224,7 @@ _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
 def _split(file: PurePosixPath) -> str:
-    """The split that a file belongs to: `train-00000-of-00002.parquet`, `train.parquet`, `train/0.parquet`."""
+    """The split of a file: `train-00000-of-00002.parquet`, `train.parquet`, `train/0.parquet`."""
     if match := re.match(r"(.+?)-\d+-of-\d+", file.name):
         return match[1]
     return next((name for name in (file.stem, *reversed(file.parts[:-1])) if name.lower() in _SPLITS), "")
