@@ -31,7 +31,7 @@ class Diffusion:
         schedule = check_schedule(
             {"_class_name": "DDPMScheduler", **scheduler_config}, "scheduler_config.json"
         )
-        self.scheduler = DDPMScheduler.from_config(scheduler_config)
+        self.scheduler = DDPMScheduler(**schedule.model_dump(exclude_none=True))
         self.v_prediction = schedule.prediction_type == "v_prediction"
         self.num_train_timesteps = int(self.scheduler.config.num_train_timesteps)
 

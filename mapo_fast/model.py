@@ -138,7 +138,7 @@ class SDXLFolder:
         try:
             with _quiet():
                 tokenizer = CLIPTokenizer.from_pretrained(self.path(component), local_files_only=True)
-            useless = tokenizer("a").input_ids == tokenizer("b").input_ids
+                useless = tokenizer("a").input_ids == tokenizer("b").input_ids
         except Exception as error:  # the tokenizers library raises bare Exceptions for damaged files
             raise _unloadable(self.path(component), error) from error
         if useless:

@@ -1,6 +1,8 @@
 """Incomplete or foreign pipeline folders are refused in one line that names the part."""
 
 import json
+import math
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -381,6 +383,52 @@ def test_a_damaged_index_of_weights_is_named(model: Path, index: dict[str, Any])
     index_path = path.with_name(f"{path.name}.index.json")
     index_path.write_text(json.dumps(index))
     assert str(index_path) in refusal(lambda: open_sdxl(model))
+
+
+VALUES: list[Any] = [
+    *(None, True, False, 0, -1, 1, 3, 10**9, 10**30, -(10**30), 10**4000, 1.5, 1e-300, math.nan, math.inf),
+    *(
+        "",
+        "x",
+        "\x1b[31m\n",
+        [],
+        {},
+        [[]],
+        [0],
+        [1, 2],
+        [1, [2]],
+        {"a": 1},
+        [None],
+        ["DownBlock2D"],
+        [4] * 20,
+    ),
+]
+
+
+def test_whatever_stands_in_a_config_is_taken_or_named_in_one_line(model: Path) -> None:
+    draw = random.Random(0)
+    paths = sorted(path for path in model.rglob("*.json") if "config" in path.name or "index" in path.name)
+    whole = {path: path.read_text() for path in paths}
+    refused = []
+    for _ in range(150):
+        path = draw.choice(paths)
+        config = json.loads(whole[path])
+        name, value = draw.choice(sorted(config)), draw.choice(VALUES)
+        if isinstance(config[name], list) and config[name] and draw.random() < 0.5:
+            config[name][draw.randrange(len(config[name]))] = value
+        else:
+            config[name] = value
+        path.write_text(json.dumps(config))
+        try:
+            Diffusion(open_sdxl(model).scheduler_config)
+        except UserError as error:
+            refused.append(str(error))
+        path.write_text(whole[path])
+    assert 30 < len(refused) < 120
+    for text in refused:
+        assert str(model) in text or "zero terminal SNR" in text
+        assert text.isprintable()
+        assert len(text) < 600
 
 
 @pytest.mark.parametrize(
