@@ -56,6 +56,7 @@ gpu-check: $(VENV)/.installed
 
 proof: $(VENV)/.installed
 	$(BIN)/python -m bench.kills --append
+	$(BIN)/python -m tests.fuzz --units 20 --append
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -201,7 +201,7 @@ def main() -> None:
         if not _main():  # once the first process has ended, its launcher ends this one
             time.sleep(_PATIENCE)
         if not error.reported:
-            print(f"mapo-fast: {printable(str(error))}", file=sys.stderr)
+            print(f"mapo-fast: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 

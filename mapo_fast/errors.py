@@ -1,15 +1,26 @@
 """The errors that become one line: what is wrong, where, and how to fix it."""
 
+_LONGEST = 2000
+
 
 class UserError(Exception):
     """A mistake in a config, a file or a combination of settings.
 
-    The command line prints the message without a stack trace and exits with `exit_code`.
+    The command line prints the message without a stack trace and exits with `exit_code`. Its text is one line
+    that a terminal shows as it is, whatever stands in the names and values within it; of a very long one the
+    middle is left out.
     """
 
     exit_code = 2
     reported = False
     """Whether another process prints it."""
+
+    def __str__(self) -> str:
+        """The message, `printable`."""
+        text = super().__str__()
+        if len(text) > _LONGEST:  # a value, most likely; how to fix it stands at the end
+            text = f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 4 :]}"
+        return printable(text)
 
 
 class MachineError(UserError):

@@ -87,10 +87,23 @@ def os_error(error: OSError, doing: str) -> UserError:
     """The one line for what the system refused; `doing` is a verb and a path, such as "read a/b.json"."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MachineError(_FULL.format(doing=doing))
-    at = f" ({error.filename})" if error.filename and str(error.filename) not in doing else ""
+    return _kind_of(error)(f"cannot {doing}: {_reason(error, doing)}")
+
+
+def unreadable(what: str, error: OSError) -> UserError:
+    """The one line for what cannot be read; `what` says whose it is, such as "data.cache a/b"."""
+    return _kind_of(error)(f"{what} cannot be read: {_reason(error, what)}")
+
+
+def _kind_of(error: OSError) -> type[UserError]:
     # Libraries raise OSError without a number for contents that they cannot read.
-    kind = UserError if error.errno is None or error.errno in _INPUT else MachineError
-    return kind(f"cannot {doing}: {error.strerror or error}{at}")
+    return UserError if error.errno is None or error.errno in _INPUT else MachineError
+
+
+def _reason(error: OSError, said: str) -> str:
+    """What the system says, and of which file unless that is `said` already."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{reason} ({error.filename})" if error.filename and str(error.filename) not in said else reason
 
 
 def one_line(error: Exception) -> UserError | None:

@@ -20,7 +20,7 @@ import torch
 
 from mapo_fast.config import TrainConfig
 from mapo_fast.errors import UserError
-from mapo_fast.files import os_error, parse_json, read_json, sha256_file
+from mapo_fast.files import os_error, parse_json, read_json, sha256_file, unreadable
 from mapo_fast.model_configs import (
     LEGACY_EOS,
     SPECIAL_TOKENS,
@@ -376,7 +376,7 @@ def _readable(name: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{name} = {path} cannot be read: {error.strerror or error}") from None
+        raise unreadable(f"{name} = {path}", error) from None
 
 
 @contextmanager

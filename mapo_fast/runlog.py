@@ -40,7 +40,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mapo_fast import __version__
 from mapo_fast.console import say
 from mapo_fast.errors import UserError
-from mapo_fast.files import atomic_path, disk_errors
+from mapo_fast.files import atomic_path, disk_errors, open_regular, os_error, parse_json
 from mapo_fast.mirrors import TensorBoard, open_wandb
 from mapo_fast.monitor import Monitor
 
@@ -271,9 +271,15 @@ class RunLog:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a `log.jsonl`, in order, with their non-finite numbers as floats again.
 
-    A last line that a kill cut short is left out.
+    What is no line of a log is left out: one that a kill cut short, or a damaged one.
+
+    Raises:
+        UserError: it cannot be read.
     """
-    return [entry for _, entry in _lines(path)]
+    try:
+        return [entry for _, entry in _lines(path)]
+    except OSError as error:
+        raise os_error(error, f"read {path}") from None
 
 
 def _cut(path: Path, step: int) -> list[dict[str, Any]]:
@@ -287,13 +293,44 @@ def _cut(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            yield text, _unquoted(entry)
+    with open_regular(path) as file:
+        for line in iter(lambda: file.readline(_LONGEST_LINE), b""):
+            text = line.decode("utf-8", "replace").rstrip("\r\n")
+            try:
+                entry = _unquoted(parse_json(text))
+            except (ValueError, RecursionError):
+                continue
+            if _is_entry(entry):
+                yield text, entry
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is what a log holds: an event at a step, with numbers for what the monitor looks at."""
+    if not (isinstance(entry, dict) and isinstance(entry.get("event"), str)):
+        return False
+    if type(step := entry.get("step")) is not int or not 0 <= step <= _LARGEST:
+        return False
+    if entry["event"] not in ("step", "evaluation"):
+        return True
+    figures = (
+        entry[name] for name in ("skipped_steps", "chosen_error", "saturated", "drift") if name in entry
+    )
+    change = entry.get("chosen_error_change", {"mean": 0.0, "low": None, "high": None})
+    return all(map(_is_figure, figures)) and (
+        isinstance(change, dict)
+        and change.keys() >= {"mean", "low", "high"}
+        and _is_figure(change["mean"])
+        and all(change[name] is None or _is_figure(change[name]) for name in ("low", "high"))
+    )
+
+
+def _is_figure(value: Any) -> bool:
+    return _is_number(value) and not _LARGEST < abs(value) < math.inf
+
+
+_LONGEST_LINE = 2**20
+_LARGEST = 10**300
+"""Figures are floats: no whole number of hundreds of digits is one."""
 
 
 def _quoted(value: Any) -> Any:

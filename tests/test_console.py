@@ -15,7 +15,7 @@ from rich.console import Console
 from mapo_fast import cli
 from mapo_fast.console import encode_anything, say
 from mapo_fast.data.prepare import prepare
-from mapo_fast.errors import printable
+from mapo_fast.errors import UserError, printable
 from mapo_fast.runlog import RunLog
 from tests.data.sources import config, png
 
@@ -27,6 +27,15 @@ def test_hostile_text_is_one_printable_line() -> None:
     assert line.isprintable()
     assert line.startswith(r"\x1b[2J\x1b]0;pwned\x07 [bold red]x[/]")
     assert printable("größe 図 🙂 a\\b") == "größe 図 🙂 a\\b"
+
+
+def test_an_error_is_one_line_of_bounded_length() -> None:
+    line = str(UserError(f"{HOSTILE} is wrong"))
+    assert line == f"{printable(HOSTILE)} is wrong"
+    long = str(UserError(f"a = {'x' * 10**6}: use b"))
+    assert long.startswith("a = xxx")
+    assert long.endswith("xxx: use b")
+    assert len(long) < 2000
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -295,3 +295,33 @@ def test_missing_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="wandb is not installed"):
         RunLog(tmp_path / "run", 3, None, wandb="sdxl")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000,
+        b'{"event": "step", "step": 1, "loss": ' + b"9" * 5000 + b"}",
+        b'{"step": 1}',
+        b'{"event": "step", "step": true}',
+        b'{"event": "step", "step": -1}',
+        b'{"event": "step", "step": 1, "chosen_error": "x"}',
+        b'{"event": "step", "step": 1, "saturated": [1]}',
+        b'{"event": "step", "step": 1, "skipped_steps": null}',
+        b'{"event": "evaluation", "step": 1, "chosen_error": 0.1, "chosen_error_change": {}}',
+        b'{"event": "evaluation", "step": 1, "drift": {}}',
+        b"\xff\xfe\0",
+        b"null",
+        b"",
+    ],
+)
+def test_what_is_no_line_of_a_log_is_left_out(tmp_path: Path, line: bytes) -> None:
+    with RunLog(tmp_path, 4, None) as log:
+        log.step(1, {"loss": 0.5, "chosen_error": 0.1})
+    path = tmp_path / "log.jsonl"
+    before = read_log(path)
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    assert read_log(path) == before
+    with RunLog(tmp_path, 4, None, start_step=1):
+        pass
+    assert [entry for entry in read_log(path) if entry["event"] == "step"] == [before[1]]

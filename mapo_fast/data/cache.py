@@ -42,7 +42,7 @@ from torch import Tensor
 from mapo_fast.config import DataConfig
 from mapo_fast.data.shards import shard_path
 from mapo_fast.errors import UserError
-from mapo_fast.files import parse_json, sha256_file
+from mapo_fast.files import JSON_BYTES, parse_json, read_bytes, sha256_file, unreadable
 from mapo_fast.model import Component, SDXLFolder
 from mapo_fast.model_identity import encoders_identity
 
@@ -445,15 +445,16 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / "index.json"
     try:
-        with _reading(folder):
-            text = path.read_bytes()
+        text = read_bytes(path, JSON_BYTES)
         index: dict[str, Any] = parse_json(text)
         written_by = index["settings"]["format"]
         if written_by == FORMAT and index["sha256"] != index_digest(index):
             raise ValueError("its content is not what was written")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise unreadable(f"data.cache {folder}", error) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} is damaged ({reason}): delete it and run mapo-fast prepare again") from None
     if written_by in TAKEN_OVER:
@@ -468,15 +469,11 @@ def read_index(folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """One `UserError` for a file that is there and cannot be read; it is not damaged."""
+    """One `UserError` for a file that cannot be read; it is not damaged."""
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError):
-        raise
     except OSError as error:
-        raise UserError(
-            f"data.cache {folder} cannot be read: {error.strerror or error} ({error.filename})"
-        ) from error
+        raise unreadable(f"data.cache {folder}", error) from error
 
 
 def index_digest(index: dict[str, Any]) -> str:

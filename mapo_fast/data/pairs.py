@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Protocol
 
 from mapo_fast.errors import MachineError, UserError, printable
-from mapo_fast.files import check_regular, os_error
+from mapo_fast.files import check_regular, os_error, unreadable
 
 
 @dataclass(frozen=True)
@@ -182,12 +182,7 @@ def reading(source: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        at = f" ({error.filename})" if error.filename else ""
-        kind = type(os_error(error, f"read {source}"))
-        raise kind(
-            f"data.source {source} cannot be read: {error.strerror or error}{at}; check its permissions and "
-            "whether the disk is there"
-        ) from error
+        raise unreadable(f"data.source {source}", error) from error
     except ValueError as error:
         if not _no_path(error):
             raise

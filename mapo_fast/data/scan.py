@@ -21,7 +21,7 @@ from mapo_fast.data.buckets import Size
 from mapo_fast.data.colour import Profile
 from mapo_fast.data.images import ImageProblemError, decode
 from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, SkippedRow
-from mapo_fast.files import atomic_path, disk_errors
+from mapo_fast.files import atomic_path, disk_errors, open_regular
 
 FORMAT = 2
 PART_ROWS = 1000
@@ -121,7 +121,8 @@ def scan(
 def _finished(part: Path, numbers: range) -> list[ScannedRow]:
     """The rows of a finished part; none where there is no such part or it is damaged."""
     try:
-        table = pq.read_table(part, schema=_SCHEMA, page_checksum_verification=True)
+        with open_regular(part) as file:
+            table = pq.read_table(file, schema=_SCHEMA, page_checksum_verification=True)
         rows = [_from_table(row) for row in table.to_pylist()]
     except (OSError, pa.ArrowException, ValueError, TypeError):
         return []

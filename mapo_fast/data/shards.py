@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mapo_fast.errors import UserError
-from mapo_fast.files import atomic_path, disk_errors, sha256_file
+from mapo_fast.files import atomic_path, disk_errors, read_bytes, sha256_file, unreadable
 from mapo_fast.tensorfile import write_tensors
 
 SHARD_BYTES = 256 * 2**20
@@ -61,7 +61,7 @@ class ShardFamily:
         for path in self.paths():
             try:
                 digest = self.digests[path.name] = sha256_file(path)
-                if _record(path).read_text(encoding="utf-8") != _record_text(path, digest):
+                if read_bytes(_record(path), 4096).decode() != _record_text(path, digest):
                     raise ValueError("its checksum is not the one it was written with")
                 with safe_open(path, framework="pt") as file:
                     keys = {n: file.get_tensor(n) for n in file.keys() if n.startswith(("keys", "failed"))}  # noqa: SIM118
@@ -69,7 +69,7 @@ class ShardFamily:
                     for name in {"hidden", "pooled"} & set(file.keys()):
                         self._forget(_not_finite(file.get_tensor(name), keys["keys"]))
             except OSError as error:
-                raise UserError(f"shard {path} cannot be read: {error.strerror or error}") from None
+                raise unreadable(f"shard {path}", error) from None
             except (SafetensorError, ValueError) as error:
                 raise UserError(
                     f"shard {path} is damaged ({error}): delete it and run prepare again"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +19,7 @@ from mapo_fast.data.cells import clean_prompt, is_missing, number, shown, wanted
 from mapo_fast.data.listing import IMAGE_BYTES, Entry, Folder, ImageFile, found_in, problems
 from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, SkippedRow
 from mapo_fast.errors import UserError, printable
-from mapo_fast.files import read_json
+from mapo_fast.files import read_json, unreadable
 
 
 class Verdict(NamedTuple):
@@ -251,18 +251,29 @@ class DatasetPairs(PreferencePairs):
         yield from self._files
         for column in self.columns.images:
             for chunk in self._images.data.column(column).chunks:
-                yield from found_in(self._folder, paths_of(chunk))
+                yield from found_in(self._folder, paths_of(self._whole(chunk)))
 
     def read(self, rows: Sequence[int]) -> Iterator[PairRecord | SkippedRow]:
         """See `PreferencePairs.read`."""
         for index in rows:
             name = f"{self._where.name}:{index}"
-            row = self._small[index]
+            row = self._whole(self._small[index])
             verdict = self.columns.judge(index, name, {key: cell(row[key][0]) for key in self.columns.small})
             if isinstance(verdict, SkippedRow):
                 yield verdict
             else:
-                yield record(index, name, verdict, self._images[index], self._folder)
+                yield record(index, name, verdict, self._whole(self._images[index]), self._folder)
+
+    def _whole(self, part: _Part) -> _Part:
+        """A part of the data with its offsets checked: what is mapped is not, and Arrow would crash."""
+        try:
+            part.validate(full=True)
+        except pa.ArrowException as error:
+            raise UserError(f"data.source {self._where} is damaged: {first_line(error)}") from error
+        return part
+
+
+_Part = TypeVar("_Part", pa.Table, pa.Array)
 
 
 def paths_of(column: pa.Array) -> Iterator[str | None]:
@@ -341,6 +352,8 @@ def open_arrow_files(files: list[Entry], source: Path) -> PreferencePairs:
 
 
 def _damaged(source: Path, error: Exception) -> UserError:
+    if isinstance(error, OSError):
+        return unreadable(f"data.source {source}", error)
     return UserError(f"data.source {source} cannot be read: {first_line(error)}")
 
 

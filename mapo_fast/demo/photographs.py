@@ -44,7 +44,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mapo_fast.config import load_config
-from mapo_fast.errors import UserError, printable
+from mapo_fast.errors import UserError
 from mapo_fast.files import atomic_path, disk_errors, one_line
 
 SIDE = 64
@@ -331,7 +331,7 @@ def main() -> None:
     except (UserError, OSError, MemoryError) as caught:
         error = one_line(caught)
         assert error is not None
-        print(f"photographs: {printable(str(error))}", file=sys.stderr)
+        print(f"photographs: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     print(
         f"Next:\n  mapo-fast prepare {config}\n  mapo-fast train {config}\n"

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import io
 import json
@@ -381,3 +382,30 @@ def test_shard_folder_without_permission_is_not_taken_for_an_empty_one(
     monkeypatch.setattr(Path, "iterdir", refusing)
     with pytest.raises(UserError, match=r"^cannot write .*shards: Permission denied$"):
         prepare(config(tiny_sdxl, prepared.parent / "s", copy))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no FIFOs")
+def test_an_index_that_is_no_file_is_named(prepared: Path, tmp_path: Path) -> None:
+    """Without waiting for a writer."""
+    cache = shutil.copytree(prepared, tmp_path / "c")
+    (cache / "index.json").unlink()
+    os.mkfifo(cache / "index.json")
+    with pytest.raises(UserError, match=r"data\.cache .* cannot be read: it is a FIFO"):
+        PairCache.open(cache)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EIO, 1), (errno.ESTALE, 1), (errno.ELOOP, 2), (errno.ENOENT, 2)]
+)
+def test_a_shard_that_is_gone_while_it_is_read_is_one_line(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    cache = PairCache.open(prepared, verify=False)
+
+    def refusing(path: Path) -> str:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("mapo_fast.data.cache.sha256_file", refusing)
+    with pytest.raises(UserError, match=r"^data\.cache .* cannot be read: ") as caught:
+        cache.batch([cache.train[0]], flip=None, drop=None)
+    assert caught.value.exit_code == code
