@@ -49,12 +49,12 @@ class _Unfailing:
 
     def write(self, text: str) -> int:
         """Write, with Python escapes for what the encoding lacks."""
-        try:
-            self._stream.write(text)
-        except UnicodeEncodeError as error:
-            self.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
-        except (OSError, ValueError):  # the latter of a stream that is closed
-            pass
+        with suppress(OSError, ValueError):  # the latter of a stream that is closed
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError as error:
+                escaped = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
+                self._stream.write(escaped)
         return len(text)
 
     def flush(self) -> None:
