@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -283,7 +284,11 @@ def connection_lost(error: Exception) -> bool:
 
 def _lost(error: Exception, rank: int, peers: list[tuple[str, int]]) -> MachineError:
     """What a survivor says, with the processes that are gone; the first one that is left says it for all."""
-    gone = [r for r, (host, pid) in enumerate(peers) if host == peers[rank][0] and _is_gone(pid)]
+    gone: list[int] = []
+    until = time.monotonic() + 1.0  # a process closes its connections a moment before it is gone
+    while not gone and time.monotonic() < until:
+        gone = [r for r, (host, pid) in enumerate(peers) if host == peers[rank][0] and _is_gone(pid)]
+        time.sleep(0.02)
     known = " and ".join(f"process {r}, pid {peers[r][1]}: its own output says why" for r in gone)
     lost = MachineError(
         f"process {rank} has lost the others, one of which has ended ({known or _first_line(error)}): what "

@@ -324,7 +324,7 @@ class Trainer:
     def _finite_input(self) -> PairInputs | None:
         try:
             return finite_input(self.inputs(*self.batches.at(0)))
-        except UserError:  # it cannot be read, and what is trained must not be lost for that
+        except (UserError, OSError):  # it cannot be read, and what is trained must not be lost for that
             return None
 
     def _look(self, log: RunLog | None, *, always: bool, again: bool = False) -> None:

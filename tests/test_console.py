@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 
 from mapo_fast import cli
-from mapo_fast.console import encode_anything, say
+from mapo_fast.console import encode_anything, say, unfailing
 from mapo_fast.data.prepare import prepare
 from mapo_fast.errors import UserError, printable
 from mapo_fast.runlog import RunLog
@@ -70,6 +72,73 @@ def test_a_character_that_the_output_lacks_is_escaped(monkeypatch: pytest.Monkey
     print("图/run")
     output.flush()
     assert output.buffer.getvalue().rstrip() == rb"\u56fe/run"  # type: ignore[attr-defined]
+
+
+class Failing(io.StringIO):
+    """A stream that takes nothing, or ASCII only."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        if isinstance(self.error, UnicodeEncodeError) and text.isascii():
+            return super().write(text)
+        raise self.error
+
+    def flush(self) -> None:
+        if not isinstance(self.error, UnicodeEncodeError):
+            raise self.error
+
+
+FULL = Path("/dev/full")
+
+FAILURES = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    BrokenPipeError(errno.EPIPE, "Broken pipe"),  # `| tee` that has ended
+    OSError(errno.EIO, "Input/output error"),  # a terminal that was closed
+    BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+    ValueError("I/O operation on closed file"),
+]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_console_that_fails_is_no_error(error: Exception, terminal: bool) -> None:
+    file = Failing(error)
+    console = Console(file=file, force_terminal=terminal, width=80, legacy_windows=False)
+    with unfailing(console):
+        say(console, "a line")
+        console.rule("a stage")
+        with Progress(console=console) as progress:
+            progress.update(progress.add_task("x", total=2), advance=1)
+    assert console.file is file
+    assert file.getvalue() == ""
+
+
+def test_what_a_console_cannot_encode_is_escaped() -> None:
+    console = Console(file=Failing(UnicodeEncodeError("ascii", "ü", 0, 1, "not in range")), width=80)
+    with unfailing(console):
+        say(console, "größe")
+    assert console.file.getvalue() == "gr\\xf6\\xdfe\n"  # type: ignore[attr-defined]
+
+
+def test_prepare_goes_on_without_its_console(tmp_path: Path, tiny_sdxl: Path) -> None:
+    images = [png(i) for i in range(6)]
+    rows = [{"prompt": f"red {i}", "chosen": images[2 * i], "rejected": images[2 * i + 1]} for i in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    cache = tmp_path.parent / "unheard"
+    console = Console(file=Failing(FAILURES[1]), force_terminal=True, width=80, legacy_windows=False)
+    assert prepare(config(tiny_sdxl, tmp_path, cache), console=console).pairs == 3
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+def test_a_process_whose_output_may_fail_ends_well_on_a_full_disk() -> None:
+    """Python's own last flush would make the exit code 120."""
+    code = "from mapo_fast.console import output_may_fail; output_may_fail(); print('x' * 9000); print('end')"
+    with FULL.open("w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_the_survivor_of_a_killed_process_says_so_in_one_line(tmp_path: Path) ->
         return None
 
     (said,) = together(tmp_path, call, killed=(1,))
-    assert said.startswith("process 0 has lost the others, one of which has ended (")
+    assert said.startswith("process 0 has lost the others, one of which has ended (process 1, pid ")
     assert "--resume" in said
     assert "\n" not in said
 
@@ -342,6 +342,31 @@ def test_a_signal_to_one_process_stops_all_at_one_step(
     config = make(tmp_path / "run")
     expected = TrainResult(tmp_path / "run", 3, finished=False, skipped_steps=0)
     assert together(tmp_path / "answers", lambda: training.train(config)) == [expected] * 2
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+
+
+def test_what_one_process_cannot_read_ends_all_with_the_step_saved(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = Trainer.inputs
+
+    def failing(self: Trainer, epoch: int, pairs: Any) -> PairInputs:
+        if self.processes.rank == 1 and self.step == 3:
+            raise OSError(5, "Input/output error", "shard")
+        return inputs(self, epoch, pairs)
+
+    monkeypatch.setattr(Trainer, "inputs", failing)
+    config = make(tmp_path / "run", train={"checkpoint_every": 0})
+
+    def run() -> Any:
+        try:
+            training.train(config)
+        except UserError as error:
+            return type(error), str(error)
+
+    (kind, said), (other, _) = together(tmp_path / "answers", run)
+    assert (kind, other) == (MachineError, ReportedError)
+    assert said.endswith("Input/output error (shard); step 3 is saved, and --resume continues from it")
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
 
 

@@ -291,26 +291,16 @@ def test_a_failing_save_is_not_tried_twice_and_names_the_last_saved_step(
 # --- What a run goes on without ---
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-@pytest.mark.parametrize(
-    "error",
-    [
-        system_error(errno.ENOSPC),
-        system_error(errno.EPIPE),  # `| tee` that has ended
-        system_error(errno.EIO),  # a terminal that was closed
-        UnicodeEncodeError("ascii", "ü", 0, 1, "ordinal not in range"),
-        ValueError("I/O operation on closed file"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
+@pytest.mark.parametrize(("terminal", "number"), [(True, errno.EIO), (False, errno.EPIPE)])
 def test_a_console_that_fails_ends_no_run(
-    make: Make, truth: dict[str, Any], tmp_path: Path, error: Exception, terminal: bool
+    make: Make, truth: dict[str, Any], tmp_path: Path, terminal: bool, number: int
 ) -> None:
-    console = Console(file=Failing(error, after=3), force_terminal=terminal, width=100, legacy_windows=False)
-    config = make(train={"evaluate_every": 0 if terminal else 1})
-    assert train(config, console=console).finished
-    found = made(tmp_path / "run")["weights"]
-    assert all(torch.equal(found[name], value) for name, value in truth["weights"].items())
+    """A terminal that was closed; `| tee` that has ended."""
+    file = Failing(system_error(number), after=3)
+    console = Console(file=file, force_terminal=terminal, width=100, legacy_windows=False)
+    assert train(make(), console=console).finished
+    assert file.left < 0
+    assert_same(tmp_path / "run", truth)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])

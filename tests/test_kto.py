@@ -273,6 +273,30 @@ def test_two_images_count_as_a_pair_and_an_odd_one_comes_twice(size: int) -> Non
     assert len(twice) > 1
 
 
+def test_a_step_that_was_not_finished_leaves_no_trace() -> None:
+    """In the baseline and in the figures: what is saved then is the step before."""
+    baseline, metrics = Baseline(2, CPU), Metrics(CPU, paired=False)
+    halves = torch.tensor([0.1, 0.2]).chunk(2)
+    reference, labels = torch.full((2,), 0.5), torch.tensor([True, False])
+
+    def micro_batch() -> None:
+        loss = KTOLoss(beta=1.0)
+        metrics.add(loss.from_errors(*halves, reference_errors=reference, labels=labels, baseline=baseline))
+
+    for begun in (metrics, baseline):
+        begun.begin()
+    micro_batch()
+    metrics.add_step(torch.tensor(1.0))
+    before = metrics.state(), baseline.state()
+    for begun in (metrics, baseline):
+        begun.begin()
+    micro_batch()
+    assert (metrics.state(), baseline.state()) != before
+    for begun in (metrics, baseline):
+        begun.drop()
+    assert (metrics.state(), baseline.state()) == before
+
+
 def test_the_errors_of_wanted_and_unwanted_images_are_apart() -> None:
     metrics = Metrics(CPU, paired=False)
     reference = torch.full((2,), 0.5)
