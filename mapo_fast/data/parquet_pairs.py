@@ -28,7 +28,7 @@ BUFFER_BYTES = 1 << 20
 BATCH_BYTES = 8 << 20
 BATCH_ROWS = 1024
 PAGE_ROWS = 1024
-LARGE = 4 << 30
+LARGE = 2 << 30
 """Bytes of memory for reading that are worth a note."""
 
 
