@@ -43,8 +43,8 @@ def check_ops(deadline: float) -> int:
 
 
 def check_memory(deadline: float) -> int:
-    """Tests of the engine, then the memory table."""
-    failed = _failed(ops.TESTS.parent / "engine", deadline)
+    """Tests of the engine and of `prepare`, then the memory table."""
+    failed = [file for part in ("engine", "data") for file in _failed(ops.TESTS.parent / part, deadline)]
     return 1 if gpu_memory.run(deadline) or failed else 0
 
 

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import torch
 
 from mapo_fast.config import TrainConfig
-from mapo_fast.errors import UserError
-from mapo_fast.files import os_error, parse_json, read_json, sha256_file, unreadable
+from mapo_fast.errors import MachineError, UserError
+from mapo_fast.files import one_line, os_error, parse_json, read_json, sha256_file, unreadable
 from mapo_fast.model_configs import (
     LEGACY_EOS,
     SPECIAL_TOKENS,
@@ -400,6 +400,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _unloadable(folder: Path, error: Exception) -> UserError:
+    known = one_line(error)
+    if isinstance(known, MachineError):
+        return known
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(f"cannot load {folder}: {first}")
 

@@ -1,5 +1,6 @@
 """Incomplete or foreign pipeline folders are refused in one line that names the part."""
 
+import errno
 import json
 import math
 import random
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mapo_fast.diffusion import Diffusion
-from mapo_fast.errors import UserError
+from mapo_fast.errors import MachineError, UserError
 from mapo_fast.model import SDXLFolder, open_sdxl
 from tests.tiny import POOLED_WIDTH, make_tiny_sdxl
 
@@ -383,6 +384,21 @@ def test_a_damaged_index_of_weights_is_named(model: Path, index: dict[str, Any])
     index_path = path.with_name(f"{path.name}.index.json")
     index_path.write_text(json.dumps(index))
     assert str(index_path) in refusal(lambda: open_sdxl(model))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EIO, "Input/output error", "x")])
+def test_a_machine_that_fails_is_not_blamed_on_the_model(
+    tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from diffusers import AutoencoderKL
+
+    def failing(*args: Any, **options: Any) -> None:
+        raise error
+
+    folder = open_sdxl(tiny_sdxl)
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", failing)
+    with pytest.raises(MachineError):
+        folder.load_vae()
 
 
 VALUES: list[Any] = [

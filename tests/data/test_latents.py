@@ -19,6 +19,7 @@ from mapo_fast.data.latents import ImageJob, LatentEncoder, encode_shard, images
 from mapo_fast.data.pairs import PreferencePairs
 from mapo_fast.data.scan import content_hash
 from mapo_fast.errors import UserError
+from mapo_fast.fp32 import exact_fp32
 from mapo_fast.model import open_sdxl
 from tests.data.sources import jsonl_folder, png
 
@@ -137,3 +138,23 @@ def test_latents_of_a_shard_are_those_of_one_image_after_the_other(
         with torch.no_grad():
             want = encoder.vae.encode(pixels).latent_dist.mode()[0] * encoder.vae.config.scaling_factor
         assert torch.equal(latent, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_fp32_latents_on_a_gpu_are_fp32(
+    jobs: list[ImageJob], source: PreferencePairs, tiny_sdxl: Path
+) -> None:
+    """TF32 has 10 bits of mantissa: its error is a thousand times that of fp32."""
+    folder = open_sdxl(tiny_sdxl)
+    with exact_fp32():
+        gpu = LatentEncoder(folder, "fp32", torch.device("cuda"))
+        found = shard(jobs, source, gpu)["latents_32x32"]
+        assert torch.equal(found, shard(jobs, source, gpu)["latents_32x32"])
+    exact = folder.load_vae(torch.float64)
+    pixels = np.stack([np.array(decode_image(png(i))) for i in range(COUNT)])
+    with torch.no_grad():
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).double() / 127.5 - 1
+        want = exact.encode(images).latent_dist.mode() * exact.config.scaling_factor
+    error = (found.double() - want).norm() / want.norm()
+    assert error < 100 * torch.finfo(torch.float32).eps
