@@ -4,6 +4,7 @@
 #   make test              all tests, in two processes (WORKERS=0: in one)
 #   make lint              ruff, ruff format, mypy
 #   make races             the kernels under two checkers for races and bounds, without a GPU
+#   make compile           the kernels with the Triton that torch's CUDA build pins
 #   make gpu-check PART=ops     what needs an NVIDIA GPU: kernel tests, then microbenchmarks
 #   make gpu-check PART=memory  likewise: the engine's tests, then the memory table's rows at full size
 #   make gpu-check PART=step    likewise: whole training steps beside other recipes, and every switch
@@ -22,8 +23,9 @@ PART ?= ops
 
 BIN := $(VENV)/bin
 TTSEM := $(VENV)/ttsem
+TRITON := $(VENV)/triton-3.7.1
 
-.PHONY: install demo test test-base lint format races gpu-check proof clean
+.PHONY: install demo test test-base lint format races compile gpu-check proof clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +51,14 @@ races: $(TTSEM)/.installed
 # ttsem asks for Python 3.12; what is used of it also runs on 3.11, and needs nothing that the environment lacks.
 $(TTSEM)/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --target $(TTSEM) ttsem==0.1.0
+	touch $@
+
+# The triton that torch's CUDA build pins, where the environment's own is another.
+compile: $(TRITON)/.installed
+	PYTHONPATH=$(TRITON) $(BIN)/python -m bench.resources --one --cc 86
+
+$(TRITON)/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target $(TRITON) triton==3.7.1
 	touch $@
 
 gpu-check: $(VENV)/.installed

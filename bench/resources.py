@@ -2,6 +2,7 @@
 
     python -m bench.resources             compiles everything and prints a line each
     python -m bench.resources --json      the same as JSON rows
+    python -m bench.resources --one       one configuration of each kernel: whether another Triton compiles them
     python -m bench.resources --write     updates bench/results/resources.jsonl, except what got worse
     python -m bench.resources --check     what CI runs: the table is of today's kernels, and none is worse
 
@@ -296,6 +297,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON row a line")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare with the committed table")
+    mode.add_argument("--one", action="store_true", help="compile only one configuration of each kernel")
     mode.add_argument("--write", action="store_true", help="bring the committed table up to date")
     parser.add_argument("--accept", action="store_true", help="with --write: also where it gets worse")
     args = parser.parse_args()
@@ -307,7 +309,8 @@ def main() -> int:
         wrong = update(args.processes, args.accept)
     else:
         wrong = []
-        for row in compile_all(launches(cases(args.op, "compile"), args.cc), args.processes):
+        jobs = launches(cases(args.op, "compile"), args.cc)
+        for row in compile_all(one_of_each(jobs) if args.one else jobs, args.processes):
             _show(row, args.json)
             wrong += worse([], [row])
     for line in wrong:

@@ -19,6 +19,7 @@ from mapo_fast.budget import planned
 from mapo_fast.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.config import ON_CPU, Config
 from mapo_fast.console import say, unfailing
+from mapo_fast.data.buckets import make_buckets
 from mapo_fast.data.cache import PairCache
 from mapo_fast.diffusion import Diffusion
 from mapo_fast.distributed import Processes, environment, in_processes, joined
@@ -30,6 +31,7 @@ from mapo_fast.errors import UserError
 from mapo_fast.files import disk_errors, exclusive
 from mapo_fast.mirrors import find_wandb
 from mapo_fast.model import SDXLFolder, open_sdxl, scheduler_overrides
+from mapo_fast.planner.kernels import compiling
 from mapo_fast.planner.plan import with_settings
 from mapo_fast.precompute import precompute
 from mapo_fast.preview import Previews
@@ -95,7 +97,11 @@ def _train(
         previews = Previews(config, folder, device) if sampling else None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # text encoders are gone and are not the plan's
-        parts = build_unet(config, folder, precision, device, processes)
+        buckets = make_buckets(config.data.resolution, config.data.bucket_step)
+        with compiling(config, folder.config("unet"), buckets, device) as kernels:
+            if console is not None and kernels:
+                say(console, f"compiling kernels: {kernels} of them, while the weights load")
+            parts = build_unet(config, folder, precision, device, processes)
         stop = StopRequest()
         trainer = Trainer(
             config, parts, cache, diffusion, precision, device, store, previews, stop, processes

@@ -16,21 +16,28 @@ from __future__ import annotations
 
 from mapo_kernels._launch import jit, tl
 
+SIZES = ("channels", "positions", "chunks", "splits", "group_size", "span_size", "parts", "used", "steps")
+"""Of all buckets and widths the same compiled kernels; what loads need to be wide is in UNIT."""
+
 
 @jit
 def _region(  # type: ignore[no-untyped-def]
     channels,
     chunks,
-    GROUP: tl.constexpr,
-    SPAN: tl.constexpr,
-    PARTS: tl.constexpr,
-    USED: tl.constexpr,
+    group_size,
+    span_size,
+    parts,
+    used,
     CHANNELS: tl.constexpr,
+    UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
     """This program's sample, chunk of positions, region within its groups, first group, and channels."""
+    if CHANNELS_LAST:
+        span_size = span_size // UNIT * UNIT
+        used = used // UNIT * UNIT
     program = tl.program_id(0)
-    blocks = tl.cdiv(channels, SPAN) * PARTS
+    blocks = tl.cdiv(channels, span_size) * parts
     sample = program // (blocks * chunks)
     if CHANNELS_LAST:  # neighbouring programs read neighbouring memory
         block = program % blocks
@@ -38,13 +45,12 @@ def _region(  # type: ignore[no-untyped-def]
     else:
         block = program // chunks % blocks
         chunk = program % chunks
-    span = block // PARTS
-    part = block % PARTS
-    channel = span * SPAN + part * USED + tl.arange(0, CHANNELS)
-    present = (channel < channels) & (tl.arange(0, CHANNELS) < USED)
-    if PARTS > 1:
-        present = present & (channel < span * SPAN + SPAN)
-    return sample, chunk, part * chunks + chunk, span * (SPAN // GROUP), channel, present
+    span = block // parts
+    part = block % parts
+    channel = span * span_size + part * used + tl.arange(0, CHANNELS)
+    present = (channel < channels) & (tl.arange(0, CHANNELS) < used)
+    present = present & (channel < span * span_size + span_size)
+    return sample, chunk, part * chunks + chunk, span * (span_size // group_size), channel, present
 
 
 @jit
@@ -84,7 +90,7 @@ def _per_channel(parameter, channel, present, DEFAULT: tl.constexpr, ACC: tl.con
     return values[:, None]
 
 
-@jit
+@jit(any_value=SIZES)
 def statistics_kernel(  # type: ignore[no-untyped-def]
     x,
     means,  # (N, groups, splits)
@@ -93,15 +99,15 @@ def statistics_kernel(  # type: ignore[no-untyped-def]
     positions,
     chunks,
     splits,
+    group_size,  # channels of a group
+    span_size,  # channels after which the pattern of regions repeats: whole groups
+    parts,  # regions along a span
+    used,  # channels of a region
+    steps,  # tiles of a region
     ACC: tl.constexpr,
-    GROUP: tl.constexpr,  # channels of a group
-    SPAN: tl.constexpr,  # channels after which the pattern of regions repeats: whole groups
-    PARTS: tl.constexpr,  # regions along a span
-    USED: tl.constexpr,  # channels of a region
     GROUPS: tl.constexpr,  # power of two ≥ groups of a region
-    CHANNELS: tl.constexpr,  # power of two ≥ USED
+    CHANNELS: tl.constexpr,  # power of two ≥ used
     POSITIONS: tl.constexpr,
-    STEPS: tl.constexpr,
     UNIT: tl.constexpr,  # divides the innermost size: how wide loads may be
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within a sample need 64 bits
@@ -111,16 +117,16 @@ def statistics_kernel(  # type: ignore[no-untyped-def]
     else:
         positions = positions // UNIT * UNIT
     sample, chunk, split, first_group, channel, present = _region(
-        channels, chunks, GROUP, SPAN, PARTS, USED, CHANNELS, CHANNELS_LAST
+        channels, chunks, group_size, span_size, parts, used, CHANNELS, UNIT, CHANNELS_LAST
     )
     x += sample.to(tl.int64) * channels * positions
-    first = chunk * (STEPS * POSITIONS)
+    first = chunk * (steps * POSITIONS)
     lane = tl.arange(0, POSITIONS)
 
     mean = tl.zeros([CHANNELS, POSITIONS], dtype=ACC)
     deviation = tl.zeros([CHANNELS, POSITIONS], dtype=ACC)
     number = tl.zeros([1, 1], dtype=ACC)
-    for step in range(STEPS):
+    for step in range(steps):
         position = first + step * POSITIONS + lane
         inside = present[:, None] & (position < positions)[None, :]
         offset = _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
@@ -131,21 +137,21 @@ def statistics_kernel(  # type: ignore[no-untyped-def]
         deviation += tl.where(inside, difference * (value - mean), 0.0)
 
     # Lanes into channels, channels into groups.
-    steps = tl.minimum((positions - first - lane + POSITIONS - 1) // POSITIONS, STEPS)
-    count = tl.where(present[:, None], tl.maximum(steps, 0)[None, :], 0).to(ACC)
+    done = tl.minimum((positions - first - lane + POSITIONS - 1) // POSITIONS, steps)
+    count = tl.where(present[:, None], tl.maximum(done, 0)[None, :], 0).to(ACC)
     channel_count = tl.sum(count, axis=1)
     channel_mean = tl.sum(count * mean, axis=1) / channel_count
     distance = mean - channel_mean[:, None]
     channel_deviation = tl.sum(deviation + count * distance * distance, axis=1)
     group = first_group + tl.arange(0, GROUPS)
-    member = (channel // GROUP == group[:, None]) & present[None, :]
+    member = (channel // group_size == group[:, None]) & present[None, :]
     group_count = tl.sum(tl.where(member, channel_count[None, :], 0.0), axis=1)
     total = tl.sum(tl.where(member, (channel_count * channel_mean)[None, :], 0.0), axis=1)
     group_mean = total / group_count
     distance = channel_mean[None, :] - group_mean[:, None]
     deviations_of = channel_deviation[None, :] + channel_count[None, :] * distance * distance
     group_deviation = tl.sum(tl.where(member, deviations_of, 0.0), axis=1)
-    slot = (sample * (channels // GROUP) + group).to(tl.int64) * splits + split
+    slot = (sample * (channels // group_size) + group).to(tl.int64) * splits + split
     tl.store(means + slot, group_mean, mask=group_count > 0)
     tl.store(deviations + slot, group_deviation, mask=group_count > 0)
 
@@ -160,10 +166,10 @@ def _merge_statistics(  # type: ignore[no-untyped-def]
     chunks,
     splits,
     eps,
+    group_size,
+    used,
+    chunk_size,
     ACC: tl.constexpr,
-    GROUP: tl.constexpr,
-    USED: tl.constexpr,
-    CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """[GROUPS] mean and rstd from the regions' statistics, merged in a fixed order (Chan et al.)."""
@@ -172,8 +178,8 @@ def _merge_statistics(  # type: ignore[no-untyped-def]
     deviation = tl.zeros_like(count)
     for first in range(0, splits, SPLITS):
         split = first + tl.arange(0, SPLITS)
-        width = tl.minimum(GROUP - split // chunks * USED, USED)
-        length = tl.minimum(positions - split % chunks * CHUNK, CHUNK)
+        width = tl.minimum(group_size - split // chunks * used, used)
+        length = tl.minimum(positions - split % chunks * chunk_size, chunk_size)
         n = tl.where(split < splits, width * length, 0).to(ACC)[None, :]
         slot = row.to(tl.int64)[:, None] * splits + split[None, :]
         inside = exists[:, None] & (split < splits)[None, :]
@@ -191,7 +197,7 @@ def _merge_statistics(  # type: ignore[no-untyped-def]
     return mean, 1.0 / tl.sqrt((deviation / count + eps).to(ACC))
 
 
-@jit
+@jit(any_value=SIZES)
 def apply_kernel(  # type: ignore[no-untyped-def]
     x,
     y,
@@ -206,17 +212,17 @@ def apply_kernel(  # type: ignore[no-untyped-def]
     chunks,
     splits,
     eps: tl.float64,
+    group_size,
+    span_size,
+    parts,
+    used,
+    steps,
     SILU: tl.constexpr,
     SPLITS: tl.constexpr,
     ACC: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPAN: tl.constexpr,
-    PARTS: tl.constexpr,
-    USED: tl.constexpr,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
-    STEPS: tl.constexpr,
     UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -226,25 +232,25 @@ def apply_kernel(  # type: ignore[no-untyped-def]
     else:
         positions = positions // UNIT * UNIT
     sample, chunk, split, first_group, channel, present = _region(
-        channels, chunks, GROUP, SPAN, PARTS, USED, CHANNELS, CHANNELS_LAST
+        channels, chunks, group_size, span_size, parts, used, CHANNELS, UNIT, CHANNELS_LAST
     )
-    groups = channels // GROUP
+    groups = channels // group_size
     if means is None:
-        row = sample * groups + channel // GROUP
+        row = sample * groups + channel // group_size
         m = tl.load(mean + row, mask=present, other=0.0)
         r = tl.load(rstd + row, mask=present, other=0.0)
     else:
         group = first_group + tl.arange(0, GROUPS)
-        exists = (tl.arange(0, GROUPS) < SPAN // GROUP) & (group < groups)
+        exists = (tl.arange(0, GROUPS) < span_size // group_size) & (group < groups)
         row = sample * groups + group
         group_mean, group_rstd = _merge_statistics(
             means, deviations, row, exists, positions, chunks, splits, eps,
-            ACC, GROUP, USED, STEPS * POSITIONS, SPLITS,
+            group_size, used, steps * POSITIONS, ACC, SPLITS,
         )  # fmt: skip
         if split == 0:
             tl.store(mean + row, group_mean, mask=exists)
             tl.store(rstd + row, group_rstd, mask=exists)
-        member = channel // GROUP == group[:, None]
+        member = channel // group_size == group[:, None]
         m = tl.sum(tl.where(member, group_mean[:, None], 0.0), axis=0)
         r = tl.sum(tl.where(member, group_rstd[:, None], 0.0), axis=0)
     m = m[:, None]
@@ -255,8 +261,8 @@ def apply_kernel(  # type: ignore[no-untyped-def]
     start = sample.to(tl.int64) * channels * positions
     x += start
     y += start
-    for step in range(STEPS):
-        position = (chunk * STEPS + step) * POSITIONS + tl.arange(0, POSITIONS)
+    for step in range(steps):
+        position = (chunk * steps + step) * POSITIONS + tl.arange(0, POSITIONS)
         inside = present[:, None] & (position < positions)[None, :]
         offset = _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
         # As in the first pass of backward, so that y comes out there with the same bits.
@@ -265,7 +271,7 @@ def apply_kernel(  # type: ignore[no-untyped-def]
         tl.store(y + offset, result.to(y.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(any_value=SIZES)
 def gradient_sums_kernel(  # type: ignore[no-untyped-def]
     grad_y,
     x,
@@ -282,16 +288,16 @@ def gradient_sums_kernel(  # type: ignore[no-untyped-def]
     positions,
     chunks,
     splits,
+    group_size,
+    span_size,
+    parts,
+    used,
+    steps,
     SILU: tl.constexpr,
     ACC: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPAN: tl.constexpr,
-    PARTS: tl.constexpr,
-    USED: tl.constexpr,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
-    STEPS: tl.constexpr,
     UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -301,10 +307,10 @@ def gradient_sums_kernel(  # type: ignore[no-untyped-def]
     else:
         positions = positions // UNIT * UNIT
     sample, chunk, split, first_group, channel, present = _region(
-        channels, chunks, GROUP, SPAN, PARTS, USED, CHANNELS, CHANNELS_LAST
+        channels, chunks, group_size, span_size, parts, used, CHANNELS, UNIT, CHANNELS_LAST
     )
-    groups = channels // GROUP
-    row = sample * groups + channel // GROUP
+    groups = channels // group_size
+    row = sample * groups + channel // group_size
     m = tl.load(mean + row, mask=present, other=0.0)[:, None]
     r = tl.load(rstd + row, mask=present, other=0.0)[:, None]
     scale = _per_channel(weight, channel, present, 1.0, ACC)
@@ -317,8 +323,8 @@ def gradient_sums_kernel(  # type: ignore[no-untyped-def]
         y += start
     sum_g = tl.zeros([CHANNELS, POSITIONS], dtype=ACC)
     sum_gx = tl.zeros([CHANNELS, POSITIONS], dtype=ACC)
-    for step in range(STEPS):
-        position = (chunk * STEPS + step) * POSITIONS + tl.arange(0, POSITIONS)
+    for step in range(steps):
+        position = (chunk * steps + step) * POSITIONS + tl.arange(0, POSITIONS)
         inside = present[:, None] & (position < positions)[None, :]
         offset = _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
         normed = (tl.load(x + offset, mask=inside, other=0.0).to(ACC) - m) * r
@@ -336,8 +342,8 @@ def gradient_sums_kernel(  # type: ignore[no-untyped-def]
         tl.store(weight_sums + slot, channel_gx, mask=present)
         tl.store(bias_sums + slot, channel_g, mask=present)
     group = first_group + tl.arange(0, GROUPS)
-    exists = (tl.arange(0, GROUPS) < SPAN // GROUP) & (group < groups)
-    member = (channel // GROUP == group[:, None]) & present[None, :]
+    exists = (tl.arange(0, GROUPS) < span_size // group_size) & (group < groups)
+    member = (channel // group_size == group[:, None]) & present[None, :]
     scale = tl.sum(scale, axis=1)
     group_g = tl.sum(tl.where(member, (scale * channel_g)[None, :], 0.0), axis=1)
     group_gx = tl.sum(tl.where(member, (scale * channel_gx)[None, :], 0.0), axis=1)
@@ -358,7 +364,7 @@ def _mean_of_splits(sums, row, exists, splits, size, SPLITS: tl.constexpr, ACC: 
     return total / size
 
 
-@jit
+@jit(any_value=(*SIZES, "size"))
 def input_gradient_kernel(  # type: ignore[no-untyped-def]
     grad_y,
     x,
@@ -374,17 +380,17 @@ def input_gradient_kernel(  # type: ignore[no-untyped-def]
     chunks,
     splits,
     size,  # elements of a group
+    group_size,
+    span_size,
+    parts,
+    used,
+    steps,
     SILU: tl.constexpr,
     SPLITS: tl.constexpr,
     ACC: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPAN: tl.constexpr,
-    PARTS: tl.constexpr,
-    USED: tl.constexpr,
     GROUPS: tl.constexpr,
     CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
-    STEPS: tl.constexpr,
     UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
@@ -394,17 +400,17 @@ def input_gradient_kernel(  # type: ignore[no-untyped-def]
     else:
         positions = positions // UNIT * UNIT
     sample, chunk, _, first_group, channel, present = _region(
-        channels, chunks, GROUP, SPAN, PARTS, USED, CHANNELS, CHANNELS_LAST
+        channels, chunks, group_size, span_size, parts, used, CHANNELS, UNIT, CHANNELS_LAST
     )
-    groups = channels // GROUP
-    row = sample * groups + channel // GROUP
+    groups = channels // group_size
+    row = sample * groups + channel // group_size
     m = tl.load(mean + row, mask=present, other=0.0)[:, None]
     r = tl.load(rstd + row, mask=present, other=0.0)[:, None]
     scale = _per_channel(weight, channel, present, 1.0, ACC)
     shift = _per_channel(bias, channel, present, 0.0, ACC)
     group = first_group + tl.arange(0, GROUPS)
-    exists = (tl.arange(0, GROUPS) < SPAN // GROUP) & (group < groups)
-    member = channel // GROUP == group[:, None]
+    exists = (tl.arange(0, GROUPS) < span_size // group_size) & (group < groups)
+    member = channel // group_size == group[:, None]
     mean_g = _mean_of_splits(sums, sample * groups + group, exists, splits, size, SPLITS, ACC)
     mean_gx = _mean_of_splits(products, sample * groups + group, exists, splits, size, SPLITS, ACC)
     mean_g = tl.sum(tl.where(member, mean_g[:, None], 0.0), axis=0)[:, None]
@@ -414,8 +420,8 @@ def input_gradient_kernel(  # type: ignore[no-untyped-def]
     x += start
     grad_y += start
     grad_x += start
-    for step in range(STEPS):
-        position = (chunk * STEPS + step) * POSITIONS + tl.arange(0, POSITIONS)
+    for step in range(steps):
+        position = (chunk * steps + step) * POSITIONS + tl.arange(0, POSITIONS)
         inside = present[:, None] & (position < positions)[None, :]
         offset = _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
         normed = (tl.load(x + offset, mask=inside, other=0.0).to(ACC) - m) * r
@@ -425,7 +431,7 @@ def input_gradient_kernel(  # type: ignore[no-untyped-def]
         tl.store(grad_x + offset, result.to(grad_x.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(any_value=("rows",))
 def parameter_gradients_kernel(  # type: ignore[no-untyped-def]
     weight_sums,  # (rows, C)
     bias_sums,

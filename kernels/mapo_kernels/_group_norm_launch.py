@@ -1,10 +1,13 @@
 """How group normalisation's kernels are launched: how a sample is cut into regions, one program each.
 
-A region is some neighbouring channels of one sample × a run of positions, STEPS tiles of CHANNELS × POSITIONS
-one after another. In a contiguous tensor a region is a part of a group, or several small groups. With the
-channel innermost it spans whole groups, as many as start at a multiple of 8 channels and fill a power of two
-well: 120 of 128 lanes for groups of 10, 20, 30, 40 or 60 channels. So loads are 16 bytes wide whatever the
-group's size. How a sample is cut depends on its own shape alone.
+A region is some neighbouring channels of one sample × a run of positions, `steps` tiles of CHANNELS ×
+POSITIONS one after another. In a contiguous tensor a region is a part of a group, or several small groups.
+With the channel innermost it spans whole groups, as many as start at a multiple of 8 channels and fill a
+power of two well: 120 of 128 lanes for groups of 10, 20, 30, 40 or 60 channels. So loads are 16 bytes wide
+whatever the group's size. How a sample is cut depends on its own shape alone.
+
+What is compiled depends on few of the sizes: of all of SDXL's widths and buckets 12 kernels, and 7 more
+where a map's size is no multiple of 8.
 """
 
 from __future__ import annotations
@@ -34,11 +37,13 @@ PROGRAMS_PER_SAMPLE = 256
 """Fewer tiles per program, until a sample has about this many programs: one pair then fills any card."""
 MOST_LANES = 256
 """Most channels per program where the channel is innermost."""
+MOST_GROUPS = 16
+"""Groups that a program has room for where the channel is innermost; of 10 channels 12 fill 120 lanes."""
 REGION_SHARE = 40
 """A group of L elements has at most about √(L / 40) regions: merging these, 8 bytes each, costs a program at
 most a tenth of the bf16 that it reads."""
 SPLIT_BLOCK = 64
-"""Most regions of a group that are merged at a time."""
+"""Regions of a group that are merged at a time, half as many for each of MOST_GROUPS groups."""
 PARAMETER_ROWS, PARAMETER_CHANNELS = 32, 32
 
 
@@ -130,16 +135,18 @@ def _plan(x: Tensor, num_groups: int, acc: torch.dtype) -> _Plan:
     cut = _cut(x, num_groups, acc)
     innermost = channel_is_innermost(x)
     constants = {
+        "group_size": channels // num_groups,
+        "span_size": cut.span,
+        "parts": cut.parts,
+        "used": cut.used,
+        "steps": cut.steps,
         "ACC": triton_dtype(acc),
-        "GROUP": channels // num_groups,
-        "SPAN": cut.span,
-        "PARTS": cut.parts,
-        "USED": cut.used,
-        "GROUPS": _power_of_two(cut.span * num_groups // channels),
+        "GROUPS": max(MOST_GROUPS if innermost else 1, _power_of_two(cut.span * num_groups // channels)),
         "CHANNELS": cut.tile_channels,
         "POSITIONS": cut.tile_positions,
-        "STEPS": cut.steps,
-        "UNIT": math.gcd(channels if innermost else positions, 16),
+        "UNIT": math.gcd(
+            16 // x.element_size(), *((channels, cut.span, cut.used) if innermost else (positions,))
+        ),
         "CHANNELS_LAST": innermost,
         "WIDE": (channels + cut.tile_channels) * (positions + cut.tile_positions * cut.steps) >= 2**31,
         "num_warps": WARPS,
@@ -155,8 +162,8 @@ def _partials(x: Tensor, num_groups: int, splits: int, acc: torch.dtype) -> tupl
     return both[0], both[1]
 
 
-def _split_block(splits: int) -> int:
-    return min(SPLIT_BLOCK, _power_of_two(splits))
+def _split_block(x: Tensor) -> int:
+    return SPLIT_BLOCK // 2 if channel_is_innermost(x) else SPLIT_BLOCK
 
 
 def launch_statistics(x: Tensor, num_groups: int, acc: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -190,7 +197,7 @@ def launch_apply(
         *plan.sizes,
         eps,
         SILU=silu,
-        SPLITS=_split_block(plan.sizes[3]),
+        SPLITS=_split_block(x),
         **plan.constants,
     )
 
@@ -254,6 +261,6 @@ def launch_backward(
             *plan.sizes,
             x[0].numel() // num_groups,
             SILU=silu,
-            SPLITS=_split_block(splits),
+            SPLITS=_split_block(x),
             **plan.constants,
         )

@@ -49,7 +49,7 @@ def _affine(n, w, b):  # type: ignore[no-untyped-def]
     return n
 
 
-@jit
+@jit(any_value=("rows",))
 def _layer_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     x,  # (rows, channels)
     residual,  # (rows, channels) or None
@@ -99,7 +99,7 @@ def _layer_norm_fwd_kernel(  # type: ignore[no-untyped-def]
         tl.store(y + row * channels + column, out.to(y.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(any_value=("rows",))
 def _layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
     grad_y,  # (rows, channels)
     x,  # (rows, channels): what was normalised
@@ -173,7 +173,7 @@ def _column_sums(  # type: ignore[no-untyped-def]
     tl.store(target + column, sums.to(target.dtype.element_ty), mask=in_row)
 
 
-@jit
+@jit(any_value=("programs",))
 def _layer_norm_params_kernel(  # type: ignore[no-untyped-def]
     partial_weight,  # (programs, channels) or None
     partial_bias,  # (programs, channels) or None

@@ -73,7 +73,14 @@ def _add_rounded_op(total: Tensor, summand: Tensor, seed: int, tensor_id: int, n
     grid = (-(-total.numel() // block),)
     with on_device(total):
         _add_rounded_kernel[grid](
-            total, summand, total.numel(), seed, tensor_id, number | _OWN, BLOCK=block, num_warps=WARPS
+            total,
+            summand,
+            total.numel(),
+            seed,
+            tensor_id,
+            number | _OWN,
+            BLOCK=block,
+            num_warps=WARPS,
         )
 
 

@@ -55,7 +55,7 @@ def _tile(rows, features, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # t
     return row, column, (row < rows) & (column < features)
 
 
-@jit
+@jit(any_value=("rows",))
 def _geglu_fwd_kernel(  # type: ignore[no-untyped-def]
     projected,  # (rows, 2F)
     out,  # (rows, F)
@@ -76,7 +76,7 @@ def _geglu_fwd_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + row * out_row + column, result.to(out.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(any_value=("rows",))
 def _geglu_bwd_kernel(  # type: ignore[no-untyped-def]
     projected,  # (rows, 2F)
     grad,  # (rows, F)

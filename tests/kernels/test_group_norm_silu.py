@@ -405,9 +405,9 @@ def test_the_regions_statistics_are_cheap_to_read(shape: tuple[int, ...], last: 
     x = x.to(memory_format=torch.channels_last) if last else x
     with launch.assume_card(launch.Card(89, 128)):
         (programs,), (*_, splits), constants = cutting._plan(x, 32, torch.float32)
-    groups = constants["SPAN"] // constants["GROUP"]
+    groups = constants["span_size"] // constants["group_size"]
     merged = programs * groups * splits * 2 * 4
-    parameters = programs * constants["USED"] * 2 * 2
+    parameters = programs * constants["used"] * 2 * 2
     written = 2 * 32 * splits * 2 * 4
     tensor = x.numel() * 2
     assert 3 * tensor + merged + parameters + written <= 1.6 * 2 * tensor
