@@ -274,7 +274,7 @@ class PairCache:
             for name, entry in index["files"].items():
                 path = folder / name
                 if not path.is_file():
-                    raise UserError(f"{path} is missing from the cache: run mapo-fast prepare again")
+                    raise _missing(path)
                 if path.stat().st_size != entry["bytes"]:
                     raise _damaged(path)
             for name in sorted(unverified) if verify else ():
@@ -423,14 +423,11 @@ class PairCache:
         with self._lock:
             if key not in self._shards:
                 path = shard_path(self.folder / "shards", family, number)
-                try:
-                    with _reading(self.folder):
-                        _verify(self.folder, f"shards/{path.name}", self.index, self._unverified)
-                        self._shards[key] = safe_open(path, framework="pt")
-                except (FileNotFoundError, NotADirectoryError):
-                    raise UserError(
-                        f"{path} is missing from the cache: run mapo-fast prepare again"
-                    ) from None
+                if not path.is_file():
+                    raise _missing(path)
+                with _reading(self.folder):
+                    _verify(self.folder, f"shards/{path.name}", self.index, self._unverified)
+                    self._shards[key] = safe_open(path, framework="pt")
                 if len(self._shards) > OPEN_SHARDS:
                     self._shards.popitem(last=False)  # the file closes with its last reference
             self._shards.move_to_end(key)
@@ -487,6 +484,10 @@ def _verify(folder: Path, name: str, index: dict[str, Any], unverified: set[str]
         if sha256_file(folder / name) != index["files"][name]["sha256"]:
             raise _damaged(folder / name)
         unverified.discard(name)
+
+
+def _missing(path: Path) -> UserError:
+    return UserError(f"{path} is missing from the cache: run mapo-fast prepare again")
 
 
 def _damaged(path: Path) -> UserError:
