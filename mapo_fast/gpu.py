@@ -43,7 +43,8 @@ def users_settings() -> str:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if name in os.environ:
             return os.environ[name]
-    return str(torch._C._accelerator_getAllocatorSettings())
+    tell = getattr(torch._C, "_accelerator_getAllocatorSettings", None)  # older versions do not
+    return "" if tell is None else str(tell())
 
 
 def planned_rules() -> Rules:
@@ -58,16 +59,21 @@ def choose_rules(device: torch.device) -> Rules:
     rules = planned_rules()
     if not rules.expandable or users_settings():
         return rules
-    torch._C._accelerator_setAllocatorSettings(f"{_EXPANDABLE}:True")
+    _tell_allocator(f"{_EXPANDABLE}:True")
     try:
         _try(device)
     except RuntimeError as error:
         if is_out_of_memory(error):
             return rules
         # The driver has no virtual memory management.
-        torch._C._accelerator_setAllocatorSettings(f"{_EXPANDABLE}:False")
+        _tell_allocator(f"{_EXPANDABLE}:False")
         return Rules()
     return rules
+
+
+def _tell_allocator(settings: str) -> None:
+    tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (tell or torch.cuda.memory._set_allocator_settings)(settings)  # its older name
 
 
 def _try(device: torch.device) -> None:

@@ -36,6 +36,16 @@ def test_expandable_segments_are_switched_on_where_they_exist(settings: list[str
     assert len(settings) == 1
 
 
+def test_a_torch_that_does_not_tell_its_settings_is_told_ours(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch._C, "_accelerator_getAllocatorSettings")
+    monkeypatch.delattr(torch._C, "_accelerator_setAllocatorSettings")
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", settings.append)
+    assert gpu.choose_rules(CUDA) == EXPANDABLE
+    assert settings == ["expandable_segments:True"]
+
+
 @pytest.mark.parametrize(
     ("platform", "release"), [("win32", "10"), ("linux", "5.15.167.4-microsoft-standard-WSL2")]
 )
