@@ -17,10 +17,10 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         """The message, `printable`."""
-        text = super().__str__()
+        text = printable(super().__str__())
         if len(text) > _LONGEST:  # a value, most likely; how to fix it stands at the end
             text = f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 4 :]}"
-        return printable(text)
+        return text
 
 
 class MachineError(UserError):

@@ -38,6 +38,7 @@ def test_an_error_is_one_line_of_bounded_length() -> None:
     assert long.startswith("a = xxx")
     assert long.endswith("xxx: use b")
     assert len(long) < 2000
+    assert len(str(UserError("\udcff" * 10**5))) < 2000
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -33,7 +33,7 @@ def judge(call: Callable[[], Any], names: Collection[str], unchanged: Path | Non
     except UserError as error:
         ended = "refused"
         text = str(error)
-        if not text or not text.isprintable() or len(text) > 10_000:
+        if not text or not text.isprintable() or len(text) > 2000:
             raise FoundError(f"not one line: {text[:300]!r} ({len(text)} characters)") from error
         if not any(name in text for name in names):
             raise FoundError(f"names none of {names}: {text}") from error

@@ -82,8 +82,8 @@ def of_value(random: Random, value: Any) -> Any:
             other_holder, other = random.choice(places)
             if other_holder is holder and (isinstance(holder, dict) or other < len(holder)) and key != other:
                 holder[key], holder[other] = holder[other], holder[key]
-        elif how == 5 and isinstance(holder[key], (int, float)) and not isinstance(holder[key], bool):
-            holder[key] = random.choice((-holder[key], holder[key] + 1, float(holder[key]), holder[key] * 2))
+        elif how == 5 and type(holder[key]) in (int, float) and abs(holder[key]) < 1e300:
+            holder[key] = random.choice((-holder[key], holder[key] + 1, holder[key] / 3, holder[key] * 2))
         else:
             holder[key] = copy.deepcopy(random.choice(VALUES))
     return value
