@@ -2,7 +2,7 @@
 
     python -m bench.resources             compiles everything and prints a line each
     python -m bench.resources --json      the same as JSON rows
-    python -m bench.resources --one       one configuration of each kernel: whether another Triton compiles them
+    python -m bench.resources --one       one configuration of each kernel: does another Triton compile it
     python -m bench.resources --write     updates bench/results/resources.jsonl, except what got worse
     python -m bench.resources --check     what CI runs: the table is of today's kernels, and none is worse
 

@@ -26,6 +26,7 @@ Nothing outside this process decodes an image, no warning escapes and no setting
 from __future__ import annotations
 
 import io
+import logging
 import re
 import threading
 import warnings
@@ -39,6 +40,9 @@ from mapo_fast.data import png
 from mapo_fast.data.colour import Profile, to_srgb
 from mapo_fast.data.formats import decoded_formats, what_it_is
 from mapo_fast.data.libtiff import captured
+
+# What Pillow logs of a damaged file is in its error too; without a handler Python prints it on the terminal.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 MAX_PIXELS = 100_000_000
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

@@ -1,3 +1,4 @@
+import logging
 import os
 import struct
 import warnings
@@ -364,6 +365,18 @@ def test_libtiff_reports_in_the_detail_and_not_on_the_terminal(capfd: pytest.Cap
         details.add(problem.value.detail)
     assert len(details) == 1
     assert "ZIPDecode" in details.pop()
+    assert capfd.readouterr().err == ""
+
+
+def test_pillow_logs_nothing_on_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])  # as in the command: pytest has handlers of its own
+    data = encoded(picture(0), "TIFF")
+    three, many = (struct.pack("<HHLHH", 277, 3, 1, samples, 0) for samples in (3, 36_099))
+    assert three in data
+    with pytest.raises(ImageProblemError):
+        decode_image(data.replace(three, many))
     assert capfd.readouterr().err == ""
 
 
