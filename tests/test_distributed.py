@@ -377,7 +377,7 @@ def test_all_take_the_plan_of_process_0_for_the_smallest_gpu(
 
     def plan_run(config: Config, folder: Any, vram: int, device: Any, processes: int, rules: Any) -> Any:
         asked.append((vram, processes))
-        plan = Plan({"train.layout": "joint"}, {}, 1, 0, 0, 1.0, traced=True)
+        plan = Plan({"train.layout": "joint"}, {}, 1, 1, 0, 0, 1.0, traced=True)
         card = SimpleNamespace(rates=SimpleNamespace(source="guessed"))
         return SimpleNamespace(chosen=plan, others=[], host=None, card=card)
 
