@@ -234,8 +234,9 @@ class TrainConfig(Section):
     """Folder of the run: checkpoints, logs, previews, and the final model or adapter."""
     steps: int = Field(1000, ge=1, le=10**7)
     """Optimizer steps. Ten million of one second each are four months."""
-    pairs_per_batch: int = Field(1, ge=1, le=1024)
-    """Pairs in one micro-batch (two images each); `kto` takes two single images for a pair."""
+    pairs_per_batch: int = Field(1, ge=1, le=256)
+    """Pairs in one micro-batch (two images each); `kto` takes two single images for a pair. They are in
+    memory at once: for more of them in a step there is accumulation."""
     accumulation: int = Field(1, ge=1, le=2**16)
     """Micro-batches per optimizer step."""
     precision: Literal["fp32", "bf16", "fp16", "pure_bf16"] = "bf16"

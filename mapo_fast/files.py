@@ -118,8 +118,9 @@ def one_line(error: Exception) -> UserError | None:
     first = (str(error).splitlines() or [""])[0]
     # torch's own type is not imported for this, and on the CPU it raises a RuntimeError.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_RAM.search(first):
+        said = re.sub(r"^\[enforce fail[^\]]*\] (err == 0\. )?", "", first)
         return MachineError(
-            f"out of memory{first and f': {first}'}; choose smaller settings (mapo-fast plan)"
+            f"out of memory{said and f': {said}'}; choose smaller settings, train.pairs_per_batch first"
         )
     return None
 
