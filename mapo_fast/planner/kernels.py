@@ -161,7 +161,8 @@ def compiling(
     if done.exists():
         yield 0
         return
-    with torch.random.fork_rng(devices=[]):
+    kernels: Iterable[Kernel] = ()
+    with suppress(Exception), torch.random.fork_rng(devices=[]):  # a run does not depend on it
         kernels = kernels_of(config, unet_config, buckets, target, card).values()
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(kernel.compile, target) for kernel in kernels]
