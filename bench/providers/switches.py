@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import torch
+
 from bench.providers.base import BOTH
 from bench.providers.engine import MapoFast, plan
 from bench.providers.task import Task
@@ -25,6 +27,8 @@ class Switch(NamedTuple):
     """Whether it takes an NVIDIA GPU."""
     package: str = "torch"
     """That has to be installed."""
+    benchmark: bool = False
+    """Whether cuDNN times its algorithms for each new shape first, which the engine never asks of it."""
 
     @property
     def provider(self) -> str:
@@ -38,7 +42,7 @@ class Switch(NamedTuple):
             return False
         if "fp8" in self.label and not in_fp8(device):
             return False
-        return self.changes != self.planned(task)
+        return self.benchmark or self.changes != self.planned(task)
 
     def planned(self, task: Task) -> dict[str, Any]:
         """The plan's values of what it changes."""
@@ -63,6 +67,7 @@ SWITCHES: tuple[Switch, ...] = (
     Switch("attention flash", {"train.attention": "flash"}, package="flash_attn"),
     Switch("step behind backward", {"train.fused_step": False}, ("full",)),
     Switch("fp32 masters", {"train.precision": "bf16"}, ("full",)),
+    Switch("cudnn benchmark on", {}, benchmark=True),
     Switch("fp8 base", {"adapter.base": "fp8"}, ("lora",)),
 )
 
@@ -74,5 +79,9 @@ def switched(switch: Switch) -> type[MapoFast]:
         name = switch.provider
         kinds = switch.kinds
         changes = switch.changes
+
+        def __init__(self, task: Task) -> None:
+            torch.backends.cudnn.benchmark = switch.benchmark
+            super().__init__(task)
 
     return Switched

@@ -364,7 +364,7 @@ def parameter_gradients(
             if role == "bias":
                 found.append(dy.sum(0, dtype=tensor.dtype))
             elif role == "b":
-                found.append(_mm(dy.t(), t[:, rank], tensor.dtype).mul_(scale))
+                found.append(_mm(dy.t(), t[:, rank], tensor.dtype, scale))
             else:
                 assert n is not None
                 found.append(_mm((dt[:, rank] if role == "a" else dy).t(), n, tensor.dtype))
@@ -431,11 +431,17 @@ def _with_lora(
             column += rank
 
 
-def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """A B in `dtype`, rounded once where torch can: fp32 out of half precision, on CUDA."""
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """scale · A B in `dtype`, rounded once where torch can: fp32 out of half precision, on CUDA.
+
+    It is scaled before it is rounded, so that only a result that is too large for fp16 overflows.
+    """
     if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
+        found = torch.mm(a, b, out_dtype=dtype)
+        return found if scale == 1.0 else found.mul_(scale)
+    if scale == 1.0:
+        return torch.mm(a, b).to(dtype)
+    return torch.addmm(a.new_empty(len(a), b.shape[1]), a, b, beta=0, alpha=scale).to(dtype)
 
 
 def reference_projection(n: Tensor, projection: Projection) -> Tensor:

@@ -437,3 +437,16 @@ def test_errors_name_the_argument(device: str) -> None:
             apply(bad_x, p)
     with torch.autocast(device, dtype=torch.bfloat16), pytest.raises(ValueError, match="float64"):
         apply(x, projection(6, 8, device, torch.float64, rank=2))
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.125])
+def test_a_gradient_of_b_overflows_only_where_it_is_too_large(device: str, scale: float) -> None:
+    """In fp16 the unscaled product would: 64 rows of 64 · 24 are 98,304."""
+    x = torch.full((64, 16), 1.0, dtype=torch.float16, device=device)
+    weight = torch.zeros(8, 16, dtype=torch.float16, device=device)
+    a = torch.full((4, 16), 1.5, dtype=torch.float16, device=device, requires_grad=True)
+    b = torch.zeros(8, 4, dtype=torch.float16, device=device, requires_grad=True)
+    y = lora_linear(x, weight, None, a, b, scale)
+    (found,) = torch.autograd.grad(y, b, torch.full_like(y, 64.0))
+    assert found.isfinite().all()
+    assert torch.equal(found, torch.full_like(found, 64 * 64 * 24 * scale))
