@@ -15,7 +15,7 @@ from mapo_fast.engine.step import PairInputs, predict, sample_errors
 from mapo_fast.tensorparts import all_finite
 
 
-def finite_input(inputs: PairInputs) -> PairInputs:
+def made_finite(inputs: PairInputs) -> PairInputs:
     """The same micro-batch in host memory, with zeros for what is not finite.
 
     Bad data must not pass for a bad model.
@@ -30,7 +30,7 @@ def is_healthy(trained: Iterable[Tensor], unet: Any, inputs: PairInputs | None) 
     Args:
         trained: the trained tensors.
         unet: predicts, in the caller's autocast.
-        inputs: of `finite_input`; None judges by the weights alone.
+        inputs: of `made_finite`; None judges by the weights alone.
     """
     weights = all_finite(trained)
     if inputs is None:  # no early return for bad weights: a model that is split predicts in all processes

@@ -28,7 +28,7 @@ def precompute(trainer: Trainer, run: str, identity: dict[str, str], console: Co
     Call it before `Trainer.restore`: it takes the start model that was built.
 
     Args:
-        trainer: gets its `reference`.
+        trainer: its feed gets the `reference`.
         run: the run's id.
         identity: fingerprints of the cache, the start model and its noise schedule.
         console: where to show progress.
@@ -37,10 +37,10 @@ def precompute(trainer: Trainer, run: str, identity: dict[str, str], console: Co
         StopNow: a signal asks for the end; what is done is kept.
     """
     train, processes = trainer.config.train, trainer.processes
-    trainer.reference = reference = PrecomputedErrors(
+    trainer.feed.reference = reference = PrecomputedErrors(
         train.output / "reference",
         {"run": run, **depends_on(trainer.config, identity)},
-        trainer.batches,
+        trainer.feed.batches,
         train.steps * train.accumulation * processes.size,
         trainer.device,
         processes,
@@ -48,7 +48,9 @@ def precompute(trainer: Trainer, run: str, identity: dict[str, str], console: Co
     if not (missing := reference.missing):
         return
     start, mine = StartModel(trainer.unet), reference.positions()
-    source = (MicroBatch(trainer.inputs(*trainer.batches.at(position)), share=1.0) for position in mine)
+    source = (
+        MicroBatch(trainer.feed.inputs(*trainer.feed.batches.at(position)), share=1.0) for position in mine
+    )
     prefetch = trainer.config.speed.prefetch
 
     def errors(batches: Iterator[MicroBatch]) -> Iterator[Tensor]:

@@ -59,6 +59,11 @@ class StopRequest:
         """Put the former handlers back."""
         self._handling.__exit__(None, None, None)
 
+    def poll(self) -> None:
+        """Where to leave what can be left, in a process that asks no other; raises `StopNow`."""
+        if self.requested:
+            raise StopNow
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise Interrupted(number)

@@ -209,11 +209,11 @@ def _run(
         )
         held.enter_context(trainer.stop)
         try:
-            notes += found + trainer.measure_start(output / START, run)
+            notes += found + trainer.looks.measure_start(output / START, run)
             if config.reference == "precomputed":
                 precompute(trainer, run, identity, console)
-                assert trainer.reference is not None
-                notes += [f"{reason}: computed again" for reason in trainer.reference.refused]
+                assert trainer.feed.reference is not None
+                notes += [f"{reason}: computed again" for reason in trainer.feed.reference.refused]
         except StopNow:
             trainer.saved_step = checkpoint.step if checkpoint else None
             return trainer.result(trainer.saved_step or 0, finished=False)

@@ -17,30 +17,27 @@ step first; a second signal does not. A resumed run makes the evaluation and the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, suppress
-from functools import cached_property
-from pathlib import Path
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from mapo_fast.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.config import Config
-from mapo_fast.data.cache import CachedPair, PairCache
+from mapo_fast.data.cache import PairCache
 from mapo_fast.diffusion import Diffusion
 from mapo_fast.distributed import ALONE, Processes, connection_lost
-from mapo_fast.engine.batches import MicroBatches
 from mapo_fast.engine.build import TrainingUnet, learning_rate
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.metrics import Metrics, peak_memory_mib
 from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.prefetch import MicroBatch, read_ahead
-from mapo_fast.engine.reference import PrecomputedErrors
-from mapo_fast.engine.step import PairInputs, training_inputs, upload
+from mapo_fast.engine.step import PairInputs
 from mapo_fast.errors import UserError
-from mapo_fast.evaluate import HeldOut, HeldOutErrors, compare, start_errors
 from mapo_fast.export import about_checkpoint, export
-from mapo_fast.health import diverged, finite_input, is_healthy, mostly_skipped
+from mapo_fast.feed import Feed
+from mapo_fast.health import diverged, is_healthy, mostly_skipped
+from mapo_fast.looks import Looks, is_due
 from mapo_fast.lora import lora_state_dict
 from mapo_fast.model import SDXLFolder
 from mapo_fast.objectives import build_loss
@@ -68,8 +65,8 @@ class Trainer:
         processes: Processes = ALONE,
     ) -> None:
         self.stop, self.processes = stop, processes
-        self.config, self.unet, self.cache, self.diffusion = config, parts.unet, cache, diffusion
-        self.precision, self.device, self.store, self.previews = precision, device, store, previews
+        self.config, self.unet, self.cache = config, parts.unet, cache
+        self.precision, self.device, self.store = precision, device, store
         self.step = 0
         self.saved_step: int | None = None
         """Of the newest checkpoint that this run goes on from or has written."""
@@ -79,28 +76,17 @@ class Trainer:
         """Whether the run ends by its own judgement, which has saved what is worth it."""
         if previews is not None:
             # A model that is whole samples in one process, and the others cannot hear of its signals.
-            previews.poll = self.poll if processes.shard(config) else self._poll_alone
-            previews.poll_alone = self._poll_alone
+            previews.poll = self.poll if processes.shard(config) else stop.poll
+            previews.poll_alone = stop.poll
         loss = build_loss(config.objective, diffusion.num_train_timesteps)
         self.engine = Engine(config, parts, loss, precision, device, processes)
         self.optimizer = self.engine.optimizer
-        self.batches = MicroBatches(
-            cache.train, config.train.pairs_per_batch, config.train.seed, paired=config.objective.paired
-        )
         self.learning_rate = learning_rate(config.optim, config.train.steps)
         self.metrics = Metrics(device, processes, paired=config.objective.paired)
-        self.held_out = HeldOut(
-            cache,
-            cache.held_out[: config.train.evaluate_pairs],
-            diffusion,
-            draws=config.train.evaluate_draws,
-            draws_per_batch=config.train.pairs_per_batch,
-            seed=config.train.seed,
-            device=device,
-            processes=processes,
+        self.feed = Feed(config, cache, diffusion, device, processes)
+        self.looks = Looks(
+            config, self.unet, cache, diffusion, precision, device, previews, self.poll, processes
         )
-        self.start: HeldOutErrors | None = None
-        self.reference: PrecomputedErrors | None = None
 
     def poll(self) -> None:
         """Where to leave what can be left; all processes call it together.
@@ -110,20 +96,6 @@ class Trainer:
         """
         if self.processes.any(self.stop.requested):
             raise StopNow
-
-    def _poll_alone(self) -> None:
-        if self.stop.requested:
-            raise StopNow
-
-    def measure_start(self, path: Path, run: str) -> list[str]:
-        """Read the start model's held-out errors, or measure them, before `restore`; returns what to say.
-
-        Raises:
-            StopNow: a signal asks for the end.
-        """
-        context = self.precision.context(self.device)
-        self.start, notes = start_errors(path, run, self.held_out, self.unet, context, self.poll)
-        return notes
 
     def run(self, log: RunLog | None, folder: SDXLFolder) -> TrainResult:
         """Train to the last step or the first signal to any process, then save.
@@ -143,8 +115,8 @@ class Trainer:
                     raise self.processes.failed(problem)
                 export(self.config, self.unet, self._model_tensors(), folder, self.processes)
         except KeyboardInterrupt:
-            text = f"interrupted after step {self.step}; {self._what_is_saved()}"
-            raise Interrupted(self.stop.number, text) from None
+            said = f"interrupted after step {self.step}; {self._what_is_saved()}"
+            raise Interrupted(self.stop.number, said) from None
         except Exception as error:
             self._rescue(error, log)
             raise
@@ -154,16 +126,16 @@ class Trainer:
 
     def result(self, step: int, *, finished: bool) -> TrainResult:
         """What the run has come to; all processes call it together."""
-        number = int(self.processes.largest(self.stop.number))
-        skipped = int(self.optimizer.skipped)
+        number, skipped = int(self.processes.largest(self.stop.number)), int(self.optimizer.skipped)
         return TrainResult(self.config.train.output, step, finished, skipped, self.saved_step, number)
 
     def _to_the_end(self, log: RunLog | None) -> bool:
         """Take the steps that are left; returns whether that is all of them, or a signal came before."""
-        source, prefetch = self._micro_batches(self.step), self.config.speed.prefetch
+        source, prefetch = self.feed.micro_batches(self.step), self.config.speed.prefetch
         try:
             self.poll()
-            self._look(log, always=self.step in (0, self.config.train.steps), again=True)
+            self.looks.take(self.step, log, always=self.step in (0, self.config.train.steps), again=True)
+            self.metrics.restart_clock()
             with read_ahead(source, self.device, prefetch=prefetch) as micro_batches:
                 self._loop(micro_batches, log)
         except StopNow:
@@ -186,11 +158,12 @@ class Trainer:
                 self._log(log)
             if finished and not self._healthy():
                 raise self.processes.failed(self._diverged("the run's last step"))
-            if finished or (_due(self.step, config.checkpoint_every) and self._healthy()):
+            if finished or (is_due(self.step, config.checkpoint_every) and self._healthy()):
                 self.save()
             if stopping:
                 raise StopNow
-            self._look(log, always=finished)
+            self.looks.take(self.step, log, always=finished)
+            self.metrics.restart_clock()
 
     def _step(self, micro_batches: Iterator[MicroBatch]) -> Tensor:
         """One optimizer step; returns its 0-d gradient norm on the device."""
@@ -248,39 +221,6 @@ class Trainer:
             return "no step was saved"
         return f"step {self.saved_step} is saved, and --resume continues from it"
 
-    def _micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """This process's ones of all steps from `step` on."""
-        count = self.config.train.accumulation * self.processes.size
-        for first in range(step * count, self.config.train.steps * count, count):
-            found = [self.batches.at(first + i) for i in range(count)]
-            total = sum(len(pairs) for _, pairs in found)
-            for i in range(self.processes.rank, count, self.processes.size):
-                position, (epoch, pairs) = first + i, found[i]
-                inputs, known = self.inputs(epoch, pairs), None
-                if self.reference is not None:
-                    known = self.reference.at(position, len(inputs.noisy) // 2)
-                yield MicroBatch(inputs, len(pairs) / total, known, self._labels(pairs))
-
-    def inputs(self, epoch: int, pairs: list[CachedPair]) -> PairInputs:
-        """What the UNet is given for these pairs in this epoch."""
-        return training_inputs(
-            self.cache,
-            pairs,
-            self.diffusion,
-            seed=self.config.train.seed,
-            epoch=epoch,
-            caption_dropout=self.config.train.caption_dropout,
-            device=self.device,
-        )
-
-    def _labels(self, pairs: list[CachedPair]) -> Tensor | None:
-        """(B,) soft labels on the device, for an objective that needs them; (2B,) of single images."""
-        if not self.config.objective.paired:
-            return upload(self.cache.wanted(pairs), self.device)
-        if self.config.objective.known.labels != "required":
-            return None
-        return upload(self.cache.labels(pairs), self.device)
-
     def _log(self, log: RunLog | None) -> None:
         """Fetch the interval's metrics (the one wait for the device) and write them."""
         figures, in_a_row = self.metrics.fetch(self.optimizer)
@@ -314,61 +254,11 @@ class Trainer:
         return self.processes.once(lambda: diverged(reason, first, self.store))
 
     def _healthy(self) -> bool:
-        known = self._finite_input
+        known = self.feed.finite_input
         inputs = None if known is None else PairInputs(*(t.to(self.device) for t in known))
         with self.precision.context(self.device):
             healthy = is_healthy(self._model_tensors().values(), self.unet, inputs)
         return not self.processes.any(not healthy)
-
-    @cached_property
-    def _finite_input(self) -> PairInputs | None:
-        try:
-            return finite_input(self.inputs(*self.batches.at(0)))
-        except (UserError, OSError):  # it cannot be read, and what is trained must not be lost for that
-            return None
-
-    def _look(self, log: RunLog | None, *, always: bool, again: bool = False) -> None:
-        """Evaluate and preview where this step is due for it; `again`: where that was not done before."""
-        config = self.config
-        context = self.precision.context(self.device)
-        done = (False, False)
-        if again and self.step:
-            done = self.processes.once(lambda: self._looked(log))
-        if (
-            self.start is not None
-            and (always or _due(self.step, config.train.evaluate_every))
-            and not done[0]
-        ):
-            errors = self.start if self.step == 0 else self.held_out.errors(self.unet, context, self.poll)
-            start = self.start
-
-            def report() -> None:
-                assert log is not None
-                log.evaluation(self.step, compare(errors, start))
-
-            self.processes.once(report)
-        if config.preview.prompts and (always or _due(self.step, config.preview.every)) and not done[1]:
-            self._preview(context)
-        self.metrics.restart_clock()
-
-    def _looked(self, log: RunLog | None) -> tuple[bool, bool]:
-        """Whether this step has been evaluated and has its previews, by an earlier session."""
-        evaluated = log is not None and log.evaluated
-        return evaluated, self.previews is not None and self.previews.complete(self.step)
-
-    def _preview(self, context: AbstractContextManager[None]) -> None:
-        def write() -> bool:
-            assert self.previews is not None
-            try:
-                self.previews.write(self.unet, self.step, context, main=self.processes.main)
-            except StopNow:
-                return False
-            return True
-
-        if self.processes.shard(self.config) and not self.processes.main:
-            write()
-        if not self.processes.once(write):
-            raise StopNow
 
     def _model_tensors(self) -> dict[str, Tensor]:
         if self.config.adapter.kind == "lora":
@@ -395,10 +285,10 @@ class Trainer:
         Raises:
             UserError: the checkpoint is of another model or optimizer, or beyond the last step.
         """
-        if checkpoint.step > self.config.train.steps:
+        steps = self.config.train.steps
+        if checkpoint.step > steps:
             raise UserError(
-                f"train.steps = {self.config.train.steps}, but {checkpoint.path} is already at step "
-                f"{checkpoint.step}"
+                f"train.steps = {steps}, but {checkpoint.path} is already at step {checkpoint.step}"
             )
         checkpoint.copy_into("model", self._model_tensors())
         if self.engine.parts.weights is not None:
@@ -408,7 +298,3 @@ class Trainer:
         if self.engine.baseline is not None:
             self.engine.baseline.restore(checkpoint.state["baseline"])
         self.step = self.saved_step = checkpoint.step
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step > 0 and step % every == 0

@@ -81,7 +81,7 @@ def test_it_goes_on_bit_for_bit_and_is_then_checked(
     expected = load_file(whole.train.output / UNET)
     monkeypatch.setattr("mapo_fast.evaluate.HeldOut.errors", None)  # nothing is measured or computed again
     monkeypatch.setattr("mapo_fast.engine.engine.Engine.errors_of", None)
-    monkeypatch.setattr("mapo_fast.trainer.Trainer._look", lambda *_, **__: None)
+    monkeypatch.setattr("mapo_fast.looks.Looks.take", lambda *_, **__: None)
     assert train(config, resume=True).finished
     found = load_file(output / UNET)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -29,6 +29,7 @@ from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.reference import PrecomputedErrors
 from mapo_fast.engine.step import PairInputs
 from mapo_fast.errors import MachineError, UserError
+from mapo_fast.feed import Feed
 from mapo_fast.planner.plan import Plan
 from mapo_fast.runfolder import TrainResult
 from mapo_fast.runlog import read_log
@@ -309,13 +310,13 @@ def test_every_pair_of_an_epoch_trains_once_in_one_process(
     make: Callable[..., Config], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, str]] = []
-    inputs = Trainer.inputs
+    inputs = Feed.inputs
 
-    def look(self: Trainer, epoch: int, pairs: list[Any]) -> PairInputs:
+    def look(self: Feed, epoch: int, pairs: list[Any]) -> PairInputs:
         seen.extend((epoch, p.id) for p in pairs)
         return inputs(self, epoch, pairs)
 
-    monkeypatch.setattr(Trainer, "inputs", look)
+    monkeypatch.setattr(Feed, "inputs", look)
     monkeypatch.setattr(Trainer, "_healthy", lambda self, **_: True)  # looks at the first pairs again
 
     def run() -> Any:
@@ -348,14 +349,21 @@ def test_a_signal_to_one_process_stops_all_at_one_step(
 def test_what_one_process_cannot_read_ends_all_with_the_step_saved(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = Trainer.inputs
+    inputs = Feed.inputs
 
-    def failing(self: Trainer, epoch: int, pairs: Any) -> PairInputs:
-        if self.processes.rank == 1 and self.step == 3:
+    step, done = Trainer._step, [0]
+
+    def counted(self: Trainer, micro_batches: Any) -> Tensor:
+        done[0] = self.step
+        return step(self, micro_batches)
+
+    def failing(self: Feed, epoch: int, pairs: Any) -> PairInputs:
+        if self.processes.rank == 1 and done[0] == 3:
             raise OSError(5, "Input/output error", "shard")
         return inputs(self, epoch, pairs)
 
-    monkeypatch.setattr(Trainer, "inputs", failing)
+    monkeypatch.setattr(Trainer, "_step", counted)
+    monkeypatch.setattr(Feed, "inputs", failing)
     config = make(tmp_path / "run", train={"checkpoint_every": 0})
 
     def run() -> Any:

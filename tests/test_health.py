@@ -12,7 +12,7 @@ from mapo_fast.checkpoint import CheckpointStore
 from mapo_fast.engine.fused_step import FusedStep
 from mapo_fast.engine.optim import GuardedOptimizer
 from mapo_fast.engine.step import PairInputs
-from mapo_fast.health import finite_input, is_healthy, mostly_skipped
+from mapo_fast.health import is_healthy, made_finite, mostly_skipped
 from mapo_fast.tensorparts import all_finite
 from tests.engine.pair_steps import pair_of_inputs
 from tests.unets import make_unet
@@ -36,7 +36,7 @@ def test_bad_data_does_not_make_a_healthy_model_ill(unet: Any) -> None:
             tensor.view(-1)[0] = value
     weights = list(unet.parameters())
     assert not is_healthy(weights, unet, bad)
-    assert is_healthy(weights, unet, finite_input(bad))
+    assert is_healthy(weights, unet, made_finite(bad))
     assert is_healthy(weights, unet, None)
 
 

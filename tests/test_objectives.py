@@ -18,6 +18,7 @@ from mapo_fast.data.cache import PairCache
 from mapo_fast.engine import reference
 from mapo_fast.engine.engine import Engine
 from mapo_fast.errors import UserError
+from mapo_fast.feed import Feed
 from mapo_fast.runlog import read_log
 from mapo_fast.signals import StopRequest
 from mapo_fast.train import train
@@ -156,13 +157,13 @@ def test_the_pass_reads_ahead_as_training_does(
     make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, prefetch: bool
 ) -> None:
     ahead: list[bool] = []
-    real = Trainer.inputs
+    real = Feed.inputs
 
-    def inputs(trainer: Trainer, *args: Any) -> Any:
+    def inputs(feed: Feed, *args: Any) -> Any:
         ahead.append(threading.current_thread() is not threading.main_thread())
-        return real(trainer, *args)
+        return real(feed, *args)
 
-    monkeypatch.setattr(Trainer, "inputs", inputs)
+    monkeypatch.setattr(Feed, "inputs", inputs)
     monkeypatch.setattr(Trainer, "_healthy", lambda self, **_: True)  # looks at the first pairs again
     config = make("dpo", steps=3)
     speed = config.speed.model_copy(update={"prefetch": prefetch})

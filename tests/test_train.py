@@ -23,6 +23,7 @@ from mapo_fast.data.prepare import prepare
 from mapo_fast.diffusion import Diffusion
 from mapo_fast.engine.step import training_inputs
 from mapo_fast.errors import UserError
+from mapo_fast.feed import Feed
 from mapo_fast.files import exclusive
 from mapo_fast.model import open_sdxl
 from mapo_fast.preview import Previews
@@ -613,15 +614,15 @@ def test_a_run_is_not_called_diverged_for_what_its_first_pair_holds(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first micro-batch always has NaN in it, as an old cache may; the model is healthy."""
-    inputs = Trainer.inputs
+    inputs = Feed.inputs
 
-    def poisoned(self: Trainer, epoch: int, pairs: Any) -> Any:
+    def poisoned(self: Feed, epoch: int, pairs: Any) -> Any:
         made = inputs(self, epoch, pairs)
         if (epoch, pairs) == self.batches.at(0):
             made.prompt_embeds[:, 0, 0] = float("nan")
         return made
 
-    monkeypatch.setattr(Trainer, "inputs", poisoned)
+    monkeypatch.setattr(Feed, "inputs", poisoned)
     result = train(make(tmp_path / "run"))
     assert (result.finished, result.skipped_steps) == (True, 1)
     assert (tmp_path / "run" / RESULT["full"]).is_file()
