@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mapo_fast.combinations import NAMES, completed
-from mapo_fast.errors import UserError
+from mapo_fast.errors import UserError, shown
 from mapo_fast.files import os_error, read_bytes
 from mapo_kernels.objectives import OBJECTIVES, Objective
 
@@ -531,14 +531,14 @@ def user_path(name: str, text: str, base: Path | None = None) -> Path:
     if not text:
         raise UserError(f"{name} is empty: name a file or folder")
     if "\0" in text:
-        raise UserError(f"{name} = {_short(text)} has a NUL character in it, which no path can have")
+        raise UserError(f"{name} = {shown(text)} has a NUL character in it, which no path can have")
     try:
         path = (base or Path()) / Path(text).expanduser()
         str(path).encode()
     except UnicodeEncodeError:
         raise UserError(f"{name} = {str(path)!r} is not valid UTF-8: rename the file or folder") from None
     except RuntimeError:
-        raise UserError(f"{name} = {_short(text)}: no home folder is known for this '~'") from None
+        raise UserError(f"{name} = {shown(text)}: no home folder is known for this '~'") from None
     return path
 
 
@@ -579,7 +579,7 @@ def _explain(error: Any) -> str:
             return f"unknown key {name} (did you mean {'.'.join([*loc[:-1], near[0]])}?)"
         return f"unknown key {name} (valid: {', '.join(known)})"
     if error["type"] == "missing":
-        few = f"{name} = {_short(error['input'])} has too few values"
+        few = f"{name} = {shown(error['input'])} has too few values"
         return few if len(error["loc"]) > 2 else f"{name} is missing"
     message = _SHAPES.get(name) or error["msg"].removeprefix("Value error, ")
     if error["type"] == "multiple_of":
@@ -587,16 +587,7 @@ def _explain(error: Any) -> str:
         message += f", such as {max(1, error['input'] // step) * step}"
     if not name:
         return str(message)
-    return f"{name} = {_short(error['input'])}: {message}"
-
-
-def _short(value: Any) -> str:
-    """As Python writes it; of a long one the beginning."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-_SHOWN = 200
+    return f"{name} = {shown(error['input'])}: {message}"
 
 
 def _fields(loc: list[str]) -> dict[str, Any]:

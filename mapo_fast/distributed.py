@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mapo_fast.config import Config
-from mapo_fast.errors import FailedRunError, MachineError, UserError
+from mapo_fast.errors import FailedRunError, MachineError, UserError, shown
 from mapo_fast.files import one_line
 
 T = TypeVar("T")
@@ -237,7 +237,7 @@ def environment() -> Processes:
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not re.fullmatch("[0-9]{1,6}", text):
-        raise UserError(f"the environment variable {name} = {text!r} is no number: unset it, or use torchrun")
+        raise UserError(f"the environment has {name} = {shown(text)}, no number: unset it, or use torchrun")
     return int(text)
 
 

@@ -1,5 +1,9 @@
 """The errors that become one line: what is wrong, where, and how to fix it."""
 
+import builtins
+import re
+import reprlib
+
 _LONGEST = 2000
 
 
@@ -42,3 +46,27 @@ def printable(text: str) -> str:
     lone surrogates in them are written as Python escapes.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 200
+        self.maxlevel = 3
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 4
+
+    def repr_bytes(self, value: bytes, level: int) -> str:
+        return builtins.repr(value[:20]) + ("..." if len(value) > 20 else "")
+
+
+_SHORT = _Short()
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def shown(value: object) -> str:
+    """A value for a message: as Python writes it, in every run the same, without the middle of a long one."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = f"a number of type {type(value).__name__}"
+    return printable(_ADDRESS.sub("", text))

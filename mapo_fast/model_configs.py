@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mapo_fast.errors import UserError, printable
+from mapo_fast.errors import UserError, shown
 
 Width = Annotated[int, Field(gt=0, le=2**20)]
 Count = Annotated[int, Field(gt=0, le=64)]
@@ -130,12 +130,6 @@ def checked(kind: type[P], config: Mapping[str, Any], where: Path | str) -> P:
         f"{where} has {name} = {shown(config[name])}: {first['msg'][0].lower()}{first['msg'][1:]}; copy the "
         "file from the model again"
     )
-
-
-def shown(value: Any) -> str:
-    """A value of a config for people, cut to a readable length."""
-    text = printable(repr(value))
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 SCHEDULERS = frozenset(

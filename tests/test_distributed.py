@@ -58,8 +58,8 @@ SHARDED = {"train": {"shard": True}}
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"RANK": "one"}, r"RANK = 'one' is no number"),
-        ({"WORLD_SIZE": "9" * 5000}, r"WORLD_SIZE = '9+' is no number"),
+        ({"RANK": "one"}, r"RANK = 'one', no number"),
+        ({"WORLD_SIZE": "9" * 5000}, r"WORLD_SIZE = '9{90,}\.\.\.9{90,}', no number"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK = 2 of WORLD_SIZE = 2"),
         ({"LOCAL_RANK": "1"}, r"LOCAL_RANK = 1 of LOCAL_WORLD_SIZE = 1"),
     ],

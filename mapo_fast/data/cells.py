@@ -5,10 +5,7 @@ Each function gives the value that a person means, or a `SkippedRow` that shows 
 
 from __future__ import annotations
 
-import builtins
 import math
-import re
-import reprlib
 from decimal import Decimal
 from numbers import Real
 from typing import Any
@@ -16,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mapo_fast.data.pairs import SkippedRow
+from mapo_fast.errors import shown
 
 _WORDS = {"true": 1.0, "false": 0.0}
 
@@ -91,27 +89,3 @@ def _plain(value: Any) -> Any:
         except UnicodeDecodeError:
             return bytes(value)
     return value
-
-
-class _Short(reprlib.Repr):
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = self.maxlong = 60
-        self.maxlevel = 3
-        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 4
-
-    def repr_bytes(self, value: bytes, level: int) -> str:
-        return builtins.repr(value[:20]) + ("..." if len(value) > 20 else "")
-
-
-_SHORT = _Short()
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-
-
-def shown(value: object) -> str:
-    """A value for a message: short, on one line, the same in every run."""
-    try:
-        text = _SHORT.repr(value)
-    except ValueError:  # an integer of more digits than Python prints
-        text = f"a number of type {type(value).__name__}"
-    return _ADDRESS.sub("", text).replace("\n", " ")

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mapo_fast.data.cells import clean_prompt, shown, soft_label, wanted
+from mapo_fast.data.cells import clean_prompt, soft_label, wanted
 from mapo_fast.data.listing import Folder, ImageFile
 from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, SkippedRow
-from mapo_fast.errors import UserError
+from mapo_fast.errors import UserError, shown
 from mapo_fast.files import parse_json
 
 LINE_BYTES = 1 << 20

@@ -15,9 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from mapo_fast.data.cells import shown
 from mapo_fast.data.pairs import MissingImageError
-from mapo_fast.errors import MachineError
+from mapo_fast.errors import MachineError, shown
 from mapo_fast.files import check_regular, os_error, read_bytes
 
 IMAGE_BYTES = 1 << 29

@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mapo_fast.data.cells import clean_prompt, is_missing, number, shown, wanted
+from mapo_fast.data.cells import clean_prompt, is_missing, number, wanted
 from mapo_fast.data.listing import IMAGE_BYTES, Entry, Folder, ImageFile, found_in, problems
 from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, SkippedRow
-from mapo_fast.errors import UserError, printable
+from mapo_fast.errors import UserError, printable, shown
 from mapo_fast.files import read_json, unreadable
 
 
@@ -267,13 +267,32 @@ class DatasetPairs(PreferencePairs):
     def _whole(self, part: _Part) -> _Part:
         """A part of the data with its offsets checked: what is mapped is not, and Arrow would crash."""
         try:
-            part.validate(full=True)
+            for column in part.columns if isinstance(part, pa.Table) else [part]:
+                for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+                    _check_offsets(chunk)
         except pa.ArrowException as error:
             raise UserError(f"data.source {self._where} is damaged: {first_line(error)}") from error
         return part
 
 
 _Part = TypeVar("_Part", pa.Table, pa.Array)
+
+
+def _check_offsets(array: pa.Array) -> None:
+    """Raise `pa.ArrowInvalid` where an array's offsets lead out of its data.
+
+    Text that is not UTF-8 passes: that is one row's defect.
+    """
+    if pa.types.is_struct(array.type):
+        array.validate()
+        for field in array.flatten():
+            _check_offsets(field)
+    elif pa.types.is_string(array.type):
+        array.view(pa.binary()).validate(full=True)
+    elif pa.types.is_large_string(array.type):
+        array.view(pa.large_binary()).validate(full=True)
+    else:
+        array.validate(full=True)
 
 
 def paths_of(column: pa.Array) -> Iterator[str | None]:

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mapo_fast.data.cells import clean_prompt, shown, soft_label, wanted
+from mapo_fast.data.cells import clean_prompt, soft_label, wanted
 from mapo_fast.data.pairs import PairRecord, PreferencePairs, SkippedRow
+from mapo_fast.errors import shown
 from tests.data.sources import pickapic_rows, png, write_jsonl
 
 NO_LABELS = [
