@@ -32,7 +32,7 @@ else:
 
 _CONFIG_BYTES = 2**20
 _EVERY = 10**9
-"""Of settings that say how often: more than any run has steps, for people who write «never» so."""
+"""The largest interval in steps: longer than any run, for people who write «never» as a large number."""
 
 
 class Section(BaseModel):
@@ -356,7 +356,7 @@ class PreviewConfig(Section):
 
 
 _LARGEST = 1e9
-"""Of an objective's settings; the largest in use are in the thousands."""
+"""The largest value of an objective's setting; the largest in use are in the thousands."""
 
 
 _PRECOMPUTED = 2**28

@@ -198,7 +198,7 @@ def block_layers(unet: Any) -> list[int]:
 
 
 def _numbered(layers: Sequence[int], block: int) -> tuple[int, int]:
-    """Of a diffusers block: how many original blocks come before it, and the number of its last in it."""
+    """For a diffusers block: the number of original blocks before it, and that of its own last one."""
     if block >= len(layers):
         raise KeyError(block)
     return sum(count + 1 for count in layers[:block]), layers[block]

@@ -244,7 +244,7 @@ def weights_digest(path: Path) -> str:
 
 
 def read_samples(path: Path, header: dict[str, Any], start: int) -> Iterator[tuple[str, bytes]]:
-    """Of every tensor, by name, its first `SAMPLE` bytes and its last.
+    """The first and the last `SAMPLE` bytes of every tensor, by name.
 
     Args:
         path: a safetensors file.

@@ -2,7 +2,7 @@
 
 `run.json` holds the run's id, its settings and the identity of the data and the start model. A folder that
 already holds a run is never written to without `--resume`, and a resume with settings that would change the
-arithmetic is refused by name.
+arithmetic is rejected with a message that names them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TrainResult:
     skipped_steps: int
     """Steps that were not finite and changed nothing."""
     saved_step: int | None = field(default=None, compare=False)
-    """Of the checkpoint to resume from; None before the first step."""
+    """Step of the checkpoint to resume from; None before the first step."""
     signal: int = field(default=0, compare=False)
     """Number of the signal that stopped it; 0 where none did."""
 

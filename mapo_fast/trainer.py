@@ -69,7 +69,7 @@ class Trainer:
         self.precision, self.device, self.store = precision, device, store
         self.step = 0
         self.saved_step: int | None = None
-        """Of the newest checkpoint that this run goes on from or has written."""
+        """Step of the newest checkpoint that this run has continued from or written."""
         self._tried: int | None = None
         """Step of the newest attempt to write one."""
         self._judged = False

@@ -26,7 +26,7 @@ SMALL_SEGMENT, LARGE_SEGMENT = 2 * MIB, 20 * MIB
 EXACT = 10 * MIB
 """From here on a segment is as large as what is asked for."""
 _ADDRESSES = LARGE_SEGMENT << 24
-"""Of an expandable segment: more than a card has, and whole pages."""
+"""Size of an expandable segment in bytes: whole pages, and more than a card has."""
 
 
 class CapReachedError(Exception):

@@ -110,7 +110,7 @@ CARDS = (
 _SIZE = r"(\d+(?:\.\d+)?)\s*gi?b"
 
 WORKSPACE_GIB = 0.15
-"""Of cuDNN's convolutions, which torch's allocator holds while one runs."""
+"""GiB of cuDNN's workspace, which torch's allocator holds while a convolution runs."""
 
 
 def usable_bytes(vram: int) -> int:

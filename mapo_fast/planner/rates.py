@@ -285,7 +285,7 @@ def _differentiate(block: torch.nn.Module, pair: tuple[Tensor, Tensor]) -> None:
 
 
 def _path(device: torch.device) -> Path:
-    """Of the figures for this GPU, driver, torch, what our operators run on, and way to measure."""
+    """The file with the figures for this GPU, driver, torch, kernel back end, and way to measure."""
     parts = [
         torch.cuda.get_device_name(device),
         driver(),

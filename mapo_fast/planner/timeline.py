@@ -69,7 +69,7 @@ def simulate(trace: Trace, card: Card) -> Times:
 
 
 def _simulated(trace: Trace, card: Card) -> Times:
-    """Of the micro-batches that were traced."""
+    """Times of the micro-batches that were traced."""
     seconds = durations(trace, card.rates)
     _, computed, issued = _run(trace, seconds, card.rates.host, 0.0)
     # Where the device ends later than the host, the host has begun the next step by then.
