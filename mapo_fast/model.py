@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,7 +34,7 @@ from mapo_fast.model_configs import (
     check_vae,
     checked,
 )
-from mapo_fast.model_trial import try_unet, try_vae
+from mapo_fast.model_trial import Shapes, try_text_encoder, try_unet, try_vae
 
 Component = Literal["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
 
@@ -186,15 +186,22 @@ class SDXLFolder:
                 )
         except Exception as error:  # damaged configs and weights raise many kinds
             raise _unloadable(self.path(component), error) from error
-        where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} weight files)"
-        for problem, keys in (("lacks", "missing_keys"), ("has another shape of", "mismatched_keys")):
-            names = sorted(key if isinstance(key, str) else key[0] for key in info[keys])
-            if names:
-                raise UserError(
-                    f"{where} {problem} the tensor {names[0]} ({len(names)} such in all): it does not belong "
-                    "to the config.json beside it or is incomplete; copy this part of the model again"
-                )
+        for problem, keys in ((_LACKS, "missing_keys"), (_OTHER_SHAPE, "mismatched_keys")):
+            _refuse(files, problem, [key if isinstance(key, str) else key[0] for key in info[keys]])
         return model.eval()
+
+
+_LACKS, _OTHER_SHAPE, _MORE = "lacks", "has another shape of", "has more than the model,"
+
+
+def _refuse(files: list[Path], problem: str, tensors: Iterable[str]) -> None:
+    """Raise a `UserError` if there are tensors with this problem."""
+    if names := sorted(tensors):
+        where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} weight files)"
+        raise UserError(
+            f"{where} {problem} the tensor {names[0]} ({len(names)} such in all): it does not belong "
+            "to the config.json beside it or is incomplete; copy this part of the model again"
+        )
 
 
 HEADER_BYTES = 100_000_000
@@ -307,7 +314,7 @@ def open_sdxl(
         else:
             with _readable("model.path", path):
                 _check_part(folder, component, weights)  # type: ignore[arg-type]
-    _check_configs(folder)
+    _check_configs(folder, weights)
     return folder
 
 
@@ -337,8 +344,8 @@ def _check_part(folder: SDXLFolder, component: Component, weights: bool) -> None
                 raise UserError(f"{part} is no complete tokenizer: {part / name} is missing")
 
 
-def _check_configs(folder: SDXLFolder) -> None:
-    """That the parts are SDXL's and fit each other, as far as their configs say."""
+def _check_configs(folder: SDXLFolder, weights: bool) -> None:
+    """That the parts are SDXL's and fit each other, and with `weights` that their weights' shapes do."""
 
     def where(component: Component) -> Path:
         return folder.path(component) / _CONFIGS[component]
@@ -358,17 +365,39 @@ def _check_configs(folder: SDXLFolder) -> None:
         folder.path("vae"),
     )
     check_schedule(folder.scheduler_config, where("scheduler"))
-    _try(folder, "vae", try_vae)
     width = texts[0].hidden_size + texts[1].hidden_size
-    _try(folder, "unet", lambda config: try_unet(config, width, texts[1].projection_dim))
+    trials: dict[Component, Callable[[str], Shapes]] = {
+        "vae": try_vae,
+        "unet": lambda config: try_unet(config, width, texts[1].projection_dim),
+        "text_encoder": lambda config: try_text_encoder(config, 1),
+        "text_encoder_2": lambda config: try_text_encoder(config, 2),
+    }
+    for component, trial in trials.items():
+        shapes = _try(folder, component, trial)
+        if weights:
+            _check_shapes(folder, component, shapes)
 
 
-def _try(folder: SDXLFolder, component: Component, call: Callable[[str], None]) -> None:
+def _try(folder: SDXLFolder, component: Component, call: Callable[[str], Shapes]) -> Shapes:
     try:
         with _quiet():
-            call(json.dumps(folder.config(component), sort_keys=True))
-    except Exception as error:  # diffusers checks its configs in many ways, and some not at all
+            return call(json.dumps(folder.config(component), sort_keys=True))
+    except Exception as error:  # the libraries check their configs in many ways, and some not at all
         raise _unloadable(folder.path(component), error) from error
+
+
+def _check_shapes(folder: SDXLFolder, component: Component, shapes: Shapes) -> None:
+    """That the weights are those of the model that the config describes, as far as their headers say.
+
+    Names that differ are judged of the UNet only: the libraries rename those of other parts as they load.
+    """
+    files = folder.weight_files(component)
+    stated = {name: entry["shape"] for file in files for name, entry in read_header(file)[1].items()}
+    shared = shapes.keys() & stated.keys()
+    _refuse(files, _OTHER_SHAPE, [name for name in shared if tuple(stated[name]) != shapes[name]])
+    if component == "unet":
+        _refuse(files, _LACKS, shapes.keys() - stated.keys())
+        _refuse(files, _MORE, stated.keys() - shapes.keys())
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The UNet and the VAE that configs describe, called once on tensors without data: a second, and no memory.
+"""The models that configs describe, called once on tensors without data: a second, and no memory.
 
 What a config asks for is checked in many ways by diffusers while it builds, and some of it not before a call.
 """
@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
+
+from mapo_fast.model_configs import CONTEXT
+
+Shapes = dict[str, tuple[int, ...]]
+"""Of a model's weights, by name."""
 
 
 @lru_cache
 @torch.no_grad()
-def try_unet(config: str, text_width: int, pooled_width: int) -> None:
-    """Build the UNet and give it what a training step gives it.
+def try_unet(config: str, text_width: int, pooled_width: int) -> Shapes:
+    """Build the UNet and give it what a training step gives it; returns its weights' shapes.
 
     Args:
         config: its config as JSON.
@@ -37,12 +42,13 @@ def try_unet(config: str, text_width: int, pooled_width: int) -> None:
         out = unet(latents, torch.zeros(1), text, added_cond_kwargs=conditions).sample
     if out.shape != latents.shape:
         raise ValueError(f"it makes {tuple(out.shape[1:])} of latents {tuple(latents.shape[1:])}")
+    return _shapes(unet)
 
 
 @lru_cache
 @torch.no_grad()
-def try_vae(config: str) -> None:
-    """Build the VAE, encode an image and decode it.
+def try_vae(config: str) -> Shapes:
+    """Build the VAE, encode an image and decode it; returns its weights' shapes.
 
     Args:
         config: its config as JSON.
@@ -60,3 +66,29 @@ def try_vae(config: str) -> None:
         out = vae.decode(latents).sample
     if latents.shape[1:] != (fields["latent_channels"], 2, 2) or out.shape[2:] != (2 * factor, 2 * factor):
         raise ValueError(f"it makes latents {tuple(latents.shape[1:])} of {2 * factor} × {2 * factor} pixels")
+    return _shapes(vae)
+
+
+@lru_cache
+@torch.no_grad()
+def try_text_encoder(config: str, which: Literal[1, 2]) -> Shapes:
+    """Build a text encoder and encode a prompt; returns its weights' shapes.
+
+    Args:
+        config: its config as JSON.
+        which: 1 is a `CLIPTextModel`, 2 a `CLIPTextModelWithProjection`.
+
+    Raises:
+        Exception: of any kind.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kind: Any = CLIPTextModel if which == 1 else CLIPTextModelWithProjection
+    with torch.device("meta"):
+        encoder = kind(CLIPTextConfig.from_dict(json.loads(config)))
+        encoder(torch.zeros(1, CONTEXT, dtype=torch.long), output_hidden_states=True)
+    return _shapes(encoder)
+
+
+def _shapes(model: Any) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

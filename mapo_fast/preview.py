@@ -20,7 +20,7 @@ from mapo_fast.data.text import PromptEmbeds, empty_prompt, encode_prompts
 from mapo_fast.files import atomic_path, disk_errors
 from mapo_fast.gpu import is_out_of_memory
 from mapo_fast.model import SDXLFolder
-from mapo_fast.sample import decode_latents, sample_latents
+from mapo_fast.sample import decode_latents, sample_latents, sampler
 from mapo_fast.vae import use_tiles
 
 
@@ -33,6 +33,7 @@ class Previews:
         """Called after each denoising step, by all that sample; what it raises ends a preview."""
         self.poll_alone: Callable[[], None] = lambda: None
         """Called before each decoding, which the main process does."""
+        sampler(folder, config.preview.steps)  # what is wrong with it is said before the first step
         try:
             self.prompts, self.empty = self._encoded(device)
             return

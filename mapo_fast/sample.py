@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder
 from mapo_fast.vae import from_unet
 
@@ -62,6 +63,7 @@ def sample_latents(
 
     Raises:
         ValueError: numbers of prompts and seeds differ, or a side is not a multiple of 8.
+        UserError: as `sampler`.
     """
     count = prompts.prompt_embeds.shape[0]
     if len(seeds) != count:
@@ -70,7 +72,7 @@ def sample_latents(
         raise ValueError(f"height and width must be multiples of 8, got {height}×{width}")
     scale = 2 ** (len(folder.config("vae")["block_out_channels"]) - 1)
     shape = (unet.config.in_channels, height // scale, width // scale)
-    pipeline = _pipeline(folder, unet)
+    pipeline = _pipeline(folder, unet, steps)
     training = unet.training
     unet.eval()
     device, dtype = unet.device, unet.dtype
@@ -87,9 +89,7 @@ def sample_latents(
             noise = torch.stack(
                 [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds[part]]
             )
-            with warnings.catch_warnings():
-                # diffusers' Euler scheduler turns a tensor into an array in a way numpy 2 remarks on.
-                warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+            with _quiet_arrays():
                 latents = pipeline(
                     prompt_embeds=prompts.prompt_embeds[part].to(device, dtype),
                     pooled_prompt_embeds=prompts.pooled_embeds[part].to(device, dtype),
@@ -122,13 +122,41 @@ def decode_latents(vae: Any, latents: Tensor, *, batch_size: int = 8) -> list[Im
     return images
 
 
-def _pipeline(folder: SDXLFolder, unet: Any) -> Any:
+def sampler(folder: SDXLFolder, steps: int) -> Any:
+    """diffusers' Euler scheduler with the pipeline's own scheduler config, set to this many steps.
+
+    Raises:
+        UserError: it cannot be sampled by; diffusers itself finds some of that only as it samples.
+    """
     with _quiet_import():
-        from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+        from diffusers import EulerDiscreteScheduler
 
     config = dict(folder.scheduler_config)
     if config.get("rescale_betas_zero_snr"):
         config["timestep_spacing"] = "trailing"  # only then the first step is at zero SNR (arXiv 2305.08891)
+    try:
+        scheduler = EulerDiscreteScheduler.from_config(config)
+        with _quiet_arrays():
+            scheduler.set_timesteps(steps)
+        usable = bool(torch.isfinite(scheduler.sigmas).all() and torch.isfinite(scheduler.timesteps).all())
+    except Exception as error:  # of any kind: diffusers takes the fields as they are
+        raise _no_sampler(folder, steps, (str(error).splitlines() or [""])[0]) from error
+    if not usable:
+        raise _no_sampler(folder, steps, "its noise levels are not finite")
+    return scheduler
+
+
+def _no_sampler(folder: SDXLFolder, steps: int, problem: str) -> UserError:
+    return UserError(
+        f"{folder.path('scheduler') / 'scheduler_config.json'} cannot be sampled by in {steps} steps: "
+        f"{problem}; copy the file from the model again, or set another preview.steps"
+    )
+
+
+def _pipeline(folder: SDXLFolder, unet: Any, steps: int) -> Any:
+    with _quiet_import():
+        from diffusers import StableDiffusionXLPipeline
+
     pipeline = StableDiffusionXLPipeline(
         vae=None,
         text_encoder=None,
@@ -136,11 +164,19 @@ def _pipeline(folder: SDXLFolder, unet: Any) -> Any:
         tokenizer=None,
         tokenizer_2=None,
         unet=unet,
-        scheduler=EulerDiscreteScheduler.from_config(config),
+        scheduler=sampler(folder, steps),
         add_watermarker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@contextmanager
+def _quiet_arrays() -> Iterator[None]:
+    """diffusers' Euler scheduler turns a tensor into an array in a way that numpy 2 remarks on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        yield
 
 
 @contextmanager

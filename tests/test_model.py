@@ -88,6 +88,44 @@ def test_weights_of_another_shape(model: Path, part: str) -> None:
     assert name in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"mid_block_type": None}, "has more than the model, the tensor mid_block."),
+        ({"conv_in_kernel": 1}, "has another shape of the tensor conv_in.weight"),
+    ],
+)
+def test_a_unet_config_that_is_not_its_weights_is_named_before_anything_is_loaded(
+    model: Path, changes: dict[str, Any], problem: str
+) -> None:
+    edit(model / "unet" / "config.json", **changes)
+    assert problem in refusal(lambda: open_sdxl(model))
+
+
+def test_a_unet_without_all_its_weights_is_named_before_anything_is_loaded(model: Path) -> None:
+    path = edit_weights(model, "unet", lambda tensors: tensors.pop("conv_in.bias"))  # type: ignore[arg-type,return-value]
+    assert f"{path} lacks the tensor conv_in.bias" in refusal(lambda: open_sdxl(model))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "vae"])
+def test_weights_of_another_shape_are_named_before_anything_is_loaded(model: Path, part: str) -> None:
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        key = next(key for key in tensors if f"{LOADERS[part][1]}.weight" in key)
+        tensors[key] = torch.cat([tensors[key], tensors[key]])
+
+    path = edit_weights(model, part, widen)
+    assert f"{path} has another shape of the tensor " in refusal(lambda: open_sdxl(model))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize("changes", [{"hidden_act": ""}, {"initializer_range": None}, {"pad_token_id": 0.5}])
+def test_a_text_encoder_that_cannot_be_built_is_named_before_anything_is_loaded(
+    model: Path, part: str, changes: dict[str, Any]
+) -> None:
+    edit(model / part / "config.json", **changes)
+    assert f"cannot load {model / part}: " in refusal(lambda: open_sdxl(model, weights=False))
+
+
 @pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
 def test_incomplete_tokenizer(model: Path, part: str, name: str) -> None:

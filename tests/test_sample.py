@@ -1,5 +1,7 @@
 """Sampling: one seed one image whatever the batches, the same as plain diffusers, quiet."""
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from mapo_fast.errors import UserError
 from mapo_fast.model import SDXLFolder, open_sdxl
+from mapo_fast.preview import Previews
 from mapo_fast.sample import decode_latents, sample_latents
 from tests.tiny import POOLED_WIDTH, TEXT_WIDTH, make_tiny_sdxl
+from tests.training import make_config
 
 SIZE = {"height": 32, "width": 48, "steps": 3, "guidance": 4.0}
 
@@ -119,3 +124,27 @@ def test_wrong_arguments_are_named(unet: Any, folder: SDXLFolder) -> None:
     prompts = embeds(folder, 1)
     with pytest.raises(ValueError, match="multiples of 8"):
         sample_latents(unet, folder, prompts, prompts, seeds=[0], height=30, width=32)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"timestep_spacing": 0},
+        {"steps_offset": "x"},
+        {"use_exponential_sigmas": "yes"},
+        {"use_karras_sigmas": True, "use_exponential_sigmas": True},
+        {"final_sigmas_type": True},
+        {"trained_betas": [0.0] * 1000},
+    ],
+)
+def test_a_scheduler_that_cannot_sample_is_named_before_the_first_step(
+    tiny_sdxl: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    shutil.copytree(tiny_sdxl, tmp_path / "model")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    settings = {"prompts": ["red"], "every": 1}
+    config = make_config(tmp_path / "model", tmp_path / "cache", tmp_path / "out", preview=settings)
+    with pytest.raises(UserError, match="cannot be sampled by in 25 steps") as error:
+        Previews(config, open_sdxl(config.model.path), torch.device("cpu"))
+    assert str(path) in str(error.value)
