@@ -155,9 +155,11 @@ def planned(
     if processes.shard(config):
         return config, None
     wanted = None if config.train.vram is None else parse_size(config.train.vram, "train.vram")
-    rules = gpu.choose_rules(device) if device.type == "cuda" else gpu.planned_rules()
-    free = gpu.available(device) if device.type == "cuda" else wanted
-    if free is None:
+    if device.type == "cuda":
+        rules, free = gpu.choose_rules(device), gpu.available(device)
+    elif wanted is not None:
+        rules, free = gpu.planned_rules(), wanted
+    else:
         return config, None
     free = int(processes.smallest(free))
     shortage = ""

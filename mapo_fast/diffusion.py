@@ -9,11 +9,13 @@ The schedule itself is diffusers' `DDPMScheduler`, built from the pipeline's own
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from mapo_fast.errors import UserError
 from mapo_fast.model_configs import check_schedule
 
 
@@ -22,17 +24,27 @@ class Diffusion:
 
     Args:
         scheduler_config: the pipeline's `scheduler_config.json`, with any override already merged in.
+        where: its file, for messages.
 
     Raises:
-        UserError: as `check_schedule`.
+        UserError: as `check_schedule`; or a timestep is all image or, with epsilon-prediction, all noise.
     """
 
-    def __init__(self, scheduler_config: dict[str, Any]) -> None:
-        schedule = check_schedule(
-            {"_class_name": "DDPMScheduler", **scheduler_config}, "scheduler_config.json"
-        )
+    def __init__(self, scheduler_config: dict[str, Any], where: Path | str = "scheduler_config.json") -> None:
+        schedule = check_schedule({"_class_name": "DDPMScheduler", **scheduler_config}, where)
         self.scheduler = DDPMScheduler(**schedule.model_dump(exclude_none=True))
         self.v_prediction = schedule.prediction_type == "v_prediction"
+        if float(self.scheduler.alphas_cumprod[0]) >= 1:
+            raise UserError(
+                f"{where} has betas so small that timestep 0 has no noise: nothing can be predicted there; "
+                "copy the file from the model again"
+            )
+        if float(self.scheduler.alphas_cumprod[-1]) <= 0 and not self.v_prediction:
+            raise UserError(
+                f"{where} has betas under which the last timestep is pure noise (zero terminal SNR): "
+                "epsilon-prediction cannot work there; set train.prediction to 'v_prediction' if the model "
+                "is one of these, or copy the file from the model again"
+            )
         self.num_train_timesteps = int(self.scheduler.config.num_train_timesteps)
 
     def add_noise(

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from mapo_fast.errors import UserError
-from mapo_fast.planner.allocator import MIB, Rules
+from mapo_fast.planner.allocator import LARGE_SEGMENT, MIB, Rules
 
 CONTEXT_GIB = 0.4
 """The CUDA context with its modules, which are loaded when they are first needed."""
@@ -39,12 +39,21 @@ def in_wsl() -> bool:
 
 
 def users_settings() -> str:
-    """How the user has configured torch's allocator, "" for not at all."""
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        if name in os.environ:
-            return os.environ[name]
+    """How the user has configured torch's allocator, "" for not at all.
+
+    Raises:
+        UserError: torch cannot read it.
+    """
+    name = next((n for n in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if n in os.environ), "")
     tell = getattr(torch._C, "_accelerator_getAllocatorSettings", None)  # older versions do not
-    return "" if tell is None else str(tell())
+    try:
+        told = "" if tell is None else str(tell())
+    except (RuntimeError, ValueError) as error:  # it reads the variable when it is first asked
+        raise UserError(
+            f"torch cannot read {name} = {os.environ.get(name)!r} ({str(error).splitlines()[0]}): correct "
+            "it, or unset it to have the settings of mapo-fast"
+        ) from None
+    return os.environ.get(name, told)
 
 
 def planned_rules() -> Rules:
@@ -83,16 +92,20 @@ def _try(device: torch.device) -> None:
 def parse_rules(text: str) -> Rules:
     """The allocator's rules under settings such as "expandable_segments:True,max_split_size_mb:128".
 
-    torch itself refuses what it does not know. Of a list of divisions the coarsest is taken.
+    torch itself refuses what it does not know. Of a list of divisions the coarsest is taken; 0 and 1 divide
+    nothing.
     """
     expandable = re.search(rf"{_EXPANDABLE}\s*:\s*true", text, re.IGNORECASE) is not None
-    split = re.search(r"max_split_size_mb\s*:\s*(\d+)", text)
     divisions = re.search(r"roundup_power2_divisions\s*:\s*(\[[^\]]*\]|\d+)", text)
     counts = [] if divisions is None else [int(n) for n in re.findall(r"(?:^|:)\s*(\d+)", divisions[1])]
+
+    sizes = {name: int(size) * MIB for name, size in re.findall(r"(\w+)_mb\s*:\s*(\d+)", text)}
     return Rules(
         expandable=expandable and sys.platform != "win32",
-        max_split=None if split is None else int(split[1]) * MIB,
-        divisions=min(counts, default=1),
+        max_split=sizes.get("max_split_size"),
+        divisions=min((count for count in counts if count > 1), default=1),
+        segment=sizes.get("large_segment_size", LARGE_SEGMENT),
+        rounding=sizes.get("max_non_split_rounding", LARGE_SEGMENT),
     )
 
 

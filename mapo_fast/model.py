@@ -346,6 +346,7 @@ def _check_part(folder: SDXLFolder, component: Component, weights: bool) -> None
 
 def _check_configs(folder: SDXLFolder, weights: bool) -> None:
     """That the parts are SDXL's and fit each other, and with `weights` that their weights' shapes do."""
+    from mapo_fast.diffusion import Diffusion  # imports diffusers
 
     def where(component: Component) -> Path:
         return folder.path(component) / _CONFIGS[component]
@@ -365,6 +366,7 @@ def _check_configs(folder: SDXLFolder, weights: bool) -> None:
         folder.path("vae"),
     )
     check_schedule(folder.scheduler_config, where("scheduler"))
+    Diffusion(folder.scheduler_config, where("scheduler"))
     width = texts[0].hidden_size + texts[1].hidden_size
     trials: dict[Component, Callable[[str], Shapes]] = {
         "vae": try_vae,

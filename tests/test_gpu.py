@@ -67,6 +67,13 @@ def test_windows_and_wsl_are_planned_for_without_them(
         ("max_split_size_mb:128, garbage_collection_threshold:0.8", Rules(max_split=128 * MIB)),
         ("roundup_power2_divisions:8", Rules(divisions=8)),
         ("roundup_power2_divisions:[256:8,512:4,>:2],expandable_segments:True", Rules(True, None, 2)),
+        ("roundup_power2_divisions:[256:1,512:2,1024:4,>:8]", Rules(divisions=2)),
+        ("roundup_power2_divisions:[256:0,>:1]", Rules()),
+        ("large_segment_size_mb:64", Rules(segment=64 * MIB)),
+        (
+            "max_split_size_mb:128,max_non_split_rounding_mb:40",
+            Rules(max_split=128 * MIB, rounding=40 * MIB),
+        ),
     ],
 )
 def test_a_users_own_settings_are_kept_and_planned_for(
@@ -75,6 +82,23 @@ def test_a_users_own_settings_are_kept_and_planned_for(
     monkeypatch.setenv(name, text)
     assert gpu.choose_rules(CUDA) == gpu.planned_rules() == rules
     assert not settings
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("INTERNAL ASSERT FAILED\nat:"), ValueError("Expected 'True'")]
+)
+def test_settings_that_torch_cannot_read_are_named(
+    settings: list[str], error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> str:
+        raise error
+
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:true")
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", refuse)
+    with pytest.raises(UserError, match=r"PYTORCH_ALLOC_CONF = 'expandable_segments:true'") as info:
+        gpu.planned_rules()
+    assert str(error).splitlines()[0] in str(info.value)
+    assert "\n" not in str(info.value)
 
 
 def test_a_driver_that_refuses_them_gets_the_usual_segments(

@@ -259,6 +259,10 @@ SDXL_SCHEDULE: dict[str, Any] = {
         ({**SDXL_SCHEDULE, "num_train_timesteps": 0}, "num_train_timesteps = 0"),
         ({**SDXL_SCHEDULE, "trained_betas": [0.1, 0.2]}, "2 trained_betas for num_train_timesteps = 1000"),
         ({**SDXL_SCHEDULE, "trained_betas": [0.1, "x"]}, "trained_betas = [0.1, 'x']"),
+        ({**SDXL_SCHEDULE, "trained_betas": [0.0] + [0.01] * 999}, "timestep 0 has no noise"),
+        ({**SDXL_SCHEDULE, "beta_start": 1e-12}, "timestep 0 has no noise"),
+        ({**SDXL_SCHEDULE, "trained_betas": [0.01] * 999 + [1.0]}, "the last timestep is pure noise"),
+        ({**SDXL_SCHEDULE, "num_train_timesteps": 100_000}, "the last timestep is pure noise"),
     ],
 )
 def test_another_noise_schedule_is_named(model: Path, config: dict[str, Any], names: str) -> None:

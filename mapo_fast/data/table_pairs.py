@@ -21,6 +21,9 @@ from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs,
 from mapo_fast.errors import UserError, printable, shown
 from mapo_fast.files import read_json, unreadable
 
+_ROUNDED = 1e-3
+"""How far two labels may be from 1 together: half-precision floats and three digits are rounded."""
+
 
 class Verdict(NamedTuple):
     """What a row says: its prompt, the columns of its two images, and how sure the preference is."""
@@ -59,12 +62,12 @@ class Columns:
         has_label = row.get("has_label")
         if number(has_label) == 0 or any(map(is_missing, cells)):
             return SkippedRow(index, name, "no label", f"{found}, has_label = {shown(has_label)}")
-        if number(has_label) is None and not is_missing(has_label):
+        if number(has_label) != 1 and not is_missing(has_label):
             return SkippedRow(
                 index, name, "bad label", f"has_label = {shown(has_label)} is neither true nor false"
             )
         best, worst = (number(cell) for cell in cells)
-        if best is None or worst is None or not (0 <= best <= 1 and abs(best + worst - 1) < 1e-6):
+        if best is None or worst is None or not (0 <= best <= 1 and abs(best + worst - 1) < _ROUNDED):
             return SkippedRow(index, name, "bad label", f"{found}: needed are numbers that add up to 1")
         if best == worst:
             return SkippedRow(index, name, "tie", found)
@@ -159,8 +162,7 @@ class ImageCell:
 
 
 def _holds_image(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
+    kind = _values(kind)
     if pa.types.is_struct(kind):
         return {"bytes", "path"} & {field.name for field in kind} != set()
     return is_text(kind) or _is_bytes(kind) or pa.types.is_null(kind)
@@ -171,8 +173,13 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds text."""
-    return str(kind) in ("string", "large_string", "string_view")
+    """Whether a column holds text, in a dictionary or not."""
+    return str(_values(kind)) in ("string", "large_string", "string_view")
+
+
+def _values(kind: pa.DataType) -> pa.DataType:
+    """The type of a column's values: a dictionary (pandas' category) is a way to store them."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def record(

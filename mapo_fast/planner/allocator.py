@@ -25,8 +25,8 @@ SMALL = MIB
 SMALL_SEGMENT, LARGE_SEGMENT = 2 * MIB, 20 * MIB
 EXACT = 10 * MIB
 """From here on a segment is as large as what is asked for."""
-_ADDRESSES = LARGE_SEGMENT << 24
-"""Size of an expandable segment in bytes: whole pages, and more than a card has."""
+_PAGES = 1 << 24
+"""Of an expandable segment's addresses: more than a card has."""
 
 
 class CapReachedError(Exception):
@@ -41,6 +41,10 @@ class Rules(NamedTuple):
     """Bytes from which blocks are neither split nor used for smaller sizes."""
     divisions: int = 1
     """Parts of each power of two that sizes are rounded up to."""
+    segment: int = LARGE_SEGMENT
+    """Bytes of a segment for sizes from 1 to 10 MiB, and of an expandable segment's pages."""
+    rounding: int = LARGE_SEGMENT
+    """Bytes by which a block of `max_split` or more may be larger than what it is used for."""
 
 
 EXPANDABLE = Rules(expandable=True)
@@ -99,7 +103,8 @@ class CachingAllocator:
             for small in (True, False)
             for private in (True, False)
         }
-        self._next = _ADDRESSES
+        self._addresses = rules.segment * _PAGES
+        self._next = self._addresses
         """Where the next segment lies."""
 
     def malloc(self, nbytes: int, *, private: bool = False) -> Block:
@@ -169,7 +174,7 @@ class CachingAllocator:
             i, block = i + 1, following
         limit = self.rules.max_split
         if limit is not None and (
-            (size < limit <= block.size) or (size >= limit and block.size >= size + LARGE_SEGMENT)
+            (size < limit <= block.size) or (size >= limit and block.size >= size + self.rules.rounding)
         ):
             return None
         pool.remove(block)
@@ -177,7 +182,7 @@ class CachingAllocator:
 
     def _made(self, pool: _Pool, size: int) -> Block | None:
         """A free block in a new segment, or at an expandable one's end; None where the cap is reached."""
-        segment = SMALL_SEGMENT if pool.small else LARGE_SEGMENT if size < EXACT else _up(size, 2 * MIB)
+        segment = SMALL_SEGMENT if pool.small else self.rules.segment if size < EXACT else _up(size, 2 * MIB)
         if self.cap is not None and self.reserved + segment > self.cap:
             return None
         if self.rules.expandable:
@@ -195,8 +200,8 @@ class CachingAllocator:
         """The lowest room in the pool's expandable segment, with memory behind it."""
         block = next((room for room in map(_room, pool.unmapped) if _fits(room, size)), None)
         if block is None:
-            block = Block(pool, self._next, _ADDRESSES, expandable=True)
-            self._next += _ADDRESSES
+            block = Block(pool, self._next, self._addresses, expandable=True)
+            self._next += self._addresses
             pool.add(block)
         if not block.mapped:
             block = self._map(block, min(block.size, size))
@@ -210,7 +215,7 @@ class CachingAllocator:
     def _map(self, block: Block, nbytes: int) -> Block:
         """Put pages under the beginning of an unmapped block; returns it, merged with free neighbours."""
         pool = block.pool
-        pages = _up(nbytes, SMALL_SEGMENT if pool.small else LARGE_SEGMENT)
+        pages = _up(nbytes, SMALL_SEGMENT if pool.small else self.rules.segment)
         pool.remove(block)
         block.mapped = True
         if pages < block.size:
@@ -227,7 +232,7 @@ class CachingAllocator:
     def _unmap(self, block: Block) -> None:
         """Take the whole pages of a free block away."""
         pool = block.pool
-        page = SMALL_SEGMENT if pool.small else LARGE_SEGMENT
+        page = SMALL_SEGMENT if pool.small else self.rules.segment
         begin, end = _up(block.address, page), (block.address + block.size) // page * page
         if begin >= end:
             return

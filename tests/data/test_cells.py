@@ -116,11 +116,14 @@ LABELS = [
     (pa.array([True, False]), pa.array([False, True])),
     (pa.array(["1", "0"]).dictionary_encode(), pa.array([0, 1], pa.int8())),
     (pa.nulls(1), pa.nulls(1)),
+    (pa.array(np.array([0.3, 0.9], np.float16)), pa.array(np.array([0.7, 0.1], np.float16))),
+    (pa.array(["0.333", "0.33"]), pa.array(["0.667", "0.33"])),
 ]  # fmt: skip
 EXPECTED = [
     [1.0, 0.75, 1.0, "tie", "bad label", "no label", "no label"], [1.0, "bad label"], [1.0, 0.75],
     ["bad label"] * 2, ["bad label"], ["bad label"], ["bad label"], ["bad label"], ["bad label"] * 2,
-    [1.0, 1.0], [1.0, 1.0], ["no label"],
+    [1.0, 1.0], [1.0, 1.0], ["no label"], [pytest.approx(0.7, abs=1e-3), pytest.approx(0.9, abs=1e-3)],
+    [0.667, "bad label"],
 ]  # fmt: skip
 
 
@@ -159,6 +162,8 @@ def write_table(folder: Path, table: pa.Table, kind: str) -> None:
         (None, 1.0),
         ("true", 1.0),
         ("?", "bad label"),
+        (2, "bad label"),
+        (float("nan"), "bad label"),
     ],
 )
 def test_has_label_of_any_type(tmp_path: Path, has_label: object, expected: object) -> None:

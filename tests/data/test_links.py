@@ -228,7 +228,7 @@ def test_special_files_in_the_place_of_tables_and_captions(
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("column", ["path", "struct"])
+@pytest.mark.parametrize("column", ["path", "struct", "category", "struct of categories"])
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_paths_in_a_table_stay_inside_the_folder(tmp_path: Path, column: str, kind: str) -> None:
     folder = tmp_path / "s"
@@ -250,7 +250,14 @@ def test_paths_in_a_table_stay_inside_the_folder(tmp_path: Path, column: str, ki
         "no.png": "missing image",
         "~nouser/a.png": "missing image",
     }
-    cells: list[Any] = [{"bytes": None, "path": p} for p in paths] if column == "struct" else list(paths)
+    texts = pa.array(list(paths))
+    cells: Any = {
+        "struct": [{"bytes": None, "path": p} for p in paths],
+        "category": texts.dictionary_encode(),
+        "struct of categories": pa.StructArray.from_arrays(
+            [pa.nulls(len(texts), pa.binary()), texts.dictionary_encode()], ["bytes", "path"]
+        ),
+    }.get(column, texts)
     table = pa.table({"prompt": ["a"] * len(paths), "chosen": cells, "rejected": [png(1)] * len(paths)})
     if kind == "parquet":
         pq.write_table(table, folder / "a.parquet")

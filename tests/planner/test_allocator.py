@@ -34,6 +34,9 @@ DEFAULT = Rules()
         (EXPANDABLE, [1, 21 * MIB], 42 * MIB),
         (Rules(divisions=4), [1200 * 1024 * 2], 20 * MIB),
         (Rules(divisions=4), [33 * MIB], 40 * MIB),  # from 32 MiB on in parts of 8
+        (Rules(segment=64 * MIB), [MIB + 1], 64 * MIB),
+        (Rules(segment=64 * MIB), [9 * MIB] * 7, 64 * MIB),
+        (Rules(expandable=True, segment=48 * MIB), [21 * MIB, 28 * MIB], 96 * MIB),
     ],
 )
 def test_what_is_reserved_for_sizes(rules: Rules, sizes: list[int], expected: int) -> None:
@@ -122,6 +125,14 @@ def test_large_blocks_are_kept_whole_where_the_user_says_so() -> None:
     assert allocator.reserved == 52 * MIB
     allocator.malloc(33 * MIB)
     assert allocator.reserved == 52 * MIB
+
+
+@pytest.mark.parametrize(("rounding", "expected"), [(20, 96), (40, 60)])
+def test_how_much_larger_a_block_may_be_that_is_kept_whole(rounding: int, expected: int) -> None:
+    allocator = CachingAllocator(Rules(max_split=32 * MIB, rounding=rounding * MIB))
+    allocator.free(allocator.malloc(60 * MIB))
+    allocator.malloc(36 * MIB)
+    assert allocator.reserved == expected * MIB
 
 
 @pytest.mark.parametrize("rules", [DEFAULT, EXPANDABLE])
