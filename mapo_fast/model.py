@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -188,6 +189,8 @@ class SDXLFolder:
             raise _unloadable(self.path(component), error) from error
         for problem, keys in ((_LACKS, "missing_keys"), (_OTHER_SHAPE, "mismatched_keys")):
             _refuse(files, problem, [key if isinstance(key, str) else key[0] for key in info[keys]])
+        # Of what is left over only layers make another model; some text encoders come with a logit_scale.
+        _refuse(files, _MORE, [key for key in info["unexpected_keys"] if ".layers." in key])
         return model.eval()
 
 
@@ -445,6 +448,8 @@ def _weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
     single = folder / f"{stem}{dotted}.safetensors"
     if single.is_file():
         return [single], variant
+    if os.path.lexists(single):
+        raise UserError(f"{single} is no regular file, or a link to nothing: copy it from the model again")
     index = folder / f"{stem}.safetensors.index{dotted}.json"
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not all(_is_name(name) for name in named.values()):
@@ -457,23 +462,27 @@ def _weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
 
 
 _PREFERRED = (None, "fp16", "fp32", "bf16")
+_SHARD = re.compile(r"-\d+-of-\d+\.")
 
 
 def _variant(folder: Path, stem: str) -> str | None:
     """The variant to load: the plain one (None) where there is one, else the first of `_PREFERRED`, else the
     only one.
     """
-    of_weights = re.compile(rf"{stem}(?:\.(\w+))?\.safetensors|{stem}\.safetensors\.index(?:\.(\w+))?\.json")
-    found = {m[1] or m[2] for path in folder.iterdir() if (m := of_weights.fullmatch(path.name))}
+    of_weights = re.compile(
+        rf"{stem}(?:\.([\w.-]+))?\.safetensors|{stem}\.safetensors\.index(?:\.([\w.-]+))?\.json"
+    )
+    names = [path.name for path in folder.iterdir() if not _SHARD.search(path.name)]
+    found = {m[1] or m[2] for name in names if (m := of_weights.fullmatch(name))}
     for variant in _PREFERRED:
         if variant in found:
             return variant
     if len(found) == 1:
         return found.pop()
     if found:
-        names = ", ".join(sorted(str(name) for name in found))
+        listed = ", ".join(sorted(str(name) for name in found))
         raise UserError(
-            f"{folder} has the weights of several variants ({names}) and none without a name: rename the "
+            f"{folder} has the weights of several variants ({listed}) and none without a name: rename the "
             f"ones to use to {stem}.safetensors"
         )
     if list(folder.glob("*.bin")):

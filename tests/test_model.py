@@ -7,7 +7,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -401,12 +401,38 @@ def test_an_end_token_that_the_text_encoder_looks_for_in_vain(model: Path) -> No
     open_sdxl(model).load_tokenizer(2)
 
 
-@pytest.mark.parametrize("variant", ["bf16", "fp32", "non_ema"])
+@pytest.mark.parametrize("variant", ["bf16", "fp32", "non_ema", "fp16-fix", "ema.fp16"])
 def test_any_variant_is_used_where_it_is_the_only_one(model: Path, variant: str) -> None:
     for part, (load, _) in LOADERS.items():
         (path,) = (model / part).glob("*.safetensors")
         path.rename(path.with_suffix(f".{variant}.safetensors"))
         load(open_sdxl(model))
+
+
+@pytest.mark.parametrize("variant", ["fp16", "fp16-fix"])
+def test_a_variant_in_several_files(model: Path, variant: str) -> None:
+    unet = open_sdxl(model).load_unet()
+    shutil.rmtree(model / "unet")
+    unet.save_pretrained(model / "unet", variant=variant, max_shard_size="100KB")
+    assert len(open_sdxl(model).weight_files("unet")) > 1
+    for saved, loaded in zip(unet.parameters(), open_sdxl(model).load_unet().parameters(), strict=True):
+        assert torch.equal(saved, loaded)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_weights_that_a_link_does_not_lead_to_are_named(model: Path, part: str) -> None:
+    (path,) = (model / part).glob("*.safetensors")
+    path.unlink()
+    path.symlink_to("../../blobs/0123")
+    assert f"{path} is no regular file, or a link to nothing" in refusal(lambda: open_sdxl(model))
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_text_encoder_with_more_layers_than_its_config_says(model: Path, which: Literal[1, 2]) -> None:
+    edit(model / ("text_encoder" if which == 1 else "text_encoder_2") / "config.json", num_hidden_layers=1)
+    text = refusal(lambda: open_sdxl(model).load_text_encoder(which))
+    assert "has more than the model, the tensor" in text
+    assert ".layers.1." in text
 
 
 def test_which_of_several_variants_is_not_guessed(model: Path) -> None:

@@ -269,7 +269,7 @@ class Preparation:
             share = len(choice.skipped) / rows
             raise UserError(
                 f"{share:.0%} of {rows} rows would be skipped ({counts}), data.max_skipped allows "
-                f"{self.data.max_skipped:.0%}: see {path}, mend the data or raise data.max_skipped"
+                f"{self.data.max_skipped:.0%}: see {path}, fix the data or raise data.max_skipped"
             )
         if not choice.pairs:
             raise UserError(f"data.source {self.data.source} has no usable pair ({counts or 'it is empty'})")
