@@ -203,6 +203,8 @@ def _run(
     """Claim the output folder and train, from the checkpoint if there is one."""
     config, processes = trainer.config, trainer.processes
     output = config.train.output
+    if not resume:
+        trainer.check_start(folder)
     with ExitStack() as held:
         run, checkpoint, found = processes.once(
             lambda: _claim(config, identity, trainer.store, resume, processes.size, held)

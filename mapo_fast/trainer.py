@@ -124,6 +124,19 @@ class Trainer:
             log.end(self.step, finished=finished)
         return self.result(self.step, finished=finished)
 
+    def check_start(self, folder: SDXLFolder) -> None:
+        """Refuse a start model that was of no use before the first step; all processes call it together.
+
+        Raises:
+            UserError: its weights, or what it predicts of a pair, are not finite.
+        """
+        if not self._healthy():
+            raise UserError(
+                f"{folder.path('unet')} cannot be trained: the start model's weights or predictions are not "
+                f"finite with train.precision = {self.config.train.precision!r}; copy the model's files "
+                "again, or set another train.precision"
+            )
+
     def result(self, step: int, *, finished: bool) -> TrainResult:
         """What the run has come to; all processes call it together."""
         number, skipped = int(self.processes.largest(self.stop.number)), int(self.optimizer.skipped)

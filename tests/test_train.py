@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mapo_fast.config import Config
 from mapo_fast.data.cache import PairCache
@@ -610,6 +610,22 @@ def test_where_most_steps_were_skipped_the_checkpoint_stays_and_no_result_is_wri
         assert all(bool(torch.isfinite(value).all()) for value in weights.values())
 
 
+@pytest.mark.parametrize("sections", [{}, LORA8], ids=["full", "lora"])
+def test_a_start_model_that_is_not_finite_is_named_before_anything_is_written(
+    make: Callable[..., Config], tiny_sdxl: Path, tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    model = Path(shutil.copytree(tiny_sdxl, tmp_path / "model"))
+    (path,) = (model / "unet").glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["mid_block.resnets.0.conv1.weight"][0, 0, 0, 0] = float("inf")
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = make(tmp_path / "run", model={"path": str(model)}, **sections)
+    with pytest.raises(UserError, match="the start model's weights or predictions are not finite") as error:
+        train(config)
+    assert str(model / "unet") in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_is_not_called_diverged_for_what_its_first_pair_holds(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -645,7 +661,7 @@ def test_a_checkpoint_that_may_be_of_the_diverged_model_is_not_called_older(
 ) -> None:
     """Where it looked healthy as it was saved, and no older one is left."""
     _diverge_at(5, monkeypatch)
-    monkeypatch.setattr(Trainer, "_healthy", lambda self: self.step == 5)
+    monkeypatch.setattr(Trainer, "_healthy", lambda self: self.step in (0, 5))
     settings = {"max_skipped_steps": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "steps": 20}
     message = _last_message(make(tmp_path / "run", train={**settings, "log_every": 1}))
     assert "The only checkpoint that is left, step 5 in" in message
