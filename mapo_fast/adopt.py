@@ -48,10 +48,16 @@ def adopt(config: Config, identity: dict[str, str], store: CheckpointStore) -> l
     _adopt_start(output / START, run)
     _adopt_parts(output / "reference", depends_on(config, identity), run)
     write_record(output / RECORD, record.model_copy(update={"run": run}).model_dump())
-    return [
+    notes = [
         f"mapo_fast {record.version} began this run, and its files do not say which run and step they "
         "belong to: they were taken over as they are, this once, and say it now"
     ]
+    if config.train.precision == "pure_bf16" and config.train.accumulation > 1:
+        notes.append(
+            "from here on the run adds the gradients of micro-batches with stochastic rounding, no longer "
+            "to nearest: its weights differ from those that the older version would have made"
+        )
+    return notes
 
 
 def _adopt_checkpoint(path: Path, run: str) -> None:

@@ -4,7 +4,7 @@
 event's own fields. Non-finite numbers are written as the strings "nan", "inf" and "-inf", so that every line
 is strict JSON.
 
-    start        the beginning of a session; `step` is where it starts from
+    start        the beginning of a session; `step` is where it starts from, `run` the run's id
     step         loss, chosen_error, rejected_error (of single images: of wanted and unwanted ones), margin
                  (mean e_l − e_w; not of single images), logits (mean z), saturation
                  (mean σ(−z)), saturated (share of pairs with σ(−z) < 0.05), accuracy (share of pairs with
@@ -15,8 +15,9 @@ is strict JSON.
     end          whether the run is finished, and the session's seconds
 
 A resumed run drops the lines of steps after its checkpoint (they will be made again) and a last line that a
-kill cut short, so no step is there twice. `<folder>/tensorboard` gets the same
-numbers, purged in the same way. On a terminal there is a progress bar; elsewhere plain lines.
+kill cut short, so no step is there twice; of damaged lines, and of a log that is missing or another run's,
+it warns. `<folder>/tensorboard` gets the same numbers, purged in the same way. On a terminal there is a
+progress bar; elsewhere plain lines.
 
 A line that cannot be written is an error: the run has no other record. TensorBoard and Weights & Biases are
 copies of it: one that fails is left out from then on, with a warning.
@@ -75,6 +76,7 @@ class RunLog:
         *,
         start_step: int = 0,
         wandb: str | None = None,
+        run: str = "",
     ) -> None:
         """Open the log.
 
@@ -86,6 +88,7 @@ class RunLog:
                 Otherwise the lines up to that step stay, and the monitor sees them again, so that a resumed
                 run warns like an uninterrupted one.
             wandb: Weights & Biases project that mirrors TensorBoard; None for none.
+            run: id of the run. Another run's log under this name is moved aside, with a warning.
 
         Raises:
             UserError: disk full or not writable, or wandb is asked for and not installed or does not start.
@@ -98,7 +101,7 @@ class RunLog:
         path = folder / LOG_FILE
         with disk_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
-            kept = _cut(path, start_step)
+            kept, lost = _cut(path, start_step, run)
             # Unbuffered: what could not be written is not tried again when the file is closed.
             self._file: BinaryIO = path.open("ab", buffering=0)
         self._path = path
@@ -114,7 +117,7 @@ class RunLog:
             elif entry["event"] == "evaluation":
                 self._monitor.evaluation(entry["step"], entry)
         self._replaying = False
-        self._write("start", start_step, {"total_steps": total_steps, "version": __version__})
+        self._write("start", start_step, {"run": run, "total_steps": total_steps, "version": __version__})
         self._board = self._open_tensorboard(folder / "tensorboard")
         if console is not None and console.is_terminal:
             self._progress = Progress(
@@ -130,6 +133,8 @@ class RunLog:
             )
             self._task = self._progress.add_task("", total=total_steps, completed=self._first_step, speed="")
             self._progress.start()
+        if lost:
+            self.warning(start_step, lost)
 
     def advance(self, step: int) -> None:
         """Move the progress bar; cheap enough for every step, nothing is read from the device."""
@@ -282,26 +287,40 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         raise os_error(error, f"read {path}") from None
 
 
-def _cut(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the lines after `step` (all of them for step 0), atomically; returns those kept."""
+def _cut(path: Path, step: int, run: str) -> tuple[list[dict[str, Any]], str]:
+    """Drop the lines after `step` (all of them for step 0), atomically.
+
+    Returns:
+        The entries that are kept, and what to say of those that are not there, if anything.
+    """
     if not path.exists():
-        return []
-    kept = [(text, entry) for text, entry in _lines(path) if 0 < step >= entry["step"]]
+        return [], f"{path} is missing: there are no figures up to step {step}" if step else ""
+    damaged: list[str] = []
+    kept = [(text, entry) for text, entry in _lines(path, damaged) if 0 < step >= entry["step"]]
+    runs = {entry.get("run") for _, entry in kept if entry["event"] == "start"}
+    if runs - {run, None}:  # earlier versions state none
+        aside = path.with_name(f"of-another-run-{path.name}")
+        path.replace(aside)
+        return [], f"{path} was another run's and is now {aside.name}: there are no figures up to step {step}"
     with atomic_path(path) as temporary:
         temporary.write_text("".join(f"{text}\n" for text, _ in kept), encoding="utf-8", newline="\n")
-    return [entry for _, entry in kept]
+    lost = f"{path} had {len(damaged)} damaged line(s), which are left out" if damaged and step else ""
+    return [entry for _, entry in kept], lost
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(path: Path, damaged: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Text and entry of each line of a log; `damaged` takes the other whole lines."""
     with open_regular(path) as file:
         for line in iter(lambda: file.readline(_LONGEST_LINE), b""):
             text = line.decode("utf-8", "replace").rstrip("\r\n")
             try:
                 entry = _unquoted(parse_json(text))
             except (ValueError, RecursionError):
-                continue
+                entry = None
             if _is_entry(entry):
                 yield text, entry
+            elif damaged is not None and line.endswith(b"\n"):  # else a kill cut it short
+                damaged.append(text)
 
 
 def _is_entry(entry: Any) -> bool:

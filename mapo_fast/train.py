@@ -224,7 +224,12 @@ def _run(
         log = None
         if processes.main:
             log = RunLog(
-                output, config.train.steps, console, start_step=trainer.step, wandb=config.train.wandb
+                output,
+                config.train.steps,
+                console,
+                start_step=trainer.step,
+                wandb=config.train.wandb,
+                run=run,
             )
             held.enter_context(log)
             for note in notes + _notes(config, trainer.cache, checkpoint, resume, processes.size):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mapo_fast.adopt import adopt
+from mapo_fast.checkpoint import CheckpointStore
 from mapo_fast.config import Config
 from mapo_fast.engine import reference
 from mapo_fast.errors import UserError
@@ -53,6 +55,7 @@ def as_format_1(output: Path) -> None:
     for name in ("seed", "pairs_per_batch", "precision", "caption_dropout"):
         depends[name] = record["config"]["train"][name]
     identity = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+    run = record["run"]
     for name in ("format", "run", "sha256"):
         del record[name]
     (output / "run.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -63,6 +66,8 @@ def as_format_1(output: Path) -> None:
         old = {"format": 1, "step": state["step"], "sha256": hashes, "state": text}
         (path / "state.json").write_text(json.dumps(old, indent=1) + "\n")
         (path / "README.txt").unlink()
+    log = output / "log.jsonl"
+    log.write_text(log.read_text().replace(f'"run": "{run}", ', ""))
     save_file(load_file(output / "held_out_start.safetensors"), output / "held_out_start.safetensors")
     for path in (output / "reference").iterdir():
         errors = load_file(path)["errors"]
@@ -113,3 +118,12 @@ def test_what_was_damaged_before_is_not_taken_over(config: Config, damage: str) 
     path.write_text(json.dumps(state))
     with pytest.raises(UserError, match=r"no checkpoint in .* can be used \(step-00000004: format 1"):
         train(config, resume=True)
+
+
+def test_what_this_version_computes_otherwise_is_said(config: Config) -> None:
+    changed = {"precision": "pure_bf16", "accumulation": 2}
+    other = config.model_copy(update={"train": config.train.model_copy(update=changed)})
+    record = json.loads((config.train.output / "run.json").read_text())
+    store = CheckpointStore(config.train.output / "checkpoints", 3)
+    notes = adopt(other, record["identity"], store)
+    assert "adds the gradients of micro-batches with stochastic rounding" in notes[-1]

@@ -137,6 +137,42 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
     assert [step for event, step in events(tmp_path) if event == "step"] == [10, 20, 30, 40]
 
 
+def warnings_of(folder: Path) -> list[str]:
+    return [entry["message"] for entry in read_log(folder / "log.jsonl") if entry["event"] == "warning"]
+
+
+def test_a_damaged_line_is_left_out_and_said(tmp_path: Path) -> None:
+    run(tmp_path, range(1, 31))
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(
+        path.read_bytes().replace(b'{"event": "step", "step": 20', b'{"event" "step", "step": 20')
+    )
+    run(tmp_path, range(31, 41), start_step=30)
+    assert [step for event, step in events(tmp_path) if event == "step"] == [10, 30, 40]
+    assert f"{path} had 1 damaged line(s), which are left out" in warnings_of(tmp_path)
+
+
+def test_another_runs_log_is_moved_aside_and_said(tmp_path: Path) -> None:
+    for name in ("mine", "other"):
+        with RunLog(tmp_path / name, 10, None, run=name) as log:
+            log.step(1, FIGURES)
+    other = (tmp_path / "other" / "log.jsonl").read_bytes()
+    (tmp_path / "mine" / "log.jsonl").write_bytes(other)
+    with RunLog(tmp_path / "mine", 10, None, start_step=1, run="mine"):
+        pass
+    assert [event for event, _ in events(tmp_path / "mine")] == ["start", "warning"]
+    assert "was another run's" in warnings_of(tmp_path / "mine")[0]
+    assert (tmp_path / "mine" / "of-another-run-log.jsonl").read_bytes() == other
+
+
+def test_a_log_that_is_missing_is_said(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 10, None, start_step=4, run="mine"):
+        pass
+    assert warnings_of(tmp_path) == [
+        f"{tmp_path / 'log.jsonl'} is missing: there are no figures up to step 4"
+    ]
+
+
 def test_starting_again_at_step_0_empties_the_log(tmp_path: Path) -> None:
     run(tmp_path, range(1, 31))
     run(tmp_path, range(1, 11))
