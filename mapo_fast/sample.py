@@ -138,19 +138,13 @@ def sampler(folder: SDXLFolder, steps: int) -> Any:
         scheduler = EulerDiscreteScheduler.from_config(config)
         with _quiet_arrays():
             scheduler.set_timesteps(steps)
-        usable = bool(torch.isfinite(scheduler.sigmas).all() and torch.isfinite(scheduler.timesteps).all())
     except Exception as error:  # of any kind: diffusers takes the fields as they are
-        raise _no_sampler(folder, steps, (str(error).splitlines() or [""])[0]) from error
-    if not usable:
-        raise _no_sampler(folder, steps, "its noise levels are not finite")
+        raise UserError(
+            f"{folder.path('scheduler') / 'scheduler_config.json'} cannot be sampled by in {steps} steps: "
+            f"{(str(error).splitlines() or [''])[0]}; copy the file from the model again, or set another "
+            "preview.steps"
+        ) from error
     return scheduler
-
-
-def _no_sampler(folder: SDXLFolder, steps: int, problem: str) -> UserError:
-    return UserError(
-        f"{folder.path('scheduler') / 'scheduler_config.json'} cannot be sampled by in {steps} steps: "
-        f"{problem}; copy the file from the model again, or set another preview.steps"
-    )
 
 
 def _pipeline(folder: SDXLFolder, unet: Any, steps: int) -> Any:

@@ -134,7 +134,6 @@ def test_wrong_arguments_are_named(unet: Any, folder: SDXLFolder) -> None:
         {"use_exponential_sigmas": "yes"},
         {"use_karras_sigmas": True, "use_exponential_sigmas": True},
         {"final_sigmas_type": True},
-        {"trained_betas": [0.0] * 1000},
     ],
 )
 def test_a_scheduler_that_cannot_sample_is_named_before_the_first_step(
