@@ -7,6 +7,7 @@
 | ICC profile of RGB, grey or CMYK            | converted to sRGB (`colour`)                         |
 | damaged or unfitting ICC profile            | ignored                                              |
 | ICC profile of a JPEG 2000 or GIF           | not read (Pillow does not give it)                   |
+| PNG's gAMA, cHRM and cICP, AVIF's nclx      | not read: taken as sRGB                              |
 | alpha (RGBA, grey + alpha, palette + alpha) | composited on white                                  |
 | 12- and 16-bit grey                         | scaled to 8 bits (v / 257 for 16 bits, rounded)      |
 | 16-bit RGB                                  | the high byte of each value (Pillow's decoder)       |
