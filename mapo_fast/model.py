@@ -369,6 +369,10 @@ def _check_configs(folder: SDXLFolder, weights: bool) -> None:
         folder.path("vae"),
     )
     check_schedule(folder.scheduler_config, where("scheduler"))
+    named = read_json(index).get("scheduler")
+    if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str):
+        # diffusers samples by the class that the index names, whatever the scheduler's own config says
+        check_schedule({**folder.scheduler_config, "_class_name": named[1]}, f"{index} (scheduler)")
     Diffusion(folder.scheduler_config, where("scheduler"))
     width = texts[0].hidden_size + texts[1].hidden_size
     trials: dict[Component, Callable[[str], Shapes]] = {

@@ -291,6 +291,14 @@ def test_samplers_of_the_discrete_schedule_are_taken(model: Path, name: str) -> 
     torch.testing.assert_close(betas, scheduler.betas)
 
 
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_another_scheduler_in_the_pipelines_index_is_named(model: Path, name: str) -> None:
+    """diffusers samples by it, whatever class the scheduler's own config states."""
+    edit(model / "model_index.json", scheduler=["diffusers", name])
+    text = refusal(lambda: open_sdxl(model, weights=False))
+    assert f"model_index.json (scheduler) has _class_name = '{name}'" in text
+
+
 def test_a_prediction_type_that_train_states_counts(model: Path) -> None:
     edit(model / "scheduler" / "scheduler_config.json", prediction_type="sample")
     assert "prediction_type = 'sample'" in refusal(lambda: open_sdxl(model))
