@@ -157,6 +157,21 @@ SCHEDULERS = frozenset(
     )
 )
 """diffusers' samplers of a diffusion process of discrete steps: all have one schedule of betas."""
+ZERO_SNR_SCHEDULERS = SCHEDULERS - {
+    f"{name}Scheduler"
+    for name in (
+        "DEISMultistep",
+        "DPMSolverSDE",
+        "DPMSolverSinglestep",
+        "HeunDiscrete",
+        "KDPM2AncestralDiscrete",
+        "KDPM2Discrete",
+        "LMSDiscrete",
+        "PNDM",
+        "SASolver",
+    )
+}
+"""Those that know `rescale_betas_zero_snr`; the others ignore it."""
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 """Those that all of them know."""
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -183,7 +198,7 @@ def check_schedule(config: Mapping[str, Any], where: Path | str) -> Schedule:
 
     Raises:
         UserError: another kind of scheduler, a schedule that is not stated, a prediction type that is not
-            trained, zero terminal SNR with epsilon-prediction.
+            trained, zero terminal SNR with epsilon-prediction or for a sampler that ignores it.
     """
     schedule, name = checked(Schedule, config, where), config.get("_class_name")
     if not isinstance(name, str) or name not in SCHEDULERS:
@@ -222,6 +237,12 @@ def check_schedule(config: Mapping[str, Any], where: Path | str) -> Schedule:
         raise UserError(
             "zero terminal SNR with epsilon-prediction cannot work: at the last timestep the input is "
             "pure noise (set train.prediction = 'v_prediction' or train.zero_terminal_snr = 'off')"
+        )
+    if schedule.rescale_betas_zero_snr and name not in ZERO_SNR_SCHEDULERS:
+        raise UserError(
+            f"{where} has _class_name = {shown(name)}, which ignores zero terminal SNR and would sample on "
+            "another noise schedule than is trained: name a scheduler that knows it, such as "
+            "EulerDiscreteScheduler, or set train.zero_terminal_snr = 'off'"
         )
     return schedule
 

@@ -1,6 +1,7 @@
 """Incomplete or foreign pipeline folders are refused in one line that names the part."""
 
 import errno
+import inspect
 import json
 import math
 import random
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from mapo_fast.diffusion import Diffusion
 from mapo_fast.errors import MachineError, UserError
 from mapo_fast.model import SDXLFolder, open_sdxl
+from mapo_fast.model_configs import SCHEDULERS, ZERO_SNR_SCHEDULERS
 from tests.tiny import POOLED_WIDTH, make_tiny_sdxl
 
 
@@ -263,6 +265,15 @@ SDXL_SCHEDULE: dict[str, Any] = {
         ({**SDXL_SCHEDULE, "beta_start": 1e-12}, "timestep 0 has no noise"),
         ({**SDXL_SCHEDULE, "trained_betas": [0.01] * 999 + [1.0]}, "the last timestep is pure noise"),
         ({**SDXL_SCHEDULE, "num_train_timesteps": 100_000}, "the last timestep is pure noise"),
+        (
+            {
+                **SDXL_SCHEDULE,
+                "_class_name": "PNDMScheduler",
+                "prediction_type": "v_prediction",
+                "rescale_betas_zero_snr": True,
+            },
+            "ignores zero terminal SNR",
+        ),
     ],
 )
 def test_another_noise_schedule_is_named(model: Path, config: dict[str, Any], names: str) -> None:
@@ -272,6 +283,17 @@ def test_another_noise_schedule_is_named(model: Path, config: dict[str, Any], na
     assert str(path) in text
     assert names in text
     assert len(text) < 600
+
+
+def test_the_samplers_that_know_zero_terminal_snr_are_those_of_diffusers() -> None:
+    import diffusers
+
+    knowing = {
+        name
+        for name in SCHEDULERS
+        if "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, name)).parameters
+    }
+    assert knowing == ZERO_SNR_SCHEDULERS
 
 
 @pytest.mark.filterwarnings(
