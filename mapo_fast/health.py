@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from mapo_fast.checkpoint import CheckpointStore
 from mapo_fast.engine.fused_step import FusedStep
 from mapo_fast.engine.optim import GuardedOptimizer
 from mapo_fast.engine.step import PairInputs, predict, sample_errors
+from mapo_fast.errors import UserError
 from mapo_fast.tensorparts import all_finite
 
 
@@ -37,6 +39,24 @@ def is_healthy(trained: Iterable[Tensor], unet: Any, inputs: PairInputs | None) 
         return weights
     prediction = predict(unet, inputs)
     return all_finite([sample_errors(prediction, inputs.target)]) and weights
+
+
+def check_start(healthy: bool, unet: Path, precision: str) -> None:
+    """Refuse a start model that was of no use before the first step.
+
+    Args:
+        healthy: what `is_healthy` says of it.
+        unet: its folder, for the message.
+        precision: `train.precision`.
+
+    Raises:
+        UserError: it is not healthy.
+    """
+    if not healthy:
+        raise UserError(
+            f"{unet} cannot be trained: the start model's weights or predictions are not finite with "
+            f"train.precision = {precision!r}; copy the model's files again, or set another train.precision"
+        )
 
 
 def diverged(reason: str, first: int, store: CheckpointStore) -> str:

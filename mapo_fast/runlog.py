@@ -297,8 +297,8 @@ def _cut(path: Path, step: int, run: str) -> tuple[list[dict[str, Any]], str]:
         return [], f"{path} is missing: there are no figures up to step {step}" if step else ""
     damaged: list[str] = []
     kept = [(text, entry) for text, entry in _lines(path, damaged) if 0 < step >= entry["step"]]
-    runs = {entry.get("run") for _, entry in kept if entry["event"] == "start"}
-    if runs - {run, None}:  # earlier versions state none
+    runs = [entry.get("run") for _, entry in kept if entry["event"] == "start"]
+    if run not in runs and any(isinstance(one, str) for one in runs):  # earlier versions state none
         aside = path.with_name(f"of-another-run-{path.name}")
         path.replace(aside)
         return [], f"{path} was another run's and is now {aside.name}: there are no figures up to step {step}"

@@ -29,6 +29,7 @@ from mapo_fast.engine.gradient_sums import kept_to_nearest
 from mapo_fast.engine.precision import choose_device, choose_precision
 from mapo_fast.errors import UserError
 from mapo_fast.files import disk_errors, exclusive
+from mapo_fast.health import check_start
 from mapo_fast.mirrors import find_wandb
 from mapo_fast.model import SDXLFolder, open_sdxl, scheduler_overrides
 from mapo_fast.planner.kernels import compiling
@@ -204,7 +205,7 @@ def _run(
     config, processes = trainer.config, trainer.processes
     output = config.train.output
     if not resume:
-        trainer.check_start(folder)
+        check_start(trainer.healthy(), folder.path("unet"), config.train.precision)
     with ExitStack() as held:
         run, checkpoint, found = processes.once(
             lambda: _claim(config, identity, trainer.store, resume, processes.size, held)

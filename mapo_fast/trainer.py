@@ -89,11 +89,7 @@ class Trainer:
         )
 
     def poll(self) -> None:
-        """Where to leave what can be left; all processes call it together.
-
-        Raises:
-            StopNow: any of them got a signal.
-        """
+        """Leave what can be left, by `StopNow`, if any process got a signal; all call it together."""
         if self.processes.any(self.stop.requested):
             raise StopNow
 
@@ -124,19 +120,6 @@ class Trainer:
             log.end(self.step, finished=finished)
         return self.result(self.step, finished=finished)
 
-    def check_start(self, folder: SDXLFolder) -> None:
-        """Refuse a start model that was of no use before the first step; all processes call it together.
-
-        Raises:
-            UserError: its weights, or what it predicts of a pair, are not finite.
-        """
-        if not self._healthy():
-            raise UserError(
-                f"{folder.path('unet')} cannot be trained: the start model's weights or predictions are not "
-                f"finite with train.precision = {self.config.train.precision!r}; copy the model's files "
-                "again, or set another train.precision"
-            )
-
     def result(self, step: int, *, finished: bool) -> TrainResult:
         """What the run has come to; all processes call it together."""
         number, skipped = int(self.processes.largest(self.stop.number)), int(self.optimizer.skipped)
@@ -153,7 +136,7 @@ class Trainer:
                 self._loop(micro_batches, log)
         except StopNow:
             if self.step and self.saved_step != self.step:
-                if not self._healthy():
+                if not self.healthy():
                     raise self.processes.failed(self._diverged(f"stopped at step {self.step}")) from None
                 self.save()
             return False
@@ -169,9 +152,9 @@ class Trainer:
             finished = self.step == config.steps
             if finished or stopping or self.step % config.log_every == 0:
                 self._log(log)
-            if finished and not self._healthy():
+            if finished and not self.healthy():
                 raise self.processes.failed(self._diverged("the run's last step"))
-            if finished or (is_due(self.step, config.checkpoint_every) and self._healthy()):
+            if finished or (is_due(self.step, config.checkpoint_every) and self.healthy()):
                 self.save()
             if stopping:
                 raise StopNow
@@ -222,7 +205,7 @@ class Trainer:
         self.engine.drop()
         self.metrics.drop()
         try:
-            if not self._healthy():
+            if not self.healthy():
                 return f"step {self.step} is not saved, the model has diverged; {self._what_is_saved()}"
             self.save()
         except Exception as second:
@@ -256,7 +239,7 @@ class Trainer:
         self._judged = True
         limit = self.config.train.max_skipped_steps
         reason = f"{in_a_row} steps in a row were not finite (train.max_skipped_steps = {limit})"
-        if self._healthy():
+        if self.healthy():
             self.save()
             return f"{reason}; the weights are, and are saved at step {self.step}: look for damaged data"
         return self._diverged(reason)
@@ -266,7 +249,8 @@ class Trainer:
         first = self.step - int(self.optimizer.skipped_in_a_row)
         return self.processes.once(lambda: diverged(reason, first, self.store))
 
-    def _healthy(self) -> bool:
+    def healthy(self) -> bool:
+        """Whether the model is finite, and so is what it predicts; all processes call it together."""
         known = self.feed.finite_input
         inputs = None if known is None else PairInputs(*(t.to(self.device) for t in known))
         with self.precision.context(self.device):

@@ -317,7 +317,7 @@ def test_every_pair_of_an_epoch_trains_once_in_one_process(
         return inputs(self, epoch, pairs)
 
     monkeypatch.setattr(Feed, "inputs", look)
-    monkeypatch.setattr(Trainer, "_healthy", lambda self, **_: True)  # looks at the first pairs again
+    monkeypatch.setattr(Trainer, "healthy", lambda self, **_: True)  # looks at the first pairs again
 
     def run() -> Any:
         training.train(make(tmp_path / "run", train={"pairs_per_batch": 3, "evaluate_pairs": 1}))

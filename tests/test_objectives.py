@@ -164,7 +164,7 @@ def test_the_pass_reads_ahead_as_training_does(
         return real(feed, *args)
 
     monkeypatch.setattr(Feed, "inputs", inputs)
-    monkeypatch.setattr(Trainer, "_healthy", lambda self, **_: True)  # looks at the first pairs again
+    monkeypatch.setattr(Trainer, "healthy", lambda self, **_: True)  # looks at the first pairs again
     config = make("dpo", steps=3)
     speed = config.speed.model_copy(update={"prefetch": prefetch})
     assert train(config.model_copy(update={"speed": speed})).finished

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,18 @@ import pytest
 from mapo_fast import cli
 from mapo_fast.runfolder import TrainResult
 from mapo_fast.signals import CAUGHT, Interrupted, StopRequest, interruptible
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_terminal() -> Iterator[None]:
+    """SIGHUP as a terminal sends it: the tests themselves may run under nohup."""
+    before = {number: signal.getsignal(number) for number in CAUGHT}
+    for number, handler in before.items():
+        if handler is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", CAUGHT, ids=lambda number: number.name)

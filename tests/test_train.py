@@ -661,7 +661,7 @@ def test_a_checkpoint_that_may_be_of_the_diverged_model_is_not_called_older(
 ) -> None:
     """Where it looked healthy as it was saved, and no older one is left."""
     _diverge_at(5, monkeypatch)
-    monkeypatch.setattr(Trainer, "_healthy", lambda self: self.step in (0, 5))
+    monkeypatch.setattr(Trainer, "healthy", lambda self: self.step in (0, 5))
     settings = {"max_skipped_steps": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "steps": 20}
     message = _last_message(make(tmp_path / "run", train={**settings, "log_every": 1}))
     assert "The only checkpoint that is left, step 5 in" in message

@@ -26,7 +26,7 @@ import functools
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mapo_kernels._launch import jit, tl
 
@@ -73,7 +73,7 @@ def unsigned_code(y):  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-@unset_fake_temporarily()  # a fake one would be kept
+@_disable_current_modes()  # a fake one, or one that a planner never fills, would be kept
 def code_book(signed: bool, device: torch.device) -> Tensor:
     """The 256 values in ascending order, fp32, with the bits of bitsandbytes' `create_dynamic_map`."""
     values = [0.0, 1.0]
@@ -87,6 +87,7 @@ def code_book(signed: bool, device: torch.device) -> Tensor:
 
 
 @functools.cache
+@_disable_current_modes()
 def both_books(device: torch.device) -> Tensor:
     """The signed and the unsigned book in one tensor, (512,)."""
     return torch.cat([code_book(True, device), code_book(False, device)])
@@ -99,6 +100,7 @@ def nearest_code(x: Tensor, signed: bool) -> Tensor:
 
 
 @functools.cache
+@_disable_current_modes()
 def _cpu_table(signed: bool) -> Tensor:
     return nearest_code(torch.arange(65536, dtype=torch.float32) / 65535 * 2 - 1, signed)
 

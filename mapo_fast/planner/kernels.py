@@ -32,7 +32,6 @@ from mapo_fast.planner import store, trace
 from mapo_fast.planner.plan import with_settings
 from mapo_fast.planner.recorder import Recorder
 from mapo_kernels import _launch
-from mapo_kernels._dynamic_code import code_book
 
 try:
     import triton
@@ -113,8 +112,6 @@ def kernels_of(
     unets = [
         trace._untouched_unet(unet_config, precision.base) for _ in range(1 + (config.reference == "copy"))
     ]
-    for signed in (True, False):
-        code_book(signed, trace.CPU)
     driver = triton.runtime.driver
     with (
         mock.patch.object(JITFunction, "_do_compile", found_one),

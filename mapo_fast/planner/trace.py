@@ -33,7 +33,6 @@ from mapo_fast.objectives import build_loss
 from mapo_fast.planner.costs import FETCH, STORE, WAIT, Cost
 from mapo_fast.planner.plan import with_settings
 from mapo_fast.planner.recorder import Recorder, card_path
-from mapo_kernels._dynamic_code import code_book
 from mapo_kernels._launch import Card
 
 CPU = torch.device("cpu")
@@ -147,8 +146,6 @@ def record_step(config: Config, unet_config: dict[str, Any], *, kernels: bool = 
     precision = _precision(config)
     unets = [_untouched_unet(unet_config, precision.base) for _ in range(1 + (config.reference == "copy"))]
     unet = unets[0]
-    for signed in (True, False):
-        code_book(signed, CPU)  # cached, so it must be made outside
     recorder = Recorder([p for one in unets for p in one.parameters()])
     with ExitStack() as stack:
         stack.enter_context(card_path(CARD if kernels else None, recorder))

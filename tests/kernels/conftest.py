@@ -13,9 +13,7 @@ import torch
 from mapo_kernels import backend
 
 if torch.cuda.is_available():  # it also changes what the planner counts, for all tests of the process
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # deterministic mode wants it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode wants it
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [

@@ -963,3 +963,20 @@ def test_a_state_of_other_parameters_is_refused() -> None:
     other.load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match=r"parameter 0 of shape \(4200,\): its state has shape \(4100,\)"):
         other.step()
+
+
+@pytest.mark.parametrize("table", ["code_book", "both_books", "_cpu_table"])
+def test_tables_made_while_nothing_is_computed_are_whole(table: str) -> None:
+    """A planner's trace runs the step without its arithmetic; what is cached meanwhile serves real steps."""
+
+    class Nothing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            raise AssertionError(f"{func} is part of the trace")
+
+    make = getattr(book, table).__wrapped__  # without the cache
+    cpu = torch.device("cpu")
+    arguments = {"code_book": (True, cpu), "both_books": (cpu,), "_cpu_table": (True,)}[table]
+    with Nothing():
+        made = make(*arguments)
+    assert torch.equal(made, make(*arguments))
+    assert made.unique().numel() > 100

@@ -175,9 +175,7 @@ def test_a_run_is_its_first_step_and_many_like_the_last() -> None:
 
 
 def test_cublas_workspaces_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(
-        "CUBLAS_WORKSPACE_CONFIG", raising=False
-    )  # kernel tests on a GPU set it
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)  # kernel tests on a GPU set it
     assert cublas_workspace(86) == 8_519_680
     assert cublas_workspace(90) == 32 * MIB
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
