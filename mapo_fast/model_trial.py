@@ -14,7 +14,7 @@ import torch
 from mapo_fast.model_configs import CONTEXT
 
 Shapes = dict[str, tuple[int, ...]]
-"""Of a model's weights, by name."""
+"""Shapes of a model's weights, by name."""
 
 
 @lru_cache

@@ -26,7 +26,7 @@ SMALL_SEGMENT, LARGE_SEGMENT = 2 * MIB, 20 * MIB
 EXACT = 10 * MIB
 """From here on a segment is as large as what is asked for."""
 _PAGES = 1 << 24
-"""Of an expandable segment's addresses: more than a card has."""
+"""Pages that an expandable segment's addresses span: more than a card has."""
 
 
 class CapReachedError(Exception):
