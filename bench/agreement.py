@@ -18,9 +18,9 @@ from torch import Tensor
 
 from bench.providers.base import Arithmetic, Objective, Provider
 from bench.providers.task import Pairs, Task, adapt, fill_factors, load_unet
-from mapo_fast.engine.fp8 import use_fp8
-from mapo_fast.engine.quantise import quantise_base
 from mapo_fast.engine.step import PairInputs, predict
+from mapo_fast.models.fp8 import use_fp8
+from mapo_fast.models.quantise import quantise_base
 
 MOST = 4096
 """Entries of each gradient that are compared, evenly spread over it."""

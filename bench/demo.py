@@ -23,8 +23,8 @@ from typing import Any, NamedTuple, get_args
 
 from bench.environment import environment
 from bench.memory_table import ROWS
-from mapo_fast.config import ObjectiveConfig
 from mapo_fast.demo.run import DemoSize, run_demo
+from mapo_fast.settings.schema import ObjectiveConfig
 
 RESULTS = Path(__file__).parent / "results"
 OBJECTIVES = tuple(

@@ -39,16 +39,16 @@ from bench import ROOT
 from bench.environment import environment
 from bench.measure import quantiles
 from bench.memory_table import GIB, ROWS, config_of
-from mapo_fast import gpu
 from mapo_fast.engine.build import prepare_unet
 from mapo_fast.engine.engine import Engine
+from mapo_fast.engine.objectives import build_loss
 from mapo_fast.engine.precision import choose_precision
-from mapo_fast.gpu import CONTEXT_GIB, planned_rules
-from mapo_fast.objectives import build_loss
-from mapo_fast.planner.allocator import Rules
+from mapo_fast.hardware import gpu
+from mapo_fast.hardware.allocator import Rules
+from mapo_fast.hardware.cards import CONTEXT_GIB, Card, find_card, vram_for
+from mapo_fast.hardware.gpu import planned_rules
+from mapo_fast.hardware.host import host
 from mapo_fast.planner.ask import card_of
-from mapo_fast.planner.cards import Card, find_card, vram_for
-from mapo_fast.planner.host import host
 from mapo_fast.planner.models import SDXL_UNET
 from mapo_fast.planner.replay import Allocator, cublas_workspace, least, reserved
 from mapo_fast.planner.search import search

@@ -35,13 +35,14 @@ import torch
 from PIL import Image
 
 from bench.environment import environment
-from mapo_fast.config import Config, parse_config
 from mapo_fast.data import scan, shards
 from mapo_fast.data.prepare import prepare
 from mapo_fast.demo.run import TINY_SDXL
 from mapo_fast.engine import reference
-from mapo_fast.runlog import read_log
-from mapo_fast.train import train
+from mapo_fast.run.log import read_log
+from mapo_fast.run.train import train
+from mapo_fast.settings.load import parse_config
+from mapo_fast.settings.schema import Config
 
 RESULTS = Path(__file__).parent / "results" / "kills.jsonl"
 KILLS = 150

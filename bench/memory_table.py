@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.environment import environment
-from mapo_fast.config import Config, parse_config
-from mapo_fast.planner.allocator import EXPANDABLE, Rules
-from mapo_fast.planner.cards import find_card
+from mapo_fast.hardware.allocator import EXPANDABLE, Rules
+from mapo_fast.hardware.cards import find_card
 from mapo_fast.planner.models import SDXL_UNET
 from mapo_fast.planner.replay import Allocator, cublas_workspace, reserved
 from mapo_fast.planner.store import traces
 from mapo_fast.planner.timeline import simulate
+from mapo_fast.settings.load import parse_config
+from mapo_fast.settings.schema import Config
 
 RESULTS = Path(__file__).parent / "results" / "memory_table.jsonl"
 GIB = 2**30

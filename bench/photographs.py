@@ -17,10 +17,10 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.environment import environment
-from mapo_fast.config import load_config
 from mapo_fast.data.prepare import prepare
 from mapo_fast.demo.photographs import print_scores, score_photographs, write_photographs
-from mapo_fast.train import train
+from mapo_fast.run.train import train
+from mapo_fast.settings.load import load_config
 
 RESULTS = Path(__file__).parent / "results" / "photographs.jsonl"
 

@@ -31,16 +31,16 @@ from torch import Tensor, nn
 
 from bench.environment import environment
 from mapo_fast.data.latents import LatentEncoder
-from mapo_fast.data.text import encode_prompts
 from mapo_fast.demo import world
-from mapo_fast.diffusion import Diffusion
-from mapo_fast.engine.fp8 import use_fp8
-from mapo_fast.engine.quantise import DENSE, QuantisedConv2d, QuantisedLinear, quantise_base
 from mapo_fast.engine.step import PairInputs, predict
-from mapo_fast.fuse import patch_unet
-from mapo_fast.lora import add_lora
 from mapo_fast.loss import MaPOLoss
-from mapo_fast.model import SDXLFolder, open_sdxl
+from mapo_fast.models.diffusion import Diffusion
+from mapo_fast.models.fp8 import use_fp8
+from mapo_fast.models.lora import add_lora
+from mapo_fast.models.patch import patch_unet
+from mapo_fast.models.pipeline import SDXLFolder, open_sdxl
+from mapo_fast.models.quantise import DENSE, QuantisedConv2d, QuantisedLinear, quantise_base
+from mapo_fast.models.text import encode_prompts
 from mapo_fast.planner.models import SDXL_UNET
 from mapo_kernels._fp8 import from_fp8, to_fp8
 from mapo_kernels._linear import dense_weight

@@ -17,7 +17,7 @@ from mapo_fast.data.buckets import Size, time_ids
 from mapo_fast.data.cache import FORMAT, PAIR, index_digest, table_digests
 from mapo_fast.data.prompts import EMPTY
 from mapo_fast.data.shards import ShardFamily, pack_keys
-from mapo_fast.files import sha256_file, write_json
+from mapo_fast.util.files import sha256_file, write_json
 
 DISTINCT = 8
 """Latents per bucket, and prompts."""

@@ -35,7 +35,7 @@ from bench.measure import saved_bytes
 from bench.sdxl import CPU, fake_pair, make_fake
 from mapo_fast import MaPOLoss, patch_unet
 from mapo_fast.engine.step import predict
-from mapo_fast.lora import add_lora
+from mapo_fast.models.lora import add_lora
 from mapo_fast.planner.models import SDXL_UNET
 
 RESULTS = Path(__file__).parent / "results" / "saved_memory.jsonl"

@@ -38,13 +38,13 @@ from bench import ROOT
 from bench.environment import environment
 from bench.memory_table import GIB, config_of
 from bench.random_cache import write_random_cache
-from mapo_fast.config import Config
 from mapo_fast.data.cache import PairCache
 from mapo_fast.engine.batches import MicroBatches
-from mapo_fast.planner.cards import find_card
+from mapo_fast.hardware.cards import find_card
 from mapo_fast.planner.models import SDXL_UNET
 from mapo_fast.planner.store import traces
 from mapo_fast.planner.timeline import simulate
+from mapo_fast.settings.schema import Config
 
 RESULTS = Path(__file__).parent / "results" / "scaling.jsonl"
 VALUES: dict[str, tuple[int, ...]] = {
@@ -105,8 +105,8 @@ def measured(axis: str, value: int, kind: str) -> dict[str, Any]:
     from bench.gpu_memory import random_unet
     from mapo_fast.engine.build import prepare_unet
     from mapo_fast.engine.engine import Engine
+    from mapo_fast.engine.objectives import build_loss
     from mapo_fast.engine.precision import choose_precision
-    from mapo_fast.objectives import build_loss
     from mapo_fast.planner.trace import pairs_of_zeros
 
     device, config = torch.device("cuda"), settings(axis, value, kind)

@@ -17,8 +17,8 @@ __version__ = "0.1.0"
 __all__ = ["MaPOLoss", "PreferenceLoss", "SFTLoss", "__version__", "patch_unet", "unpatch_unet"]
 
 if TYPE_CHECKING:
-    from mapo_fast.fuse import patch_unet, unpatch_unet
     from mapo_fast.loss import MaPOLoss, PreferenceLoss, SFTLoss
+    from mapo_fast.models.patch import patch_unet, unpatch_unet
 
 
 def __getattr__(name: str) -> Any:
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(loss, name)
     if name in ("patch_unet", "unpatch_unet"):
-        from mapo_fast import fuse
+        from mapo_fast.models import patch as fuse
 
         return getattr(fuse, name)
     raise AttributeError(f"module 'mapo_fast' has no attribute {name!r}")

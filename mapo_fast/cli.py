@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-from mapo_fast.console import encode_anything, output_may_fail, say
-from mapo_fast.errors import printable
-from mapo_fast.files import one_line
-from mapo_fast.signals import Interrupted, exit_code, interruptible
+from mapo_fast.util.console import encode_anything, output_may_fail, say
+from mapo_fast.util.errors import printable
+from mapo_fast.util.files import one_line
+from mapo_fast.util.signals import Interrupted, exit_code, interruptible
 
 try:
     import typer
@@ -70,8 +70,8 @@ OutFolder = Annotated[Path, typer.Option("--out", help="Folder for the report an
 @app.command()
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     """Encode images and prompts once into a cache; continues where it stopped."""
-    from mapo_fast.config import load_config
     from mapo_fast.data.prepare import prepare as run
+    from mapo_fast.settings.load import load_config
 
     output_may_fail()
     try:
@@ -88,8 +88,8 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in train.output.")] = False,
 ) -> None:
     """Fine-tune on a prepared cache; under accelerate launch or torchrun, on one GPU per process."""
-    from mapo_fast.config import load_config
-    from mapo_fast.train import train as run
+    from mapo_fast.run.train import train as run
+    from mapo_fast.settings.load import load_config
 
     output_may_fail()
     settings = load_config(config, overrides)

@@ -10,9 +10,7 @@ import functools
 import importlib.util
 import os
 import platform
-import re
 import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -23,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 
 from mapo_fast import __version__
-from mapo_fast.console import say
-from mapo_fast.errors import printable
+from mapo_fast.hardware.driver import driver, why_no_gpu
+from mapo_fast.util.console import say
+from mapo_fast.util.errors import printable
 
 _TRAIN = 'pip install "mapo_fast[train]"'
 _PACKAGES: tuple[tuple[str, str], ...] = (
@@ -147,57 +146,6 @@ def _gpu() -> str:
             f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         )
     return "; ".join(found) + f"; driver {driver() or 'unknown'}"
-
-
-_OLDEST_DRIVERS = {11: ("450.80.02", "452.39"), 12: ("525.60.13", "528.33"), 13: ("580.65.06", "580.88")}
-"""By CUDA's major version, on Linux and on Windows: what any minor version of it runs with (NVIDIA, CUDA
-Compatibility, minor version compatibility; release notes, table 3)."""
-
-
-def why_no_gpu() -> str:
-    """Why torch sees no NVIDIA GPU, and what to do."""
-    found, wants = driver(), _wanted_driver()
-    if torch.version.hip is not None:
-        return "this torch is a ROCm build"
-    if torch.version.cuda is None:
-        if found:
-            needed = "install a CUDA build (pytorch.org)"
-            return f"NVIDIA driver {found} is here, but this torch is a CPU build: {needed}"
-        return "no NVIDIA driver found, and this torch is a CPU build"
-    build = f"this torch (CUDA {torch.version.cuda})"
-    if found is None:
-        return f"no NVIDIA driver found; {build} wants driver {wants} or newer"
-    if _numbers(found) < _numbers(wants):
-        return f"NVIDIA driver {found} is too old: {build} wants {wants} or newer; update it"
-    try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-    except Exception as error:
-        return _first_line(error)
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return "torch sees no device" if hidden is None else f"CUDA_VISIBLE_DEVICES = {hidden!r} hides it"
-
-
-def _wanted_driver() -> str:
-    """The oldest driver for this torch's CUDA; of a version that is not known, the newest that is."""
-    major = int((torch.version.cuda or "0").partition(".")[0])
-    return _OLDEST_DRIVERS.get(major, _OLDEST_DRIVERS[max(_OLDEST_DRIVERS)])[sys.platform == "win32"]
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version)]
-
-
-def driver() -> str | None:
-    """The version of NVIDIA's driver, where there is one."""
-    program = shutil.which("nvidia-smi")
-    if program is None or Path(program).absolute().parent == Path.cwd():  # Windows looks there first
-        return None
-    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.splitlines()[0].strip() if answer.strip() else None
 
 
 def _memory() -> str:

@@ -105,9 +105,26 @@ def test_dependencies_point_one_way() -> None:
         assert "tests" not in _imports(file), file
 
 
+ROOMS = ("util", "hardware", "settings", "models", "data", "engine", "planner", "run", "demo")
+"""Those of `mapo_fast`, each of which imports from itself and from what stands before it."""
+
+
+def test_no_room_imports_from_one_above_it() -> None:
+    package = ROOT / "mapo_fast"
+    assert {p.parent.name for p in package.glob("*/__init__.py")} == {*ROOMS}
+    for room in ROOMS:
+        allowed = {*ROOMS[: ROOMS.index(room) + 1], "loss", "__version__"}
+        for file in (package / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("mapo_fast"):
+                    continue
+                names = [f"{node.module}.{alias.name}".split(".")[1] for alias in node.names]
+                assert {*names} <= allowed, f"{file.relative_to(ROOT)} imports from {names}"
+
+
 def test_the_training_script_stays_readable() -> None:
     for name in ("train.py", "trainer.py"):
-        assert (ROOT / "mapo_fast" / name).read_text(encoding="utf-8").count("\n") <= 300
+        assert (ROOT / "mapo_fast" / "run" / name).read_text(encoding="utf-8").count("\n") <= 300
 
 
 def test_nothing_is_unpickled() -> None:

@@ -9,8 +9,8 @@ from typing import Any, get_args
 import pytest
 
 from bench.readme import PAGES, README, render
-from mapo_fast.config import ObjectiveConfig
-from mapo_fast.objectives import build_loss
+from mapo_fast.engine.objectives import build_loss
+from mapo_fast.settings.schema import ObjectiveConfig
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mapo_fast.config import Config, parse_config
 from mapo_fast.data.prepare import prepare
+from mapo_fast.settings.load import parse_config
+from mapo_fast.settings.schema import Config
 
 COLOURS = ("red", "green", "blue")
 

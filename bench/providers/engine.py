@@ -10,14 +10,14 @@ from torch import Tensor
 
 from bench.providers.base import Arithmetic, Provider
 from bench.providers.task import LR, Task, fill_factors, load_unet
-from mapo_fast.config import ON_CPU, Config
 from mapo_fast.engine.build import prepare_unet, with_start_model
 from mapo_fast.engine.engine import Engine
+from mapo_fast.engine.objectives import build_loss
 from mapo_fast.engine.precision import choose_precision
 from mapo_fast.engine.prefetch import MicroBatch, Prefetch
 from mapo_fast.engine.step import PairInputs
-from mapo_fast.objectives import build_loss
 from mapo_fast.planner.plan import with_settings
+from mapo_fast.settings.schema import ON_CPU, Config
 
 
 class MapoFast(Provider):

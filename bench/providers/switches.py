@@ -11,7 +11,7 @@ import torch
 from bench.providers.base import BOTH
 from bench.providers.engine import MapoFast, plan
 from bench.providers.task import Task
-from mapo_fast.config import SpeedConfig
+from mapo_fast.settings.schema import SpeedConfig
 from mapo_kernels._fp8 import in_fp8
 
 

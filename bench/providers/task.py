@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from bench.random_cache import write_random_cache
-from mapo_fast.config import Config, parse_config
 from mapo_fast.data.cache import PairCache
 from mapo_fast.demo.build_tiny_sdxl import SCHEDULER
 from mapo_fast.demo.run import TINY_SDXL
-from mapo_fast.diffusion import Diffusion
 from mapo_fast.engine.batches import MicroBatches
 from mapo_fast.engine.step import PairInputs, training_inputs
-from mapo_fast.lora import add_lora
-from mapo_fast.model import open_sdxl
+from mapo_fast.models.diffusion import Diffusion
+from mapo_fast.models.lora import add_lora
+from mapo_fast.models.pipeline import open_sdxl
 from mapo_fast.planner.models import SDXL_UNET
+from mapo_fast.settings.load import parse_config
+from mapo_fast.settings.schema import Config
 
 RANK = 16
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

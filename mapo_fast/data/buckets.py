@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mapo_fast.errors import UserError
+from mapo_fast.util.errors import UserError
 
 MAX_ASPECT = 4.0
 MIN_AREA = 0.8

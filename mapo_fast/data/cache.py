@@ -39,12 +39,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mapo_fast.config import DataConfig
 from mapo_fast.data.shards import shard_path
-from mapo_fast.errors import UserError
-from mapo_fast.files import JSON_BYTES, parse_json, read_bytes, sha256_file, unreadable
-from mapo_fast.model import Component, SDXLFolder
-from mapo_fast.model_identity import encoders_identity
+from mapo_fast.models.identity import encoders_identity
+from mapo_fast.models.pipeline import Component, SDXLFolder
+from mapo_fast.settings.schema import DataConfig
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.files import JSON_BYTES, parse_json, read_bytes, sha256_file, unreadable
 
 FORMAT = 4
 TAKEN_OVER = (2, 3)

@@ -29,12 +29,12 @@ from torch import Tensor
 
 from mapo_fast.data import shards
 from mapo_fast.data.buckets import Size, fit_image
-from mapo_fast.data.images import decode_image
-from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, reading
+from mapo_fast.data.images.decode import decode_image
 from mapo_fast.data.scan import content_hash
-from mapo_fast.errors import UserError
-from mapo_fast.model import SDXLFolder
-from mapo_fast.vae import to_unet, use_tiles
+from mapo_fast.data.sources.base import MissingImageError, PairRecord, PreferencePairs, reading
+from mapo_fast.models.pipeline import SDXLFolder
+from mapo_fast.models.vae import to_unet, use_tiles
+from mapo_fast.util.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mapo_fast.data.buckets import Size
-from mapo_fast.data.colour import Profile
+from mapo_fast.data.images.colour import Profile
 
 LIMIT = 0.6
 

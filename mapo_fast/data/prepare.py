@@ -33,9 +33,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from mapo_fast import gpu
-from mapo_fast.config import Config
-from mapo_fast.console import say, unfailing
 from mapo_fast.data import shards
 from mapo_fast.data.buckets import Size, choose_bucket, fit, make_buckets, time_ids
 from mapo_fast.data.cache import (
@@ -48,15 +45,18 @@ from mapo_fast.data.cache import (
     table_digests,
     translated,
 )
-from mapo_fast.data.colour import Profile
+from mapo_fast.data.images.colour import Profile
 from mapo_fast.data.latents import DTYPES, ImageJob, LatentEncoder, encode_shard, images, latent_shape, plan
 from mapo_fast.data.leak import profile_leaks, size_leaks
-from mapo_fast.data.pairs import PreferencePairs, SkippedRow
 from mapo_fast.data.prompts import EMPTY, prompt_keys, spelling_key
 from mapo_fast.data.scan import ScannedRow, content_hash, scan
 from mapo_fast.data.shards import ShardFamily, pack_keys
+from mapo_fast.data.sources.base import PreferencePairs, SkippedRow
 from mapo_fast.data.split import held_out_pairs
-from mapo_fast.data.text import (
+from mapo_fast.hardware import gpu
+from mapo_fast.models.fp32 import exact_fp32
+from mapo_fast.models.pipeline import SDXLFolder, open_sdxl, scheduler_overrides
+from mapo_fast.models.text import (
     BATCH,
     ENCODERS,
     TextEncoder,
@@ -65,12 +65,12 @@ from mapo_fast.data.text import (
     text_widths,
     truncations,
 )
-from mapo_fast.errors import UserError
-from mapo_fast.files import atomic_path, disk_errors, exclusive, read_json, sha256_file, write_json
-from mapo_fast.fp32 import exact_fp32
-from mapo_fast.model import SDXLFolder, open_sdxl, scheduler_overrides
-from mapo_fast.planner.cards import parse_size
-from mapo_fast.vae import TILE, encoding_with_less, setting_text
+from mapo_fast.models.vae import TILE, encoding_with_less, setting_text
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.console import say, unfailing
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.files import atomic_path, disk_errors, exclusive, read_json, sha256_file, write_json
+from mapo_fast.util.sizes import parse_size
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from itertools import islice
 
 from mapo_fast.data.scan import content_hash
-from mapo_fast.data.text import ENCODERS, text_ids
-from mapo_fast.model import SDXLFolder
+from mapo_fast.models.pipeline import SDXLFolder
+from mapo_fast.models.text import ENCODERS, text_ids
 
 _AT_ONCE = 4096
 

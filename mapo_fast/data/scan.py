@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mapo_fast.data.buckets import Size
-from mapo_fast.data.colour import Profile
-from mapo_fast.data.images import ImageProblemError, decode
-from mapo_fast.data.pairs import MissingImageError, PairRecord, PreferencePairs, SkippedRow
-from mapo_fast.files import atomic_path, disk_errors, open_regular
+from mapo_fast.data.images.colour import Profile
+from mapo_fast.data.images.decode import ImageProblemError, decode
+from mapo_fast.data.sources.base import MissingImageError, PairRecord, PreferencePairs, SkippedRow
+from mapo_fast.util.files import atomic_path, disk_errors, open_regular
 
 FORMAT = 2
 PART_ROWS = 1000

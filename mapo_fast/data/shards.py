@@ -24,9 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mapo_fast.errors import UserError
-from mapo_fast.files import atomic_path, disk_errors, read_bytes, sha256_file, unreadable
-from mapo_fast.tensorfile import write_tensors
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.files import atomic_path, disk_errors, read_bytes, sha256_file, unreadable
+from mapo_fast.util.tensorfile import write_tensors
 
 SHARD_BYTES = 256 * 2**20
 FAMILIES = ("latents", "text1", "text2")

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapo_fast.demo import world
-from mapo_fast.files import write_json
+from mapo_fast.util.files import write_json
 
 WIDTH = 32
 """Width of both text encoders; the UNet's cross-attention sees 2 × WIDTH."""

@@ -43,9 +43,9 @@ from PIL import Image, ImageEnhance, ImageFilter
 from rich.console import Console
 from rich.table import Table
 
-from mapo_fast.config import load_config
-from mapo_fast.errors import UserError
-from mapo_fast.files import atomic_path, disk_errors, one_line
+from mapo_fast.settings.load import load_config
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.files import atomic_path, disk_errors, one_line
 
 SIDE = 64
 """Side of a crop as it is written, pixels."""
@@ -250,9 +250,9 @@ def score_photographs(out: Path, draws: int = 8) -> list[KindScore]:
     from diffusers import UNet2DConditionModel
 
     from mapo_fast.data.cache import PairCache
-    from mapo_fast.diffusion import Diffusion
-    from mapo_fast.evaluate import HeldOut
-    from mapo_fast.model import open_sdxl
+    from mapo_fast.models.diffusion import Diffusion
+    from mapo_fast.models.pipeline import open_sdxl
+    from mapo_fast.run.evaluate import HeldOut
 
     config = load_config(out / "config.toml")
     trained = config.train.output / "unet"
@@ -292,7 +292,7 @@ def _kind_score(
 ) -> KindScore:
     import torch
 
-    from mapo_fast.evaluate import paired_change
+    from mapo_fast.run.evaluate import paired_change
 
     of_kind = np.array([row["kind"] == kind for row in rows])
     captions = np.array([row["caption"] for row in rows])[of_kind]

@@ -21,7 +21,7 @@ from PIL import Image
 
 from mapo_fast.demo import world
 from mapo_fast.demo.score import Prompts, Samples
-from mapo_fast.runlog import read_log
+from mapo_fast.run.log import read_log
 
 FIGURE_NAMES = {
     "preferred_share": "no colour named: the asked shape, in red",

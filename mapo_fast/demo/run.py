@@ -25,15 +25,16 @@ from rich.console import Console
 from rich.table import Table
 
 import mapo_fast
-from mapo_fast.config import Config, ObjectiveConfig, load_config
-from mapo_fast.console import say, unfailing
 from mapo_fast.data.prepare import prepare
 from mapo_fast.demo import report, score, world
-from mapo_fast.errors import UserError
-from mapo_fast.files import disk_errors, write_json
-from mapo_fast.model import SDXLFolder, open_sdxl
-from mapo_fast.signals import Interrupted
-from mapo_fast.train import train
+from mapo_fast.models.pipeline import SDXLFolder, open_sdxl
+from mapo_fast.run.train import train
+from mapo_fast.settings.load import load_config
+from mapo_fast.settings.schema import Config, ObjectiveConfig
+from mapo_fast.util.console import say, unfailing
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.files import disk_errors, write_json
+from mapo_fast.util.signals import Interrupted
 
 TINY_SDXL = Path(__file__).parent / "assets" / "tiny-sdxl"
 """The shipped pipeline folder, built by `mapo_fast.demo.build_tiny_sdxl`."""

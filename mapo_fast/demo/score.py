@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from mapo_fast.data.text import PromptEmbeds, empty_prompt, encode_prompts
 from mapo_fast.demo import world
-from mapo_fast.model import SDXLFolder
-from mapo_fast.sample import decode_latents, sample_latents
+from mapo_fast.models.pipeline import SDXLFolder
+from mapo_fast.models.sample import decode_latents, sample_latents
+from mapo_fast.models.text import PromptEmbeds, empty_prompt, encode_prompts
 
 GUIDANCE = 3.0
 """Classifier-free guidance of every sample."""

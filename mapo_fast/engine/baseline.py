@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mapo_fast.distributed import ALONE, Processes
+from mapo_fast.engine.processes import ALONE, Processes
 
 
 class Baseline:

@@ -17,7 +17,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from mapo_fast.data.cache import CachedPair
-from mapo_fast.draws import EpochOrder
+from mapo_fast.engine.draws import EpochOrder
 
 
 class _Bucket(NamedTuple):

@@ -10,23 +10,24 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from mapo_fast.config import Config, OptimConfig
-from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.engine.compile import CompiledBlocks, refuse_without_triton
 from mapo_fast.engine.flash import use_flash
-from mapo_fast.engine.fp8 import refuse_without_fp8, use_fp8
+from mapo_fast.engine.fp8 import refuse_without_fp8
 from mapo_fast.engine.layouts import apply_layout
 from mapo_fast.engine.offload_activations import ActivationOffload
 from mapo_fast.engine.precision import Precision
-from mapo_fast.engine.quantise import quantise_base
+from mapo_fast.engine.processes import ALONE, Processes
 from mapo_fast.engine.reference import StartModel
 from mapo_fast.engine.shard import shard_unet
 from mapo_fast.engine.stream_weights import WeightStreaming
 from mapo_fast.engine.transfers import Transfers
-from mapo_fast.errors import UserError
-from mapo_fast.fuse import patch_unet
-from mapo_fast.lora import add_lora
-from mapo_fast.model import SDXLFolder
+from mapo_fast.models.fp8 import use_fp8
+from mapo_fast.models.lora import add_lora
+from mapo_fast.models.patch import patch_unet
+from mapo_fast.models.pipeline import SDXLFolder
+from mapo_fast.models.quantise import quantise_base
+from mapo_fast.settings.schema import Config, OptimConfig
+from mapo_fast.util.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 from torch._dynamo.callback import callback_handler
 
-from mapo_fast.config import Config
-from mapo_fast.errors import UserError
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.errors import UserError
 from mapo_kernels import backend
 
 BACKEND = "inductor"

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapo_fast.config import Config
-from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.engine.baseline import Baseline
 from mapo_fast.engine.build import TrainingUnet
 from mapo_fast.engine.fused_step import FusedStep
@@ -22,12 +20,14 @@ from mapo_fast.engine.gradient_sums import GradientSums
 from mapo_fast.engine.graphs import StepGraphs, check_capture
 from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
 from mapo_fast.engine.precision import Precision
+from mapo_fast.engine.processes import ALONE, Processes
 from mapo_fast.engine.reference import StartModel
 from mapo_fast.engine.sequential import sequential_backward
 from mapo_fast.engine.shard import ShardedOptimizer
 from mapo_fast.engine.step import PairInputs, predict
 from mapo_fast.engine.stream_states import StateStreaming
 from mapo_fast.loss import KTOLoss, PairLoss, UnpairedLoss
+from mapo_fast.settings.schema import Config
 from mapo_kernels import PairedLoss
 from mapo_kernels.adamw8bit import AdamW8bit
 

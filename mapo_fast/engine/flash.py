@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mapo_fast.errors import UserError
+from mapo_fast.util.errors import UserError
 
 
 class FlashProcessor:

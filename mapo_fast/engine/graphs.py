@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from mapo_fast.config import Config
-from mapo_fast.errors import UserError
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.errors import UserError
 
 MOST_GRAPHS = 32
 """Of shapes in use; the one not used for longest is captured again when it is due."""

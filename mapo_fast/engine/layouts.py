@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mapo_fast.engine.offload_activations import ActivationOffload
-from mapo_fast.errors import UserError
+from mapo_fast.util.errors import UserError
 
 Layout = Literal["joint", "split", "sequential"]
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapo_fast.config import OptimConfig
 from mapo_fast.engine.optim_state import flatten_optimizer_state, restore_optimizer_state
-from mapo_fast.errors import UserError
+from mapo_fast.settings.schema import OptimConfig
+from mapo_fast.util.errors import UserError
 from mapo_kernels.adamw8bit import AdamW8bit
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mapo_fast.errors import UserError
+from mapo_fast.util.errors import UserError
 from mapo_kernels.adamw8bit import AdamW8bit, new_state
 
 _IMPLEMENTATION_KEYS = ("params", "fused", "foreach", "capturable", "differentiable", "maximize")

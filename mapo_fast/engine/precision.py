@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mapo_fast.config import Config, TrainConfig
-from mapo_fast.distributed import ALONE, Processes
-from mapo_fast.doctor import why_no_gpu
-from mapo_fast.errors import UserError
+from mapo_fast.engine.processes import ALONE, Processes
+from mapo_fast.hardware.driver import why_no_gpu
+from mapo_fast.settings.schema import Config, TrainConfig
+from mapo_fast.util.errors import UserError
 
 
 @dataclass(frozen=True)

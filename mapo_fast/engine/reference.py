@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapo_fast.distributed import ALONE, Processes
 from mapo_fast.engine.batches import MicroBatches
+from mapo_fast.engine.processes import ALONE, Processes
 from mapo_fast.engine.step import PairInputs, predict, sample_errors
 from mapo_fast.engine.stream_weights import WeightStreaming
-from mapo_fast.sealed import WrongFileError, read_sealed, write_sealed
+from mapo_fast.util.sealed import WrongFileError, read_sealed, write_sealed
 from mapo_kernels import paired_loss
 
 PART = 256

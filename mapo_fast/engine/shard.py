@@ -19,10 +19,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from mapo_fast.distributed import Processes
 from mapo_fast.engine.layouts import checkpoint_blocks
 from mapo_fast.engine.optim import GuardedOptimizer
-from mapo_fast.tensorparts import split
+from mapo_fast.engine.processes import Processes
+from mapo_fast.util.tensorparts import split
 
 
 def shard_unet(unet: Any, device: torch.device, processes: int) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mapo_fast.data.cache import CachedPair, PairBatch, PairCache, SampleBatch
-from mapo_fast.diffusion import Diffusion
-from mapo_fast.draws import pair_drop, pair_flip, pair_noise, pair_timestep
+from mapo_fast.engine.draws import pair_drop, pair_flip, pair_noise, pair_timestep
+from mapo_fast.models.diffusion import Diffusion
 
 
 class PairInputs(NamedTuple):

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mapo_fast.errors import UserError
+from mapo_fast.util.errors import UserError
 
 _REGISTERED_BYTES = 1 << 20
 """From here on host memory is registered by itself. torch's own pinned allocator rounds up to powers of two:

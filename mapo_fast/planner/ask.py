@@ -7,20 +7,22 @@ from typing import Any
 
 import torch
 
-from mapo_fast.config import Config, apply_override, load_config, parse_config
 from mapo_fast.engine.compile import refuse_without_triton
 from mapo_fast.engine.fp8 import capability_for, refuse_card_without_fp8, refuse_without_fp8
 from mapo_fast.engine.graphs import check_capture
-from mapo_fast.errors import UserError
-from mapo_fast.gpu import planned_rules
-from mapo_fast.model import SDXLFolder
-from mapo_fast.planner.allocator import EXPANDABLE, Rules
-from mapo_fast.planner.cards import GIB, Card, card_with, find_card, parse_size, size_text
-from mapo_fast.planner.host import host
+from mapo_fast.hardware.allocator import EXPANDABLE, Rules
+from mapo_fast.hardware.cards import Card, card_with, find_card
+from mapo_fast.hardware.gpu import planned_rules
+from mapo_fast.hardware.host import host
+from mapo_fast.models.pipeline import SDXLFolder
 from mapo_fast.planner.models import parts_of
 from mapo_fast.planner.rates import rates_of
 from mapo_fast.planner.search import Outcome, search
 from mapo_fast.planner.stages import vae_of
+from mapo_fast.settings.load import apply_override, load_config, parse_config
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.sizes import GIB, parse_size, size_text
 from mapo_kernels import backend
 
 

@@ -12,18 +12,18 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from mapo_fast.combinations import NAMES, OPEN, work
-from mapo_fast.config import Config
 from mapo_fast.engine.layouts import below
-from mapo_fast.planner.allocator import EXPANDABLE, Rules
-from mapo_fast.planner.cards import Card
-from mapo_fast.planner.host import highest
+from mapo_fast.hardware.allocator import EXPANDABLE, Rules
+from mapo_fast.hardware.cards import Card
+from mapo_fast.hardware.host import highest
 from mapo_fast.planner.plan import GRAPHS, Plan, with_settings
 from mapo_fast.planner.replay import Allocator, cublas_workspace, least, needed
 from mapo_fast.planner.store import Tracing
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import Trace
 from mapo_fast.planner.windows import Mode, compose, cut, savings
+from mapo_fast.settings.rules import NAMES, OPEN, work
+from mapo_fast.settings.schema import Config
 
 BLOCKS = "train.gradient_checkpointing"
 CHOICES = {name: values for name, values in OPEN.items() if name != BLOCKS}

@@ -24,13 +24,13 @@ from unittest import mock
 
 import torch
 
-from mapo_fast.config import Config
 from mapo_fast.engine.build import prepare_unet, with_start_model
 from mapo_fast.engine.engine import Engine
-from mapo_fast.objectives import build_loss
+from mapo_fast.engine.objectives import build_loss
 from mapo_fast.planner import store, trace
 from mapo_fast.planner.plan import with_settings
 from mapo_fast.planner.recorder import Recorder
+from mapo_fast.settings.schema import Config
 from mapo_kernels import _launch
 
 try:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from mapo_fast.config import Config, user_path
-from mapo_fast.errors import UserError
-from mapo_fast.model import open_sdxl, scheduler_overrides
+from mapo_fast.models.pipeline import open_sdxl, scheduler_overrides
 from mapo_fast.planner.stages import SDXL_VAE, Vae, vae_of
+from mapo_fast.settings.load import user_path
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.errors import UserError
 
 SDXL_UNET: dict[str, Any] = {
     "sample_size": 128,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from mapo_fast.config import Config, parse_config
+from mapo_fast.settings.load import parse_config
+from mapo_fast.settings.schema import Config
 
 GIB = 2**30
 GRAPHS = "graph buffers"

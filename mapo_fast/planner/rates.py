@@ -25,15 +25,15 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from mapo_fast.doctor import driver
 from mapo_fast.engine.transfers import Transfers
-from mapo_fast.errors import UserError
-from mapo_fast.files import read_json, write_json
-from mapo_fast.fuse import FusedTransformerBlock, patch_unet
+from mapo_fast.hardware.cards import Rates
+from mapo_fast.hardware.driver import driver
+from mapo_fast.models.patch import FusedTransformerBlock, patch_unet
 from mapo_fast.planner import store
-from mapo_fast.planner.cards import Rates
 from mapo_fast.planner.recorder import Recorder, card_path
 from mapo_fast.planner.trace import CARD, CPU
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.files import read_json, write_json
 from mapo_kernels import backend
 from mapo_kernels._fp8 import fp8_product, in_fp8, to_fp8
 

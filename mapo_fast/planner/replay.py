@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from mapo_fast.planner.allocator import MIB, Block, CachingAllocator, CapReachedError, Rules
+from mapo_fast.hardware.allocator import MIB, Block, CachingAllocator, CapReachedError, Rules
 from mapo_fast.planner.trace import Trace
 
 EXACT = 1 / 256

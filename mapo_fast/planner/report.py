@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from mapo_fast.errors import UserError
-from mapo_fast.gpu import CONTEXT_GIB
-from mapo_fast.planner.cards import GIB, WORKSPACE_GIB, size_text
+from mapo_fast.hardware.cards import CONTEXT_GIB, WORKSPACE_GIB
 from mapo_fast.planner.plan import GRAPHS, Plan
 from mapo_fast.planner.search import Outcome
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import CATEGORIES, ON_DEVICE
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.sizes import GIB, size_text
 
 RUNNERS_UP = 6
 PICTURES = (".png", ".svg", ".pdf")

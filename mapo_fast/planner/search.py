@@ -18,15 +18,17 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from mapo_fast.config import Config, parse_config
-from mapo_fast.planner.allocator import EXPANDABLE, Rules
-from mapo_fast.planner.cards import GIB, Card, size_text, usable_bytes, vram_for
+from mapo_fast.hardware.allocator import EXPANDABLE, Rules
+from mapo_fast.hardware.cards import Card, usable_bytes, vram_for
+from mapo_fast.hardware.host import Host
 from mapo_fast.planner.family import BLOCKS, Family, stated
-from mapo_fast.planner.host import Host
 from mapo_fast.planner.plan import Plan, with_settings
 from mapo_fast.planner.stages import SDXL_VAE, Vae, how_to_prepare, preparing, previewing
 from mapo_fast.planner.store import Tracing
 from mapo_fast.planner.trace import Trace
+from mapo_fast.settings.load import parse_config
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.sizes import GIB, size_text
 
 BOTHER = 0.01
 """A plan has to be this much faster for everything that it moves off the card, and for fusing the step."""

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mapo_fast.config import Config
-from mapo_fast.model import SDXLFolder
-from mapo_fast.planner.cards import GIB
+from mapo_fast.models.pipeline import SDXLFolder
+from mapo_fast.models.vae import TILE, decode_bytes, encode_bytes, encoding_with_less, setting_text
 from mapo_fast.planner.plan import GRAPHS, Plan, with_settings
-from mapo_fast.vae import TILE, decode_bytes, encode_bytes, encoding_with_less, setting_text
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.sizes import GIB
 
 FP32 = 4
 

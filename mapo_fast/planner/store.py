@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 import mapo_kernels
-from mapo_fast.config import Config
-from mapo_fast.files import open_regular, parse_json
 from mapo_fast.planner.trace import Mark, Trace, record_step
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.files import open_regular, parse_json
 
 _Work = tuple[Path, str, dict[str, Any], bool]
 _ARRAYS = ("kinds", "flops", "nbytes", "links", "live", "kept", "sizes", "events")
@@ -165,6 +165,9 @@ def _digest(config: Config, unet_config: dict[str, Any], kernels: bool) -> str:
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]
 
 
+_MODEL_SOURCES = ("fp8.py", "lora.py", "patch.py", "quantise.py")
+
+
 def _sources() -> list[str]:
     """Digests of the sources and versions that a trace depends on."""
     here, kernels = Path(__file__).parent, Path(mapo_kernels.__file__).parent
@@ -172,7 +175,8 @@ def _sources() -> list[str]:
         *kernels.glob("*.py"),
         *(here.parent / "engine").glob("*.py"),
         *(here / name for name in ("costs.py", "recorder.py", "trace.py")),
-        *(here.parent / name for name in ("fuse.py", "lora.py", "loss.py", "objectives.py")),
+        *(here.parent / "models" / name for name in _MODEL_SOURCES),
+        here.parent / "loss.py",
     ]
     texts = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)]
     versions = []

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mapo_fast.planner.cards import Card, Rates
+from mapo_fast.hardware.cards import Card, Rates
 from mapo_fast.planner.costs import ATTENTION, CONVOLUTION, FETCH, FP8, MATRIX, STORE, WAIT
 from mapo_fast.planner.trace import Trace
 

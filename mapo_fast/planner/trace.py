@@ -20,19 +20,19 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
-from mapo_fast.config import Config
-from mapo_fast.data.text import chunk_count
 from mapo_fast.engine.build import prepare_unet, with_start_model
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.layouts import checkpoint_blocks
+from mapo_fast.engine.objectives import build_loss
 from mapo_fast.engine.precision import Precision, choose_precision
 from mapo_fast.engine.step import PairInputs
 from mapo_fast.engine.stream_weights import WeightStreaming
 from mapo_fast.engine.transfers import Ticket, Transfers
-from mapo_fast.objectives import build_loss
+from mapo_fast.models.text import chunk_count
 from mapo_fast.planner.costs import FETCH, STORE, WAIT, Cost
 from mapo_fast.planner.plan import with_settings
 from mapo_fast.planner.recorder import Recorder, card_path
+from mapo_fast.settings.schema import Config
 from mapo_kernels._launch import Card
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mapo_fast.planner.cards import Card
+from mapo_fast.hardware.cards import Card
 from mapo_fast.planner.costs import FETCH, STORE, WAIT
 from mapo_fast.planner.timeline import durations
 from mapo_fast.planner.trace import Trace

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.kills import campaign
-from mapo_fast.files import atomic_path
+from mapo_fast.util.files import atomic_path
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

@@ -19,7 +19,7 @@ from bench.providers.engine import MapoFast, plan
 from bench.providers.registry import PROVIDERS, names_for
 from bench.providers.switches import SWITCHES
 from bench.providers.task import Task
-from mapo_fast.config import Config
+from mapo_fast.settings.schema import Config
 
 CPU = torch.device("cpu")
 FULL = Task("tiny", "full", 1, False, CPU)

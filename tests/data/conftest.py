@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mapo_fast.data.prepare import prepare
-from tests.data.sources import config, jsonl_folder
+from tests.data.pair_sources import config, jsonl_folder
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mapo_fast.data.buckets import choose_bucket, fit, fit_image, make_buckets, time_ids
-from mapo_fast.errors import UserError
+from mapo_fast.util.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from mapo_fast.data import cache as cache_module
 from mapo_fast.data.cache import ENCODERS, PAIR, PairCache, PairRows, PairTable, table_digests
 from mapo_fast.data.prepare import prepare
 from mapo_fast.engine.batches import MicroBatches
-from mapo_fast.errors import UserError
-from mapo_fast.model import open_sdxl
-from mapo_fast.tensorfile import write_tensors
-from tests.data.sources import config, contents, skipped
+from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.tensorfile import write_tensors
+from tests.data.pair_sources import config, contents, skipped
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from PIL import Image
 
 from mapo_fast.data import latents
 from mapo_fast.data.buckets import make_buckets
-from mapo_fast.data.images import decode_image
+from mapo_fast.data.images.decode import decode_image
 from mapo_fast.data.latents import ImageJob, LatentEncoder, encode_shard, images
-from mapo_fast.data.pairs import PreferencePairs
 from mapo_fast.data.scan import content_hash
-from mapo_fast.errors import UserError
-from mapo_fast.fp32 import exact_fp32
-from mapo_fast.model import open_sdxl
-from tests.data.sources import jsonl_folder, png
+from mapo_fast.data.sources.base import PreferencePairs
+from mapo_fast.models.fp32 import exact_fp32
+from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.util.errors import UserError
+from tests.data.pair_sources import jsonl_folder, png
 
 COUNT = 20
 CPU = torch.device("cpu")

@@ -17,12 +17,12 @@ from mapo_fast.data import latents, scan, shards
 from mapo_fast.data import prepare as prepare_module
 from mapo_fast.data.buckets import fit_image
 from mapo_fast.data.cache import PairCache
-from mapo_fast.data.images import decode_image
+from mapo_fast.data.images.decode import decode_image
 from mapo_fast.data.prepare import prepare
-from mapo_fast.data.text import empty_prompt, encode_prompts
-from mapo_fast.errors import UserError
-from mapo_fast.model import SDXLFolder, open_sdxl
-from tests.data.sources import (
+from mapo_fast.models.pipeline import SDXLFolder, open_sdxl
+from mapo_fast.models.text import empty_prompt, encode_prompts
+from mapo_fast.util.errors import UserError
+from tests.data.pair_sources import (
     config,
     contents,
     encoded,

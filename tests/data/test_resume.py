@@ -11,7 +11,7 @@ import pytest
 from mapo_fast.data import scan, shards
 from mapo_fast.data.cache import PairCache
 from mapo_fast.data.prepare import prepare
-from tests.data.sources import config, contents, jsonl_folder
+from tests.data.pair_sources import config, contents, jsonl_folder
 
 SHARD_BYTES = 9000  # a few items each
 PART_ROWS = 5
@@ -27,7 +27,7 @@ from diffusers import AutoencoderKL  # imported once for all children: they are 
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from mapo_fast.data import prepare, scan, shards
 from tests.data import test_resume
-from tests.data.sources import config
+from tests.data.pair_sources import config
 
 run = config(*map(Path, sys.argv[1:4]), **test_resume.SETTINGS)
 shards.SHARD_BYTES, scan.PART_ROWS = test_resume.SHARD_BYTES, test_resume.PART_ROWS

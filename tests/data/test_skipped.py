@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mapo_fast.data.pairs import PreferencePairs
 from mapo_fast.data.prepare import image_key, prepare
 from mapo_fast.data.scan import content_hash, scan
-from mapo_fast.errors import UserError
-from tests.data.sources import (
+from mapo_fast.data.sources.base import PreferencePairs
+from mapo_fast.util.errors import UserError
+from tests.data.images.test_colour import profile
+from tests.data.pair_sources import (
     config,
     contents,
     encoded,
@@ -24,8 +25,7 @@ from tests.data.sources import (
     write_jsonl,
     write_parquet,
 )
-from tests.data.test_colour import profile
-from tests.data.test_links import snapshot
+from tests.data.sources.test_listing import snapshot
 
 BAD = {
     "unreadable image": b"garbage",

@@ -13,11 +13,11 @@ from PIL import Image
 pytest.importorskip("skimage", reason="needs the `examples` extra")
 pytest.importorskip("sklearn", reason="needs the `examples` extra")
 
-from mapo_fast.config import load_config
-from mapo_fast.data.pairs import PairRecord, PreferencePairs
+from mapo_fast.data.sources.base import PairRecord, PreferencePairs
 from mapo_fast.demo import photographs
 from mapo_fast.demo.photographs import DEGRADATIONS, PHOTOGRAPHS, write_photographs
-from mapo_fast.errors import UserError
+from mapo_fast.settings.load import load_config
+from mapo_fast.util.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from bench.demo import OBJECTIVES, of_plan
 from bench.memory_table import ROWS
-from mapo_fast.config import load_config
 from mapo_fast.demo import report, score, world
 from mapo_fast.demo.run import DemoSize, run_demo
-from mapo_fast.errors import UserError
-from mapo_fast.runfolder import recorded_settings
+from mapo_fast.run.folder import recorded_settings
+from mapo_fast.settings.load import load_config
+from mapo_fast.util.errors import UserError
 
 SMALL = DemoSize(pairs=24, steps=2, samples=12, sampling_steps=2)
 
@@ -133,7 +133,8 @@ def test_it_runs_with_every_objective(tmp_path: Path, objective: str) -> None:
 
 
 def test_it_runs_under_another_plan(tmp_path: Path) -> None:
-    plan = next(plan for name, _, _, plan in ROWS if "nf4" in name)  # tests/test_plans.py trains under all
+    """`tests/run/test_plans.py` trains under all."""
+    plan = next(plan for name, _, _, plan in ROWS if "nf4" in name)
     sets = [*of_plan(plan), f"train.steps={TINY.steps + 1}", "optim.warmup_steps=0"]
     result = run_demo(tmp_path / "out", console=Console(quiet=True), size=TINY, overrides=sets)
     assert result["settings"]["set"] == sets

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from mapo_fast import MaPOLoss
-from mapo_fast.config import Config, parse_config
 from mapo_fast.engine import offload_activations, stream_states, stream_weights
 from mapo_fast.engine.build import prepare_unet
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.precision import Precision
-from mapo_fast.errors import UserError
+from mapo_fast.settings.load import parse_config
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.errors import UserError
 from tests.covering import covering
 from tests.engine.pair_steps import PAIRS, pair_of_inputs
 from tests.unets import make_unet

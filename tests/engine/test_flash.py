@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mapo_fast import patch_unet
 from mapo_fast.engine.flash import FlashProcessor, use_flash
-from mapo_fast.errors import UserError
+from mapo_fast.util.errors import UserError
 from tests.unets import make_unet, run
 
 

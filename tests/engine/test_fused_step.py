@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mapo_fast.config import OptimConfig
 from mapo_fast.engine import stream_states, stream_weights
 from mapo_fast.engine.fused_step import FusedStep
 from mapo_fast.engine.layouts import apply_layout
 from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
 from mapo_fast.engine.stream_states import StateStreaming
 from mapo_fast.engine.stream_weights import WeightStreaming
+from mapo_fast.settings.schema import OptimConfig
 from tests.delayed_transfers import DelayedTransfers
 from tests.unets import inputs, make_unet
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mapo_fast import MaPOLoss
-from mapo_fast.config import parse_config
 from mapo_fast.engine.build import prepare_unet
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.gradient_sums import GradientSums, kept_to_nearest
 from mapo_fast.engine.precision import choose_precision
+from mapo_fast.settings.load import parse_config
 from tests.engine.pair_steps import pair_of_inputs
 from tests.unets import make_unet
 

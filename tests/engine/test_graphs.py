@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from mapo_fast.config import Config
 from mapo_fast.engine import graphs
 from mapo_fast.engine.build import prepare_unet, with_start_model
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.graphs import Captured, StepGraphs, check_capture
+from mapo_fast.engine.objectives import build_loss
 from mapo_fast.engine.precision import Precision
-from mapo_fast.errors import UserError
-from mapo_fast.objectives import build_loss
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.errors import UserError
 from tests.engine.pair_steps import pair_of_inputs
 from tests.engine.test_engine import CPU, settings
 from tests.unets import make_unet

@@ -16,7 +16,7 @@ from mapo_fast.engine.layouts import apply_layout
 from mapo_fast.engine.offload_activations import ActivationOffload
 from mapo_fast.engine.stream_weights import WeightStreaming
 from mapo_fast.engine.transfers import Transfers
-from mapo_fast.fuse import patch_unet
+from mapo_fast.models.patch import patch_unet
 from tests.delayed_transfers import DelayedTransfers
 from tests.unets import inputs, make_unet, run
 

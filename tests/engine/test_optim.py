@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from mapo_fast.config import OptimConfig
 from mapo_fast.engine.build import learning_rate
 from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
-from mapo_fast.errors import UserError
+from mapo_fast.settings.schema import OptimConfig
+from mapo_fast.util.errors import UserError
 
 
 def _guarded(

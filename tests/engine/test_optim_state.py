@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mapo_fast.checkpoint import CheckpointStore
 from mapo_fast.engine.optim_state import flatten_optimizer_state, initial_state, restore_optimizer_state
-from mapo_fast.errors import UserError
+from mapo_fast.util.checkpoint import CheckpointStore
+from mapo_fast.util.errors import UserError
 from mapo_kernels.adamw8bit import AdamW8bit
 
 with warnings.catch_warnings():

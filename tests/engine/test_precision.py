@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mapo_fast.config import Config, TrainConfig, parse_config
 from mapo_fast.engine.precision import choose_device, choose_precision
-from mapo_fast.errors import UserError
+from mapo_fast.settings.load import parse_config
+from mapo_fast.settings.schema import Config, TrainConfig
+from mapo_fast.util.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

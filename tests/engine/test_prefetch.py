@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mapo_fast.engine.prefetch import MicroBatch, Prefetch
-from mapo_fast.errors import UserError
+from mapo_fast.util.errors import UserError
 from tests.engine.pair_steps import pair_of_inputs
 
 CPU = torch.device("cpu")

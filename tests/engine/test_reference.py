@@ -12,19 +12,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mapo_fast.config import Config, parse_config
 from mapo_fast.data.cache import CachedPair
 from mapo_fast.engine import offload_activations, reference, stream_states, stream_weights
 from mapo_fast.engine.batches import MicroBatches
 from mapo_fast.engine.build import TrainingUnet, prepare_unet, with_start_model
 from mapo_fast.engine.engine import Engine
+from mapo_fast.engine.objectives import build_loss
 from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.reference import PrecomputedErrors, StartModel
 from mapo_fast.engine.step import PairInputs, predict
-from mapo_fast.lora import add_lora, lora_state_dict
-from mapo_fast.objectives import build_loss
+from mapo_fast.models.lora import add_lora, lora_state_dict
+from mapo_fast.settings.load import parse_config
+from mapo_fast.settings.schema import Config
 from tests.engine.pair_steps import gradients, pair_of_inputs, worst
-from tests.test_no_sync import no_sync
+from tests.engine.test_no_sync import no_sync
 from tests.unets import make_unet
 
 FP64 = Precision(torch.float64, torch.float64, None, scaled=False)

@@ -17,7 +17,7 @@ from mapo_fast.engine.sequential import sequential_backward
 from mapo_fast.engine.step import PairInputs
 from mapo_fast.engine.stream_weights import WeightStreaming
 from mapo_fast.engine.transfers import Transfers
-from mapo_fast.fuse import patch_unet
+from mapo_fast.models.patch import patch_unet
 from mapo_kernels import OBJECTIVES
 from tests.delayed_transfers import DelayedTransfers
 from tests.engine.pair_steps import (

@@ -13,13 +13,13 @@ from torch._dynamo.callback import callback_handler
 from torch._dynamo.utils import counters
 
 from mapo_fast import MaPOLoss
-from mapo_fast.config import Config
 from mapo_fast.engine import compile as compile_module
 from mapo_fast.engine.build import prepare_unet
 from mapo_fast.engine.compile import CompiledBlocks
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.step import predict
-from mapo_fast.fuse import FusedResnetBlock
+from mapo_fast.models.patch import FusedResnetBlock
+from mapo_fast.settings.schema import Config
 from tests.engine.pair_steps import pair_of_inputs
 from tests.engine.test_engine import CPU, FP64, settings, trained
 from tests.engine.test_reference import config_of, engine_of
@@ -194,4 +194,4 @@ def test_activations_stay_in_channels_last() -> None:
 def test_without_fused_operators_the_unet_is_diffusers_own() -> None:
     config = with_speed(settings(), fused_ops=False)
     unet = prepare_unet(make_unet("sdxl"), config, FP64, CPU).unet
-    assert not any(type(m).__module__ == "mapo_fast.fuse" for m in unet.modules())
+    assert not any(type(m).__module__ == "mapo_fast.models.patch" for m in unet.modules())

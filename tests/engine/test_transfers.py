@@ -18,8 +18,8 @@ from mapo_fast.engine.layouts import apply_layout
 from mapo_fast.engine.offload_activations import ActivationOffload
 from mapo_fast.engine.stream_weights import WeightStreaming
 from mapo_fast.engine.transfers import Transfers
-from mapo_fast.errors import UserError
-from mapo_fast.fuse import patch_unet
+from mapo_fast.models.patch import patch_unet
+from mapo_fast.util.errors import UserError
 from tests.unets import make_unet, run
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

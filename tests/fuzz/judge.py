@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from mapo_fast.errors import UserError
+from mapo_fast.util.errors import UserError
 
 
 class FoundError(AssertionError):

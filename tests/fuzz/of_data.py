@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 from mapo_fast.data.cache import PairCache
-from mapo_fast.data.images import ImageProblemError, decode_image
-from mapo_fast.data.pairs import PreferencePairs
+from mapo_fast.data.images.decode import ImageProblemError, decode_image
 from mapo_fast.data.prepare import prepare
 from mapo_fast.data.scan import scan
-from mapo_fast.model import open_sdxl
-from tests.data.sources import encoded, pickapic_rows, picture, write_parquet
+from mapo_fast.data.sources.base import PreferencePairs
+from mapo_fast.models.pipeline import open_sdxl
+from tests.data.pair_sources import encoded, pickapic_rows, picture, write_parquet
 from tests.fuzz import mutations
 from tests.fuzz.judge import FoundError, judge
 from tests.fuzz.kind import Kind

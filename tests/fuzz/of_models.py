@@ -8,8 +8,8 @@ from random import Random
 
 import diffusers.utils.logging
 
-from mapo_fast.diffusion import Diffusion
-from mapo_fast.model import open_sdxl
+from mapo_fast.models.diffusion import Diffusion
+from mapo_fast.models.pipeline import open_sdxl
 from mapo_fast.planner.stages import vae_of
 from tests.fuzz import mutations
 from tests.fuzz.kind import Kind

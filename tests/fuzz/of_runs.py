@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from mapo_fast.engine.reference import PrecomputedErrors
-from mapo_fast.evaluate import HeldOutErrors, load_errors, save_errors
-from mapo_fast.runfolder import check_output, recorded_settings
-from mapo_fast.runlog import RunLog, read_log
-from mapo_fast.sealed import WrongFileError
+from mapo_fast.run.evaluate import HeldOutErrors, load_errors, save_errors
+from mapo_fast.run.folder import check_output, recorded_settings
+from mapo_fast.run.log import RunLog, read_log
+from mapo_fast.util.sealed import WrongFileError
 from tests.fuzz import mutations
 from tests.fuzz.judge import FoundError, judge
 from tests.fuzz.kind import Kind
@@ -28,8 +28,8 @@ class Run(Kind):
     name, weight = "run", 800
 
     def __init__(self, folder: Path, model: Path) -> None:
-        from mapo_fast.checkpoint import CheckpointStore
-        from mapo_fast.runfolder import claim_output
+        from mapo_fast.run.folder import claim_output
+        from mapo_fast.util.checkpoint import CheckpointStore
 
         super().__init__(folder, model)
         self.output = folder / "run"

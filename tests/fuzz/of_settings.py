@@ -9,10 +9,11 @@ from typing import Any
 
 import tomli_w
 
-from mapo_fast.config import apply_override, load_config
 from mapo_fast.data.buckets import make_buckets
-from mapo_fast.objectives import build_loss
-from mapo_fast.planner.cards import find_card, parse_size
+from mapo_fast.engine.objectives import build_loss
+from mapo_fast.hardware.cards import find_card
+from mapo_fast.settings.load import apply_override, load_config
+from mapo_fast.util.sizes import parse_size
 from tests.fuzz import mutations
 from tests.fuzz.judge import judge
 from tests.fuzz.kind import Kind

@@ -25,7 +25,7 @@ pytestmark = [
 )
 def test_patched_sdxl_unet(device: str, dtype: torch.dtype, bound: float, channels_last: bool) -> None:
     """Relative error per tensor. The bounds in half and single precision only tell arithmetic from mistakes;
-    tests/test_fuse.py compares them with the plain UNet's own errors.
+    tests/models/test_patch.py compares them with the plain UNet's own errors.
     """
     unet = make_unet("sdxl", dtype=dtype).to(device)
     if channels_last:

@@ -13,11 +13,11 @@ import tomli_w
 import torch
 
 from mapo_fast import cli
-from mapo_fast.config import parse_config
-from mapo_fast.errors import UserError
 from mapo_fast.planner import ask as planner_ask
 from mapo_fast.planner.ask import ask
-from mapo_fast.planner.cards import GIB
+from mapo_fast.settings.load import parse_config
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.sizes import GIB
 from mapo_kernels._launch import Card
 
 pytestmark = pytest.mark.usefixtures("planned_here")

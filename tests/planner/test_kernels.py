@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from mapo_fast.config import Config, parse_config
 from mapo_fast.data.buckets import make_buckets
 from mapo_fast.planner import kernels, store
 from mapo_fast.planner.kernels import compiling, kernels_of, kinds_of_shapes
 from mapo_fast.planner.models import SDXL_UNET
+from mapo_fast.settings.load import parse_config
+from mapo_fast.settings.schema import Config
 from mapo_kernels import Backend, _launch
 from mapo_kernels._launch import INTERPRETING, Card
 from tests.planner.test_recorder import REDUCED

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from mapo_fast.hardware.cards import Rates
 from mapo_fast.planner import ask, rates, store
-from mapo_fast.planner.cards import GIB, Rates
 from mapo_fast.planner.trace import CPU
+from mapo_fast.util.sizes import GIB
 from mapo_kernels import Backend
 
 CUDA = torch.device("cuda")

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from mapo_fast.config import Config, parse_config
 from mapo_fast.engine import compile as compile_module
 from mapo_fast.engine.build import prepare_unet, with_start_model
 from mapo_fast.engine.engine import Engine
+from mapo_fast.engine.objectives import build_loss
 from mapo_fast.engine.precision import choose_precision
-from mapo_fast.objectives import build_loss
 from mapo_fast.planner import trace as planner_trace
 from mapo_fast.planner.costs import ATTENTION, CONVOLUTION, ELEMENTWISE, FP8, MATRIX
 from mapo_fast.planner.recorder import Recorder, card_path
 from mapo_fast.planner.trace import CPU, pairs_of_zeros, record_step
+from mapo_fast.settings.load import parse_config
+from mapo_fast.settings.schema import Config
 from mapo_kernels import AdamW8bit, add_rounded_, fp8_linear, group_norm_silu_conv
 from mapo_kernels._launch import INTERPRETING, Card
 

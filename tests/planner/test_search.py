@@ -14,25 +14,14 @@ from typing import Any, NoReturn
 
 import pytest
 
-from mapo_fast.combinations import OPEN
-from mapo_fast.config import Config
-from mapo_fast.errors import UserError
-from mapo_fast.planner import host as planner_host
+from mapo_fast.hardware import host as planner_host
+from mapo_fast.hardware.allocator import EXPANDABLE, Rules
+from mapo_fast.hardware.cards import CARDS, card_with, find_card, usable_bytes, vram_for
+from mapo_fast.hardware.host import Host, _container_rooms, host
+from mapo_fast.models.vae import decode_bytes
 from mapo_fast.planner import search as planner_search
 from mapo_fast.planner import store
-from mapo_fast.planner.allocator import EXPANDABLE, Rules
-from mapo_fast.planner.cards import (
-    CARDS,
-    GIB,
-    card_with,
-    find_card,
-    parse_size,
-    size_text,
-    usable_bytes,
-    vram_for,
-)
 from mapo_fast.planner.family import BLOCKS, Family, prefixes, stated
-from mapo_fast.planner.host import Host, _container_rooms, host
 from mapo_fast.planner.plan import Plan, with_settings
 from mapo_fast.planner.replay import Allocator, cublas_workspace, reserved
 from mapo_fast.planner.report import check_picture
@@ -41,9 +30,12 @@ from mapo_fast.planner.stages import Vae
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import record_step
 from mapo_fast.planner.windows import compose, cut
-from mapo_fast.vae import decode_bytes
+from mapo_fast.settings.rules import OPEN
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.sizes import GIB, parse_size, size_text
 from tests.planner.test_recorder import REDUCED, settings
-from tests.test_combinations import stated_together
+from tests.settings.test_rules import stated_together
 
 PLENTY = Host(64 * GIB, 32 * GIB)
 RTX = find_card("RTX 4090")
@@ -471,7 +463,7 @@ def test_whatever_is_stated_there_are_plans_to_compose_and_traces_to_compose_the
         try:
             config = with_settings(settings(adapter={"kind": kind}), some)
         except UserError:
-            continue  # tests/test_combinations.py
+            continue  # tests/settings/test_rules.py
         family = Family(config, {}, REDUCED, RTX, GIB, store.Tracing())
         assert family.combinations
         for combination in family.combinations:

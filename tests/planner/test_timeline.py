@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mapo_fast.planner.cards import Card, Rates
+from mapo_fast.hardware.cards import Card, Rates
 from mapo_fast.planner.costs import ELEMENTWISE, FETCH, FP8, MATRIX, WAIT
 from mapo_fast.planner.timeline import AHEAD, simulate
 from mapo_fast.planner.trace import CATEGORIES, Mark, Trace

@@ -1,0 +1,1 @@
+"""An image's file: formats, decoding, colour."""

@@ -1,0 +1,158 @@
+"""Preference pairs from two folders, `chosen/` + `rejected/` or `w/` + `l/`.
+
+A file is an image by its suffix (`IMAGE_SUFFIXES`; whether it can be decoded is found when it is read), or by
+what goes with it: a file with another suffix, or none, that has a caption or a twin in the other folder. What
+tools put next to images (`_COMPANIONS`) is none, nor is a file with an unknown suffix that shares its name
+with an image.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mapo_fast.data.sources.base import PairRecord, PreferencePairs, SkippedRow
+from mapo_fast.data.sources.cells import clean_prompt
+from mapo_fast.data.sources.listing import Entry, ImageFile, form, list_files, problems
+from mapo_fast.util.errors import MachineError, UserError
+from mapo_fast.util.files import os_error, read_bytes
+
+_IMAGES = """
+apng avif avifs bmp dib gif heic heics heif heifs hif ico j2c j2k jfif jp2 jpc jpe jpeg jpf jpg jpx jxl jxr
+mpo pbm pcx pgm png pnm ppm psd qoi sgi svg tga tif tiff webp
+arw cr2 cr3 dng nef orf raf rw2 emf eps exr hdr wmf
+"""
+_TOOLS = """
+bak caption csv db ini json jsonl lock log md npy npz parquet pt safetensors sha256 tmp toml tsv txt xml xmp
+yaml yml
+"""
+IMAGE_SUFFIXES = frozenset(_IMAGES.split())
+_COMPANIONS = frozenset(_TOOLS.split())
+CAPTION_BYTES = 1 << 20
+
+
+def twin_folders(folder: Path) -> tuple[str, str] | None:
+    """The names of the two twin folders in `folder`, or None where there are none."""
+    for names in (("chosen", "rejected"), ("w", "l")):
+        if all((folder / name).is_dir() for name in names):
+            return names
+    return None
+
+
+class _Side(NamedTuple):
+    """One folder's files by what they are called without the suffix."""
+
+    images: dict[str, list[Entry]]
+    captions: dict[str, list[Entry]]
+    others: dict[str, list[Entry]]
+
+    def files(self, stem: str) -> list[Entry]:
+        return self.images.get(stem) or self.others.get(stem, [])
+
+
+class TwinFolderPairs(PreferencePairs):
+    """`chosen/` and `rejected/` (or `w/` and `l/`) with equal names, and `.txt` captions in either."""
+
+    def __init__(self, folder: Path, chosen: str, rejected: str) -> None:
+        self.folder, self.names = folder, (chosen, rejected)
+        self._sides = [_side(folder / name) for name in self.names]
+        first, second = self._sides
+        stems = first.images.keys() | second.images.keys() | (first.others.keys() & second.others.keys())
+        for side in self._sides:
+            stems |= side.others.keys() & (first.captions.keys() | second.captions.keys())
+        self._stems = sorted(stems)
+        if not self._stems:
+            raise UserError(f"data.source {folder}: {chosen}/ and {rejected}/ hold no images")
+        self.note = problems(
+            [
+                Entry(f"{name}/{entry.name}", entry.path, entry.problem)
+                for name, side in zip(self.names, self._sides, strict=True)
+                for stem, entries in side.others.items()
+                for entry in entries
+                if stem not in stems or stem in side.images
+            ]
+        )
+
+    def __len__(self) -> int:
+        """Distinct file names, suffixes aside."""
+        return len(self._stems)
+
+    def read(self, rows: Sequence[int]) -> Iterator[PairRecord | SkippedRow]:
+        """See `PreferencePairs.read`."""
+        for index in rows:
+            yield self._row(index)
+
+    def files(self) -> Iterable[Path]:
+        """Images and captions."""
+        for stem in self._stems:
+            for side in self._sides:
+                yield from (entry.path for entry in side.files(stem))
+                yield from (entry.path for entry in side.captions.get(stem, ()))
+
+    def _row(self, index: int) -> PairRecord | SkippedRow:
+        stem = self._stems[index]
+        name = f"{self.names[0]}/{stem}"
+        found = [side.files(stem) for side in self._sides]
+        captions = [side.captions.get(stem, []) for side in self._sides]
+        for side, images, texts in zip(self.names, found, captions, strict=True):
+            if not images:
+                return SkippedRow(index, name, "missing counterpart", f"no image {stem}.* in {side}/")
+            for files in (images, texts):
+                if len(files) > 1:
+                    # ascii: the names may look equal
+                    detail = f"{side}/ has " + ", ".join(
+                        entry.name if entry.name.isascii() else ascii(entry.name) for entry in files
+                    )
+                    return SkippedRow(index, name, "ambiguous name", detail)
+        beside = " or ".join(f"{side}/{files[0].name}" for side, files in zip(self.names, found, strict=True))
+        for side, texts in zip(self.names, captions, strict=True):
+            if texts:
+                where = f"{side}/{texts[0].name}"
+                try:
+                    prompt = clean_prompt(index, name, _caption(texts[0].path), where)
+                except (OSError, ValueError) as error:
+                    detail = f"{where}: {getattr(error, 'strerror', None) or error}"
+                    return SkippedRow(index, name, "unreadable caption", detail)
+                break
+        else:
+            return SkippedRow(index, name, "missing caption", f"no {stem}.txt next to {beside}")
+        if isinstance(prompt, SkippedRow):
+            return prompt
+        chosen, rejected = (
+            ImageFile(f"{side}/{files[0].name}", files[0].path)
+            for side, files in zip(self.names, found, strict=True)
+        )
+        return PairRecord(index, name, prompt, chosen, rejected)
+
+
+def _caption(path: Path) -> str:
+    try:
+        data = read_bytes(path, CAPTION_BYTES)
+    except OSError as error:
+        if isinstance(stopped := os_error(error, f"read {path}"), MachineError):
+            raise stopped from None
+        raise
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if utf16 else "utf-8-sig")
+
+
+def _side(folder: Path) -> _Side:
+    side = _Side({}, {}, {})
+    for entry in list_files(folder):
+        directory, slash, name = entry.name.rpartition("/")
+        if name.startswith("."):
+            continue
+        base, _, suffix = name.rpartition(".")
+        stem, suffix = form(f"{directory}{slash}{base or name}"), suffix.lower() if base else ""
+        if suffix == "txt":
+            kind = side.captions
+        elif suffix in IMAGE_SUFFIXES:
+            kind = side.images
+        elif suffix in _COMPANIONS:
+            continue
+        else:
+            kind = side.others
+        kind.setdefault(stem, []).append(entry)
+    return side

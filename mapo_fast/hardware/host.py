@@ -1,0 +1,95 @@
+"""System RAM of a run: what is pinned, and the highest point of loading, training and saving."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from mapo_fast.hardware.gpu import in_wsl
+
+PROCESS_BYTES = 3 * 2**30
+"""Python, torch, the CUDA libraries and the data of a run; assumed."""
+TENSOR_BYTES = 128 * 2**20
+"""The largest tensor: saving brings one at a time to the host."""
+
+
+class Host(NamedTuple):
+    """What a run can have of a machine, in bytes."""
+
+    ram: int
+    pinnable: int
+
+
+def host(ram: int | None, processes: int = 1) -> Host:
+    """What each of some processes can have of this machine, or of another with this much free RAM.
+
+    What other programs hold is not there to have; what this process holds already is. Linux lets most memory
+    be pinned; Windows and WSL half of it.
+    """
+    own = 0
+    if ram is None:
+        ram = min([psutil.virtual_memory().available, *_container_rooms(Path("/"))])
+        own = psutil.Process().memory_info().rss
+    ram = ram // processes + own
+    return Host(ram, int(ram * (0.5 if sys.platform == "win32" or in_wsl() else 0.8)))
+
+
+def _container_rooms(root: Path) -> list[int]:
+    """What the control groups (v2, v1) of this process leave of their limits; one that has none is left out.
+
+    Files that a group has read and can drop again are room. Where a container sees only its own group, the
+    path that the kernel names is not there: the top is.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    rooms = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, names, used = root / "sys/fs/cgroup", ["memory.max", "memory.high"], "memory.current"
+            droppable = "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, names = root / "sys/fs/cgroup/memory", ["memory.limit_in_bytes"]
+            used, droppable = "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top):
+                limits = [limit for name in names if (limit := _number(folder / name)) is not None]
+                held = (_number(folder / used) or 0) - _statistic(folder / "memory.stat", droppable)
+                rooms += [max(0, limit - max(0, held)) for limit in limits]
+    return rooms
+
+
+def _statistic(file: Path, name: str) -> int:
+    """A line of a group's statistics, 0 where there is none."""
+    try:
+        found = dict(line.split() for line in file.read_text().splitlines())
+        return int(found.get(name, 0))
+    except (OSError, ValueError):
+        return 0
+
+
+def _number(file: Path) -> int | None:
+    """None for "max", and where there is no such file."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def highest(pinned: int, loaded: int) -> int:
+    """Most host bytes of a run.
+
+    Args:
+        pinned: bytes in pinned memory while training.
+        loaded: bytes of the UNet as it is loaded on the CPU, before it goes to the device or to pinned memory
+            piece by piece.
+    """
+    return PROCESS_BYTES + max(loaded, pinned) + TENSOR_BYTES

@@ -1,0 +1,1 @@
+"""SDXL: its pipeline folder, its parts and what is put into its UNet."""

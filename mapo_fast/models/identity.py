@@ -1,0 +1,88 @@
+"""What text encoders, tokenizers and a VAE compute, as one digest, however their files are named and cut.
+
+Weights count by their canonical names, types, shapes and a sample of their values; configs by the fields that
+change what is computed; tokenizers by vocabulary, merges and special tokens. So a pipeline folder has the
+digest of any other folder or file with the same weights, whatever saved it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from mapo_fast.models.pipeline import Component, SDXLFolder, read_header, read_samples
+
+_DECODER_ONLY = {"out_channels", "up_block_types", "use_post_quant_conv"}
+_TOKEN_ONLY = {"eos_token_id"}  # `load_tokenizer` refuses one that is not the tokenizer's
+_LEGACY = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""Names in the attention of VAEs that older versions of diffusers wrote."""
+
+
+class TensorIdentity(NamedTuple):
+    """What is known of one tensor of a model."""
+
+    name: str
+    """Canonical: as diffusers and transformers call it today, without `text_model.`."""
+    dtype: str
+    """As safetensors writes it: `F16`, `BF16`, `F32`."""
+    shape: tuple[int, ...]
+    """Without trailing ones: a 1 × 1 convolution is a linear layer."""
+    values: str
+    """SHA-256 of its first and last `model.SAMPLE` bytes."""
+
+
+def encoders_identity(folder: SDXLFolder) -> str:
+    """SHA-256 of what a cache depends on: the VAE, both text encoders, both tokenizers.
+
+    Of weights, only a sample is read, so that a start takes no minute.
+
+    Raises:
+        UserError: weights that cannot be read, a tokenizer that cannot be loaded.
+    """
+    vae = folder.vae_config.model_dump(exclude=_DECODER_ONLY)
+    parts: dict[str, Any] = {"vae": [vae, *_tensors(folder, "vae")]}
+    for which in _BOTH:
+        exclude = _TOKEN_ONLY | ({"projection_dim"} if which == 1 else set())
+        text = folder.text_config(which).model_dump(exclude=exclude)
+        component: Component = "text_encoder" if which == 1 else "text_encoder_2"
+        parts[f"text{which}"] = [text, *_tensors(folder, component)]
+        parts[f"tokenizer{which}"] = _tokenizer(folder.load_tokenizer(which))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+_BOTH: tuple[Literal[1, 2], ...] = (1, 2)
+
+
+def _tensors(folder: SDXLFolder, component: Component) -> list[TensorIdentity]:
+    return sorted(found for file in folder.weight_files(component) for found in _of_file(file))
+
+
+def _of_file(file: Path) -> Iterator[TensorIdentity]:
+    _, header, start = read_header(file)
+    for name, sample in read_samples(file, header, start):
+        if name.endswith("position_ids"):  # 0, 1, 2, …: not every version writes them
+            continue
+        entry = header[name]
+        shape = list(entry["shape"])
+        while shape and shape[-1] == 1:
+            shape.pop()
+        for old, new in _LEGACY.items():
+            name = name.replace(old, new)
+        yield TensorIdentity(
+            name.removeprefix("text_model."),
+            str(entry["dtype"]),
+            tuple(shape),
+            hashlib.sha256(sample).hexdigest(),
+        )
+
+
+def _tokenizer(tokenizer: Any) -> dict[str, Any]:
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return {
+        "vocabulary": tokenizer.get_vocab(),
+        "merges": [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]],
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
+    }

@@ -1,0 +1,225 @@
+"""LoRA on the UNet through peft, and its two files.
+
+    pytorch_lora_weights.safetensors   for diffusers: `pipe.load_lora_weights(folder)`. The scale alpha / rank
+                                       is in the file's adapter metadata, which diffusers >= 0.35 reads.
+    lora_kohya.safetensors             kohya keys, with the true alpha in every layer: for ComfyUI, A1111 and
+                                       Forge, kohya's own scripts, and diffusers too.
+
+Names in the kohya file. kohya's scripts train SDXL on a UNet with the original block names and match keys
+exactly, so a key must read `lora_unet_input_blocks_4_1_…`, not `lora_unet_down_blocks_1_attentions_0_…`.
+ComfyUI builds its key map from the original names too (and from diffusers'), A1111 replaces `lora_unet` by
+`diffusion_model` and looks the rest up, diffusers maps original names back by the UNet's
+`layers_per_block`. The original names are therefore the ones that load everywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mapo_fast.util.checkpoint import new_folder
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.files import disk_errors
+from mapo_fast.util.tensorfile import rewrite, write_tensors
+
+ADAPTER = "default"
+"""peft's name of the one adapter."""
+
+_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
+
+
+def add_lora(
+    unet: Any,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Freeze `unet` and put low-rank factors beside every layer whose name ends in one of `targets`.
+
+    y = W x + (alpha / rank) · B (A x), with A ~ Kaiming-uniform(a = √5) and B = 0, so training starts at the
+    base model. A is drawn in fp32 from `seed` alone: the same for every device and base dtype, and the global
+    random state is left as it was.
+
+    Args:
+        unet: diffusers `UNet2DConditionModel`, changed in place.
+        rank: r, rows of A.
+        alpha: numerator of the scale.
+        targets: suffixes of layer names, such as `to_q` or `attn2.to_k`.
+        seed: seed of A.
+        dtype: of the factors; fp32 also on a bf16 base, since updates of 1e-5 vanish in bf16.
+
+    Raises:
+        UserError: a target that matches no linear or convolution layer, or one that SDXL's UNet has not.
+    """
+    from peft import LoraConfig
+
+    _check_targets(unet, targets)
+    unet.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True)
+    gpus = sorted({p.device.index for p in unet.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=gpus):  # peft draws its own initialisation, replaced below
+        unet.add_adapter(config, adapter_name=ADAPTER)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in unet.named_parameters():
+        if f".lora_A.{ADAPTER}." in name:
+            drawn = torch.empty(parameter.shape)
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+            parameter.data = drawn.to(parameter.device, dtype)
+        elif f".lora_B.{ADAPTER}." in name:
+            parameter.data = torch.zeros_like(parameter, dtype=dtype)
+
+
+def lora_state_dict(unet: Any) -> dict[str, Tensor]:
+    """The factors, in the model's own memory: `<layer>.lora_A.weight` (r, in), `….lora_B.weight` (out, r).
+
+    To resume: `add_lora(…)`, then `checkpoint.copy_into("model", lora_state_dict(unet))`.
+    """
+    return {
+        name.replace(f".{ADAPTER}.", "."): parameter.detach()
+        for name, parameter in unet.named_parameters()
+        if f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name
+    }
+
+
+def save_lora(unet: Any, folder: Path) -> None:
+    """Write both files of the adapter that `add_lora` made into `folder`, which appears whole.
+
+    Both give the outputs of the trained UNet at weight 1, also where alpha is not the rank.
+
+    Raises:
+        UserError: disk full or not writable.
+    """
+    from diffusers import StableDiffusionXLPipeline
+
+    config = unet.peft_config[ADAPTER]
+    factors = lora_state_dict(unet)
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(folder) as temporary:
+            # peft keeps the targets in a set, whose order differs from process to process
+            metadata = {**config.to_dict(), "target_modules": sorted(config.target_modules)}
+            StableDiffusionXLPipeline.save_lora_weights(
+                temporary, unet_lora_layers=factors, unet_lora_adapter_metadata=metadata
+            )
+            for written in list(temporary.iterdir()):
+                rewrite(written)
+            write_tensors(
+                temporary / "lora_kohya.safetensors",
+                kohya_state_dict(factors, config.lora_alpha, block_layers(unet)),
+                {
+                    "format": "pt",
+                    "ss_network_module": "networks.lora",
+                    "ss_network_dim": str(config.r),
+                    "ss_network_alpha": str(config.lora_alpha),
+                    "ss_base_model_version": "sdxl_base_v1-0",
+                    "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+                },
+            )
+
+
+def kohya_state_dict(factors: dict[str, Tensor], alpha: float, layers: Sequence[int]) -> dict[str, Tensor]:
+    """Rename `lora_state_dict`'s factors to kohya's keys and add a scalar `<layer>.alpha` to each layer."""
+    state: dict[str, Tensor] = {}
+    for name, factor in factors.items():
+        layer, _, factor_name = name.partition(".lora_")
+        prefix = kohya_name(layer, layers)
+        which = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[factor_name]
+        state[f"{prefix}.{which}"] = factor
+        state[f"{prefix}.alpha"] = torch.tensor(float(alpha))
+    return state
+
+
+def kohya_name(layer: str, layers: Sequence[int]) -> str:
+    """The kohya name of a layer of diffusers' SDXL UNet, with SDXL's original block numbers.
+
+    The original UNet numbers its blocks through: block 0 is the first convolution, and every diffusers down
+    block is its residual layers and a downsampler; an up block has one layer more and keeps its upsampler in
+    the last.
+
+    Args:
+        layers: residual layers of each down block (`block_layers`); up blocks have them in reverse.
+
+    Raises:
+        KeyError: not a layer of that UNet.
+    """
+    if match := _BLOCK.fullmatch(layer):
+        side, block, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+        before, last = _numbered(layers if side == "down" else layers[::-1], block)
+        first = before + (1 if side == "down" else 0)
+        place = f"{'input' if side == 'down' else 'output'}_blocks"
+        if kind == "resnets":
+            original = f"{place}.{first + index}.0.{_RESNET[rest]}"
+        elif kind == "attentions":
+            original = f"{place}.{first + index}.1.{rest}"
+        elif kind == "downsamplers":
+            original = f"{place}.{first + last}.0.op"
+        else:
+            original = f"{place}.{first + last}.2.{rest}"
+    elif match := _MIDDLE.fullmatch(layer):
+        kind, index, rest = match[1], int(match[2]), match[3]
+        if kind == "resnets":
+            original = f"middle_block.{2 * index}.{_RESNET[rest]}"
+        else:
+            original = f"middle_block.1.{rest}"
+    else:
+        original = _OUTSIDE[layer]
+    return "lora_unet_" + original.replace(".", "_")
+
+
+def block_layers(unet: Any) -> list[int]:
+    """Residual layers of each down block: diffusers' `layers_per_block` is one number for all, or a list."""
+    stated, blocks = unet.config.layers_per_block, len(unet.config.down_block_types)
+    return [stated] * blocks if isinstance(stated, int) else list(stated)
+
+
+def _numbered(layers: Sequence[int], block: int) -> tuple[int, int]:
+    """For a diffusers block: the number of original blocks before it, and that of its own last one."""
+    if block >= len(layers):
+        raise KeyError(block)
+    return sum(count + 1 for count in layers[:block]), layers[block]
+
+
+def _check_targets(unet: Any, targets: Sequence[str]) -> None:
+    modules = dict(unet.named_modules())
+    layers = [name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)]
+    endings = sorted({re.split(r"\.(?=[a-z])", name)[-1] for name in layers})
+    for target in targets:
+        matched = [name for name in modules if name == target or name.endswith(f".{target}")]
+        wrong = [name for name in matched if name not in layers]
+        if not matched or wrong:
+            what = f"is {wrong[0]}, not a linear or convolution layer" if wrong else "matches no layer"
+            near = difflib.get_close_matches(target, endings, n=3, cutoff=0.4)
+            hint = f"did you mean {', '.join(near)}?" if near else f"layers end in {', '.join(endings)}"
+            raise UserError(f"adapter.targets: {target!r} {what} of the UNet; {hint}")
+        for name in matched:
+            try:
+                kohya_name(name, block_layers(unet))
+            except KeyError:
+                raise UserError(
+                    f"adapter.targets: {target!r} matches {name}, which SDXL's UNet does not have"
+                ) from None

@@ -1,0 +1,94 @@
+"""The models that configs describe, called once on tensors without data: a second, and no memory.
+
+What a config asks for is checked in many ways by diffusers while it builds, and some of it not before a call.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+
+from mapo_fast.models.configs import CONTEXT
+
+Shapes = dict[str, tuple[int, ...]]
+"""Shapes of a model's weights, by name."""
+
+
+@lru_cache
+@torch.no_grad()
+def try_unet(config: str, text_width: int, pooled_width: int) -> Shapes:
+    """Build the UNet and give it what a training step gives it; returns its weights' shapes.
+
+    Args:
+        config: its config as JSON.
+        text_width: of the prompt embeddings.
+        pooled_width: of the pooled embedding.
+
+    Raises:
+        Exception: of any kind.
+    """
+    from diffusers import UNet2DConditionModel
+
+    fields = json.loads(config)
+    side = 2 ** len(fields["down_block_types"])
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(fields)
+        latents = torch.empty(1, fields.get("in_channels", 4), side, side)
+        conditions = {"text_embeds": torch.empty(1, pooled_width), "time_ids": torch.empty(1, 6)}
+        text = torch.empty(1, 77, text_width)
+        out = unet(latents, torch.zeros(1), text, added_cond_kwargs=conditions).sample
+    if out.shape != latents.shape:
+        raise ValueError(f"it makes {tuple(out.shape[1:])} of latents {tuple(latents.shape[1:])}")
+    return _shapes(unet)
+
+
+@lru_cache
+@torch.no_grad()
+def try_vae(config: str) -> Shapes:
+    """Build the VAE, encode an image and decode it; returns its weights' shapes.
+
+    Args:
+        config: its config as JSON.
+
+    Raises:
+        Exception: of any kind.
+    """
+    from diffusers import AutoencoderKL
+
+    fields = json.loads(config)
+    factor = 2 ** (len(fields["block_out_channels"]) - 1)
+    with torch.device("meta"):
+        vae: Any = AutoencoderKL.from_config(fields)
+        latents = vae.encode(torch.empty(1, 3, 2 * factor, 2 * factor)).latent_dist.mode()
+        out = vae.decode(latents).sample
+    if latents.shape[1:] != (fields["latent_channels"], 2, 2) or out.shape[2:] != (2 * factor, 2 * factor):
+        raise ValueError(f"it makes latents {tuple(latents.shape[1:])} of {2 * factor} × {2 * factor} pixels")
+    return _shapes(vae)
+
+
+@lru_cache
+@torch.no_grad()
+def try_text_encoder(config: str, which: Literal[1, 2]) -> Shapes:
+    """Build a text encoder and encode a prompt; returns its weights' shapes.
+
+    Args:
+        config: its config as JSON.
+        which: 1 is a `CLIPTextModel`, 2 a `CLIPTextModelWithProjection`.
+
+    Raises:
+        Exception: of any kind.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kind: Any = CLIPTextModel if which == 1 else CLIPTextModelWithProjection
+    with torch.device("meta"):
+        encoder = kind(CLIPTextConfig.from_dict(json.loads(config)))
+        encoder(torch.zeros(1, CONTEXT, dtype=torch.long), output_hidden_states=True)
+    return _shapes(encoder)
+
+
+def _shapes(model: Any) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,0 +1,97 @@
+"""Runs that an older version began: their files, which say nothing of what they are, are taken over once.
+
+Format 1 had `run.json` without an id or a checksum, `state.json` with a checksum of the state only, the start
+model's held-out errors without any, and reference errors that do not say which positions they are. What can
+be checked is; then each file is written again as this version writes it, `run.json` last. A kill in between
+does no harm, because the id is a hash of the old `run.json`. After that nothing of format 1 is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mapo_fast.engine import reference
+from mapo_fast.run.evaluate import start_of
+from mapo_fast.run.folder import RECORD, START, read_run
+from mapo_fast.run.precompute import depends_on
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.checkpoint import CheckpointStore, Record
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.files import parse_json, read_json, sha256_file
+from mapo_fast.util.sealed import WrongFileError, open_tensors, write_record, write_sealed
+
+
+def adopt(config: Config, identity: dict[str, str], store: CheckpointStore) -> list[str]:
+    """Take over the run in `train.output`, which is held, if it is one of format 1.
+
+    Args:
+        config: the run's, found to be that of the record.
+        identity: fingerprints of the cache, the start model and its noise schedule.
+        store: its checkpoints.
+
+    Returns:
+        What to say: nothing if there is no such run.
+
+    Raises:
+        UserError: as `files.disk_errors`.
+    """
+    output = config.train.output
+    record = read_run(output)
+    if record is None or record.run:
+        return []
+    run = sha256_file(output / RECORD)[:32]
+    for _, path in store.found():
+        _adopt_checkpoint(path / "state.json", run)
+    _adopt_start(output / START, run)
+    _adopt_parts(output / "reference", depends_on(config, identity), run)
+    write_record(output / RECORD, record.model_copy(update={"run": run}).model_dump())
+    notes = [
+        f"mapo_fast {record.version} began this run, and its files do not say which run and step they "
+        "belong to: they were taken over as they are, this once, and say it now"
+    ]
+    if config.train.precision == "pure_bf16" and config.train.accumulation > 1:
+        notes.append(
+            "from here on the run adds the gradients of micro-batches with stochastic rounding, no longer "
+            "to nearest: its weights differ from those that the older version would have made"
+        )
+    return notes
+
+
+def _adopt_checkpoint(path: Path, run: str) -> None:
+    try:
+        old = read_json(path)
+        text, hashes = old["state"], dict(old["sha256"])
+        right = hashes.pop("state") == hashlib.sha256(text.encode()).hexdigest()
+        if old["format"] != 1 or not right or not hashes:
+            return
+        record = Record(run=run, step=old["step"], files=hashes, state=parse_json(text))
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        return  # it stays as it is, and is found to be of no use
+    write_record(path, record.model_dump())
+
+
+def _adopt_start(path: Path, run: str) -> None:
+    try:
+        metadata, tensors = open_tensors(path)
+    except WrongFileError:
+        return
+    if not metadata:
+        write_sealed(path, start_of(run), tensors)
+
+
+def _adopt_parts(folder: Path, depends: dict[str, Any], run: str) -> None:
+    identity = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+    for path in folder.glob("errors-*.safetensors"):
+        try:
+            metadata, tensors = open_tensors(path)
+            first = reference.PART * int(path.stem.removeprefix("errors-"))
+            errors = tensors["errors"]
+        except (WrongFileError, KeyError, ValueError):
+            continue
+        digest = hashlib.sha256(errors.numpy().tobytes()).hexdigest()
+        same = metadata == {"identity": identity, "sha256": digest}
+        if same and path == reference.part_path(folder, first):
+            write_sealed(path, reference.part_of({"run": run, **depends}, first), {"errors": errors})

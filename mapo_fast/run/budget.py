@@ -1,0 +1,215 @@
+"""GPU memory of a run: planned before anything is loaded, capped while it trains, explained when it runs out.
+
+A driver that runs out of GPU memory may go on in system RAM, at a tenth of the speed, and say nothing. So the
+allocator is capped at what was planned for: what does not fit then fails at once, with planned and actual
+figures side by side.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+
+from mapo_fast.engine.processes import ALONE, Processes
+from mapo_fast.hardware import gpu
+from mapo_fast.hardware.cards import CONTEXT_GIB, vram_for
+from mapo_fast.models.pipeline import SDXLFolder
+from mapo_fast.planner.ask import plan_run, refusal
+from mapo_fast.planner.plan import Plan, with_settings
+from mapo_fast.planner.search import Outcome
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.sizes import GIB, parse_size, size_text
+
+
+class Budget(NamedTuple):
+    """What a run may use and what it is expected to use."""
+
+    device: torch.device
+    vram: int
+    """Bytes, with the CUDA context."""
+    plan: Plan
+    smaller: Plan | None
+    """The fastest plan that needs at least a twentieth less, for a run that fails."""
+    rates: str
+    """Where the rates come from by which the plan was chosen."""
+    source: str
+    """Where `vram` comes from."""
+    shortage: str = ""
+    """Why it is less than the config asks for."""
+
+    def notes(self) -> list[str]:
+        """What the user should know before the first step."""
+        notes = [
+            f"memory plan: {self.plan.name}; {self.plan.peak / GIB:.2f} GiB, {self.plan.reserved / GIB:.2f} "
+            f"reserved, and {self.plan.time} predicted for {self.vram / GIB:.2f} GiB ({self.source}), rates "
+            f"{self.rates}"
+        ]
+        if self.shortage:
+            notes.append(self.shortage)
+        if self.plan.changes:
+            notes.append(f"no exact plan fits: {', '.join(self.plan.changes)}")
+        if self.device.type == "cuda":
+            loaded = torch.cuda.memory_reserved(self.device)
+            free = gpu.free(self.device) + loaded
+            needed = vram_for(self.plan.reserved)
+            if free + CONTEXT_GIB * GIB < needed:
+                notes.append(
+                    f"the plan needs {needed / GIB:.1f} GiB of GPU memory and only {free / GIB:.1f} are "
+                    "free: other programs hold the rest (nvidia-smi lists them); close them or lower "
+                    "train.vram"
+                )
+        return notes
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Cap the allocator at the budget, and explain when that is not enough.
+
+        Raises:
+            UserError: out of GPU memory: planned, actual, and the next smaller plan; or out of system RAM.
+        """
+        if self.device.type == "cuda":
+            gpu.cap(self.vram - CONTEXT_GIB * GIB, self.device)
+        try:
+            yield
+        except RuntimeError as error:
+            if self._is_of_the_host(error):
+                raise UserError(self._out_of_ram()) from error
+            if not gpu.is_out_of_memory(error):
+                raise
+            raise UserError(self._out_of_memory()) from error
+        finally:
+            if self.device.type == "cuda":
+                gpu.uncap(self.device)
+
+    def _is_of_the_host(self, error: RuntimeError) -> bool:
+        """Whether system RAM has run out: CUDA says the same words when it can pin no more of it."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return False
+        if "DefaultCPUAllocator" in str(error):
+            return True
+        if "CUDA error: out of memory" not in str(error) or self.device.type != "cuda":
+            return False
+        try:
+            return gpu.free(self.device) > ENOUGH_FOR_A_LIBRARY
+        except RuntimeError:  # of a device that the error has left unusable
+            return False
+
+    def _out_of_ram(self) -> str:
+        return (
+            f"out of system RAM: the plan ({self.plan.name}) expected {self.plan.host / GIB:.1f} GiB of it, "
+            f"{self.plan.pinned / GIB:.1f} pinned, and {psutil.virtual_memory().available / GIB:.1f} are "
+            "free: close other programs, or set offload.optimizer, offload.weights or offload.activations to "
+            "'gpu'"
+        )
+
+    def _out_of_memory(self) -> str:
+        planned = f"the plan ({self.plan.name}) expected {self.plan.peak / GIB:.2f} GiB"
+        actual = ""
+        if self.device.type == "cuda":
+            allocated = torch.cuda.max_memory_allocated(self.device) / GIB
+            reserved = torch.cuda.max_memory_reserved(self.device) / GIB
+            actual = f", {allocated:.2f} were allocated and {reserved:.2f} reserved"
+        if self.smaller is None:
+            advice = "there is no smaller plan for these settings: lower data.resolution or state less of it"
+        else:
+            vram = size_text(vram_for(self.smaller.reserved))
+            advice = (
+                f"the next smaller plan ({self.smaller.name}, {self.smaller.peak / GIB:.2f} GiB) is that of "
+                f"--set train.vram={json.dumps(vram)}"
+            )
+        return f"out of GPU memory: {planned}{actual}; {advice}"
+
+
+ENOUGH_FOR_A_LIBRARY = GIB // 2
+"""Free bytes on the card with which no library's own allocation fails."""
+ARITHMETIC = ("train.fused_step", "train.precision", "optim.name", "adapter.base")
+"""Settings that a plan may choose and a resumed run has to keep."""
+
+
+def planned(
+    config: Config,
+    folder: SDXLFolder,
+    device: torch.device,
+    recorded: dict[str, Any] | None = None,
+    processes: Processes = ALONE,
+) -> tuple[Config, Budget | None]:
+    """The config with the fastest plan for train.vram, or for the free memory of a GPU.
+
+    Several processes take the plan of the GPU with the least free memory; process 0 makes it.
+
+    Args:
+        recorded: settings of the run to resume, section by section: what the updates depend on is kept.
+
+    Returns:
+        The config as it is and None on the CPU without train.vram, and where the model is split.
+
+    Raises:
+        UserError: train.vram is no size, or nothing fits; the message names the smallest change that would.
+    """
+    if processes.shard(config):
+        return config, None
+    wanted = None if config.train.vram is None else parse_size(config.train.vram, "train.vram")
+    if device.type == "cuda":
+        rules, free = gpu.choose_rules(device), gpu.available(device)
+    elif wanted is not None:
+        rules, free = gpu.planned_rules(), wanted
+    else:
+        return config, None
+    free = int(processes.smallest(free))
+    shortage = ""
+    if wanted is None or free < wanted:
+        vram, source = free, "the card's free memory"
+        if wanted is not None:
+            shortage = _shortage(wanted, free, device)
+    else:
+        vram, source = wanted, "train.vram"
+    if recorded is not None:
+        config = with_settings(config, _open(config, recorded))
+
+    def choose() -> tuple[Plan, Plan | None, str]:
+        outcome = plan_run(config, folder, vram, device, processes.local_size, rules)
+        if outcome.chosen is None:
+            raise UserError("; ".join(filter(None, [refusal(outcome, source), shortage])))
+        return outcome.chosen, _smaller(outcome, outcome.chosen), outcome.card.rates.source
+
+    chosen, smaller, rates = processes.once(choose)
+    return chosen.apply(config), Budget(device, vram, chosen, smaller, rates, source, shortage)
+
+
+def _open(config: Config, recorded: dict[str, Any]) -> dict[str, Any]:
+    """The recorded values of `ARITHMETIC` that the config does not state."""
+    found = {}
+    for name in ARITHMETIC:
+        section, key = name.split(".")
+        stated = key in getattr(config, section).model_fields_set
+        if not stated and key in recorded.get(section, {}):  # a setting may be younger than the run
+            found[name] = recorded[section][key]
+    return found
+
+
+def _smaller(outcome: Outcome, chosen: Plan) -> Plan | None:
+    host = outcome.host
+    others = [
+        plan
+        for plan, _ in outcome.others
+        if plan.reserved < 0.95 * chosen.reserved and plan.pinned <= host.pinnable and plan.host <= host.ram
+    ]
+    return min(others, key=lambda plan: plan.ms, default=None)
+
+
+def _shortage(wanted: int, free: int, device: torch.device) -> str:
+    """Why a run gets less than train.vram."""
+    asked, available = f"train.vram = {wanted / GIB:.2f} GiB", f"{free / GIB:.2f} GiB"
+    total = torch.cuda.get_device_properties(device).total_memory
+    if wanted > total:
+        return f"{asked} is more than the card's {total / GIB:.2f} GiB: the run has what is free, {available}"
+    return (
+        f"{asked} is more than the {available} that are free: other programs hold the rest (nvidia-smi lists "
+        "them), and the run has what is free"
+    )

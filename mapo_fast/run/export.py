@@ -1,0 +1,95 @@
+"""What a run leaves for plain diffusers and other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mapo_fast import __version__
+from mapo_fast.engine.processes import Processes
+from mapo_fast.models.lora import save_lora
+from mapo_fast.models.pipeline import SDXLFolder
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.checkpoint import save_unet
+from mapo_fast.util.files import disk_errors, write_json
+from mapo_fast.util.tensorparts import whole
+
+
+def export(
+    config: Config, unet: Any, tensors: Mapping[str, Tensor], folder: SDXLFolder, processes: Processes
+) -> None:
+    """Write the LoRA or the UNet, and the scheduler config it was trained under, to `train.output`.
+
+    Args:
+        unet: the one that was trained.
+        tensors: what was trained, by name; all processes bring their parts.
+    """
+    output = config.train.output
+    complete = whole(tensors, keep=processes.main)
+
+    def write() -> None:
+        if config.adapter.kind == "lora":
+            save_lora(unet, output / "lora")
+        else:
+            save_unet(unet, output / "unet", complete)
+        with disk_errors(output):
+            (output / "scheduler").mkdir(exist_ok=True)
+        write_json(output / "scheduler" / "scheduler_config.json", folder.scheduler_config)
+
+    processes.once(write)
+
+
+def about_checkpoint(config: Config, step: int) -> str:
+    """The text of a checkpoint's `README.txt`: what it is, and how to use it."""
+    train, adapter = config.train, config.adapter
+    lora = adapter.kind == "lora"
+    return _ABOUT.format(
+        step=step,
+        steps=train.steps,
+        output=train.output.absolute(),
+        version=__version__,
+        result="lora/" if lora else "unet/",
+        holds="the LoRA's factors" if lora else "the whole UNet, under diffusers' names",
+        use=(_USE_LORA if lora else _USE_FULL).format(
+            base=str(config.model.path.absolute()), scale=(adapter.alpha or adapter.rank) / adapter.rank
+        ),
+    )
+
+
+_ABOUT = """\
+A checkpoint of mapo-fast {version}: step {step} of {steps} of the run in
+{output}
+
+It is not the run's result. That is written to {result} in the run's folder after the last step.
+To continue the run, repeat its command with --resume.
+
+    model.safetensors      {holds}
+    optimizer.safetensors  the optimizer's state
+    state.json             run, step and counters; SHA-256 of itself and of the files above
+    README.txt             this text, which no program reads
+
+To try this step in diffusers, from this folder:
+
+{use}"""
+
+_USE_FULL = """\
+    from diffusers import StableDiffusionXLPipeline
+    from safetensors.torch import load_file
+
+    pipe = StableDiffusionXLPipeline.from_pretrained({base!r})
+    pipe.unet.load_state_dict(load_file("model.safetensors"))
+"""
+
+_USE_LORA = """\
+    from diffusers import StableDiffusionXLPipeline
+    from safetensors.torch import load_file
+
+    pipe = StableDiffusionXLPipeline.from_pretrained({base!r})
+    factors = {{"unet." + name: factor for name, factor in load_file("model.safetensors").items()}}
+    pipe.load_lora_weights(factors, adapter_name="step")
+    pipe.set_adapters("step", {scale})
+
+Given the file itself, load_lora_weights loads nothing and does not say so: the names lack "unet.".
+"""

@@ -1,0 +1,255 @@
+"""The output folder of a run: claimed once, continued only by the same run.
+
+`run.json` holds the run's id, its settings and the identity of the data and the start model. A folder that
+already holds a run is never written to without `--resume`, and a resume with settings that would change the
+arithmetic is rejected with a message that names them.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mapo_fast import __version__
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.checkpoint import delete, remove_halves
+from mapo_fast.util.errors import MachineError, UserError
+from mapo_fast.util.files import disk_errors, read_json
+from mapo_fast.util.sealed import WrongFileError, unsealed, write_record
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run ended."""
+
+    output: Path
+    step: int
+    finished: bool
+    """False when a signal stopped it before."""
+    skipped_steps: int
+    """Steps that were not finite and changed nothing."""
+    saved_step: int | None = field(default=None, compare=False)
+    """Step of the checkpoint to resume from; None before the first step."""
+    signal: int = field(default=0, compare=False)
+    """Number of the signal that stopped it; 0 where none did."""
+
+
+class RunRecord(BaseModel):
+    """What a `run.json` holds, beside its own checksum."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    format: Literal[2] = 2
+    run: str
+    """Id of the run, which its other files name; empty in files of format 1, which had none."""
+    version: str
+    config: dict[str, dict[str, Any]]
+    identity: dict[str, str]
+    """Fingerprints of the cache, the start model and its noise schedule."""
+    processes: int = Field(1, ge=1)
+
+
+RECORD = "run.json"
+START = "held_out_start.safetensors"
+RESULTS = ("unet", "lora")
+
+_LEFTOVER = re.compile(r"\.(.+\.\d+\.tmp|tmp\w{6})")
+"""Temporary files of `files.atomic_path`, and of safetensors, with which older versions wrote."""
+
+_MAY_CHANGE = frozenset(
+    {
+        "objective.reference",
+        "speed.compile",
+        "speed.cuda_graph",
+        "speed.fused_ops",
+        "speed.prefetch",
+        "train.output",
+        "train.steps",
+        "train.device",
+        "train.threads",
+        "train.vram",
+        "train.layout",
+        "train.shard",
+        "train.gradient_checkpointing",
+        "train.attention",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.evaluate_every",
+        "train.max_skipped_steps",
+        "train.wandb",
+    }
+)
+"""Settings a resume may change: they leave the sequence of updates as it is, up to rounding.
+
+speed.channels_last is not among them: 8-bit states belong to a weight's elements by their order in memory."""
+
+_SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
+"""Learning-rate schedules that do not depend on the number of steps; with the others it is fixed."""
+
+_SECTIONS_MAY_CHANGE = ("data", "model", "offload", "preview")
+"""Data and start model are compared by content instead, so that folders may move."""
+
+
+def check_output(config: Config, identity: dict[str, str], *, resume: bool, processes: int = 1) -> None:
+    """Refuse an output folder that is not this run's; nothing is written.
+
+    Args:
+        config: this run's settings.
+        identity: fingerprints of the cache, the start model and its noise schedule.
+        resume: whether to continue; resuming a folder that holds nothing starts there.
+        processes: of this run. A resume may have another number of them if it has as many micro-batches a
+            step: they are the same ones then.
+
+    Raises:
+        UserError: another run is there, or the resumed run had other settings, data or start model.
+    """
+    output = config.train.output
+    if (before := read_run(output)) is not None:
+        if not resume:
+            raise UserError(
+                f"{output} already holds a run: add --resume to continue it, or set another train.output"
+            )
+        _check_same_run(output, before, _record(config, identity, processes))
+        return
+    with disk_errors(output):
+        if output.exists() and (not output.is_dir() or any(not _ours(file) for file in output.iterdir())):
+            raise UserError(f"{output} exists and is not an empty folder: set another train.output")
+
+
+def _ours(file: Path) -> bool:
+    """Whether a process that was killed before it wrote `run.json` may have left it."""
+    return file.name == ".lock" or (file.name.startswith(f".{RECORD}.") and file.name.endswith(".tmp"))
+
+
+def read_run(output: Path) -> RunRecord | None:
+    """The record of the run in a folder; None where there is none.
+
+    Raises:
+        UserError: it cannot be read, or is another one than was written.
+    """
+    path = output / RECORD
+    with disk_errors(output):
+        if not path.exists():
+            return None
+    try:
+        stated = read_json(path)
+        if "format" in stated:
+            return RunRecord.model_validate(unsealed(stated))
+        return RunRecord.model_validate({**stated, "run": ""})
+    except MachineError:
+        raise
+    except UserError as error:
+        problem = str(error)
+    except WrongFileError as error:
+        problem = f"{path} {error}"
+    except ValidationError:
+        problem = f"{path} cannot be read as the record of a run"
+    raise UserError(f"{problem}: put the one back that was written, or start again with another train.output")
+
+
+def recorded_settings(output: Path) -> dict[str, Any] | None:
+    """The settings of the run in this folder, by section; None where there is none or it cannot be read."""
+    try:
+        record = read_run(output)
+    except UserError:
+        return None
+    return None if record is None else record.config
+
+
+def check_results(output: Path) -> None:
+    """Refuse to start over where a run has ended and its checkpoints are gone.
+
+    Raises:
+        UserError: a result is there.
+    """
+    for name in RESULTS:
+        if (output / name).exists():
+            raise UserError(
+                f"cannot resume {output}: it holds the result {name}/ but no checkpoint "
+                "(set another train.output)"
+            )
+
+
+def claim_output(config: Config, identity: dict[str, str], processes: int = 1) -> str:
+    """Write `run.json` unless it is there already; the folder is there and held.
+
+    Returns:
+        The run's id.
+    """
+    output = config.train.output
+    if (found := read_run(output)) is not None:
+        return found.run
+    record = _record(config, identity, processes)
+    write_record(output / RECORD, record.model_dump())
+    return record.run
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove what kills left in a run's folder that is held: temporary files and half-written results."""
+    with disk_errors(output):
+        for name in RESULTS:
+            remove_halves(output / name)
+        for folder in (output, output / "reference", output / "scheduler"):
+            for path in list(folder.iterdir()) if folder.is_dir() else ():
+                if _LEFTOVER.fullmatch(path.name):
+                    delete(path)
+
+
+def _record(config: Config, identity: dict[str, str], processes: int) -> RunRecord:
+    return RunRecord(
+        run=uuid.uuid4().hex,
+        version=__version__,
+        config=config.model_dump(mode="json"),
+        identity=identity,
+        processes=processes,
+    )
+
+
+def _check_same_run(output: Path, before: RunRecord, now: RunRecord) -> None:
+    new, processes = _arithmetic(now.config), now.processes
+    try:
+        old = _arithmetic(before.config)
+        per_step = int(old.pop("train.accumulation")) * before.processes
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{output / RECORD} cannot be read as the record of a run: start again with another train.output"
+        ) from None
+    micro_batches = new.pop("train.accumulation") * processes
+    if micro_batches != per_step:
+        way_out = (
+            f"set train.accumulation = {per_step // processes}"
+            if per_step % processes == 0
+            else f"the number of processes must divide {per_step}"
+        )
+        raise UserError(
+            f"cannot resume {output}: a step had {per_step} micro-batches, train.accumulation = "
+            f"{micro_batches // processes} in {processes} process(es) makes it {micro_batches} ({way_out})"
+        )
+    for name in sorted(new.keys() | old.keys()):
+        if new.get(name) != old.get(name):
+            raise UserError(
+                f"cannot resume {output}: {name} was {old.get(name)!r} and is now {new.get(name)!r} "
+                "(set it back, or start with another train.output)"
+            )
+    for name, value in now.identity.items():
+        if before.identity.get(name) != value:
+            raise UserError(f"cannot resume {output}: the {name} is not the one this run started with")
+
+
+def _arithmetic(config: dict[str, Any]) -> dict[str, Any]:
+    """`section.key` -> value of every setting that the updates depend on."""
+    endless = config["optim"]["schedule"] in _SCHEDULES_WITHOUT_END
+    free = _MAY_CHANGE if endless else _MAY_CHANGE - {"train.steps"}
+    return {
+        f"{section}.{key}": value
+        for section, part in config.items()
+        if section not in _SECTIONS_MAY_CHANGE
+        for key, value in part.items()
+        if f"{section}.{key}" not in free
+    }

@@ -1,0 +1,389 @@
+"""One log for a run: a JSON-lines file, TensorBoard, and the console.
+
+`<folder>/log.jsonl` has one object per line, flushed at once: `event`, `step`, `time` (Unix seconds) and the
+event's own fields. Non-finite numbers are written as the strings "nan", "inf" and "-inf", so that every line
+is strict JSON.
+
+    start        the beginning of a session; `step` is where it starts from, `run` the run's id
+    step         loss, chosen_error, rejected_error (of single images: of wanted and unwanted ones), margin
+                 (mean e_l − e_w; not of single images), logits (mean z), saturation
+                 (mean σ(−z)), saturated (share of pairs with σ(−z) < 0.05), accuracy (share of pairs with
+                 z > 0; with a reference model: pairs of which the chosen image has improved more), grad_norm,
+                 lr, pairs_per_s, peak_memory_mib, skipped_steps; compile_s, what speed.compile took so far
+    evaluation   held-out figures, each against the start model
+    warning      message
+    end          whether the run is finished, and the session's seconds
+
+A resumed run drops the lines of steps after its checkpoint (they will be made again) and a last line that a
+kill cut short, so no step is there twice; of damaged lines, and of a log that is missing or another run's,
+it warns. `<folder>/tensorboard` gets the same numbers, purged in the same way. On a terminal there is a
+progress bar; elsewhere plain lines.
+
+A line that cannot be written is an error: the run has no other record. TensorBoard and Weights & Biases are
+copies of it: one that fails is left out from then on, with a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mapo_fast import __version__
+from mapo_fast.run.mirrors import TensorBoard, open_wandb
+from mapo_fast.run.monitor import Monitor
+from mapo_fast.util.console import say
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.files import atomic_path, disk_errors, open_regular, os_error, parse_json
+
+LOG_FILE = "log.jsonl"
+
+_NON_FINITE = ("nan", "inf", "-inf")
+
+_LINE = (
+    ("loss", "loss {:.4f}"),
+    ("chosen_error", "chosen {:.4f}"),
+    ("rejected_error", "rejected {:.4f}"),
+    ("margin", "margin {:+.4f}"),
+    ("saturation", "sigma(-z) {:.2f}"),
+    ("accuracy", "accuracy {:.2f}"),
+    ("grad_norm", "grad {:.2f}"),
+    ("lr", "lr {:.1e}"),
+    ("pairs_per_s", "{:.2f} pairs/s"),
+    ("peak_memory_mib", "{:.0f} MiB"),
+    ("skipped_steps", "skipped {:.0f}"),
+    ("compile_s", "compiling {:.0f} s"),
+)
+
+
+class RunLog:
+    """The log of one run, and its `Monitor`; a context manager."""
+
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        console: Console | None,
+        *,
+        start_step: int = 0,
+        wandb: str | None = None,
+        run: str = "",
+    ) -> None:
+        """Open the log.
+
+        Args:
+            folder: the run's output folder.
+            total_steps: optimizer steps of the whole run.
+            console: where to show progress; None shows nothing.
+            start_step: steps done by the checkpoint the run resumes from. At 0 the log starts empty.
+                Otherwise the lines up to that step stay, and the monitor sees them again, so that a resumed
+                run warns like an uninterrupted one.
+            wandb: Weights & Biases project that mirrors TensorBoard; None for none.
+            run: id of the run. Another run's log under this name is moved aside, with a warning.
+
+        Raises:
+            UserError: disk full or not writable, or wandb is asked for and not installed or does not start.
+        """
+        self._wandb = open_wandb(wandb, folder) if wandb is not None else None
+        self._console = console
+        self._total = total_steps
+        self._first_step = start_step
+        self._began = time.monotonic()
+        path = folder / LOG_FILE
+        with disk_errors(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            kept, lost = _cut(path, start_step, run)
+            # Unbuffered: what could not be written is not tried again when the file is closed.
+            self._file: BinaryIO = path.open("ab", buffering=0)
+        self._path = path
+        self._last_step = start_step
+        self.evaluated = any(e["event"] == "evaluation" and e["step"] == start_step for e in kept)
+        """Whether the step that the log starts from has been evaluated."""
+        self._progress: Progress | None = None
+        self._monitor = Monitor(self._warn)
+        self._replaying = True
+        for entry in kept:
+            if entry["event"] == "step":
+                self._monitor.step(entry["step"], entry)
+            elif entry["event"] == "evaluation":
+                self._monitor.evaluation(entry["step"], entry)
+        self._replaying = False
+        self._write("start", start_step, {"run": run, "total_steps": total_steps, "version": __version__})
+        self._board = self._open_tensorboard(folder / "tensorboard")
+        if console is not None and console.is_terminal:
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[speed]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=console,
+                speed_estimate_period=120,
+                refresh_per_second=2,
+            )
+            self._task = self._progress.add_task("", total=total_steps, completed=self._first_step, speed="")
+            self._progress.start()
+        if lost:
+            self.warning(start_step, lost)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar; cheap enough for every step, nothing is read from the device."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def step(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        """Log one interval's training figures; those that are None are left out."""
+        known = {name: float(value) for name, value in metrics.items() if value is not None}
+        self._write("step", step, known)
+        self._scalars("train", step, known)
+        self.advance(step)
+        if self._progress is not None and "pairs_per_s" in known:
+            self._progress.update(self._task, speed=f"{known['pairs_per_s']:.2f} pairs/s")
+        parts = [form.format(known[name]) for name, form in _LINE if name in known]
+        if not known.get("skipped_steps"):
+            parts = [part for part in parts if not part.startswith("skipped")]
+        self._print(f"step {step}/{self._total}  " + "  ".join(parts) + self._eta(step))
+        self._monitor.step(step, known)
+
+    def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Log a held-out evaluation: the (nested) dict of `evaluate.compare`."""
+        self._write("evaluation", step, figures)
+        self._scalars("held_out", step, figures, flush=True)
+        parts = []
+        if "accuracy" in figures:
+            parts.append(f"accuracy {figures['accuracy']:.3f}")
+        names = ["accuracy", "margin", "chosen_error"]
+        if "accuracy" not in figures:
+            names.append("rejected_error")  # of single images it is not in the margin
+        for name in names:
+            if change := figures.get(f"{name}_change"):
+                parts.append(f"{name.replace('_', ' ')} change {_change(change)}")
+        if "drift" in figures:
+            parts.append(f"drift {figures['drift']:.2g}")
+        self._print(f"held-out at step {step}: " + "; ".join(parts))
+        self._monitor.evaluation(step, figures)
+
+    def warning(self, step: int, message: str) -> None:
+        """Show a warning and log it."""
+        self._print(f"warning at step {step}: {message}", style="yellow")
+        self._write("warning", step, {"message": message})
+
+    def end(self, step: int, *, finished: bool) -> None:
+        """Log the end of this session: the run is finished, or was stopped to be resumed.
+
+        All else is written by then: a disk that is full now is a warning.
+        """
+        seconds = round(time.monotonic() - self._began, 3)
+        try:
+            self._write("end", step, {"finished": finished, "seconds": seconds})
+        except UserError as error:
+            self._print(f"warning: the log lacks its last line: {error}", style="yellow")
+
+    def close(self) -> None:
+        """Flush and close everything; safe to call twice."""
+        if self._progress is not None:
+            self._progress.stop()
+        board, self._board = self._board, None
+        if board is not None:
+            with self._mirror("TensorBoard"):
+                board.close()
+        wandb, self._wandb = self._wandb, None
+        if wandb is not None:
+            with self._mirror("Weights & Biases"):
+                wandb.finish()
+        with suppress(OSError):  # nothing is buffered
+            self._file.close()
+
+    def __enter__(self) -> RunLog:
+        """Return the log itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the log."""
+        self.close()
+
+    def _warn(self, step: int, message: str) -> None:
+        if not self._replaying:
+            self.warning(step, message)
+
+    def _write(self, event: str, step: int, fields: Mapping[str, Any]) -> None:
+        self._last_step = step
+        line = {"event": event, "step": step, "time": round(time.time(), 3), **fields}
+        data = (json.dumps(_quoted(line), allow_nan=False) + "\n").encode()
+        with disk_errors(self._path):
+            while data:  # a disk that is nearly full takes a part
+                data = data[self._file.write(data) :]
+
+    def _scalars(self, group: str, step: int, figures: Mapping[str, Any], *, flush: bool = False) -> None:
+        if (board := self._board) is None:
+            return
+        with self._mirror("TensorBoard"):
+            try:
+                board.add(_numbers(group, figures), step, flush=flush)
+            except Exception:
+                self._board = None
+                with suppress(Exception):
+                    board.close()
+                raise
+
+    @contextmanager
+    def _mirror(self, name: str) -> Iterator[None]:
+        """Whatever a mirror's library raises, the run does not depend on it."""
+        try:
+            yield
+        except Exception as error:
+            with suppress(UserError):  # the log may have failed too, and is about to say so
+                message = f"{name} failed and is left out from here: {type(error).__name__}: {error}"
+                self.warning(self._last_step, message)
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        if self._console is not None:
+            say(self._console, text, style, wrap=True)
+
+    def _eta(self, step: int) -> str:
+        done = step - self._first_step
+        if self._progress is not None or done <= 0:
+            return ""
+        left = (time.monotonic() - self._began) / done * (self._total - step)
+        return f"  ETA {timedelta(seconds=round(left))}"
+
+    def _open_tensorboard(self, folder: Path) -> TensorBoard | None:
+        """None with one warning where it is missing or fails."""
+        with self._mirror("TensorBoard"):
+            try:
+                return TensorBoard(folder, self._first_step)
+            except ImportError:
+                self.warning(
+                    self._first_step,
+                    f"tensorboard is not installed, so figures go to {self._path.name} only "
+                    "(pip install tensorboard)",
+                )
+        return None
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a `log.jsonl`, in order, with their non-finite numbers as floats again.
+
+    What is no line of a log is left out: one that a kill cut short, or a damaged one.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return [entry for _, entry in _lines(path)]
+    except OSError as error:
+        raise os_error(error, f"read {path}") from None
+
+
+def _cut(path: Path, step: int, run: str) -> tuple[list[dict[str, Any]], str]:
+    """Drop the lines after `step` (all of them for step 0), atomically.
+
+    Returns:
+        The entries that are kept, and what to say of those that are not there, if anything.
+    """
+    if not path.exists():
+        return [], f"{path} is missing: there are no figures up to step {step}" if step else ""
+    damaged: list[str] = []
+    kept = [(text, entry) for text, entry in _lines(path, damaged) if 0 < step >= entry["step"]]
+    runs = [entry.get("run") for _, entry in kept if entry["event"] == "start"]
+    if run not in runs and any(isinstance(one, str) for one in runs):  # earlier versions state none
+        aside = path.with_name(f"of-another-run-{path.name}")
+        path.replace(aside)
+        return [], f"{path} was another run's and is now {aside.name}: there are no figures up to step {step}"
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(f"{text}\n" for text, _ in kept), encoding="utf-8", newline="\n")
+    lost = f"{path} had {len(damaged)} damaged line(s), which are left out" if damaged and step else ""
+    return [entry for _, entry in kept], lost
+
+
+def _lines(path: Path, damaged: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Text and entry of each line of a log; `damaged` takes the other whole lines."""
+    with open_regular(path) as file:
+        for line in iter(lambda: file.readline(_LONGEST_LINE), b""):
+            text = line.decode("utf-8", "replace").rstrip("\r\n")
+            try:
+                entry = _unquoted(parse_json(text))
+            except (ValueError, RecursionError):
+                entry = None
+            if _is_entry(entry):
+                yield text, entry
+            elif damaged is not None and line.endswith(b"\n"):  # else a kill cut it short
+                damaged.append(text)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is what a log holds: an event at a step, with numbers for what the monitor looks at."""
+    if not (isinstance(entry, dict) and isinstance(entry.get("event"), str)):
+        return False
+    if type(step := entry.get("step")) is not int or not 0 <= step <= _LARGEST:
+        return False
+    if entry["event"] not in ("step", "evaluation"):
+        return True
+    figures = (
+        entry[name] for name in ("skipped_steps", "chosen_error", "saturated", "drift") if name in entry
+    )
+    change = entry.get("chosen_error_change", {"mean": 0.0, "low": None, "high": None})
+    return all(map(_is_figure, figures)) and (
+        isinstance(change, dict)
+        and change.keys() >= {"mean", "low", "high"}
+        and _is_figure(change["mean"])
+        and all(change[name] is None or _is_figure(change[name]) for name in ("low", "high"))
+    )
+
+
+def _is_figure(value: Any) -> bool:
+    return _is_number(value) and not _LARGEST < abs(value) < math.inf
+
+
+_LONGEST_LINE = 2**20
+_LARGEST = 10**300
+"""Figures are floats: no whole number of hundreds of digits is one."""
+
+
+def _quoted(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _quoted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_quoted(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _unquoted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unquoted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unquoted(item) for item in value]
+    return float(value) if value in _NON_FINITE else value
+
+
+def _numbers(prefix: str, figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(f"{prefix}/{name}", value)
+        elif _is_number(value):
+            yield f"{prefix}/{name}", float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _change(change: Mapping[str, float | None]) -> str:
+    mean, low, high = change["mean"], change["low"], change["high"]
+    if low is None or high is None:
+        return f"{mean:+.4f}"
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"

@@ -1,0 +1,70 @@
+"""The pass before the first step: the start model's errors for every draw that the run will make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from mapo_fast.engine.prefetch import MicroBatch, read_ahead
+from mapo_fast.engine.reference import PrecomputedErrors, StartModel
+from mapo_fast.run.trainer import Trainer
+from mapo_fast.settings.schema import Config
+
+
+def depends_on(config: Config, identity: dict[str, str]) -> dict[str, Any]:
+    """All that the errors depend on: fingerprints of the run's inputs, and its settings."""
+    settings = config.train.model_dump(include={"seed", "pairs_per_batch", "precision", "caption_dropout"})
+    return {**identity, **settings, "base": config.adapter.base}
+
+
+def precompute(trainer: Trainer, run: str, identity: dict[str, str], console: Console | None) -> None:
+    """Compute what is missing in the run's folder, and give the trainer all of it.
+
+    Call it before `Trainer.restore`: it takes the start model that was built.
+
+    Args:
+        trainer: its feed gets the `reference`.
+        run: the run's id.
+        identity: fingerprints of the cache, the start model and its noise schedule.
+        console: where to show progress.
+
+    Raises:
+        StopNow: a signal asks for the end; what is done is kept.
+    """
+    train, processes = trainer.config.train, trainer.processes
+    trainer.feed.reference = reference = PrecomputedErrors(
+        train.output / "reference",
+        {"run": run, **depends_on(trainer.config, identity)},
+        trainer.feed.batches,
+        train.steps * train.accumulation * processes.size,
+        trainer.device,
+        processes,
+    )
+    if not (missing := reference.missing):
+        return
+    start, mine = StartModel(trainer.unet), reference.positions()
+    source = (
+        MicroBatch(trainer.feed.inputs(*trainer.feed.batches.at(position)), share=1.0) for position in mine
+    )
+    prefetch = trainer.config.speed.prefetch
+
+    def errors(batches: Iterator[MicroBatch]) -> Iterator[Tensor]:
+        for _ in mine:
+            batch = processes.each(lambda: next(batches))
+            yield trainer.engine.errors_of(start, batch.inputs)
+
+    columns = (TextColumn("reference"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        Progress(*columns, console=console or Console(quiet=True)) as progress,
+        read_ahead(source, trainer.device, prefetch=prefetch) as batches,
+        closing(reference.compute(errors(batches))) as positions,
+    ):
+        task = progress.add_task("", total=missing)
+        for _ in positions:
+            progress.advance(task)
+            trainer.poll()

@@ -1,0 +1,186 @@
+"""Reading a config file: TOML, `section.key=value` overrides, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path, PurePath
+from typing import Any
+
+from pydantic import ValidationError
+
+from mapo_fast.settings.rules import NAMES, completed
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.errors import UserError, shown
+from mapo_fast.util.files import os_error, read_bytes
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+_CONFIG_BYTES = 2**20
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a TOML file, apply `section.key=value` overrides, validate.
+
+    Relative paths in the file are relative to the file's folder; paths in overrides to the working folder.
+
+    Raises:
+        UserError: unreadable file, bad TOML, unknown key (with the nearest valid one), wrong type or range.
+    """
+    try:
+        table = _toml(read_bytes(path, _CONFIG_BYTES).decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"config file not found: {path}") from None
+    except OSError as error:
+        raise os_error(error, f"read config file {path}") from None
+    except ValueError as error:
+        raise UserError(f"config file {path} is not valid TOML: {error}") from None
+    for name, section, key in _split(_PATHS):
+        part = table.get(section)
+        if isinstance(part, dict) and isinstance(part.get(key), str):
+            part[key] = os.path.normpath(user_path(f"{path}: {name}", part[key], path.parent))
+    for override in overrides or []:
+        apply_override(table, override)
+    return parse_config(table, where=str(path))
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """`tomllib.loads` that fails in one way: `ValueError`, also for what is nested too deeply."""
+    try:
+        if _DEEP_KEY.search(text):  # tomllib takes minutes for keys of tens of thousands of parts
+            raise RecursionError
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+_DEEP_KEY = re.compile(r"""(?:["'\w-]{1,64}\s?\.\s?){64}""")
+
+
+def parse_config(table: dict[str, Any], where: str = "config") -> Config:
+    """Validate a nested dict of settings. Raises `UserError` as `load_config` does."""
+    try:
+        # Strict, as JSON: paths are strings and tuples are lists there, but true is not 1 and "2" is not 2.
+        return _complete(Config.model_validate_json(json.dumps(table, default=_no_date), strict=True))
+    except ValidationError as error:
+        mistakes = dict.fromkeys(_explain(e) for e in error.errors()[:3])
+        raise UserError(f"{where}: {'; '.join(mistakes)}") from None
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply") from None
+
+
+def _no_date(value: Any) -> Any:
+    """Paths as text. What else JSON does not hold are TOML's dates and times, which no setting is."""
+    if isinstance(value, PurePath):
+        return str(value)
+    raise ValueError(f"{value} is a date or a time here: put it in quotes where it is meant as text")
+
+
+def _complete(config: Config) -> Config:
+    """The config whose open settings work with the stated ones; they stay unstated.
+
+    Raises:
+        ValueError: the stated ones contradict each other.
+    """
+    values = {name: getattr(getattr(config, section), key) for name, section, key in _split(NAMES)}
+    stated = {f"{section}.{key}" for section, part in config for key in part.model_fields_set}
+    sections: dict[str, Any] = dict(config)
+    for name, section, key in _split(found := completed(values, stated)):
+        part = sections[section]
+        fields = {**dict(part), key: found[name]}
+        sections[section] = type(part).model_construct(_fields_set=part.model_fields_set, **fields)
+    return Config.model_construct(_fields_set=config.model_fields_set, **sections)
+
+
+def _split(names: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Each name with its section and key."""
+    return [(name, *name.split(".")) for name in names]  # type: ignore[misc]
+
+
+_PATHS = ("model.path", "model.vae", "data.source", "data.cache", "train.output")
+
+
+def user_path(name: str, text: str, base: Path | None = None) -> Path:
+    """A path as a person writes it, `~` included, from `base` or the working folder.
+
+    Raises:
+        UserError: no file can have it; `name` says where it stands.
+    """
+    if not text:
+        raise UserError(f"{name} is empty: name a file or folder")
+    if "\0" in text:
+        raise UserError(f"{name} = {shown(text)} has a NUL character in it, which no path can have")
+    try:
+        path = (base or Path()) / Path(text).expanduser()
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name} = {str(path)!r} is not valid UTF-8: rename the file or folder") from None
+    except RuntimeError:
+        raise UserError(f"{name} = {shown(text)}: no home folder is known for this '~'") from None
+    return path
+
+
+def apply_override(table: dict[str, Any], override: str) -> None:
+    """Put one `section.key=value` into a table of settings. Raises `UserError` where it is not written so."""
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or len(keys) != 2 or not all(keys):
+        raise UserError(f"--set {override}: write it as section.key=value, for instance --set optim.lr=1e-5")
+    value: Any = text.strip()  # a bare word is a string: --set objective.name=sft
+    with suppress(ValueError):
+        table_of_it = _toml(f"value = {text}")
+        if len(table_of_it) == 1:  # more is text with line breaks in it
+            value = table_of_it["value"]
+    section = table.setdefault(keys[0], {})
+    if not isinstance(section, dict):
+        raise UserError(f"--set {override}: {keys[0]} is a value in the config file, not a section")
+    if name.strip() in _PATHS and isinstance(value, str):
+        value = str(user_path(f"--set {name.strip()}", value))
+    section[keys[1]] = value
+
+
+_SHAPES = {
+    "train.vram": 'write a size with its unit, such as "24GiB"',
+    "train.gradient_checkpointing": 'write true, false or a list of block names such as ["down_blocks.2"]; '
+    "recomputation is always non-reentrant, which 'split' and the fused step need",
+}
+"""What values of the wrong type should have been."""
+
+
+def _explain(error: Any) -> str:
+    loc = [str(part) for part in error["loc"]][:2]  # what follows names a member of a union
+    name = ".".join(loc)
+    if error["type"] == "extra_forbidden":
+        known = list(_fields(loc[:-1]))
+        near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
+        if near:
+            return f"unknown key {name} (did you mean {'.'.join([*loc[:-1], near[0]])}?)"
+        return f"unknown key {name} (valid: {', '.join(known)})"
+    if error["type"] == "missing":
+        few = f"{name} = {shown(error['input'])} has too few values"
+        return few if len(error["loc"]) > 2 else f"{name} is missing"
+    message = _SHAPES.get(name) or error["msg"].removeprefix("Value error, ")
+    if error["type"] == "multiple_of":
+        step = error["ctx"]["multiple_of"]
+        message += f", such as {max(1, error['input'] // step) * step}"
+    if not name:
+        return str(message)
+    return f"{name} = {shown(error['input'])}: {message}"
+
+
+def _fields(loc: list[str]) -> dict[str, Any]:
+    model: Any = Config
+    for part in loc:
+        model = model.model_fields[part].annotation
+    return dict(model.model_fields)

@@ -1,0 +1,120 @@
+"""Files in twin folders: whatever has a caption or a twin is a row, whichever suffix it has."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import features
+
+from mapo_fast.data.images.decode import ImageProblemError, decode_image
+from mapo_fast.data.sources.base import PreferencePairs, SkippedRow
+from tests.data.pair_sources import encoded, picture, png
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
+
+
+def files(folder: Path, names: dict[str, bytes | str]) -> Path:
+    for name, content in names.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def outcomes(source: Path) -> dict[str, str]:
+    """Of each row the reason, or what decoding its chosen image says; empty for a good row."""
+    pairs = PreferencePairs.open(source)
+    found: dict[str, Any] = {}
+    for row in pairs.read(range(len(pairs))):
+        if isinstance(row, SkippedRow):
+            assert row.detail
+            found[row.name] = row.reason
+            continue
+        found[row.name] = ""
+        try:
+            decode_image(row.chosen())  # type: ignore[misc]
+        except ImageProblemError as problem:
+            found[row.name] = str(problem)
+    return found
+
+
+def test_every_pair_on_the_disk_is_a_row(tmp_path: Path) -> None:
+    names: dict[str, bytes | str] = {}
+    for side, seed in (("chosen", 0), ("rejected", 1)):
+        names |= {
+            f"{side}/phone.heic": HEIC,
+            f"{side}/new.jxl": b"\xff\x0a" + bytes(50),
+            f"{side}/PHONE.HEIC": HEIC,
+            f"{side}/loud.PNG": png(seed),
+            f"{side}/plain": png(seed),
+            f"{side}/twin.xyz": png(seed),
+            f"{side}/meta.json": "{}",
+            f"{side}/Thumbs.db": "x",
+        }
+        if features.check("jpg_2000"):
+            names[f"{side}/old.jp2"] = encoded(picture(seed), "JPEG2000")
+    names |= {f"chosen/{name}.txt": "a thing" for name in ("phone", "new", "PHONE", "plain", "twin", "old")}
+    names |= {"chosen/loud.TXT": "a thing"}
+    names |= {"chosen/single.abc": "x", "chosen/captioned.abc": "x", "rejected/captioned.txt": "a thing"}
+    found = outcomes(files(tmp_path, names))
+    for name in ("phone", "PHONE"):
+        assert found.pop(f"chosen/{name}") == "unsupported format: HEIC: convert it to PNG or JPEG"
+    assert found.pop("chosen/new") == "unsupported format: JPEG XL: convert it to PNG or JPEG"
+    assert found.pop("chosen/captioned") == "missing counterpart"
+    if not features.check("jpg_2000"):
+        found["chosen/old"] = ""
+    assert found == dict.fromkeys(["chosen/loud", "chosen/old", "chosen/plain", "chosen/twin"], "")
+
+
+def test_what_tools_put_next_to_images_is_none(tmp_path: Path) -> None:
+    source = files(tmp_path, {"chosen/a.png": png(0), "rejected/a.png": png(1), "chosen/a.txt": "a thing"})
+    files(
+        source,
+        {f"{side}/a.{s}": "x" for side in ("chosen", "rejected") for s in ("json", "npz", "bin", "xmp")},
+    )
+    assert outcomes(source) == {"chosen/a": ""}
+
+
+@pytest.mark.parametrize("other", ["a.jpg", "a.PNG", "a.heic", "a.jxl"])
+def test_two_images_of_one_name_are_named(tmp_path: Path, other: str) -> None:
+    source = files(tmp_path, {"chosen/a.png": png(0), "rejected/a.png": png(1), "chosen/a.txt": "a thing"})
+    (source / "rejected" / other).write_bytes(png(2))
+    (row,) = PreferencePairs.open(source).read([0])
+    assert isinstance(row, SkippedRow)
+    assert row.reason == "ambiguous name"
+    assert "a.png" in row.detail
+    assert other in row.detail
+
+
+def test_two_captions_of_one_name_are_named(tmp_path: Path) -> None:
+    source = files(tmp_path, {"chosen/a.png": png(0), "rejected/a.png": png(1)})
+    files(source, {"chosen/a.txt": "a thing", "chosen/a.TXT": "another thing"})
+    if len(list((source / "chosen").iterdir())) == 3:  # a disk that tells capitals apart
+        assert outcomes(source) == {"chosen/a": "ambiguous name"}
+
+
+@pytest.mark.parametrize(
+    ("caption", "reason"),
+    [
+        ("a café".encode("utf-16"), ""),
+        ("a café".encode("utf-8-sig"), ""),
+        ("a café".encode("latin-1"), "unreadable caption"),
+        (b"", "empty caption"),
+        (b"\xef\xbb\xbf", "empty caption"),
+        (b"x" * (1 << 21), "unreadable caption"),
+    ],
+)
+def test_captions_of_every_encoding(tmp_path: Path, caption: bytes, reason: str) -> None:
+    source = files(tmp_path, {"chosen/a.png": png(0), "rejected/a.png": png(1), "chosen/a.txt": caption})
+    assert outcomes(source) == {"chosen/a": reason}
+    (row,) = PreferencePairs.open(source).read([0])
+    assert isinstance(row, SkippedRow) or row.prompt == "a café"
+
+
+def test_details_name_the_files_that_were_looked_for(tmp_path: Path) -> None:
+    source = files(tmp_path, {"chosen/a.png": png(0), "rejected/a.jpg": png(1), "rejected/b.png": png(1)})
+    first, second = PreferencePairs.open(source).read([0, 1])
+    assert isinstance(first, SkippedRow)
+    assert isinstance(second, SkippedRow)
+    assert first.detail == "no a.txt next to chosen/a.png or rejected/a.jpg"
+    assert second.detail == "no image b.* in chosen/"

@@ -1,0 +1,117 @@
+"""Parquet files of any row group size: little memory, one pass over each row group, damage in one line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mapo_fast.data.sources import parquet as parquet_pairs
+from mapo_fast.data.sources.base import PreferencePairs
+from mapo_fast.util.errors import UserError
+from tests.data.pair_sources import pickapic_rows, write_parquet
+
+READ = """
+import os
+import subprocess
+import sys
+from pathlib import Path
+import pyarrow as pa
+from mapo_fast.data.sources.base import PreferencePairs
+
+pairs = PreferencePairs.open(Path(sys.argv[1]))
+size = 0
+for start in range(0, len(pairs), 1000):
+    for row in pairs.read(range(start, min(start + 1000, len(pairs)))):
+        size += len(row.chosen()) + len(row.rejected())
+print(size, pa.default_memory_pool().max_memory(), pa.total_allocated_bytes())
+"""
+
+
+def test_a_huge_row_group_is_not_held_whole(tmp_path: Path) -> None:
+    rows, size = 20_000, 1500
+    columns: dict[str, list[Any]] = {"prompt": ["a thing"] * rows}
+    rng = np.random.default_rng(0)
+    columns |= {name: [rng.bytes(size) for _ in range(rows)] for name in ("chosen", "rejected")}
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table(columns), path)  # as a person writes it
+    assert pq.read_metadata(path).num_row_groups == 1
+    assert path.stat().st_size > 2 * rows * size
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.run([sys.executable, "-c", READ, path], env=environment, check=True, capture_output=True)
+    read, peak, left = map(int, out.stdout.split())
+    assert read == 2 * rows * size
+    assert peak < 0.4 * read, f"{peak >> 20} MiB of {read >> 20}"
+    assert left == 0, "nothing is held after the last row"
+
+
+def test_pages_that_take_much_memory_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "a.parquet", pickapic_rows(8), row_group=8)
+    assert PreferencePairs.open(path).note == ""
+    monkeypatch.setattr(parquet_pairs, "LARGE", 1000)
+    note = PreferencePairs.open(path).note
+    assert note.startswith("reading a.parquet takes up to 0.0 GB of memory")
+    assert "row_group_size=100" in note
+
+
+def test_parts_of_one_row_group_are_read_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "a.parquet", pickapic_rows(40), row_group=40)
+    passes: list[tuple[str, ...]] = []
+    real = pq.ParquetFile.iter_batches
+
+    def watched(self: Any, size: int, **options: Any) -> Any:
+        passes.append(tuple(options["columns"]))
+        return real(self, size, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
+    pairs = PreferencePairs.open(path)
+    for start in range(0, 40, 5):
+        assert [row.index for row in pairs.read(range(start, start + 5))] == list(range(start, start + 5))
+    assert len(passes) == 2, "the small columns once and the images once"
+    assert [row.index for row in pairs.read([3])] == [3], "an earlier row starts anew"
+    first, second = iter(pairs.read([1, 5])), iter(pairs.read([2, 4]))
+    assert [next(one).index for one in (first, second, first, second)] == [1, 2, 5, 4]
+
+
+def damaged(data: bytes, seed: int) -> bytes:
+    rng = np.random.default_rng(seed)
+    out = bytearray(data)
+    for at in rng.integers(0, len(out), 8):
+        out[at] = rng.integers(0, 256)
+    return bytes(out[: len(out) - int(rng.integers(0, 2)) * 50])
+
+
+def test_damaged_files_are_one_line(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [row | {"jpg_1": b"x" * 50} for row in pickapic_rows(6)])
+    data, said = path.read_bytes(), []
+    for seed in range(60):
+        path.write_bytes(damaged(data, seed))
+        try:
+            pairs = PreferencePairs.open(path)
+            if len(pairs) < 1000:
+                list(pairs.read(range(len(pairs))))
+        except UserError as error:
+            said.append(str(error))
+    assert len(said) > 10
+    assert not [text for text in said if "\n" in text or "a.parquet" not in text]
+
+
+def test_names_of_columns_and_splits_are_printed_as_they_are(tmp_path: Path) -> None:
+    evil = "\x1b[2J\nmapo-fast: all is well"
+    pq.write_table(pa.table({evil: [1]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError) as error:
+        PreferencePairs.open(tmp_path)
+    assert "\x1b" not in str(error.value)
+    assert "\n" not in str(error.value)
+    (tmp_path / "a.parquet").unlink()
+    if sys.platform != "win32":
+        for split in (evil, "b"):
+            write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", pickapic_rows(1))
+        with pytest.raises(UserError, match="mixes") as error:
+            PreferencePairs.open(tmp_path)
+        assert "\x1b" not in str(error.value)
