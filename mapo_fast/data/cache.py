@@ -41,7 +41,7 @@ from torch import Tensor
 
 from mapo_fast.data.shards import shard_path
 from mapo_fast.models.identity import encoders_identity
-from mapo_fast.models.pipeline import Component, SDXLFolder
+from mapo_fast.models.pipeline import Component, PipelineFolder
 from mapo_fast.settings.schema import DataConfig
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import JSON_BYTES, parse_json, read_bytes, sha256_file, unreadable
@@ -82,7 +82,7 @@ _SETTINGS = (
 )
 
 
-def cache_settings(folder: SDXLFolder, data: DataConfig) -> dict[str, Any]:
+def cache_settings(folder: PipelineFolder, data: DataConfig) -> dict[str, Any]:
     """All that decides what a cache holds, given the same source; `held_out` only moves pairs about."""
     return {
         "format": FORMAT,
@@ -106,7 +106,7 @@ def difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
     return None
 
 
-def translated(have: dict[str, Any], want: dict[str, Any], folder: SDXLFolder) -> dict[str, Any]:
+def translated(have: dict[str, Any], want: dict[str, Any], folder: PipelineFolder) -> dict[str, Any]:
     """The settings of a cache of an earlier format as they would be of this one.
 
     Before format 4 a model was known by its files, with their names and their configs' whole text. The
@@ -292,7 +292,7 @@ class PairCache:
         identity = {"settings": settings, "train": self.index["train"], "files": self.index["files"]}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
-    def check(self, folder: SDXLFolder, data: DataConfig) -> None:
+    def check(self, folder: PipelineFolder, data: DataConfig) -> None:
         """Check that the cache was made with this model's encoders and these settings.
 
         The UNet is not looked at: several UNets may share a cache.

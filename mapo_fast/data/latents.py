@@ -32,7 +32,7 @@ from mapo_fast.data.buckets import Size, fit_image
 from mapo_fast.data.images.decode import decode_image
 from mapo_fast.data.scan import content_hash
 from mapo_fast.data.sources.base import MissingImageError, PairRecord, PreferencePairs, reading
-from mapo_fast.models.pipeline import SDXLFolder
+from mapo_fast.models.pipeline import PipelineFolder
 from mapo_fast.models.vae import to_unet, use_tiles
 from mapo_fast.util.errors import UserError
 
@@ -83,7 +83,7 @@ class LatentEncoder:
     """
 
     def __init__(
-        self, folder: SDXLFolder, dtype: str, device: torch.device, *, tiles: int | None = None
+        self, folder: PipelineFolder, dtype: str, device: torch.device, *, tiles: int | None = None
     ) -> None:
         self.folder, self.dtype, self.device = folder, DTYPES[dtype], device
         self.config = folder.config("vae")
@@ -139,7 +139,7 @@ def _pixels(image: Image.Image) -> Tensor:  # (3, H, W) fp32 in [−1, 1]
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
-def latent_shape(folder: SDXLFolder, bucket: Size) -> tuple[int, int, int]:
+def latent_shape(folder: PipelineFolder, bucket: Size) -> tuple[int, int, int]:
     """(C, h, w) of the latents of a bucket.
 
     Raises:

@@ -55,7 +55,7 @@ from mapo_fast.data.sources.base import PreferencePairs, SkippedRow
 from mapo_fast.data.split import held_out_pairs
 from mapo_fast.hardware import gpu
 from mapo_fast.models.fp32 import exact_fp32
-from mapo_fast.models.pipeline import SDXLFolder, open_sdxl, scheduler_overrides
+from mapo_fast.models.pipeline import PipelineFolder, open_sdxl, scheduler_overrides
 from mapo_fast.models.text import (
     BATCH,
     ENCODERS,
@@ -188,7 +188,7 @@ class Preparation:
     def __init__(
         self,
         config: Config,
-        folder: SDXLFolder,
+        folder: PipelineFolder,
         source: PreferencePairs,
         identity: str,
         settings: dict[str, Any],
@@ -585,7 +585,7 @@ def _half(values: Tensor) -> Tensor:
     return half if half.isfinite().all() else values
 
 
-def _claimed(cache: Path, settings: dict[str, Any], folder: SDXLFolder) -> dict[str, Any]:
+def _claimed(cache: Path, settings: dict[str, Any], folder: PipelineFolder) -> dict[str, Any]:
     """Check that the cache folder is empty, or made for these settings; nothing is written.
 
     Returns what its settings.json is to hold.

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mapo_fast.models.pipeline import Component, SDXLFolder, read_header, read_samples
+from mapo_fast.models.pipeline import Component, PipelineFolder, read_header, read_samples
 
 _DECODER_ONLY = {"out_channels", "up_block_types", "use_post_quant_conv"}
 _TOKEN_ONLY = {"eos_token_id"}  # `load_tokenizer` refuses one that is not the tokenizer's
@@ -34,7 +34,7 @@ class TensorIdentity(NamedTuple):
     """SHA-256 of its first and last `model.SAMPLE` bytes."""
 
 
-def encoders_identity(folder: SDXLFolder) -> str:
+def encoders_identity(folder: PipelineFolder) -> str:
     """SHA-256 of what a cache depends on: the VAE, both text encoders, both tokenizers.
 
     Of weights, only a sample is read, so that a start takes no minute.
@@ -56,7 +56,7 @@ def encoders_identity(folder: SDXLFolder) -> str:
 _BOTH: tuple[Literal[1, 2], ...] = (1, 2)
 
 
-def _tensors(folder: SDXLFolder, component: Component) -> list[TensorIdentity]:
+def _tensors(folder: PipelineFolder, component: Component) -> list[TensorIdentity]:
     return sorted(found for file in folder.weight_files(component) for found in _of_file(file))
 
 

@@ -54,7 +54,7 @@ _CONFIGS: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class SDXLFolder:
+class PipelineFolder:
     """A validated diffusers SDXL pipeline folder; make one with `open_sdxl`."""
 
     root: Path
@@ -280,7 +280,7 @@ def open_sdxl(
     scheduler_overrides: dict[str, Any] | None = None,
     *,
     weights: bool = True,
-) -> SDXLFolder:
+) -> PipelineFolder:
     """Check that `path` is a diffusers SDXL pipeline folder; nothing is loaded.
 
     Args:
@@ -301,7 +301,7 @@ def open_sdxl(
             hint = " (a single .safetensors file must be converted with diffusers first)"
             raise UserError(f"{path} is not a diffusers pipeline folder: model_index.json is missing{hint}")
     read_json(path / "model_index.json")
-    folder = SDXLFolder(path, vae if vae is not None else path / "vae", scheduler_overrides or {})
+    folder = PipelineFolder(path, vae if vae is not None else path / "vae", scheduler_overrides or {})
     if vae is not None:
         with _readable("model.vae", vae):
             if not vae.is_dir():
@@ -331,7 +331,7 @@ def scheduler_overrides(config: TrainConfig) -> dict[str, Any]:
     return overrides
 
 
-def _check_part(folder: SDXLFolder, component: Component, weights: bool) -> None:
+def _check_part(folder: PipelineFolder, component: Component, weights: bool) -> None:
     """One component's config, and with `weights` its weights or vocabulary."""
     part = folder.path(component)
     if not (part / _CONFIGS[component]).is_file():
@@ -347,7 +347,7 @@ def _check_part(folder: SDXLFolder, component: Component, weights: bool) -> None
                 raise UserError(f"{part} is no complete tokenizer: {part / name} is missing")
 
 
-def _check_configs(folder: SDXLFolder, weights: bool) -> None:
+def _check_configs(folder: PipelineFolder, weights: bool) -> None:
     """That the parts are SDXL's and fit each other, and with `weights` that their weights' shapes do."""
     from mapo_fast.models.diffusion import Diffusion  # imports diffusers
 
@@ -387,7 +387,7 @@ def _check_configs(folder: SDXLFolder, weights: bool) -> None:
             _check_shapes(folder, component, shapes)
 
 
-def _try(folder: SDXLFolder, component: Component, call: Callable[[str], Shapes]) -> Shapes:
+def _try(folder: PipelineFolder, component: Component, call: Callable[[str], Shapes]) -> Shapes:
     try:
         with _quiet():
             return call(json.dumps(folder.config(component), sort_keys=True))
@@ -395,7 +395,7 @@ def _try(folder: SDXLFolder, component: Component, call: Callable[[str], Shapes]
         raise _unloadable(folder.path(component), error) from error
 
 
-def _check_shapes(folder: SDXLFolder, component: Component, shapes: Shapes) -> None:
+def _check_shapes(folder: PipelineFolder, component: Component, shapes: Shapes) -> None:
     """That the weights are those of the model that the config describes, as far as their headers say.
 
     Names that differ are judged of the UNet only: the libraries rename those of other parts as they load.

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mapo_fast.models.pipeline import SDXLFolder
+from mapo_fast.models.pipeline import PipelineFolder
 from mapo_fast.models.vae import from_unet
 from mapo_fast.util.errors import UserError
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def sample_latents(
     unet: Any,
-    folder: SDXLFolder,
+    folder: PipelineFolder,
     prompts: PromptEmbeds,
     empty: PromptEmbeds,
     *,
@@ -122,7 +122,7 @@ def decode_latents(vae: Any, latents: Tensor, *, batch_size: int = 8) -> list[Im
     return images
 
 
-def sampler(folder: SDXLFolder, steps: int) -> Any:
+def sampler(folder: PipelineFolder, steps: int) -> Any:
     """diffusers' Euler scheduler with the pipeline's own scheduler config, set to this many steps.
 
     Raises:
@@ -147,7 +147,7 @@ def sampler(folder: SDXLFolder, steps: int) -> Any:
     return scheduler
 
 
-def _pipeline(folder: SDXLFolder, unet: Any, steps: int) -> Any:
+def _pipeline(folder: PipelineFolder, unet: Any, steps: int) -> Any:
     with _quiet_import():
         from diffusers import StableDiffusionXLPipeline
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mapo_fast.models.pipeline import SDXLFolder
+from mapo_fast.models.pipeline import PipelineFolder
 
 CHUNK_TOKENS = 75
 BATCH = 16
@@ -49,7 +49,7 @@ def chunk_count(max_tokens: int) -> int:
 
 
 def encode_prompts(
-    folder: SDXLFolder,
+    folder: PipelineFolder,
     prompts: Sequence[str],
     *,
     max_tokens: int,
@@ -78,7 +78,7 @@ def encode_prompts(
 
 
 def empty_prompt(
-    folder: SDXLFolder, *, max_tokens: int, device: torch.device | str, dtype: torch.dtype
+    folder: PipelineFolder, *, max_tokens: int, device: torch.device | str, dtype: torch.dtype
 ) -> PromptEmbeds:
     """What stands for "no prompt" (N = 1): zeros where the pipeline says so (SDXL's default), else ""."""
     if not folder.zeros_for_empty_prompt:
@@ -90,7 +90,7 @@ def empty_prompt(
     )
 
 
-def text_widths(folder: SDXLFolder) -> tuple[tuple[int, int], int]:
+def text_widths(folder: PipelineFolder) -> tuple[tuple[int, int], int]:
     """Hidden widths of the two encoders and the pooled width, read from their configs."""
     first, second = folder.text_config(1), folder.text_config(2)
     return (first.hidden_size, second.hidden_size), second.projection_dim
@@ -105,7 +105,7 @@ class TextEncoder:
 
     def __init__(
         self,
-        folder: SDXLFolder,
+        folder: PipelineFolder,
         which: Literal[1, 2],
         chunks: int,
         device: torch.device | str,
@@ -153,7 +153,7 @@ def text_ids(tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> list[li
     return [ids[:kept] for ids in _text_ids(tokenizer, prompts)]
 
 
-def truncations(folder: SDXLFolder, prompts: Sequence[str], max_tokens: int) -> Iterator[Truncation]:
+def truncations(folder: PipelineFolder, prompts: Sequence[str], max_tokens: int) -> Iterator[Truncation]:
     """Those of `prompts` that lose text at `max_tokens`, in order; the first tokenizer decides."""
     tokenizer = folder.load_tokenizer(1)
     kept = CHUNK_TOKENS * chunk_count(max_tokens)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mapo_fast.models.pipeline import SDXLFolder
+from mapo_fast.models.pipeline import PipelineFolder
 from mapo_fast.models.vae import TILE, decode_bytes, encode_bytes, encoding_with_less, setting_text
 from mapo_fast.planner.plan import GRAPHS, Plan, with_settings
 from mapo_fast.settings.schema import Config
@@ -36,7 +36,7 @@ class Vae(NamedTuple):
 SDXL_VAE = Vae({"block_out_channels": [128, 256, 512, 512]}, FP32 * 83_653_863)
 
 
-def vae_of(folder: SDXLFolder) -> Vae:
+def vae_of(folder: PipelineFolder) -> Vae:
     """The VAE of a pipeline folder, by its config."""
     from diffusers import AutoencoderKL
 

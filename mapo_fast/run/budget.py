@@ -18,7 +18,7 @@ import torch
 from mapo_fast.engine.processes import ALONE, Processes
 from mapo_fast.hardware import gpu
 from mapo_fast.hardware.cards import CONTEXT_GIB, vram_for
-from mapo_fast.models.pipeline import SDXLFolder
+from mapo_fast.models.pipeline import PipelineFolder
 from mapo_fast.planner.ask import plan_run, refusal
 from mapo_fast.planner.plan import Plan, with_settings
 from mapo_fast.planner.search import Outcome
@@ -134,7 +134,7 @@ ARITHMETIC = ("train.fused_step", "train.precision", "optim.name", "adapter.base
 
 def planned(
     config: Config,
-    folder: SDXLFolder,
+    folder: PipelineFolder,
     device: torch.device,
     recorded: dict[str, Any] | None = None,
     processes: Processes = ALONE,

@@ -22,7 +22,7 @@ from mapo_fast.engine.precision import choose_device, choose_precision
 from mapo_fast.engine.processes import Processes, environment, in_processes, joined
 from mapo_fast.hardware.driver import why_no_gpu
 from mapo_fast.models.diffusion import Diffusion
-from mapo_fast.models.pipeline import SDXLFolder, open_sdxl, scheduler_overrides
+from mapo_fast.models.pipeline import PipelineFolder, open_sdxl, scheduler_overrides
 from mapo_fast.planner.kernels import compiling
 from mapo_fast.planner.plan import with_settings
 from mapo_fast.run.adopt import adopt
@@ -120,7 +120,7 @@ def back_end(device: torch.device) -> str:
     return f"torch sees no NVIDIA GPU: {why_no_gpu()}"
 
 
-def _open_cache(config: Config, folder: SDXLFolder) -> PairCache:
+def _open_cache(config: Config, folder: PipelineFolder) -> PairCache:
     """The cache of a run.
 
     Raises:
@@ -146,7 +146,7 @@ def _open_cache(config: Config, folder: SDXLFolder) -> PairCache:
     return cache
 
 
-def _identity(folder: SDXLFolder, cache: PairCache) -> dict[str, str]:
+def _identity(folder: PipelineFolder, cache: PairCache) -> dict[str, str]:
     """Fingerprints of what the run is made from."""
     schedule = json.dumps(folder.scheduler_config, sort_keys=True)
     return {
@@ -195,7 +195,7 @@ def _claim(
 
 def _run(
     trainer: Trainer,
-    folder: SDXLFolder,
+    folder: PipelineFolder,
     identity: dict[str, str],
     resume: bool,
     notes: list[str],

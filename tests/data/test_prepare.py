@@ -19,7 +19,7 @@ from mapo_fast.data.buckets import fit_image
 from mapo_fast.data.cache import PairCache
 from mapo_fast.data.images.decode import decode_image
 from mapo_fast.data.prepare import prepare
-from mapo_fast.models.pipeline import SDXLFolder, open_sdxl
+from mapo_fast.models.pipeline import PipelineFolder, open_sdxl
 from mapo_fast.models.text import empty_prompt, encode_prompts
 from mapo_fast.util.errors import UserError
 from tests.data.pair_sources import (
@@ -271,9 +271,9 @@ class Overflowing:
 
 
 def overflow(monkeypatch: pytest.MonkeyPatch, *, always: bool) -> None:
-    load = SDXLFolder.load_vae
+    load = PipelineFolder.load_vae
     monkeypatch.setattr(
-        SDXLFolder, "load_vae", lambda self, dtype=torch.float32: Overflowing(load(self, dtype), always)
+        PipelineFolder, "load_vae", lambda self, dtype=torch.float32: Overflowing(load(self, dtype), always)
     )
 
 
@@ -345,7 +345,7 @@ def test_prompts_whose_embeddings_are_not_finite_are_listed(
         prepare(config(tiny_sdxl, source, tmp_path / "d", max_skipped=0.1))
     assert not list((tmp_path / "d" / "shards").glob("latents-*")), "known before images are encoded"
     (tmp_path / "c" / "index.json").unlink()
-    monkeypatch.setattr(SDXLFolder, "load_text_encoder", None)
+    monkeypatch.setattr(PipelineFolder, "load_text_encoder", None)
     assert prepare(run).skipped == summary.skipped, "known without encoding again"
 
 
@@ -408,14 +408,14 @@ def test_bucket_step_must_fit_the_vae(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        SDXLFolder, "config", lambda self, part: {"block_out_channels": [1] * 5, "latent_channels": 4}
+        PipelineFolder, "config", lambda self, part: {"block_out_channels": [1] * 5, "latent_channels": 4}
     )
     with pytest.raises(UserError, match=r"set data\.bucket_step to a multiple of 16"):
         latents.latent_shape(open_folder(tiny_sdxl), (40, 24))
 
 
-def open_folder(path: Path) -> SDXLFolder:
-    return SDXLFolder(path, path / "vae")
+def open_folder(path: Path) -> PipelineFolder:
+    return PipelineFolder(path, path / "vae")
 
 
 # Disk
@@ -575,8 +575,8 @@ def test_another_held_out_share_encodes_nothing(
     run = config(tiny_sdxl, source, tmp_path / "c", held_out=0.3)
     with pytest.raises(UserError, match=r"held_out = 0\.1, the config says 0\.3"):
         PairCache.open(tmp_path / "c").check(open_sdxl(tiny_sdxl), run.data)
-    monkeypatch.setattr(SDXLFolder, "load_vae", None)
-    monkeypatch.setattr(SDXLFolder, "load_text_encoder", None)
+    monkeypatch.setattr(PipelineFolder, "load_vae", None)
+    monkeypatch.setattr(PipelineFolder, "load_text_encoder", None)
     assert prepare(run).held_out == 3
 
 
@@ -734,7 +734,7 @@ def test_a_spelling_that_comes_later_is_not_encoded(
     write_jsonl(
         source, rows + [rows[0] | {"prompt": p, "chosen": "x.png"} for p in ("A RED CAT", "a Red cat")]
     )
-    monkeypatch.setattr(SDXLFolder, "load_text_encoder", None)
+    monkeypatch.setattr(PipelineFolder, "load_text_encoder", None)
     summary = prepare(run)
     assert (summary.pairs, summary.prompts, summary.duplicates) == (3, 2, 1)
 
@@ -761,7 +761,7 @@ def test_text_is_encoded_before_images(
     def missing(*args: Any) -> None:
         raise UserError("no such encoder")
 
-    monkeypatch.setattr(SDXLFolder, "load_text_encoder", missing)
+    monkeypatch.setattr(PipelineFolder, "load_text_encoder", missing)
     with pytest.raises(UserError, match="no such encoder"):
         prepare(config(tiny_sdxl, jsonl_folder(tmp_path / "s", 3), tmp_path / "c"))
     assert not list((tmp_path / "c" / "shards").glob("latents-*"))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mapo_fast.models.configs import SCHEDULERS, ZERO_SNR_SCHEDULERS
 from mapo_fast.models.diffusion import Diffusion
-from mapo_fast.models.pipeline import SDXLFolder, open_sdxl
+from mapo_fast.models.pipeline import PipelineFolder, open_sdxl
 from mapo_fast.util.errors import MachineError, UserError
 from tests.tiny import POOLED_WIDTH, make_tiny_sdxl
 
@@ -47,7 +47,7 @@ def edit_weights(model: Path, part: str, change: Callable[[dict[str, torch.Tenso
     return path
 
 
-LOADERS: dict[str, tuple[Callable[[SDXLFolder], Any], str]] = {
+LOADERS: dict[str, tuple[Callable[[PipelineFolder], Any], str]] = {
     "text_encoder": (lambda f: f.load_text_encoder(1), "self_attn.q_proj"),
     "text_encoder_2": (lambda f: f.load_text_encoder(2, torch.float16), "text_projection"),
     "unet": (lambda f: f.load_unet(), "conv_in"),
