@@ -20,18 +20,18 @@ from bench import floors, peers
 from bench.dispatch import size, tensors
 from mapo_kernels._fp8 import to_fp8, to_fp8_eager
 from mapo_kernels._linear import Projection
-from mapo_kernels.adamw8bit import AdamW8bit
-from mapo_kernels.add_rounded import add_rounded_
-from mapo_kernels.geglu import geglu
-from mapo_kernels.geglu_linear import geglu_linear
-from mapo_kernels.group_norm_silu import group_norm_silu
-from mapo_kernels.group_norm_silu_conv import group_norm_silu_conv
-from mapo_kernels.layer_norm import layer_norm
-from mapo_kernels.layer_norm_linear import layer_norm_linear
-from mapo_kernels.lora_linear import lora_linear
 from mapo_kernels.objectives import OBJECTIVES
-from mapo_kernels.paired_loss import NoiseTarget, paired_loss
-from mapo_kernels.paired_noise import paired_noise
+from mapo_kernels.ops.adamw8bit import AdamW8bit
+from mapo_kernels.ops.add_rounded import add_rounded_
+from mapo_kernels.ops.geglu import geglu
+from mapo_kernels.ops.geglu_linear import geglu_linear
+from mapo_kernels.ops.group_norm_silu import group_norm_silu
+from mapo_kernels.ops.group_norm_silu_conv import group_norm_silu_conv
+from mapo_kernels.ops.layer_norm import layer_norm
+from mapo_kernels.ops.layer_norm_linear import layer_norm_linear
+from mapo_kernels.ops.lora_linear import lora_linear
+from mapo_kernels.ops.paired_loss import NoiseTarget, paired_loss
+from mapo_kernels.ops.paired_noise import paired_noise
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 

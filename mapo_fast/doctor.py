@@ -208,7 +208,7 @@ def _xformers(device: str) -> str:
 def _eight_bit(device: str) -> str:
     """One step of AdamW8bit, on a tensor large enough to have 8-bit states."""
     from mapo_kernels._launch import backend
-    from mapo_kernels.adamw8bit import AdamW8bit
+    from mapo_kernels.ops.adamw8bit import AdamW8bit
 
     if not _takes_a_step(AdamW8bit, device):
         return "cannot be used: it took a step without changing the weights as it should"

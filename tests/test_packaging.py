@@ -31,6 +31,25 @@ def test_importing_the_package_is_light() -> None:
     assert loaded == "[]"
 
 
+def test_importing_the_kernels_is_light() -> None:
+    heavy = ("torch", "numpy", "triton")
+    code = "import mapo_kernels\nfrom mapo_kernels import ops\n"
+    assert _python(f"{code}print([m for m in {heavy!r} if m in sys.modules])") == "[]"
+
+
+def test_a_public_name_of_the_kernels_is_never_a_module() -> None:
+    """Whatever has been imported before."""
+    code = (
+        "import mapo_kernels, pkgutil, types\n"
+        "names = {module.name for module in pkgutil.walk_packages(mapo_kernels.__path__, 'mapo_kernels.')}\n"
+        "[__import__(name) for name in sorted(names)]\n"
+        "public = {name: getattr(mapo_kernels, name) for name in mapo_kernels.__all__}\n"
+        "assert len(public) > 10 and {*public} <= {*dir(mapo_kernels)}\n"
+        "print([name for name, value in public.items() if isinstance(value, types.ModuleType)])"
+    )
+    assert _python(code) == "[]"
+
+
 def test_the_loss_needs_torch_only() -> None:
     heavy = ("diffusers", "transformers", "pydantic", "typer", "peft", "PIL")
     found = _python(

@@ -1,78 +1,32 @@
 """Fused Triton kernels for training diffusion UNets on preferences; needs torch, uses Triton if it is there.
 
-Nothing here imports `mapo_fast`. An operator's module holds its registration, public function and fp64
-reference, and its kernels and launchers, unless these are long: then they are in a module with an underscore
-beside it. Other modules with an underscore are shared between operators.
+Nothing here imports `mapo_fast`. The operators are in `ops`, a module each: registration, public function and
+fp64 reference, and its kernels and launchers, unless these are long: then they are in a module with an
+underscore beside it. Modules with an underscore here are shared between operators.
+
+Importing this package imports neither torch nor Triton; the first use of a public name does.
 """
 
-from mapo_kernels._launch import Backend, backend
-from mapo_kernels._linear import FrozenWeight, Lora, Projection, frozen_or_dense, join_weights
-from mapo_kernels.adamw8bit import AdamW8bit
-from mapo_kernels.add_rounded import add_rounded_, add_rounded_reference
-from mapo_kernels.fp8_linear import fp8_linear
-from mapo_kernels.frozen import (
-    frozen_conv2d,
-    frozen_conv2d_reference,
-    frozen_linear,
-    frozen_linear_reference,
-)
-from mapo_kernels.geglu import geglu, geglu_reference
-from mapo_kernels.geglu_linear import geglu_linear, geglu_linear_reference
-from mapo_kernels.group_norm_silu import GroupNormSilu, group_norm_silu, group_norm_silu_reference
-from mapo_kernels.group_norm_silu_conv import group_norm_silu_conv, group_norm_silu_conv_reference
-from mapo_kernels.layer_norm import LayerNorm, layer_norm, layer_norm_reference
-from mapo_kernels.layer_norm_linear import layer_norm_linear, layer_norm_linear_reference
-from mapo_kernels.lora_linear import lora_linear, lora_linear_reference
-from mapo_kernels.objectives import OBJECTIVES
-from mapo_kernels.paired_loss import (
-    NoiseTarget,
-    PairedLoss,
-    paired_loss,
-    paired_loss_from_errors,
-    paired_loss_reference,
-)
-from mapo_kernels.paired_noise import noise_key, paired_noise, paired_noise_epsilon, paired_noise_reference
+from importlib import import_module
+from importlib.machinery import PathFinder
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "OBJECTIVES",
-    "AdamW8bit",
-    "Backend",
-    "FrozenWeight",
-    "GroupNormSilu",
-    "LayerNorm",
-    "Lora",
-    "NoiseTarget",
-    "PairedLoss",
-    "Projection",
-    "add_rounded_",
-    "add_rounded_reference",
-    "backend",
-    "fp8_linear",
-    "frozen_conv2d",
-    "frozen_conv2d_reference",
-    "frozen_linear",
-    "frozen_linear_reference",
-    "frozen_or_dense",
-    "geglu",
-    "geglu_linear",
-    "geglu_linear_reference",
-    "geglu_reference",
-    "group_norm_silu",
-    "group_norm_silu_conv",
-    "group_norm_silu_conv_reference",
-    "group_norm_silu_reference",
-    "join_weights",
-    "layer_norm",
-    "layer_norm_linear",
-    "layer_norm_linear_reference",
-    "layer_norm_reference",
-    "lora_linear",
-    "lora_linear_reference",
-    "noise_key",
-    "paired_loss",
-    "paired_loss_from_errors",
-    "paired_loss_reference",
-    "paired_noise",
-    "paired_noise_epsilon",
-    "paired_noise_reference",
-]
+if TYPE_CHECKING:
+    from mapo_kernels._public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use, so that `import mapo_kernels` stays light.
+
+    No public name is a module's: which of the two it meant would depend on what had been imported before.
+    """
+    if name == "__all__" or not (name.startswith("_") or PathFinder.find_spec(name, __path__)):  # noqa: F405
+        public = import_module("mapo_kernels._public")
+        if name in {*public.__all__, "__all__"}:
+            return getattr(public, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names too, which are not there before their first use."""
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from mapo_kernels._autocast import autocast_dtype
 from mapo_kernels._fp8 import Rows, fp8_input_gradient, fp8_product, from_fp8, to_fp8
-from mapo_kernels._pair_checks import FLOATING
+from mapo_kernels._rows import FLOATING
 
 __all__ = [
     "FrozenWeight",

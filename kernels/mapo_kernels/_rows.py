@@ -1,4 +1,4 @@
-"""What operators over the last dimension share: rows in memory, and the type they compute in."""
+"""What operators share: the types they take and compute in, and rows in memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from mapo_kernels._launch import tl
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of tensors that operators take."""
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from mapo_fast.engine.stream_states import StateStreaming
 from mapo_fast.loss import KTOLoss, PairLoss, UnpairedLoss
 from mapo_fast.settings.schema import Config
 from mapo_kernels import PairedLoss
-from mapo_kernels.adamw8bit import AdamW8bit
+from mapo_kernels.ops.adamw8bit import AdamW8bit
 
 
 class Engine:

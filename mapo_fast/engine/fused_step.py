@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from mapo_fast.engine.optim import norms
 from mapo_fast.engine.optim_state import flatten_optimizer_state, initial_state, restore_optimizer_state
 from mapo_fast.engine.stream_states import GROUP_BYTES, StateStreaming
-from mapo_kernels.adamw8bit import AdamW8bit
+from mapo_kernels.ops.adamw8bit import AdamW8bit
 
 if TYPE_CHECKING:
     from mapo_fast.engine.stream_weights import WeightStreaming

@@ -18,7 +18,7 @@ from torch import Tensor
 from mapo_fast.engine.optim_state import flatten_optimizer_state, restore_optimizer_state
 from mapo_fast.settings.schema import OptimConfig
 from mapo_fast.util.errors import UserError
-from mapo_kernels.adamw8bit import AdamW8bit
+from mapo_kernels.ops.adamw8bit import AdamW8bit
 
 
 def build_optimizer(

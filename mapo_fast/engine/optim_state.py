@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mapo_fast.util.errors import UserError
-from mapo_kernels.adamw8bit import AdamW8bit, new_state
+from mapo_kernels.ops.adamw8bit import AdamW8bit, new_state
 
 _IMPLEMENTATION_KEYS = ("params", "fused", "foreach", "capturable", "differentiable", "maximize")
 """Group entries that say how a step is computed: those of the new optimizer count."""

@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from mapo_fast.planner.costs import ELEMENTWISE, Cost, addressed_bytes, cost, hidden_bytes, size, tensors
-from mapo_kernels import _launch, adamw8bit
+from mapo_kernels import _launch
+from mapo_kernels.ops import adamw8bit
 
 try:
     from triton.runtime.jit import JITFunction

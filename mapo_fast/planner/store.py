@@ -172,7 +172,7 @@ def _sources() -> list[str]:
     """Digests of the sources and versions that a trace depends on."""
     here, kernels = Path(__file__).parent, Path(mapo_kernels.__file__).parent
     files = [
-        *kernels.glob("*.py"),
+        *kernels.rglob("*.py"),
         *(here.parent / "engine").glob("*.py"),
         *(here / name for name in ("costs.py", "recorder.py", "trace.py")),
         *(here.parent / "models" / name for name in _MODEL_SOURCES),

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed: there are no kern
 
 from bench import traffic
 from bench.dispatch import Untouched, size
-from mapo_kernels.geglu import geglu
+from mapo_kernels.ops.geglu import geglu
 
 ROOT = Path(__file__).parents[2]
 

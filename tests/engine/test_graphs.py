@@ -74,7 +74,7 @@ class Tape(TorchDispatchMode):  # type: ignore[misc]
 @pytest.fixture(autouse=True)
 def eight_bit_steps_are_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     """In plain torch they read numbers on the host; on a GPU they are kernels on the same tensors."""
-    module = sys.modules["mapo_kernels.adamw8bit"]
+    module = sys.modules["mapo_kernels.ops.adamw8bit"]
     step = module.eager_step
 
     def recorded(*args: Any) -> None:

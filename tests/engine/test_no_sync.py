@@ -21,7 +21,7 @@ from mapo_fast.run.metrics import Metrics
 from mapo_fast.run.train import train
 from mapo_fast.run.trainer import Trainer
 from mapo_fast.settings.schema import Config
-from mapo_kernels._dynamic_code import both_books
+from mapo_kernels.ops._dynamic_code import both_books
 from tests.training import make_cache, make_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -99,7 +99,7 @@ def inputs_and_steps_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("batch", "samples", "labels", "wanted"):
         monkeypatch.setattr(PairCache, name, unwatched(getattr(PairCache, name)))
-    eight_bit = sys.modules["mapo_kernels.adamw8bit"]
+    eight_bit = sys.modules["mapo_kernels.ops.adamw8bit"]
     monkeypatch.setattr(eight_bit, "eager_step", unwatched(eight_bit.eager_step))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mapo_fast.engine.optim_state import flatten_optimizer_state, initial_state, restore_optimizer_state
 from mapo_fast.util.checkpoint import CheckpointStore
 from mapo_fast.util.errors import UserError
-from mapo_kernels.adamw8bit import AdamW8bit
+from mapo_kernels.ops.adamw8bit import AdamW8bit
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

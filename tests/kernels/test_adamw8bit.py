@@ -20,18 +20,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mapo_kernels import _adamw8bit_eager as eager
-from mapo_kernels import _adamw8bit_kernels as kernels
-from mapo_kernels import _dynamic_code as book
 from mapo_kernels import _launch as launch
 from mapo_kernels import _rounding as rounding
-from mapo_kernels._adamw8bit_tensors import Settings, Tensors, in_order
 from mapo_kernels._launch import backend, jit, tl
 from mapo_kernels._philox import philox_torch
-from mapo_kernels.adamw8bit import AdamW8bit, adamw8bit_, adamw8bit_reference
+from mapo_kernels.ops import _adamw8bit_eager as eager
+from mapo_kernels.ops import _adamw8bit_kernels as kernels
+from mapo_kernels.ops import _dynamic_code as book
+from mapo_kernels.ops._adamw8bit_tensors import Settings, Tensors, in_order
+from mapo_kernels.ops.adamw8bit import AdamW8bit, adamw8bit_, adamw8bit_reference
 from tests.tolerances import assert_three_way
 
-op = sys.modules["mapo_kernels.adamw8bit"]
+op = sys.modules["mapo_kernels.ops.adamw8bit"]
 
 LOW = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *LOW]

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mapo_kernels import _dynamic_code as book
 from mapo_kernels._launch import Backend
-from mapo_kernels.adamw8bit import AdamW8bit
+from mapo_kernels.ops import _dynamic_code as book
+from mapo_kernels.ops.adamw8bit import AdamW8bit
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import bitsandbytes
     from bitsandbytes.functional import create_dynamic_map
 
-op = sys.modules["mapo_kernels.adamw8bit"]
+op = sys.modules["mapo_kernels.ops.adamw8bit"]
 
 SHAPES = [(80, 64), (16, 8, 9, 9), (13,), (4096,), (4095,), (5000,), (1,)]
 STATES = ("state1", "state2", "absmax1", "absmax2")

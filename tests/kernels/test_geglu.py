@@ -13,11 +13,11 @@ from torch.autograd import grad as gradient
 
 from mapo_kernels import _launch as launch
 from mapo_kernels import backend
-from mapo_kernels.geglu import geglu, geglu_backward, geglu_forward, geglu_reference
+from mapo_kernels.ops.geglu import geglu, geglu_backward, geglu_forward, geglu_reference
 from tests.saved import compiled, saved_bytes
 from tests.tolerances import assert_three_way
 
-op = sys.modules["mapo_kernels.geglu"]
+op = sys.modules["mapo_kernels.ops.geglu"]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("_nan_in_fresh_memory")

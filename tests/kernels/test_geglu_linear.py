@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mapo_kernels._linear import Projection, pack
-from mapo_kernels.geglu_linear import geglu_linear, geglu_linear_reference
+from mapo_kernels.ops.geglu_linear import geglu_linear, geglu_linear_reference
 from tests.kernels.linear_cases import (
     COMPILER_WARNS,
     DTYPES,
@@ -35,7 +35,7 @@ from tests.kernels.linear_cases import (
 )
 from tests.saved import compiled, saved_bytes
 
-op = sys.modules["mapo_kernels.geglu_linear"]
+op = sys.modules["mapo_kernels.ops.geglu_linear"]
 pytestmark = [pytest.mark.usefixtures("_nan_in_fresh_memory"), *COMPILER_WARNS]
 
 

@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mapo_kernels import _group_norm_launch as cutting
 from mapo_kernels import _launch as launch
 from mapo_kernels import backend
-from mapo_kernels._group_norm_kernels import _offsets
 from mapo_kernels._launch import jit, tl
-from mapo_kernels.group_norm_silu import (
+from mapo_kernels.ops import _group_norm_launch as cutting
+from mapo_kernels.ops._group_norm_kernels import _offsets
+from mapo_kernels.ops.group_norm_silu import (
     GroupNormSilu,
     group_norm_silu,
     group_norm_silu_apply,

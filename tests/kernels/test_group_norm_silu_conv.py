@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mapo_kernels.group_norm_silu_conv import group_norm_silu_conv, group_norm_silu_conv_reference
+from mapo_kernels.ops.group_norm_silu_conv import group_norm_silu_conv, group_norm_silu_conv_reference
 from tests.tolerances import assert_three_way
 
-op = sys.modules["mapo_kernels.group_norm_silu_conv"]
+op = sys.modules["mapo_kernels.ops.group_norm_silu_conv"]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NAMES = ("x", "norm_weight", "norm_bias", "conv_weight", "conv_bias")

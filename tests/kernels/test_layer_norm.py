@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd import grad as gradient
 
 from mapo_kernels import _launch as launch
-from mapo_kernels import _layer_norm_kernels as kernels
 from mapo_kernels import backend
-from mapo_kernels.layer_norm import (
+from mapo_kernels.ops import _layer_norm_kernels as kernels
+from mapo_kernels.ops.layer_norm import (
     LayerNorm,
     layer_norm,
     layer_norm_apply,
@@ -26,7 +26,7 @@ from mapo_kernels.layer_norm import (
 from tests.saved import compiled, saved_bytes
 from tests.tolerances import assert_three_way
 
-op = sys.modules["mapo_kernels.layer_norm"]
+op = sys.modules["mapo_kernels.ops.layer_norm"]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.usefixtures("_nan_in_fresh_memory")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mapo_kernels import _linear
 from mapo_kernels._linear import Lora, Projection, frozen_or_dense, join_weights, pack
-from mapo_kernels.layer_norm_linear import layer_norm_linear, layer_norm_linear_reference
+from mapo_kernels.ops.layer_norm_linear import layer_norm_linear, layer_norm_linear_reference
 from tests.kernels.linear_cases import (
     COMPILER_WARNS,
     DTYPES,
@@ -37,7 +37,7 @@ from tests.kernels.linear_cases import (
 )
 from tests.saved import compiled, saved_bytes
 
-op = sys.modules["mapo_kernels.layer_norm_linear"]
+op = sys.modules["mapo_kernels.ops.layer_norm_linear"]
 pytestmark = [pytest.mark.usefixtures("_nan_in_fresh_memory"), *COMPILER_WARNS]
 
 Norm = tuple[Tensor | None, Tensor | None]

@@ -27,7 +27,7 @@ from mapo_kernels._linear import (
     unpack,
     views_of_one,
 )
-from mapo_kernels.lora_linear import lora_linear, lora_linear_reference
+from mapo_kernels.ops.lora_linear import lora_linear, lora_linear_reference
 from tests.kernels.linear_cases import (
     COMPILER_WARNS,
     DTYPES,
@@ -47,7 +47,7 @@ from tests.kernels.linear_cases import (
 )
 from tests.saved import compiled, saved_bytes
 
-op = sys.modules["mapo_kernels.lora_linear"]
+op = sys.modules["mapo_kernels.ops.lora_linear"]
 pytestmark = [pytest.mark.usefixtures("_nan_in_fresh_memory"), *COMPILER_WARNS]
 
 

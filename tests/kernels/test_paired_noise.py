@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from mapo_kernels import _launch as launch
-from mapo_kernels import _noise, _pair_kernels, backend, paired_loss
+from mapo_kernels import backend, paired_loss
 from mapo_kernels._launch import tl
-from mapo_kernels._noise import normals
-from mapo_kernels._pair_layout import Halves, merge_layout
-from mapo_kernels.paired_noise import (
+from mapo_kernels.ops import _noise, _pair_kernels
+from mapo_kernels.ops._noise import normals
+from mapo_kernels.ops._pair_layout import Halves, merge_layout
+from mapo_kernels.ops.paired_noise import (
     NoiseTarget,
     noise_key,
     paired_noise,
@@ -173,7 +174,7 @@ PROCESS = """
 import sys
 sys.path[:0] = {path!r}
 import torch
-from mapo_kernels.paired_noise import noise_key, paired_noise_epsilon
+from mapo_kernels.ops.paired_noise import noise_key, paired_noise_epsilon
 keys = torch.tensor([noise_key(11, 4, f"pair {{i}}") for i in {rows}])
 torch.save(paired_noise_epsilon(keys, (4, 8, 8)), sys.argv[1])
 """

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mapo_kernels._adamw8bit_tensors import QUANTISED_BLOCK, Settings, Tensors
-from mapo_kernels._dynamic_code import both_books, signed_code, unsigned_code
 from mapo_kernels._launch import block_size, jit, on_device, tl
 from mapo_kernels._rounding import random_bits, round_stochastically
+from mapo_kernels.ops._adamw8bit_tensors import QUANTISED_BLOCK, Settings, Tensors
+from mapo_kernels.ops._dynamic_code import both_books, signed_code, unsigned_code
 
 BLOCK = 1024
 """Elements a program handles at a time: 8 per thread, 16 bytes of bf16; a warp holds a quantised block."""

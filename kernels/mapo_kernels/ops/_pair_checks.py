@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mapo_kernels._noise import NoiseTarget, TensorOrPair
+from mapo_kernels._rows import FLOATING
 from mapo_kernels.objectives import OBJECTIVES
+from mapo_kernels.ops._noise import NoiseTarget, TensorOrPair
 
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_SETTINGS = 3
 """What the kernel takes; an objective with fewer gets zeros for the others."""
 

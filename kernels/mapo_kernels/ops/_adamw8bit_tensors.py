@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mapo_kernels._pair_checks import FLOATING
+from mapo_kernels._rows import FLOATING
 
 QUANTISED_BLOCK = 256
 """Elements that share a largest magnitude."""

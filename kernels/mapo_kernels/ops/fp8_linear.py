@@ -16,7 +16,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mapo_kernels._linear import Projection, check_input, check_projection, pack, product_dtype
-from mapo_kernels.lora_linear import _lora_linear_op
+from mapo_kernels.ops.lora_linear import _lora_linear_op
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -42,9 +42,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mapo_kernels._adamw8bit_eager import eager_step
-from mapo_kernels._adamw8bit_kernels import Plan, capturing, launch, make_plan
-from mapo_kernels._adamw8bit_tensors import (
+from mapo_kernels._launch import backend
+from mapo_kernels.ops._adamw8bit_eager import eager_step
+from mapo_kernels.ops._adamw8bit_kernels import Plan, capturing, launch, make_plan
+from mapo_kernels.ops._adamw8bit_tensors import (
     QUANTISED_BLOCK,
     Settings,
     Tensors,
@@ -53,8 +54,7 @@ from mapo_kernels._adamw8bit_tensors import (
     in_order,
     same_order,
 )
-from mapo_kernels._dynamic_code import code_book
-from mapo_kernels._launch import backend
+from mapo_kernels.ops._dynamic_code import code_book
 
 SMALLEST_QUANTISED = 4096
 """Tensors with fewer elements keep fp32 moments, as in bitsandbytes."""

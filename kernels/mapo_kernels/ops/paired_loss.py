@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from mapo_kernels._launch import backend
-from mapo_kernels._noise import NoiseTarget, TensorOrPair
-from mapo_kernels._pair_checks import (
+from mapo_kernels.ops._noise import NoiseTarget, TensorOrPair
+from mapo_kernels.ops._pair_checks import (
     check_mask,
     check_prediction,
     check_reference,
@@ -39,18 +39,18 @@ from mapo_kernels._pair_checks import (
     check_settings,
     check_target,
 )
-from mapo_kernels._pair_eager import eager_backward, eager_forward
-from mapo_kernels._pair_from_errors import paired_loss_from_errors
-from mapo_kernels._pair_kernels import (
+from mapo_kernels.ops._pair_eager import eager_backward, eager_forward
+from mapo_kernels.ops._pair_from_errors import paired_loss_from_errors
+from mapo_kernels.ops._pair_kernels import (
     PairScalars,
     accumulator,
     empty_terms,
     launch_backward,
     launch_forward,
 )
-from mapo_kernels._pair_layout import Operands, Target, mask_halves, split_halves
-from mapo_kernels._pair_reference import paired_loss_reference
-from mapo_kernels._pair_result import PairedLoss
+from mapo_kernels.ops._pair_layout import Operands, Target, mask_halves, split_halves
+from mapo_kernels.ops._pair_reference import paired_loss_reference
+from mapo_kernels.ops._pair_result import PairedLoss
 
 __all__ = ["NoiseTarget", "PairedLoss", "paired_loss", "paired_loss_from_errors", "paired_loss_reference"]
 

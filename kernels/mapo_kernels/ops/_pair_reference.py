@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mapo_kernels._noise import NoiseTarget, TensorOrPair, normals_torch
-from mapo_kernels._pair_checks import check_settings
-from mapo_kernels._pair_result import PairedLoss
+from mapo_kernels.ops._noise import NoiseTarget, TensorOrPair, normals_torch
+from mapo_kernels.ops._pair_checks import check_settings
+from mapo_kernels.ops._pair_result import PairedLoss
 
 
 def _log_score(z: Tensor) -> Tensor:

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapo_kernels._noise import TensorOrPair
-from mapo_kernels._pair_checks import (
-    FLOATING,
+from mapo_kernels._rows import FLOATING
+from mapo_kernels.ops._noise import TensorOrPair
+from mapo_kernels.ops._pair_checks import (
     check_reference_errors,
     check_scalars,
     check_settings,
 )
-from mapo_kernels._pair_eager import pair_outputs
-from mapo_kernels._pair_kernels import PairScalars, accumulator, empty_terms
-from mapo_kernels._pair_result import PairedLoss
+from mapo_kernels.ops._pair_eager import pair_outputs
+from mapo_kernels.ops._pair_kernels import PairScalars, accumulator, empty_terms
+from mapo_kernels.ops._pair_result import PairedLoss
 
 
 @torch.library.custom_op(

@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mapo_kernels._group_norm_kernels import (
+from mapo_kernels._launch import block_size
+from mapo_kernels._rows import triton_dtype
+from mapo_kernels.ops._group_norm_kernels import (
     apply_kernel,
     gradient_sums_kernel,
     input_gradient_kernel,
     parameter_gradients_kernel,
     statistics_kernel,
 )
-from mapo_kernels._launch import block_size
-from mapo_kernels._rows import triton_dtype
 
 TILE = 2048
 """Elements of a tile: one 16-byte load per thread of bf16, two of fp32, with 8 warps."""

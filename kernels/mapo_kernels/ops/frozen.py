@@ -32,7 +32,7 @@ from mapo_kernels._linear import (
     pack,
     product_dtype,
 )
-from mapo_kernels.lora_linear import _lora_linear_op
+from mapo_kernels.ops.lora_linear import _lora_linear_op
 
 # --- Operators ---
 

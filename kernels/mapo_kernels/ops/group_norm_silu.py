@@ -28,16 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapo_kernels._group_norm_launch import (
+from mapo_kernels._launch import backend, on_device
+from mapo_kernels._rows import FLOATING, accumulator
+from mapo_kernels.ops._group_norm_launch import (
     Gradients,
     launch_apply,
     launch_backward,
     launch_statistics,
     ordered_like,
 )
-from mapo_kernels._launch import backend, on_device
-from mapo_kernels._pair_checks import FLOATING
-from mapo_kernels._rows import accumulator
 
 # --- The same in plain torch ---
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from mapo_kernels._launch import block_size, completion_counter, jit, on_device, tl
-from mapo_kernels._noise import noise_target, normals
-from mapo_kernels._pair_layout import Halves, Layout, Operands, offsets
 from mapo_kernels.objectives import pair_terms
+from mapo_kernels.ops._noise import noise_target, normals
+from mapo_kernels.ops._pair_layout import Halves, Layout, Operands, offsets
 
 BLOCK = 1024
 """Elements a program handles at a time: two 16-byte loads per thread of bf16, four of fp32, with 4 warps."""

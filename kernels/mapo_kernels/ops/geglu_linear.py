@@ -38,7 +38,7 @@ from mapo_kernels._linear import (
     unpack,
     widths,
 )
-from mapo_kernels.geglu import geglu_backward, geglu_forward, geglu_reference
+from mapo_kernels.ops.geglu import geglu_backward, geglu_forward, geglu_reference
 
 # --- Operators ---
 

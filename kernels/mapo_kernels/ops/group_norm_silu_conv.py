@@ -35,9 +35,8 @@ from torch import Tensor
 
 from mapo_kernels._autocast import autocast_dtype, autocast_off
 from mapo_kernels._linear import FrozenWeight, dense_weight, from_int8
-from mapo_kernels._pair_checks import FLOATING
-from mapo_kernels._rows import accumulator
-from mapo_kernels.group_norm_silu import (
+from mapo_kernels._rows import FLOATING, accumulator
+from mapo_kernels.ops.group_norm_silu import (
     check_group_norm,
     group_norm_silu_apply,
     group_norm_silu_backward,

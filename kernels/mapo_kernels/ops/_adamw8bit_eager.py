@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from mapo_kernels._adamw8bit_tensors import QUANTISED_BLOCK, Settings, Tensors
-from mapo_kernels._dynamic_code import code_book, cpu_code, nearest_code
 from mapo_kernels._rounding import random_bits_torch, round_stochastically_torch
+from mapo_kernels.ops._adamw8bit_tensors import QUANTISED_BLOCK, Settings, Tensors
+from mapo_kernels.ops._dynamic_code import code_book, cpu_code, nearest_code
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mapo_kernels._noise import noise_target_torch, normals_torch
-from mapo_kernels._pair_kernels import PairScalars, Terms
-from mapo_kernels._pair_layout import Halves, Operands, Target
 from mapo_kernels.objectives import pair_terms_torch
+from mapo_kernels.ops._noise import noise_target_torch, normals_torch
+from mapo_kernels.ops._pair_kernels import PairScalars, Terms
+from mapo_kernels.ops._pair_layout import Halves, Operands, Target
 
 
 def pair_outputs(

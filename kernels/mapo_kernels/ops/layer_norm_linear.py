@@ -48,7 +48,7 @@ from mapo_kernels._linear import (
     widths,
 )
 from mapo_kernels._rows import accumulator
-from mapo_kernels.layer_norm import layer_norm_apply, layer_norm_backward, layer_norm_forward
+from mapo_kernels.ops.layer_norm import layer_norm_apply, layer_norm_backward, layer_norm_forward
 
 # --- Operators ---
 

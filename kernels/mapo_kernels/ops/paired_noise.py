@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from mapo_kernels._launch import backend, block_size, jit, on_device, tl
-from mapo_kernels._noise import NoiseTarget, normals, normals_torch
-from mapo_kernels._pair_checks import FLOATING, as_halves, check_constant, check_keys, check_per_pair
-from mapo_kernels._pair_kernels import accumulator, triton_dtype
-from mapo_kernels._pair_layout import Halves, Layout, merge_layout, offsets, split_halves
+from mapo_kernels._rows import FLOATING
+from mapo_kernels.ops._noise import NoiseTarget, normals, normals_torch
+from mapo_kernels.ops._pair_checks import as_halves, check_constant, check_keys, check_per_pair
+from mapo_kernels.ops._pair_kernels import accumulator, triton_dtype
+from mapo_kernels.ops._pair_layout import Halves, Layout, merge_layout, offsets, split_halves
 
 __all__ = ["NoiseTarget", "noise_key", "paired_noise", "paired_noise_epsilon", "paired_noise_reference"]
 

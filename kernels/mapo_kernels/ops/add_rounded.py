@@ -18,7 +18,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mapo_kernels._adamw8bit_tensors import in_order, same_order
 from mapo_kernels._launch import backend, block_size, jit, on_device, tl
 from mapo_kernels._rounding import (
     random_bits,
@@ -26,6 +25,7 @@ from mapo_kernels._rounding import (
     round_stochastically,
     round_stochastically_torch,
 )
+from mapo_kernels.ops._adamw8bit_tensors import in_order, same_order
 
 BLOCK = 2048
 WARPS = 8

@@ -33,9 +33,8 @@ import torch
 from torch import Tensor
 
 from mapo_kernels._launch import backend
-from mapo_kernels._layer_norm_kernels import MOST_CHANNELS, launch_backward, launch_forward
-from mapo_kernels._pair_checks import FLOATING
-from mapo_kernels._rows import accumulator
+from mapo_kernels._rows import FLOATING, accumulator
+from mapo_kernels.ops._layer_norm_kernels import MOST_CHANNELS, launch_backward, launch_forward
 
 # --- The same without Triton ---
 
