@@ -14,13 +14,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-
 from bench.environment import environment
 from mapo_fast.data.prepare import prepare
 from mapo_fast.demo.photographs import print_scores, score_photographs, write_photographs
 from mapo_fast.run.train import train
 from mapo_fast.settings.load import load_config
+from mapo_fast.util.console import Terminal
 
 RESULTS = Path(__file__).parent / "results" / "photographs.jsonl"
 
@@ -30,17 +29,17 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    console = Console()
+    terminal = Terminal()
     without_gain = []
     for seed in args.seeds:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "photographs"
             config = load_config(write_photographs(out, seed))
-            prepare(config, console=console)
-            train(config, console=console)
+            prepare(config, callbacks=terminal)
+            train(config, callbacks=terminal)
             scores = score_photographs(out)
-        print_scores(scores, console)
+        print_scores(scores, terminal.console)
         row = {
             "bench": "photographs",
             "seed": seed,

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-from mapo_fast.util.console import encode_anything, output_may_fail, say
+from mapo_fast.util.console import Terminal, encode_anything, output_may_fail, say
 from mapo_fast.util.errors import printable
 from mapo_fast.util.files import one_line
 from mapo_fast.util.signals import Interrupted, exit_code, interruptible
@@ -75,7 +75,7 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
 
     output_may_fail()
     try:
-        run(load_config(config, overrides), console=Console())
+        run(load_config(config, overrides), callbacks=Terminal())
     except KeyboardInterrupt as signal:
         text = "interrupted; what is encoded is kept, the same command continues"
         raise Interrupted(getattr(signal, "number", 0), text) from None
@@ -93,7 +93,7 @@ def train(
 
     output_may_fail()
     settings = load_config(config, overrides)
-    result = run(settings, resume=resume, console=Console())
+    result = run(settings, resume=resume, callbacks=Terminal())
     main = _main()
     if not result.finished:
         saved = result.saved_step

@@ -29,8 +29,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from mapo_fast.data import shards
@@ -67,9 +65,9 @@ from mapo_fast.models.text import (
 )
 from mapo_fast.models.vae import TILE, encoding_with_less, setting_text
 from mapo_fast.settings.schema import Config
-from mapo_fast.util.console import say, unfailing
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import atomic_path, disk_errors, exclusive, read_json, sha256_file, write_json
+from mapo_fast.util.progress import Callbacks, stage
 from mapo_fast.util.sizes import parse_size
 
 
@@ -131,20 +129,14 @@ class Choice:
         self.pairs = [pair for pair, bad in zip(self.pairs, unusable, strict=True) if not bad]
 
 
-def prepare(config: Config, *, console: Console | None = None) -> PrepareSummary:
-    """Make or complete the cache at `config.data.cache`.
+def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareSummary:
+    """Make or complete the cache at `config.data.cache`; `callbacks` are told how it goes.
 
     Raises:
         UserError: wrong source or model folder, a cache made for something else or in use by another
             process, too many skipped rows, too little disk space. What has been encoded stays and is reused.
     """
-    console = console or Console(quiet=True)
-    with unfailing(console):
-        return _prepare(config, console)
-
-
-def _prepare(config: Config, console: Console) -> PrepareSummary:
-    started = time.perf_counter()
+    started, callbacks = time.perf_counter(), callbacks or Callbacks()
     data = config.data
     if data.source is None:
         raise UserError("data.source is missing: prepare needs to know where the preference pairs are")
@@ -162,12 +154,12 @@ def _prepare(config: Config, console: Console) -> PrepareSummary:
     with disk_errors(data.cache):
         _claimed(data.cache, settings, folder)
     if source.note:
-        say(console, source.note)
+        callbacks.message(source.note)
     identity = source.identity()
 
     done = read_index(data.cache)
     if done and done["source"] == identity and done["held_out"] == data.held_out and _whole(data.cache, done):
-        say(console, f"{data.cache} is complete already: {done['pairs']} pairs, nothing to do")
+        callbacks.message(f"{data.cache} is complete already: {done['pairs']} pairs, nothing to do")
         return _summary(done, time.perf_counter() - started)
 
     with disk_errors(data.cache):
@@ -176,9 +168,9 @@ def _prepare(config: Config, console: Console) -> PrepareSummary:
     with exclusive(data.cache), gpu.capped(vram):
         settings = _claimed(data.cache, settings, folder)  # again: another process may have been here
         write_json(data.cache / "settings.json", settings)  # of an earlier format: its shards are kept
-        index = Preparation(config, folder, source, identity, settings, buckets, console).run()
+        index = Preparation(config, folder, source, identity, settings, buckets, callbacks).run()
     summary = _summary(index, time.perf_counter() - started)
-    _report(summary, data.cache, console)
+    _report(summary, data.cache, callbacks)
     return summary
 
 
@@ -193,10 +185,10 @@ class Preparation:
         identity: str,
         settings: dict[str, Any],
         buckets: list[Size],
-        console: Console,
+        callbacks: Callbacks,
     ) -> None:
         self.data, self.folder, self.source, self.identity = config.data, folder, source, identity
-        self.settings, self.buckets, self.console = settings, buckets, console
+        self.settings, self.buckets, self.callbacks = settings, buckets, callbacks
         self.cache, self.vram = config.data.cache, config.train.vram
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with disk_errors(self.cache):
@@ -208,9 +200,8 @@ class Preparation:
 
     def run(self) -> dict[str, Any]:
         """All steps; returns the index."""
-        with self._progress() as progress:
-            task = progress.add_task("scan", total=len(self.source))
-            rows = scan(self.source, self.identity, self.cache / "scan", lambda n: progress.advance(task, n))
+        with stage(self.callbacks, "scan", len(self.source)) as advance:
+            rows = scan(self.source, self.identity, self.cache / "scan", advance)
         keys = prompt_keys(self.folder, (r.prompt for r in rows if not r.reason), self.data.max_tokens)
         self._find_spellings(keys)
         choice = choose(rows, self.buckets, self.data.max_crop, keys)
@@ -221,7 +212,7 @@ class Preparation:
         with disk_errors(self.cache):
             (self.cache / "index.json").unlink(missing_ok=True)
         if self.device.type == "cuda":
-            say(self.console, "TF32 is off while prompts and images are encoded")
+            self.callbacks.message("TF32 is off while prompts and images are encoded")
         with exact_fp32():
             self._encode(choice, len(rows))
         return self._finish(choice, self._write_truncated(choice))
@@ -288,8 +279,7 @@ class Preparation:
         new = sum(key not in self.families["text2"] for key in prompts)
         need = int(1.01 * (latents + new * self._prompt_bytes())) + 2**20
         free = shutil.disk_usage(self.cache).free
-        say(
-            self.console,
+        self.callbacks.message(
             f"disk need: {_size(need)} = {len(jobs)} images ({_size(latents)}) + {new} prompts × "
             f"{_size(self._prompt_bytes())}; free: {_size(free)}",
         )
@@ -306,8 +296,7 @@ class Preparation:
         encoder = LatentEncoder(self.folder, self.data.vae_dtype, self.device, tiles=tiles)
         if tiles is not None:
             self._report_tiling(encoder, jobs)
-        with self._progress() as progress:
-            task = progress.add_task("images", total=len(jobs))
+        with stage(self.callbacks, "images", len(jobs)) as advance:
             for part in plan(jobs, self._latent_bytes):
                 before = encoder.retries
                 tensors = encode_shard(
@@ -316,7 +305,7 @@ class Preparation:
                     encoder,
                     batch_size=self.data.batch_size,
                     flip=self.data.flip,
-                    progress=lambda n: progress.advance(task, n),
+                    progress=advance,
                 )
                 self.families["latents"].write(tensors, encoder.retries - before)
         del encoder
@@ -341,7 +330,7 @@ class Preparation:
         with closing(images(large, self.source)) as found:
             for _, image in found:
                 error = encoder.tiling_error(image)
-                say(self.console, f"data.vae_tiling changes latents by {error:.2%} (first image)")
+                self.callbacks.message(f"data.vae_tiling changes latents by {error:.2%} (first image)")
 
     def _encode_prompts(self, prompts: dict[bytes, str]) -> None:
         prompts = {EMPTY: "", **prompts}
@@ -356,7 +345,7 @@ class Preparation:
                 if not gpu.is_out_of_memory(error):
                     raise
             torch.cuda.empty_cache()
-            say(self.console, f"text encoder {which} does not fit the GPU's free memory: on the CPU")
+            self.callbacks.message(f"text encoder {which} does not fit the GPU's free memory: on the CPU")
             self._encode_family(which, family, prompts, torch.device("cpu"))
 
     def _encode_family(
@@ -368,8 +357,7 @@ class Preparation:
             return
         rows = max(1, shards.SHARD_BYTES // self._prompt_bytes())
         encoder = TextEncoder(self.folder, which, chunk_count(self.data.max_tokens), device, torch.float32)
-        with self._progress() as progress:
-            task = progress.add_task(f"prompts, encoder {which}", total=len(todo))
+        with stage(self.callbacks, f"prompts, encoder {which}", len(todo)) as advance:
             for start in range(0, len(todo), rows):
                 keys = todo[start : start + rows]
                 hidden, pooled = [], []
@@ -379,7 +367,7 @@ class Preparation:
                         raise UserError(self._damaged_encoder(which))
                     hidden.append(out[0])
                     pooled.append(out[1])
-                    progress.advance(task, len(out[0]))
+                    advance(len(out[0]))
                 family.write(_text_tensors(keys, torch.cat(hidden), torch.cat(pooled), which))
         encoder.free()
 
@@ -493,10 +481,6 @@ class Preparation:
             name: {"bytes": (self.cache / name).stat().st_size, "sha256": digest}
             for name, digest in digests.items()
         }
-
-    def _progress(self) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        return Progress(*columns, console=self.console)
 
 
 def image_key(file_hash: bytes, bucket: Size, profile: Profile = "") -> bytes:
@@ -628,9 +612,8 @@ def _summary(index: dict[str, Any], seconds: float) -> PrepareSummary:
     return PrepareSummary(index["pairs"], index["train"], held_out, **counts, paired=paired, seconds=seconds)
 
 
-def _report(summary: PrepareSummary, cache: Path, console: Console) -> None:
-    say(
-        console,
+def _report(summary: PrepareSummary, cache: Path, callbacks: Callbacks) -> None:
+    callbacks.message(
         f"{cache}: {summary.train} {'pairs' if summary.paired else 'labelled images'} for training, "
         f"{summary.held_out} held out; {summary.images} images "
         f"({summary.upscaled} upscaled), {summary.prompts} prompts ({summary.truncated} truncated); "
@@ -638,13 +621,15 @@ def _report(summary: PrepareSummary, cache: Path, console: Console) -> None:
         f"{summary.nan_retries} latents encoded again in fp32; {summary.seconds:.0f} s",
     )
     if summary.converted:
-        say(console, f"  {summary.converted} images had a colour profile: converted to sRGB")
+        callbacks.message(f"  {summary.converted} images had a colour profile: converted to sRGB")
     if summary.ignored_profiles:
-        say(console, f"  {summary.ignored_profiles} images have a colour profile that is unusable: ignored")
+        callbacks.message(
+            f"  {summary.ignored_profiles} images have a colour profile that is unusable: ignored"
+        )
     for reason, count in summary.skipped.items():
-        say(console, f"  skipped: {count} × {reason}")
+        callbacks.message(f"  skipped: {count} × {reason}")
     for warning in summary.warnings:
-        say(console, f"warning: {warning}", style="yellow")
+        callbacks.warning(warning)
 
 
 def _reasons(skipped: Iterable[SkippedRow]) -> dict[str, int]:

@@ -31,7 +31,7 @@ from mapo_fast.models.pipeline import PipelineFolder, open_sdxl
 from mapo_fast.run.train import train
 from mapo_fast.settings.load import load_config
 from mapo_fast.settings.schema import Config, ObjectiveConfig
-from mapo_fast.util.console import say, unfailing
+from mapo_fast.util.console import Terminal, say
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import disk_errors, write_json
 from mapo_fast.util.signals import Interrupted
@@ -120,17 +120,15 @@ def run_demo(
     Raises:
         UserError: `out` exists and is not an empty folder, or an override is wrong.
     """
-    console = console or Console()
     if objective not in (known := get_args(ObjectiveConfig.model_fields["name"].annotation)):
         raise UserError(f"--objective {objective!r} is not known: use one of {', '.join(known)}")
-    with unfailing(console):
-        return _run_demo(out, seed, console, size or DemoSize(), objective, overrides)
+    return _run_demo(out, seed, Terminal(console), size or DemoSize(), objective, overrides)
 
 
 def _run_demo(
-    out: Path, seed: int, console: Console, size: DemoSize, objective: str, overrides: Sequence[str]
+    out: Path, seed: int, terminal: Terminal, size: DemoSize, objective: str, overrides: Sequence[str]
 ) -> dict[str, Any]:
-    started = time.perf_counter()
+    started, console = time.perf_counter(), terminal.console
     _new_folder(out)
     try:
         with disk_errors(out):
@@ -151,17 +149,17 @@ def _run_demo(
     soft = configs[objective].objective.known.labels == "required"
     label = SOFT_LABEL if soft else None
     world.write_preference_set(out / "pairs", world.preference_pairs(size.pairs, seed), label)
-    prepare(configs["sft"], console=console)
+    prepare(configs["sft"], callbacks=terminal)
     if not configs[objective].objective.paired:
         world.write_labelled_images(out / SINGLE, out / "pairs")
-        prepare(configs[objective], console=console)
+        prepare(configs[objective], callbacks=terminal)
 
     stage("train_sft", "2/4  Train the SFT control: the chosen images alone")
-    _train(configs["sft"], console)
+    _train(configs["sft"], terminal)
     names = report.model_names(objective)
     against = "chosen against rejected" if configs[objective].objective.paired else "images one by one"
     stage(f"train_{objective}", f"3/4  Train with {names[objective]}: {against}")
-    _train(configs[objective], console)
+    _train(configs[objective], terminal)
 
     stage("sample", "4/4  Sample before and after, with the same seeds, and score by rule")
     cells, prompts = _sample_all(out, names, folder, seed, size, console)
@@ -249,8 +247,8 @@ def _write_config(out: Path, objective: str, seed: int, size: DemoSize, override
     return path
 
 
-def _train(config: Config, console: Console) -> None:
-    result = train(config, console=console)
+def _train(config: Config, terminal: Terminal) -> None:
+    result = train(config, callbacks=terminal)
     if not result.finished:  # the trainer took the signal to save; the demo ends here
         raise Interrupted(result.signal, f"interrupted; {config.train.output} keeps what was trained")
 

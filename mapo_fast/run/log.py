@@ -1,4 +1,4 @@
-"""One log for a run: a JSON-lines file, TensorBoard, and the console.
+"""One log for a run: a JSON-lines file, TensorBoard, and the caller's callbacks.
 
 `<folder>/log.jsonl` has one object per line, flushed at once: `event`, `step`, `time` (Unix seconds) and the
 event's own fields. Non-finite numbers are written as the strings "nan", "inf" and "-inf", so that every line
@@ -16,8 +16,7 @@ is strict JSON.
 
 A resumed run drops the lines of steps after its checkpoint (they will be made again) and a last line that a
 kill cut short, so no step is there twice; of damaged lines, and of a log that is missing or another run's,
-it warns. `<folder>/tensorboard` gets the same numbers, purged in the same way. On a terminal there is a
-progress bar; elsewhere plain lines.
+it warns. `<folder>/tensorboard` gets the same numbers, purged in the same way.
 
 A line that cannot be written is an error: the run has no other record. TensorBoard and Weights & Biases are
 copies of it: one that fails is left out from then on, with a warning.
@@ -30,39 +29,20 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from mapo_fast import __version__
 from mapo_fast.run.mirrors import TensorBoard, open_wandb
 from mapo_fast.run.monitor import Monitor
-from mapo_fast.util.console import say
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import atomic_path, disk_errors, open_regular, os_error, parse_json
+from mapo_fast.util.progress import TRAINING, Callbacks
 
 LOG_FILE = "log.jsonl"
 
 _NON_FINITE = ("nan", "inf", "-inf")
-
-_LINE = (
-    ("loss", "loss {:.4f}"),
-    ("chosen_error", "chosen {:.4f}"),
-    ("rejected_error", "rejected {:.4f}"),
-    ("margin", "margin {:+.4f}"),
-    ("saturation", "sigma(-z) {:.2f}"),
-    ("accuracy", "accuracy {:.2f}"),
-    ("grad_norm", "grad {:.2f}"),
-    ("lr", "lr {:.1e}"),
-    ("pairs_per_s", "{:.2f} pairs/s"),
-    ("peak_memory_mib", "{:.0f} MiB"),
-    ("skipped_steps", "skipped {:.0f}"),
-    ("compile_s", "compiling {:.0f} s"),
-)
 
 
 class RunLog:
@@ -72,7 +52,7 @@ class RunLog:
         self,
         folder: Path,
         total_steps: int,
-        console: Console | None,
+        callbacks: Callbacks | None,
         *,
         start_step: int = 0,
         wandb: str | None = None,
@@ -83,7 +63,7 @@ class RunLog:
         Args:
             folder: the run's output folder.
             total_steps: optimizer steps of the whole run.
-            console: where to show progress; None shows nothing.
+            callbacks: hear of the stage "training", its figures and warnings.
             start_step: steps done by the checkpoint the run resumes from. At 0 the log starts empty.
                 Otherwise the lines up to that step stay, and the monitor sees them again, so that a resumed
                 run warns like an uninterrupted one.
@@ -94,7 +74,7 @@ class RunLog:
             UserError: disk full or not writable, or wandb is asked for and not installed or does not start.
         """
         self._wandb = open_wandb(wandb, folder) if wandb is not None else None
-        self._console = console
+        self._callbacks = callbacks or Callbacks()
         self._total = total_steps
         self._first_step = start_step
         self._began = time.monotonic()
@@ -108,7 +88,7 @@ class RunLog:
         self._last_step = start_step
         self.evaluated = any(e["event"] == "evaluation" and e["step"] == start_step for e in kept)
         """Whether the step that the log starts from has been evaluated."""
-        self._progress: Progress | None = None
+        self._training = False
         self._monitor = Monitor(self._warn)
         self._replaying = True
         for entry in kept:
@@ -119,27 +99,14 @@ class RunLog:
         self._replaying = False
         self._write("start", start_step, {"run": run, "total_steps": total_steps, "version": __version__})
         self._board = self._open_tensorboard(folder / "tensorboard")
-        if console is not None and console.is_terminal:
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[speed]}"),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                console=console,
-                speed_estimate_period=120,
-                refresh_per_second=2,
-            )
-            self._task = self._progress.add_task("", total=total_steps, completed=self._first_step, speed="")
-            self._progress.start()
         if lost:
             self.warning(start_step, lost)
+        self._callbacks.begin(TRAINING, total_steps, start_step)
+        self._training = True
 
     def advance(self, step: int) -> None:
-        """Move the progress bar; cheap enough for every step, nothing is read from the device."""
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+        """Say how far it is; cheap enough for every step, nothing is read from the device."""
+        self._callbacks.advance(TRAINING, step)
 
     def step(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Log one interval's training figures; those that are None are left out."""
@@ -147,35 +114,19 @@ class RunLog:
         self._write("step", step, known)
         self._scalars("train", step, known)
         self.advance(step)
-        if self._progress is not None and "pairs_per_s" in known:
-            self._progress.update(self._task, speed=f"{known['pairs_per_s']:.2f} pairs/s")
-        parts = [form.format(known[name]) for name, form in _LINE if name in known]
-        if not known.get("skipped_steps"):
-            parts = [part for part in parts if not part.startswith("skipped")]
-        self._print(f"step {step}/{self._total}  " + "  ".join(parts) + self._eta(step))
+        self._callbacks.step(step, self._total, known)
         self._monitor.step(step, known)
 
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
         """Log a held-out evaluation: the (nested) dict of `evaluate.compare`."""
         self._write("evaluation", step, figures)
         self._scalars("held_out", step, figures, flush=True)
-        parts = []
-        if "accuracy" in figures:
-            parts.append(f"accuracy {figures['accuracy']:.3f}")
-        names = ["accuracy", "margin", "chosen_error"]
-        if "accuracy" not in figures:
-            names.append("rejected_error")  # of single images it is not in the margin
-        for name in names:
-            if change := figures.get(f"{name}_change"):
-                parts.append(f"{name.replace('_', ' ')} change {_change(change)}")
-        if "drift" in figures:
-            parts.append(f"drift {figures['drift']:.2g}")
-        self._print(f"held-out at step {step}: " + "; ".join(parts))
+        self._callbacks.evaluation(step, figures)
         self._monitor.evaluation(step, figures)
 
     def warning(self, step: int, message: str) -> None:
-        """Show a warning and log it."""
-        self._print(f"warning at step {step}: {message}", style="yellow")
+        """Say a warning and log it."""
+        self._callbacks.warning(message, step)
         self._write("warning", step, {"message": message})
 
     def end(self, step: int, *, finished: bool) -> None:
@@ -187,12 +138,13 @@ class RunLog:
         try:
             self._write("end", step, {"finished": finished, "seconds": seconds})
         except UserError as error:
-            self._print(f"warning: the log lacks its last line: {error}", style="yellow")
+            self._callbacks.warning(f"the log lacks its last line: {error}")
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
-        if self._progress is not None:
-            self._progress.stop()
+        if self._training:
+            self._training = False
+            self._callbacks.end(TRAINING)
         board, self._board = self._board, None
         if board is not None:
             with self._mirror("TensorBoard"):
@@ -247,17 +199,6 @@ class RunLog:
             with suppress(UserError):  # the log may have failed too, and is about to say so
                 message = f"{name} failed and is left out from here: {type(error).__name__}: {error}"
                 self.warning(self._last_step, message)
-
-    def _print(self, text: str, style: str | None = None) -> None:
-        if self._console is not None:
-            say(self._console, text, style, wrap=True)
-
-    def _eta(self, step: int) -> str:
-        done = step - self._first_step
-        if self._progress is not None or done <= 0:
-            return ""
-        left = (time.monotonic() - self._began) / done * (self._total - step)
-        return f"  ETA {timedelta(seconds=round(left))}"
 
     def _open_tensorboard(self, folder: Path) -> TensorBoard | None:
         """None with one warning where it is missing or fails."""
@@ -380,10 +321,3 @@ def _numbers(prefix: str, figures: Mapping[str, Any]) -> Iterator[tuple[str, flo
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _change(change: Mapping[str, float | None]) -> str:
-    mean, low, high = change["mean"], change["low"], change["high"]
-    if low is None or high is None:
-        return f"{mean:+.4f}"
-    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from mapo_fast.engine.prefetch import MicroBatch, read_ahead
 from mapo_fast.engine.reference import PrecomputedErrors, StartModel
 from mapo_fast.run.trainer import Trainer
 from mapo_fast.settings.schema import Config
+from mapo_fast.util.progress import Callbacks, stage
 
 
 def depends_on(config: Config, identity: dict[str, str]) -> dict[str, Any]:
@@ -22,7 +21,7 @@ def depends_on(config: Config, identity: dict[str, str]) -> dict[str, Any]:
     return {**identity, **settings, "base": config.adapter.base}
 
 
-def precompute(trainer: Trainer, run: str, identity: dict[str, str], console: Console | None) -> None:
+def precompute(trainer: Trainer, run: str, identity: dict[str, str], callbacks: Callbacks) -> None:
     """Compute what is missing in the run's folder, and give the trainer all of it.
 
     Call it before `Trainer.restore`: it takes the start model that was built.
@@ -31,7 +30,7 @@ def precompute(trainer: Trainer, run: str, identity: dict[str, str], console: Co
         trainer: its feed gets the `reference`.
         run: the run's id.
         identity: fingerprints of the cache, the start model and its noise schedule.
-        console: where to show progress.
+        callbacks: hear of the stage "reference".
 
     Raises:
         StopNow: a signal asks for the end; what is done is kept.
@@ -58,13 +57,11 @@ def precompute(trainer: Trainer, run: str, identity: dict[str, str], console: Co
             batch = processes.each(lambda: next(batches))
             yield trainer.engine.errors_of(start, batch.inputs)
 
-    columns = (TextColumn("reference"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        Progress(*columns, console=console or Console(quiet=True)) as progress,
+        stage(callbacks, "reference", missing) as advance,
         read_ahead(source, trainer.device, prefetch=prefetch) as batches,
         closing(reference.compute(errors(batches))) as positions,
     ):
-        task = progress.add_task("", total=missing)
         for _ in positions:
-            progress.advance(task)
+            advance(1)
             trainer.poll()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import ExitStack, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -44,18 +44,15 @@ from mapo_fast.run.preview import Previews
 from mapo_fast.run.trainer import Trainer
 from mapo_fast.settings.schema import ON_CPU, Config
 from mapo_fast.util.checkpoint import Checkpoint, CheckpointStore
-from mapo_fast.util.console import say, unfailing
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import disk_errors, exclusive
+from mapo_fast.util.progress import Callbacks
 from mapo_fast.util.signals import StopNow, StopRequest
 from mapo_kernels import backend
 
-if TYPE_CHECKING:
-    from rich.console import Console
 
-
-def train(config: Config, *, resume: bool = False, console: Console | None = None) -> TrainResult:
-    """Fine-tune as `config` says.
+def train(config: Config, *, resume: bool = False, callbacks: Callbacks | None = None) -> TrainResult:
+    """Fine-tune as `config` says; `callbacks` are told how it goes.
 
     The result stands at `<train.output>/unet` (full) or `<train.output>/lora`.
 
@@ -69,19 +66,19 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     if config.train.wandb is not None:
         find_wandb()
     device = choose_device(config.train, processes)
-    with unfailing(console), joined(processes, device):
-        return _train(config, device, processes, resume, console if processes.main else None)
+    callbacks = (callbacks if processes.main else None) or Callbacks()
+    with joined(processes, device):
+        return _train(config, device, processes, resume, callbacks)
 
 
 def _train(
-    config: Config, device: torch.device, processes: Processes, resume: bool, console: Console | None
+    config: Config, device: torch.device, processes: Processes, resume: bool, callbacks: Callbacks
 ) -> TrainResult:
-    if console is not None:
-        where = f"{processes.size} × {device.type}" if processes.size > 1 else str(device)
-        say(console, f"training on {where} ({back_end(device)})")
+    where = f"{processes.size} × {device.type}" if processes.size > 1 else str(device)
+    callbacks.message(f"training on {where} ({back_end(device)})")
     folder = open_sdxl(config.model.path, config.model.vae, scheduler_overrides(config.train))
-    if console is not None and (device.type == "cuda" or config.train.vram is not None):
-        say(console, "planning memory; the first time on a machine this takes a minute or two")
+    if device.type == "cuda" or config.train.vram is not None:
+        callbacks.message("planning memory; the first time on a machine this takes a minute or two")
     if device.type == "cpu":
         left_open = ON_CPU.keys() - config.speed.model_fields_set
         config = with_settings(config, {f"speed.{name}": ON_CPU[name] for name in sorted(left_open)})
@@ -100,15 +97,15 @@ def _train(
             torch.cuda.reset_peak_memory_stats(device)  # text encoders are gone and are not the plan's
         buckets = make_buckets(config.data.resolution, config.data.bucket_step)
         with compiling(config, folder.config("unet"), buckets, device) as kernels:
-            if console is not None and kernels:
-                say(console, f"compiling kernels: {kernels} of them, while the weights load")
+            if kernels:
+                callbacks.message(f"compiling kernels: {kernels} of them, while the weights load")
             parts = build_unet(config, folder, precision, device, processes)
         stop = StopRequest()
         trainer = Trainer(
             config, parts, cache, diffusion, precision, device, store, previews, stop, processes
         )
         notes = [] if budget is None else budget.notes()
-        return _run(trainer, folder, identity, resume, notes, console)
+        return _run(trainer, folder, identity, resume, notes, callbacks)
 
 
 def back_end(device: torch.device) -> str:
@@ -199,7 +196,7 @@ def _run(
     identity: dict[str, str],
     resume: bool,
     notes: list[str],
-    console: Console | None,
+    callbacks: Callbacks,
 ) -> TrainResult:
     """Claim the output folder and train, from the checkpoint if there is one."""
     config, processes = trainer.config, trainer.processes
@@ -214,7 +211,7 @@ def _run(
         try:
             notes += found + trainer.looks.measure_start(output / START, run)
             if config.reference == "precomputed":
-                precompute(trainer, run, identity, console)
+                precompute(trainer, run, identity, callbacks)
                 assert trainer.feed.reference is not None
                 notes += [f"{reason}: computed again" for reason in trainer.feed.reference.refused]
         except StopNow:
@@ -227,7 +224,7 @@ def _run(
             log = RunLog(
                 output,
                 config.train.steps,
-                console,
+                callbacks,
                 start_step=trainer.step,
                 wandb=config.train.wandb,
                 run=run,

@@ -7,14 +7,18 @@ that was closed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import timedelta
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from mapo_fast.util.errors import printable
+from mapo_fast.util.progress import TRAINING, Callbacks
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 
 def say(console: Console, text: str, style: str | None = None, *, wrap: bool = False) -> None:
@@ -73,15 +77,115 @@ def output_may_fail() -> None:
             setattr(sys, name, _Unfailing(stream))
 
 
-@contextmanager
-def unfailing(console: Console | None) -> Iterator[None]:
-    """Let a console drop what it cannot write; without, rich ends the process where a pipe has ended."""
-    if console is None:
-        yield
-        return
-    file = console.file
-    console.file = cast("IO[str]", _Unfailing(file))
-    try:
-        yield
-    finally:
-        console.file = file
+def unfailing(console: Console) -> Console:
+    """Let a console drop what it cannot write; else rich ends the process where a pipe has ended."""
+    if not isinstance(console.file, _Unfailing):
+        console.file = cast("IO[str]", _Unfailing(console.file))
+    return console
+
+
+_LINE = (
+    ("loss", "loss {:.4f}"),
+    ("chosen_error", "chosen {:.4f}"),
+    ("rejected_error", "rejected {:.4f}"),
+    ("margin", "margin {:+.4f}"),
+    ("saturation", "sigma(-z) {:.2f}"),
+    ("accuracy", "accuracy {:.2f}"),
+    ("grad_norm", "grad {:.2f}"),
+    ("lr", "lr {:.1e}"),
+    ("pairs_per_s", "{:.2f} pairs/s"),
+    ("peak_memory_mib", "{:.0f} MiB"),
+    ("skipped_steps", "skipped {:.0f}"),
+    ("compile_s", "compiling {:.0f} s"),
+)
+
+
+class Terminal(Callbacks):
+    """Callbacks that print lines and progress bars."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        """`console` is where to print, standard output by default; from here on it is `unfailing`."""
+        from rich.console import Console
+
+        self.console = unfailing(console or Console())
+        self._bar: Progress | None = None
+        self._began, self._first_step = 0.0, 0
+
+    def message(self, text: str) -> None:
+        """Print one line."""
+        say(self.console, text)
+
+    def warning(self, text: str, step: int | None = None) -> None:
+        """Print a yellow line."""
+        where = "" if step is None else f" at step {step}"
+        say(self.console, f"warning{where}: {text}", "yellow", wrap=True)
+
+    def begin(self, stage: str, total: int, done: int = 0) -> None:
+        """Show a progress bar; of the training on a terminal only."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        name, bar, count, left = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        )  # fmt: skip
+        if stage != TRAINING:
+            self._bar = Progress(name, bar, count, left, console=self.console)
+        else:
+            self._began, self._first_step = time.monotonic(), done
+            if not self.console.is_terminal:
+                return
+            speed = TextColumn("{task.fields[speed]}")
+            self._bar = Progress(
+                name, bar, count, speed, TextColumn("ETA"), left,
+                console=self.console, speed_estimate_period=120, refresh_per_second=2,
+            )  # fmt: skip
+        self._task = self._bar.add_task(stage, total=total, completed=done, speed="")
+        self._bar.start()
+
+    def advance(self, stage: str, done: int) -> None:
+        """Move the progress bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+
+    def end(self, stage: str) -> None:
+        """Leave the progress bar as it is."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def step(self, step: int, total: int, figures: Mapping[str, float]) -> None:
+        """Print the figures of training steps in one line."""
+        if self._bar is not None and "pairs_per_s" in figures:
+            self._bar.update(self._task, speed=f"{figures['pairs_per_s']:.2f} pairs/s")
+        parts = [form.format(figures[name]) for name, form in _LINE if name in figures]
+        if not figures.get("skipped_steps"):
+            parts = [part for part in parts if not part.startswith("skipped")]
+        say(self.console, f"step {step}/{total}  " + "  ".join(parts) + self._eta(step, total), wrap=True)
+
+    def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Print the figures of a held-out evaluation in one line."""
+        parts = []
+        if "accuracy" in figures:
+            parts.append(f"accuracy {figures['accuracy']:.3f}")
+        names = ["accuracy", "margin", "chosen_error"]
+        if "accuracy" not in figures:
+            names.append("rejected_error")  # of single images it is not in the margin
+        for name in names:
+            if change := figures.get(f"{name}_change"):
+                parts.append(f"{name.replace('_', ' ')} change {_change(change)}")
+        if "drift" in figures:
+            parts.append(f"drift {figures['drift']:.2g}")
+        say(self.console, f"held-out at step {step}: " + "; ".join(parts), wrap=True)
+
+    def _eta(self, step: int, total: int) -> str:
+        done = step - self._first_step
+        if self._bar is not None or done <= 0:
+            return ""
+        left = (time.monotonic() - self._began) / done * (total - step)
+        return f"  ETA {timedelta(seconds=round(left))}"
+
+
+def _change(change: Mapping[str, float | None]) -> str:
+    mean, low, high = change["mean"], change["low"], change["high"]
+    if low is None or high is None:
+        return f"{mean:+.4f}"
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"

@@ -21,6 +21,7 @@ from mapo_fast.data.images.decode import decode_image
 from mapo_fast.data.prepare import prepare
 from mapo_fast.models.pipeline import PipelineFolder, open_sdxl
 from mapo_fast.models.text import empty_prompt, encode_prompts
+from mapo_fast.util.console import Terminal
 from mapo_fast.util.errors import UserError
 from tests.data.pair_sources import (
     config,
@@ -40,7 +41,7 @@ from tests.tiny import make_tiny_sdxl
 def said(run: Any) -> tuple[Any, str]:
     """Result of prepare and what it printed."""
     out = io.StringIO()
-    result = prepare(run, console=Console(file=out, width=200))
+    result = prepare(run, callbacks=Terminal(Console(file=out, width=200)))
     return result, out.getvalue()
 
 

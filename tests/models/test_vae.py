@@ -31,6 +31,7 @@ from mapo_fast.models.vae import decode_bytes, encode_bytes, from_unet, to_unet,
 from mapo_fast.planner import stages
 from mapo_fast.planner.stages import how_to_prepare
 from mapo_fast.settings.load import parse_config
+from mapo_fast.util.console import Terminal
 from mapo_fast.util.errors import UserError
 from tests.data.pair_sources import config, jsonl_folder
 
@@ -109,7 +110,7 @@ def test_prepare_says_what_tiling_changes(
     monkeypatch.setattr("mapo_fast.data.prepare.TILE", 16)
     out = io.StringIO()
     source = jsonl_folder(tmp_path / "s", 3)
-    prepare(config(tiny_sdxl, source, tmp_path / "c", vae_tiling=True), console=Console(file=out))
+    prepare(config(tiny_sdxl, source, tmp_path / "c", vae_tiling=True), callbacks=Terminal(Console(file=out)))
     assert "data.vae_tiling changes latents by " in out.getvalue()
 
 
@@ -201,7 +202,7 @@ def test_a_text_encoder_that_does_not_fit_runs_on_the_cpu(
 
     monkeypatch.setattr(TextEncoder, "__call__", small)
     out = io.StringIO()
-    prepare(config(tiny_sdxl, source, tmp_path / "c"), console=Console(file=out, width=200))
+    prepare(config(tiny_sdxl, source, tmp_path / "c"), callbacks=Terminal(Console(file=out, width=200)))
     assert "text encoder 2 does not fit the GPU's free memory: on the CPU" in out.getvalue()
     assert calls.count(2) == calls.count(1) + 1, "nothing is encoded twice"
     caches = [PairCache.open(tmp_path / name) for name in ("whole", "c")]

@@ -30,6 +30,7 @@ from mapo_fast.run.log import RunLog, read_log
 from mapo_fast.run.preview import Previews
 from mapo_fast.run.train import train
 from mapo_fast.run.trainer import Trainer
+from mapo_fast.util.console import Terminal
 from mapo_fast.util.errors import FailedRunError, MachineError, UserError
 from mapo_fast.util.signals import Interrupted, exit_code
 from tests.training import make_cache, make_config
@@ -209,7 +210,7 @@ def test_what_ends_a_run_saves_the_last_finished_step(
     with pytest.MonkeyPatch.context() as patch:
         fault(error, patch)
         with pytest.raises(Exception) as caught:  # noqa: PT011 - of several types
-            train(make(preview=previews), console=console)
+            train(make(preview=previews), callbacks=Terminal(console))
     assert saved(tmp_path / "run") == [f"step-{LAST:08d}"]
     said = f"{caught.value} {console.file.getvalue()}"  # type: ignore[attr-defined]
     assert f"step {LAST} is saved" in said
@@ -298,7 +299,7 @@ def test_a_console_that_fails_ends_no_run(
     """A terminal that was closed; `| tee` that has ended."""
     file = Failing(system_error(number), after=3)
     console = Console(file=file, force_terminal=terminal, width=100, legacy_windows=False)
-    assert train(make(), console=console).finished
+    assert train(make(), callbacks=Terminal(console)).finished
     assert file.left < 0
     assert_same(tmp_path / "run", truth)
 
@@ -354,7 +355,7 @@ def test_a_mirror_that_fails_at_the_end_is_a_warning(tmp_path: Path, monkeypatch
 
 def test_the_last_line_of_a_log_is_no_reason_to_fail(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=400)
-    with RunLog(tmp_path, 1, console) as log:
+    with RunLog(tmp_path, 1, Terminal(console)) as log:
         log._file.close()
         log._file = Failing(system_error(errno.ENOSPC), after=0)  # type: ignore[assignment]
         log.end(1, finished=True)

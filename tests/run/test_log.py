@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from mapo_fast.run.log import RunLog, read_log
+from mapo_fast.util.console import Terminal
 from mapo_fast.util.errors import UserError
 
 FIGURES: dict[str, float | None] = {
@@ -49,17 +50,16 @@ def _no_tensorboard(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(RunLog, "_open_tensorboard", lambda self, folder: None)
 
 
-def plain() -> Console:
-    return Console(file=io.StringIO(), force_terminal=False, width=80)
+def plain() -> Terminal:
+    return Terminal(Console(file=io.StringIO(), force_terminal=False, width=80))
 
 
-def text(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+def text(terminal: Terminal) -> str:
+    return terminal.console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-def run(folder: Path, steps: range, console: Console | None = None, start_step: int = 0) -> None:
-    with RunLog(folder, 100, console, start_step=start_step) as log:
+def run(folder: Path, steps: range, terminal: Terminal | None = None, start_step: int = 0) -> None:
+    with RunLog(folder, 100, terminal, start_step=start_step) as log:
         if start_step == 0:
             log.evaluation(0, EVALUATION)
         for step in steps:
@@ -194,9 +194,9 @@ def test_a_resumed_run_does_not_repeat_its_warnings(tmp_path: Path) -> None:
 
 
 def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
-    console = plain()
-    run(tmp_path, range(1, 21), console)
-    lines = text(console).splitlines()
+    terminal = plain()
+    run(tmp_path, range(1, 21), terminal)
+    lines = text(terminal).splitlines()
     assert lines[0] == (
         "held-out at step 0: accuracy 0.530; accuracy change +0.0300 [+0.0100, +0.0500]; "
         "margin change +0.0010; drift 0.002"
@@ -206,40 +206,40 @@ def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
         "accuracy 0.75  grad 1.50  lr 1.0e-05  2.00 pairs/s  1000 MiB  ETA 0:00:0"
     )
     assert len(lines) == 3
-    assert text(console).isascii()  # a Windows pipe may not take more
+    assert text(terminal).isascii()  # a Windows pipe may not take more
 
 
 def test_markup_in_a_message_is_shown_as_it_is(tmp_path: Path) -> None:
-    console = plain()
-    with RunLog(tmp_path, 10, console) as log:
+    terminal = plain()
+    with RunLog(tmp_path, 10, terminal) as log:
         log.warning(0, "see [train] and [/x]")
-    assert "warning at step 0: see [train] and [/x]" in text(console)
+    assert "warning at step 0: see [train] and [/x]" in text(terminal)
 
 
 def test_skipped_steps_are_shown_once_there_are_some(tmp_path: Path) -> None:
-    console = plain()
-    with RunLog(tmp_path, 10, console) as log:
+    terminal = plain()
+    with RunLog(tmp_path, 10, terminal) as log:
         log.step(1, FIGURES)
-        assert "skipped" not in text(console)
+        assert "skipped" not in text(terminal)
         log.step(2, {**FIGURES, "skipped_steps": 2.0})
-    assert "skipped 2" in text(console)
-    assert "warning at step 2: 2 step(s) had gradients that were not finite" in text(console)
+    assert "skipped 2" in text(terminal)
+    assert "warning at step 2: 2 step(s) had gradients that were not finite" in text(terminal)
 
 
 def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=100, legacy_windows=False)
-    run(tmp_path, range(1, 41), console)
-    assert "40/100" in text(console)
-    assert "ETA" in text(console)
-    assert "2.00 pairs/s" in text(console)
-    assert "step 10/100" in text(console)
+    terminal = Terminal(Console(file=io.StringIO(), force_terminal=True, width=100, legacy_windows=False))
+    run(tmp_path, range(1, 41), terminal)
+    assert "40/100" in text(terminal)
+    assert "ETA" in text(terminal)
+    assert "2.00 pairs/s" in text(terminal)
+    assert "step 10/100" in text(terminal)
 
 
 def test_the_bar_starts_where_a_resumed_run_does(tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=100, legacy_windows=False)
-    with RunLog(tmp_path, 100, console, start_step=60):
+    terminal = Terminal(Console(file=io.StringIO(), force_terminal=True, width=100, legacy_windows=False))
+    with RunLog(tmp_path, 100, terminal, start_step=60):
         pass
-    assert "60/100" in text(console)
+    assert "60/100" in text(terminal)
 
 
 def test_closing_twice_is_harmless(tmp_path: Path) -> None:
@@ -293,9 +293,9 @@ def test_without_tensorboard_it_says_so_once_and_goes_on(
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    console = plain()
-    run(tmp_path, range(1, 21), console)
-    assert text(console).count("tensorboard is not installed") == 1
+    terminal = plain()
+    run(tmp_path, range(1, 21), terminal)
+    assert text(terminal).count("tensorboard is not installed") == 1
     assert [event for event, _ in events(tmp_path)] == ["start", "warning", "evaluation", "step", "step"]
     assert not (tmp_path / "tensorboard").exists()
 

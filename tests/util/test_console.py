@@ -17,7 +17,7 @@ from rich.progress import Progress
 from mapo_fast import cli
 from mapo_fast.data.prepare import prepare
 from mapo_fast.run.log import RunLog
-from mapo_fast.util.console import encode_anything, say, unfailing
+from mapo_fast.util.console import Terminal, encode_anything, say, unfailing
 from mapo_fast.util.errors import UserError, printable
 from tests.data.pair_sources import config, png
 
@@ -50,7 +50,7 @@ def test_what_is_said_is_not_acted_on(terminal: bool) -> None:
 
 def test_a_warning_of_a_run_is_printed_as_it_is(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=400)
-    with RunLog(tmp_path / "run", 2, console) as log:
+    with RunLog(tmp_path / "run", 2, Terminal(console)) as log:
         log.warning(0, HOSTILE)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert said == f"warning at step 0: {printable(HOSTILE)}\n"
@@ -61,7 +61,7 @@ def test_names_of_splits_are_said_on_one_line(tmp_path: Path, tiny_sdxl: Path) -
     for name in ("train-00000-of-00001", "\x1b[31mx[red]y-00000-of-00001"):
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    prepare(config(tiny_sdxl, tmp_path, tmp_path.parent / "cache"), console=console)
+    prepare(config(tiny_sdxl, tmp_path, tmp_path.parent / "cache"), callbacks=Terminal(console))
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert r"has the splits \x1b[31mx[red]y, train; train is used" in said
 
@@ -108,19 +108,16 @@ FAILURES = [
 def test_a_console_that_fails_is_no_error(error: Exception, terminal: bool) -> None:
     file = Failing(error)
     console = Console(file=file, force_terminal=terminal, width=80, legacy_windows=False)
-    with unfailing(console):
-        say(console, "a line")
-        console.rule("a stage")
-        with Progress(console=console) as progress:
-            progress.update(progress.add_task("x", total=2), advance=1)
-    assert console.file is file
+    say(unfailing(console), "a line")
+    console.rule("a stage")
+    with Progress(console=console) as progress:
+        progress.update(progress.add_task("x", total=2), advance=1)
     assert file.getvalue() == ""
 
 
 def test_what_a_console_cannot_encode_is_escaped() -> None:
     console = Console(file=Failing(UnicodeEncodeError("ascii", "ü", 0, 1, "not in range")), width=80)
-    with unfailing(console):
-        say(console, "größe")
+    say(unfailing(console), "größe")
     assert console.file.getvalue() == "gr\\xf6\\xdfe\n"  # type: ignore[attr-defined]
 
 
@@ -130,7 +127,7 @@ def test_prepare_goes_on_without_its_console(tmp_path: Path, tiny_sdxl: Path) ->
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
     cache = tmp_path.parent / "unheard"
     console = Console(file=Failing(FAILURES[1]), force_terminal=True, width=80, legacy_windows=False)
-    assert prepare(config(tiny_sdxl, tmp_path, cache), console=console).pairs == 3
+    assert prepare(config(tiny_sdxl, tmp_path, cache), callbacks=Terminal(console)).pairs == 3
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
@@ -166,7 +163,7 @@ def test_whatever_the_machine_refuses_is_one_line(
     def fail(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr("mapo_fast.settings.schema.load_config", fail)
+    monkeypatch.setattr("mapo_fast.settings.load.load_config", fail)
     monkeypatch.setattr(sys, "argv", ["mapo-fast", "prepare", "c.toml"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -180,7 +177,7 @@ def test_a_mistake_in_the_program_keeps_its_trace(monkeypatch: pytest.MonkeyPatc
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("mapo_fast.settings.schema.load_config", fail)
+    monkeypatch.setattr("mapo_fast.settings.load.load_config", fail)
     monkeypatch.setattr(sys, "argv", ["mapo-fast", "prepare", "c.toml"])
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main()
