@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,42 @@ def test_no_room_imports_from_one_above_it() -> None:
                     continue
                 names = [f"{node.module}.{alias.name}".split(".")[1] for alias in node.names]
                 assert {*names} <= allowed, f"{file.relative_to(ROOT)} imports from {names}"
+
+
+def test_no_two_files_import_each_other() -> None:
+    """At the top or in a function; a package's own file, which shows names of its parts, is left out."""
+    graph: dict[str, set[str]] = {}
+    for file in (ROOT / "mapo_fast").rglob("*.py"):
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        if file.name == "__init__.py":
+            continue
+        found = graph.setdefault(name, set())
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mapo_fast"):
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    is_file = (ROOT / (inner.replace(".", "/") + ".py")).is_file()
+                    found.add(inner if is_file else str(node.module))
+    assert list(TopologicalSorter(graph).static_order())  # CycleError names them
+
+
+def test_the_checks_of_data_need_no_numbers(tmp_path: Path) -> None:
+    """A layout is recognised, and a table of names opened, without the libraries that take seconds."""
+    (tmp_path / "parquet").mkdir()
+    (tmp_path / "parquet" / "a.parquet").write_bytes(b"not read")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    loaded = _python(
+        "from pathlib import Path\n"
+        "from mapo_fast.data.sources.registry import find_source, open_source\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "assert find_source(folder / 'parquet').looked_for == '*.parquet'\n"
+        "assert len(list(open_source(folder).rows([0]))) == 1\n"
+        f"print([m for m in {NUMBERS!r} if m in sys.modules])"
+    )
+    assert loaded == "[]"
+
+
+NUMBERS = ("torch", "numpy", "triton", "pyarrow", "datasets", "diffusers", "transformers")
 
 
 def test_the_training_script_stays_readable() -> None:

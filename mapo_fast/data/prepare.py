@@ -50,6 +50,7 @@ from mapo_fast.data.prompts import EMPTY, prompt_keys, spelling_key
 from mapo_fast.data.scan import ScannedRow, content_hash, scan
 from mapo_fast.data.shards import ShardFamily, pack_keys
 from mapo_fast.data.sources.base import PreferencePairs, SkippedRow
+from mapo_fast.data.sources.registry import open_source
 from mapo_fast.data.split import held_out_pairs
 from mapo_fast.hardware import gpu
 from mapo_fast.models.fp32 import exact_fp32
@@ -145,7 +146,7 @@ def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareSum
     for bucket in buckets:
         latent_shape(folder, bucket)
     settings = cache_settings(folder, data)
-    source = PreferencePairs.open(data.source)
+    source = open_source(data.source)
     if data.cache.resolve().is_relative_to(data.source.resolve()):
         raise UserError(
             f"data.cache {data.cache} lies inside data.source {data.source}, where its own files would be "

@@ -18,6 +18,7 @@ from mapo_fast.data.images.decode import decode_image
 from mapo_fast.data.latents import ImageJob, LatentEncoder, encode_shard, images
 from mapo_fast.data.scan import content_hash
 from mapo_fast.data.sources.base import PreferencePairs
+from mapo_fast.data.sources.registry import open_source
 from mapo_fast.models.fp32 import exact_fp32
 from mapo_fast.models.pipeline import open_sdxl
 from mapo_fast.util.errors import UserError
@@ -29,7 +30,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> PreferencePairs:
-    return PreferencePairs.open(jsonl_folder(tmp_path_factory.mktemp("images") / "s", COUNT // 2))
+    return open_source(jsonl_folder(tmp_path_factory.mktemp("images") / "s", COUNT // 2))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mapo_fast.data.prepare import image_key, prepare
 from mapo_fast.data.scan import content_hash, scan
-from mapo_fast.data.sources.base import PreferencePairs
+from mapo_fast.data.sources.registry import open_source
 from mapo_fast.util.errors import UserError
 from tests.data.images.test_colour import profile
 from tests.data.pair_sources import (
@@ -40,7 +40,7 @@ BAD = {
 
 
 def scanned(source: Path, folder: Path) -> dict[str, bytes]:
-    pairs = PreferencePairs.open(source)
+    pairs = open_source(source)
     folder.mkdir()
     rows = scan(pairs, pairs.identity(), folder, lambda done: None)
     assert all(row.detail.strip(": ") for row in rows if row.reason), rows
@@ -49,7 +49,7 @@ def scanned(source: Path, folder: Path) -> dict[str, bytes]:
 
 
 def test_a_full_terminal_is_not_taken_for_the_source(tmp_path: Path) -> None:
-    source = PreferencePairs.open(jsonl_folder(tmp_path / "s", 2))
+    source = open_source(jsonl_folder(tmp_path / "s", 2))
 
     def progress(done: int) -> None:
         raise OSError(28, "No space left on device")

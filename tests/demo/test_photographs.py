@@ -13,7 +13,8 @@ from PIL import Image
 pytest.importorskip("skimage", reason="needs the `examples` extra")
 pytest.importorskip("sklearn", reason="needs the `examples` extra")
 
-from mapo_fast.data.sources.base import PairRecord, PreferencePairs
+from mapo_fast.data.sources.base import PairRecord
+from mapo_fast.data.sources.registry import open_source
 from mapo_fast.demo import photographs
 from mapo_fast.demo.photographs import DEGRADATIONS, PHOTOGRAPHS, write_photographs
 from mapo_fast.settings.load import load_config
@@ -83,7 +84,7 @@ def test_same_seed_same_file_and_nothing_is_overwritten(folder: Path, tmp_path: 
 def test_the_product_reads_it(folder: Path, rows: list[dict[str, Any]]) -> None:
     config = load_config(folder / "config.toml")
     assert config.data.source is not None
-    source = PreferencePairs.open(config.data.source)
+    source = open_source(config.data.source)
     records = list(source.read(range(10)))
     for record, row in zip(records, rows[:10], strict=True):
         assert isinstance(record, PairRecord)

@@ -20,7 +20,7 @@ from mapo_fast.data.cache import PairCache
 from mapo_fast.data.images.decode import ImageProblemError, decode_image
 from mapo_fast.data.prepare import prepare
 from mapo_fast.data.scan import scan
-from mapo_fast.data.sources.base import PreferencePairs
+from mapo_fast.data.sources.registry import open_source
 from mapo_fast.models.pipeline import open_sdxl
 from tests.data.pair_sources import encoded, pickapic_rows, picture, write_parquet
 from tests.fuzz import mutations
@@ -147,7 +147,7 @@ class Source(Kind):
         path = random.choice(files)
 
         def call() -> None:
-            pairs = PreferencePairs.open(source)
+            pairs = open_source(source)
             target = self.folder / "scan"
             target.mkdir()
             try:
@@ -214,7 +214,7 @@ class Columns(Kind):
         pq.write_table(pa.table(columns), folder / "a.parquet")
 
         def call() -> None:
-            pairs = PreferencePairs.open(folder)
+            pairs = open_source(folder)
             (self.folder / "scan").mkdir()
             try:
                 for row in scan(pairs, pairs.identity(), self.folder / "scan", lambda done: None):

@@ -1,27 +1,7 @@
-"""One source of preference pairs, or of single labelled images, for every layout people have them in.
+"""What a source of preference pairs is, whatever layout they are kept in, and what its rows are.
 
-`PreferencePairs.open(path)` recognises
-
-- `pairs.jsonl` in a folder: one object per line with `prompt`, `chosen`, `rejected`; the two are paths
-  relative to the folder that stay inside it (anything else is skipped and listed). It wins over the folders
-  below, which may hold its images, and says so in `note`. A `label` is how probably the chosen image is the
-  better one, 0 to 1. Or every line is a single image: `prompt`, `image`, and a `label` that says whether the
-  image is wanted (true or 1) or not (false or 0);
-- folders `chosen/` and `rejected/` (or `w/` and `l/`) with equal file names up to the suffix, subfolders
-  included, and a caption `<name>.txt` next to the chosen or the rejected image;
-- a Hugging Face dataset saved to disk, or a folder of arrow files;
-- parquet: one file or a folder of them.
-
-Links are followed (`listing`), and prompts and labels may have any type that spells them (`cells`).
-
-The last two hold either Pick-a-Pic's columns (`jpg_0`, `jpg_1`, `label_0`, `label_1`, `caption`, `has_label`;
-`label_0` = 1: `jpg_0` is chosen, 0: `jpg_1` is, 0.5: a tie, another share: the image with more is),
-`prompt`, `chosen`, `rejected`, or, of single images, `prompt`, `image`, `label`. A source with several splits
-is read as its `train` split, and says so in `note`. A cell of an image column is the file's bytes, a path
-inside the folder, or a struct of `bytes` and `path`.
-
-Rows are numbered 0 … len−1 in a fixed order and read in ascending order. Nothing but the rows asked for is
-read, and of rows without a usable label not even the images.
+A layout is a class of its own in a file of its own: it says whether a path is kept in it, opens the path and
+reads its rows. `registry` knows all of them. `docs/extend/data_source.md` adds one.
 """
 
 from __future__ import annotations
@@ -33,10 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from mapo_fast.util.errors import MachineError, UserError, printable
-from mapo_fast.util.files import check_regular, os_error, unreadable
+from mapo_fast.util.files import os_error, unreadable
 
 
 @dataclass(frozen=True)
@@ -85,67 +65,40 @@ class ImageReader(Protocol):
 
 
 class PreferencePairs(ABC):
-    """A source of preference pairs; see the module's text. Make one with `PreferencePairs.open`."""
+    """A source of preference pairs, or of single labelled images.
 
+    Rows are numbered 0 … len−1 in an order that does not change, and are read in ascending order. Nothing but
+    the rows that are asked for is read, and not even the images of rows without a usable label.
+    """
+
+    looked_for: ClassVar[str]
+    """What the layout is known by, for the message where no layout is recognised: `pairs.jsonl`."""
     paired: bool = True
     """Whether its rows are pairs; else single images."""
     note: str = ""
+    """What `prepare` tells the user about how the source is read."""
     where: Path
-    """What `open` was given."""
+    """What the user named; `open_source` sets it."""
 
-    @staticmethod
-    def open(source: Path) -> PreferencePairs:
-        """Recognise the layout of `source`; no image is read.
+    @classmethod
+    @abstractmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether a path is kept in this layout.
+
+        Names and kinds of files decide: no file is read, and neither torch nor numpy is imported.
+
+        Args:
+            path: a folder that can be listed, or a regular file.
+        """
+
+    @classmethod
+    @abstractmethod
+    def open(cls, path: Path) -> PreferencePairs:
+        """The source at a path that `recognises` says yes to; no image is read.
 
         Raises:
-            UserError: missing, unknown, ambiguous or unreadable layout.
+            UserError: it cannot be used, with what to do.
         """
-        with reading(source):
-            pairs = PreferencePairs._recognise(source)
-        pairs.where = source
-        return pairs
-
-    @staticmethod
-    def _recognise(source: Path) -> PreferencePairs:
-        from mapo_fast.data.sources import datasets as table_pairs
-        from mapo_fast.data.sources import folders as twin_folders
-        from mapo_fast.data.sources import jsonl as jsonl_pairs
-        from mapo_fast.data.sources import parquet as parquet_pairs
-        from mapo_fast.data.sources.listing import Entry, list_files
-
-        if not os.path.lexists(source):
-            raise UserError(f"data.source not found: {source}")
-        if not source.is_dir():
-            check_regular(source, source.stat().st_mode)
-            if source.suffix.lower() == ".parquet":
-                return parquet_pairs.ParquetPairs(
-                    [Entry(source.name, Path(os.path.realpath(source)))], source.parent
-                )
-            if source.name == "pairs.jsonl":
-                return jsonl_pairs.JsonlPairs(source.parent)
-            raise _unknown(source)
-        next(source.iterdir(), None)  # a folder without permission raises here, and looks empty below
-        names = twin_folders.twin_folders(source)
-        if os.path.lexists(table := source / "pairs.jsonl") and not table.is_dir():
-            check_regular(table, table.stat().st_mode)
-            pairs = jsonl_pairs.JsonlPairs(source)
-            if names:
-                pairs.note = (
-                    f"{source} has pairs.jsonl and the folders {names[0]}/ + {names[1]}/: pairs.jsonl is used"
-                )
-            return pairs
-        if names:
-            return twin_folders.TwinFolderPairs(source, *names)
-        if (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
-            return table_pairs.open_saved_dataset(source)
-        files = list_files(source)
-        for suffix, opener in (
-            (".parquet", parquet_pairs.ParquetPairs),
-            (".arrow", table_pairs.open_arrow_files),
-        ):
-            if tables := table_pairs.tables(files, suffix):
-                return table_pairs.open_split(tables, source, opener)
-        raise _unknown(source)
 
     @abstractmethod
     def __len__(self) -> int:
@@ -153,7 +106,11 @@ class PreferencePairs(ABC):
 
     @abstractmethod
     def read(self, rows: Sequence[int]) -> Iterator[PairRecord | SkippedRow]:
-        """The rows with these ascending numbers; an image getter is valid until the next row is read."""
+        """The rows with these ascending numbers, each once.
+
+        A row that cannot be used is a `SkippedRow`, and no reason to raise. An image's reader is valid until
+        the next row is read.
+        """
 
     def rows(self, rows: Sequence[int]) -> Iterator[PairRecord | SkippedRow]:
         """`read`, with one line for what the file system refuses; what the caller does is not its matter."""
@@ -162,7 +119,7 @@ class PreferencePairs(ABC):
 
     @abstractmethod
     def files(self) -> Iterable[Path]:
-        """All files that the rows come from, in a fixed order."""
+        """All files that the rows come from, in an order that does not change: see `identity`."""
 
     def identity(self) -> str:
         """Hash of the files' names, sizes and times: changes when the source may have changed."""
@@ -206,10 +163,3 @@ def _state(file: Path) -> str:
             raise
         return f" {error.errno}"
     return f" {info.st_size} {info.st_mtime_ns}"
-
-
-def _unknown(source: Path) -> UserError:
-    return UserError(
-        f"data.source {source} has no layout that is known here; looked for pairs.jsonl, chosen/ + "
-        "rejected/ folders, w/ + l/ folders, a Hugging Face dataset (state.json or *.arrow), *.parquet"
-    )

@@ -6,11 +6,10 @@ Each function gives the value that a person means, or a `SkippedRow` that shows 
 from __future__ import annotations
 
 import math
+import sys
 from decimal import Decimal
 from numbers import Real
 from typing import Any
-
-import numpy as np
 
 from mapo_fast.data.sources.base import SkippedRow
 from mapo_fast.util.errors import shown
@@ -62,7 +61,7 @@ def number(value: object) -> float | None:
             return _WORDS[value]
         if len(value) > 40 or "_" in value:  # Python's own 1_0
             return None
-    elif isinstance(value, np.timedelta64) or not isinstance(value, (Real, Decimal)):
+    elif _is_time(value) or not isinstance(value, (Real, Decimal)):
         return None
     try:
         result = float(value)
@@ -79,9 +78,10 @@ def is_missing(value: object) -> bool:
 
 def _plain(value: Any) -> Any:
     """Python's own value of a numpy scalar; text of bytes that hold UTF-8."""
-    if isinstance(value, (np.datetime64, np.timedelta64)):
-        return value  # a number of their unit, which would look like a label
-    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+    np = _numpy()
+    if _is_time(value):
+        return value
+    if np and (isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)):
         value = value.item()
     if isinstance(value, (bytes, bytearray, memoryview)):
         try:
@@ -89,3 +89,14 @@ def _plain(value: Any) -> Any:
         except UnicodeDecodeError:
             return bytes(value)
     return value
+
+
+def _is_time(value: Any) -> bool:
+    """Whether it is a number of numpy's units of time, which would look like a label."""
+    np = _numpy()
+    return bool(np) and isinstance(value, (np.datetime64, np.timedelta64))
+
+
+def _numpy() -> Any:
+    """numpy where it has been imported: elsewhere no value is of it."""
+    return sys.modules.get("numpy")

@@ -1,244 +1,57 @@
-"""What the tables have in common, parquet files and Hugging Face datasets; and the latter.
+"""Preference pairs, or single images, from a Hugging Face dataset: saved to disk, or a folder of arrow files.
 
-An image column may hold a file's bytes, a path inside the folder, or a Hugging Face `Image` feature (a struct
-of bytes and path). Cells are read from Arrow one by one: a value that Python cannot hold costs its row only.
+A dataset with several splits is read as its `train` split, and says so in `note`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple, TypeVar
-
-import pyarrow as pa
-import pyarrow.compute as pc
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mapo_fast.data.sources.base import MissingImageError, PairRecord, PreferencePairs, SkippedRow
-from mapo_fast.data.sources.cells import clean_prompt, is_missing, number, wanted
-from mapo_fast.data.sources.listing import IMAGE_BYTES, Entry, Folder, ImageFile, found_in, problems
-from mapo_fast.util.errors import UserError, printable, shown
+from mapo_fast.data.sources.listing import Entry, Folder, found_in, list_files
+from mapo_fast.data.sources.tables import (
+    cell,
+    columns_of,
+    first_line,
+    has_tables,
+    listed,
+    open_split,
+    paths_of,
+    record,
+    tables,
+)
+from mapo_fast.util.errors import UserError, shown
 from mapo_fast.util.files import read_json, unreadable
 
-_ROUNDED = 1e-3
-"""How far two labels may be from 1 together: half-precision floats and three digits are rounded."""
+if TYPE_CHECKING:
+    import pyarrow as pa
 
-
-class Verdict(NamedTuple):
-    """What a row says: its prompt, the columns of its two images, and how sure the preference is."""
-
-    prompt: str
-    chosen: str | None
-    rejected: str | None
-    label: float | None
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns a table has, and what a row of them means."""
-
-    images: tuple[str, ...]
-    small: tuple[str, ...]
-    kind: Literal["ranked", "named", "single"]
-    """Pick-a-Pic's columns, where labels say which image is chosen; chosen and rejected; or one image."""
-
-    def judge(self, index: int, name: str, row: dict[str, Any]) -> Verdict | SkippedRow:
-        """What a row says, or why it cannot be used."""
-        if self.kind == "single":
-            good = wanted(index, name, row["label"])
-            prompt = clean_prompt(index, name, row["prompt"])
-            for skipped in (good, prompt):
-                if isinstance(skipped, SkippedRow):
-                    return skipped
-            chosen, rejected = ("image", None) if good else (None, "image")
-            return Verdict(str(prompt), chosen, rejected, None)
-        first, second = self.images
-        if self.kind == "named":
-            prompt = clean_prompt(index, name, row["prompt"])
-            return prompt if isinstance(prompt, SkippedRow) else Verdict(prompt, first, second, None)
-        cells = row["label_0"], row["label_1"]
-        found = f"label_0 = {shown(cells[0])}, label_1 = {shown(cells[1])}"
-        has_label = row.get("has_label")
-        if number(has_label) == 0 or any(map(is_missing, cells)):
-            return SkippedRow(index, name, "no label", f"{found}, has_label = {shown(has_label)}")
-        if number(has_label) != 1 and not is_missing(has_label):
-            return SkippedRow(
-                index, name, "bad label", f"has_label = {shown(has_label)} is neither true nor false"
-            )
-        best, worst = (number(cell) for cell in cells)
-        if best is None or worst is None or not (0 <= best <= 1 and abs(best + worst - 1) < _ROUNDED):
-            return SkippedRow(index, name, "bad label", f"{found}: needed are numbers that add up to 1")
-        if best == worst:
-            return SkippedRow(index, name, "tie", found)
-        prompt = clean_prompt(index, name, row["caption"], "caption")
-        if isinstance(prompt, SkippedRow):
-            return prompt
-        if best < worst:
-            first, second, best = second, first, worst
-        return Verdict(prompt, first, second, best)
-
-
-def columns_of(names: Sequence[str], where: Path) -> Columns:
-    """Recognise a table by its column names.
-
-    Raises:
-        UserError: naming what was looked for, or a column that is there twice.
-    """
-    have = set(names)
-    if {"jpg_0", "jpg_1", "label_0", "label_1", "caption"} <= have:
-        small = ("label_0", "label_1", "caption", *(("has_label",) if "has_label" in have else ()))
-        columns = Columns(("jpg_0", "jpg_1"), small, "ranked")
-    elif {"prompt", "chosen", "rejected"} <= have:
-        columns = Columns(("chosen", "rejected"), ("prompt",), "named")
-    elif {"prompt", "image", "label"} <= have:
-        columns = Columns(("image",), ("prompt", "label"), "single")
-    else:
-        raise UserError(
-            f"{where} has the columns {listed(have)}; needed are jpg_0, jpg_1, label_0, label_1, "
-            "caption (Pick-a-Pic), or prompt, chosen, rejected, or prompt, image, label (single images)"
-        )
-    twice = [name for name in (*columns.images, *columns.small) if names.count(name) > 1]
-    if twice:
-        raise UserError(f"{where} has more than one column {twice[0]}: remove or rename one")
-    return columns
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names from outside, in order, for a message."""
-    names = sorted(printable(name) for name in names)
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A cell whose value Python cannot hold, such as a date in the year 300,000."""
-
-    type: str
-
-
-def cell(scalar: Any) -> Any:
-    """The Python value of an Arrow scalar."""
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError:
-        return scalar.as_buffer().to_pybytes()
-    except Exception:  # out of range, an unknown time zone, a library that is not installed
-        return Unreadable(str(scalar.type))
-
-
-@dataclass(frozen=True)
-class ImageCell:
-    """A cell of an image column; call it for the image's bytes."""
-
-    name: str
-    """The column."""
-    scalar: Any
-    folder: Folder
-
-    def __call__(self) -> bytes:
-        """The file's bytes.
-
-        Raises:
-            MissingImageError: there are none to read.
-            MachineError: I/O failed.
-        """
-        needed = "needed are a file's bytes, a path, or a struct of bytes and path"
-        if not _holds_image(self.scalar.type):
-            raise MissingImageError(f"the column has the type {printable(str(self.scalar.type))}: {needed}")
-        value = cell(self.scalar)
-        if isinstance(value, dict):
-            found = value.get("bytes")
-            value = value.get("path") if found is None else found
-        if value is None:
-            raise MissingImageError("no bytes in the image column")
-        if isinstance(value, str):
-            return ImageFile(value, self.folder.find(value))()
-        if not isinstance(value, bytes):
-            raise MissingImageError(f"{shown(value)}: {needed}")
-        if len(value) > IMAGE_BYTES:
-            raise MissingImageError(f"it is larger than the limit of {IMAGE_BYTES:,} bytes")
-        return value
-
-
-def _holds_image(kind: pa.DataType) -> bool:
-    kind = _values(kind)
-    if pa.types.is_struct(kind):
-        return {"bytes", "path"} & {field.name for field in kind} != set()
-    return is_text(kind) or _is_bytes(kind) or pa.types.is_null(kind)
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return str(kind) in ("binary", "large_binary", "binary_view") or str(kind).startswith("fixed_size_binary")
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds text, in a dictionary or not."""
-    return str(_values(kind)) in ("string", "large_string", "string_view")
-
-
-def _values(kind: pa.DataType) -> pa.DataType:
-    """The type of a column's values: a dictionary (pandas' category) is a way to store them."""
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def record(
-    index: int, name: str, verdict: Verdict, row: pa.Table | pa.RecordBatch, folder: Folder
-) -> PairRecord:
-    """The pair that a row of image cells holds."""
-    chosen, rejected = (
-        None if column is None else ImageCell(column, row.column(column)[0], folder)
-        for column in (verdict.chosen, verdict.rejected)
-    )
-    return PairRecord(index, name, verdict.prompt, chosen, rejected, verdict.label)
-
-
-def tables(files: Sequence[Entry], suffix: str) -> list[Entry]:
-    """The tables among a folder's files.
-
-    Raises:
-        UserError: one of them cannot be read.
-    """
-    found = [file for file in files if PurePosixPath(file.name).suffix.lower() == suffix]
-    found = [file for file in found if not PurePosixPath(file.name).name.startswith(".")]
-    if problem := problems(found):
-        raise UserError(f"data.source cannot be read whole ({problem.removeprefix('passed over: ')})")
-    return found
-
-
-def open_split(
-    files: list[Entry], source: Path, opener: Callable[[list[Entry], Path], PreferencePairs]
-) -> PreferencePairs:
-    """Open the files of one split: all of them, or `train` where their names or folders tell splits apart."""
-    splits: dict[str, list[Entry]] = {}
-    for file in files:
-        splits.setdefault(_split(PurePosixPath(file.name)), []).append(file)
-    if len(splits) == 1:
-        return opener(files, source)
-    if "train" not in splits:
-        mixed = listed(f"{name}-*" if name else "files of no split" for name in splits)
-        raise UserError(
-            f"data.source {source} mixes {mixed}: move one split to its own folder and name that folder"
-        )
-    pairs = opener(splits["train"], source)
-    found = listed(name or "(files of no split)" for name in splits)
-    used = f"{source} has the splits {found}; train is used"
-    pairs.note = f"{used}; {pairs.note}" if pairs.note else used
-    return pairs
-
-
-_SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
-
-
-def _split(file: PurePosixPath) -> str:
-    """The split of a file: `train-00000-of-00002.parquet`, `train.parquet`, `train/0.parquet`."""
-    if match := re.match(r"(.+?)-\d+-of-\d+", file.name):
-        return match[1]
-    return next((name for name in (file.stem, *reversed(file.parts[:-1])) if name.lower() in _SPLITS), "")
+    _Part = TypeVar("_Part", pa.Table, pa.Array)
 
 
 class DatasetPairs(PreferencePairs):
     """A `datasets.Dataset`, memory-mapped from disk."""
+
+    looked_for = "a Hugging Face dataset (state.json or *.arrow)"
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """A saved dataset; or arrow files, unless parquet files are beside them, which are then the data."""
+        if not path.is_dir():
+            return False
+        if _is_saved(path):
+            return True
+        files = list_files(path)
+        return has_tables(files, ".arrow") and not has_tables(files, ".parquet")
+
+    @classmethod
+    def open(cls, path: Path) -> DatasetPairs:
+        """See `PreferencePairs.open`."""
+        if _is_saved(path):
+            return _open_saved(path)
+        return open_split(tables(list_files(path), ".arrow"), path, _open_arrow_files)
 
     def __init__(self, dataset: Any, where: Path, root: Path) -> None:
         self.columns = columns_of(dataset.column_names, where)
@@ -273,6 +86,8 @@ class DatasetPairs(PreferencePairs):
 
     def _whole(self, part: _Part) -> _Part:
         """A part of the data with its offsets checked: what is mapped is not, and Arrow would crash."""
+        import pyarrow as pa
+
         try:
             for column in part.columns if isinstance(part, pa.Table) else [part]:
                 for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
@@ -282,14 +97,13 @@ class DatasetPairs(PreferencePairs):
         return part
 
 
-_Part = TypeVar("_Part", pa.Table, pa.Array)
-
-
 def _check_offsets(array: pa.Array) -> None:
     """Raise `pa.ArrowInvalid` where an array's offsets lead out of its data.
 
     Text that is not UTF-8 passes: that is one row's defect.
     """
+    import pyarrow as pa
+
     if pa.types.is_struct(array.type):
         array.validate()
         for field in array.flatten():
@@ -302,22 +116,12 @@ def _check_offsets(array: pa.Array) -> None:
         array.validate(full=True)
 
 
-def paths_of(column: pa.Array) -> Iterator[str | None]:
-    """The paths in an image column where it holds no bytes."""
-    if pa.types.is_struct(column.type):
-        names = {field.name for field in column.type}
-        if "path" not in names:
-            return
-        if "bytes" in names:
-            column = column.filter(pc.is_null(pc.struct_field(column, "bytes")))
-        column = pc.struct_field(column, "path")
-    if is_text(column.type):
-        for scalar in column:
-            value = cell(scalar)
-            yield value if isinstance(value, str) else None
+def _is_saved(folder: Path) -> bool:
+    """Whether it is a folder that `datasets` saved."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def open_saved_dataset(folder: Path) -> PreferencePairs:
+def _open_saved(folder: Path) -> DatasetPairs:
     """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote.
 
     Raises:
@@ -341,7 +145,7 @@ def open_saved_dataset(folder: Path) -> PreferencePairs:
     return pairs
 
 
-def _saved(folder: Path, source: Path) -> PreferencePairs:
+def _saved(folder: Path, source: Path) -> DatasetPairs:
     """One saved dataset, its files checked to be regular ones of its own folder."""
     from datasets import load_from_disk
 
@@ -366,7 +170,7 @@ def _saved(folder: Path, source: Path) -> PreferencePairs:
     return DatasetPairs(dataset, folder, source)
 
 
-def open_arrow_files(files: list[Entry], source: Path) -> PreferencePairs:
+def _open_arrow_files(files: list[Entry], source: Path) -> DatasetPairs:
     """Arrow files of one data set without its metadata, as in the `datasets` cache."""
     from datasets import Dataset, concatenate_datasets
 
@@ -381,8 +185,3 @@ def _damaged(source: Path, error: Exception) -> UserError:
     if isinstance(error, OSError):
         return unreadable(f"data.source {source}", error)
     return UserError(f"data.source {source} cannot be read: {first_line(error)}")
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says, on one line."""
-    return (str(error).splitlines() or [""])[0] or type(error).__name__

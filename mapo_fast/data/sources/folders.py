@@ -1,5 +1,8 @@
 """Preference pairs from two folders, `chosen/` + `rejected/` or `w/` + `l/`.
 
+File names are equal up to the suffix, subfolders included, and a caption `<name>.txt` is next to the chosen
+or the rejected image.
+
 A file is an image by its suffix (`IMAGE_SUFFIXES`; whether it can be decoded is found when it is read), or by
 what goes with it: a file with another suffix, or none, that has a caption or a twin in the other folder. What
 tools put next to images (`_COMPANIONS`) is none, nor is a file with an unknown suffix that shares its name
@@ -54,6 +57,20 @@ class _Side(NamedTuple):
 
 class TwinFolderPairs(PreferencePairs):
     """`chosen/` and `rejected/` (or `w/` and `l/`) with equal names, and `.txt` captions in either."""
+
+    looked_for = "chosen/ + rejected/ folders, w/ + l/ folders"
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """A folder with two such folders in it."""
+        return twin_folders(path) is not None
+
+    @classmethod
+    def open(cls, path: Path) -> TwinFolderPairs:
+        """See `PreferencePairs.open`."""
+        names = twin_folders(path)
+        assert names is not None
+        return cls(path, *names)
 
     def __init__(self, folder: Path, chosen: str, rejected: str) -> None:
         self.folder, self.names = folder, (chosen, rejected)

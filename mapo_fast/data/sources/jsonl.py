@@ -1,8 +1,15 @@
-"""Preference pairs, or single images, from a folder with `pairs.jsonl`."""
+"""Preference pairs, or single images, from a folder with `pairs.jsonl`.
+
+One object per line with `prompt`, `chosen`, `rejected`; the two are paths relative to the folder that stay
+inside it (anything else is skipped and listed). A `label` is how probably the chosen image is the better one,
+0 to 1. Or every line is a single image: `prompt`, `image`, and a `label` that says whether the image is
+wanted (true or 1) or not (false or 0).
+"""
 
 from __future__ import annotations
 
 import codecs
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,16 +17,42 @@ from typing import Any, BinaryIO
 
 from mapo_fast.data.sources.base import MissingImageError, PairRecord, PreferencePairs, SkippedRow
 from mapo_fast.data.sources.cells import clean_prompt, soft_label, wanted
+from mapo_fast.data.sources.folders import twin_folders
 from mapo_fast.data.sources.listing import Folder, ImageFile
 from mapo_fast.util.errors import UserError, shown
-from mapo_fast.util.files import parse_json
+from mapo_fast.util.files import check_regular, parse_json
 
 LINE_BYTES = 1 << 20
 """Longer lines are skipped and listed."""
 
 
 class JsonlPairs(PreferencePairs):
-    """A folder with `pairs.jsonl`. Empty lines are no rows. All are pairs, or all are single images."""
+    """A folder with `pairs.jsonl`. Empty lines are no rows. All are pairs, or all are single images.
+
+    It wins over twin folders beside it, which may hold its images.
+    """
+
+    looked_for = "pairs.jsonl"
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """The table itself, or a folder that holds it."""
+        table = path / "pairs.jsonl"
+        return path.name == "pairs.jsonl" if path.is_file() else os.path.lexists(table) and not table.is_dir()
+
+    @classmethod
+    def open(cls, path: Path) -> JsonlPairs:
+        """See `PreferencePairs.open`."""
+        if path.is_file():
+            return cls(path.parent)
+        table = path / "pairs.jsonl"
+        check_regular(table, table.stat().st_mode)
+        pairs = cls(path)
+        if names := twin_folders(path):
+            pairs.note = (
+                f"{path} has pairs.jsonl and the folders {names[0]}/ + {names[1]}/: pairs.jsonl is used"
+            )
+        return pairs
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.table = Folder(folder), folder / "pairs.jsonl"

@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -174,7 +174,7 @@ class ImageFile:
             raise MissingImageError(f"{error.strerror or error}{at}") from None
 
 
-def found_in(folder: Folder, texts: Iterator[str | None]) -> Iterator[Path]:
+def found_in(folder: Folder, texts: Iterable[str | None]) -> Iterator[Path]:
     """The files that a table's paths lead to, where there are any."""
     for text in texts:
         if text:

@@ -1,4 +1,6 @@
-"""Preference pairs, or single images, from parquet files, in little memory however large a row group is.
+"""Preference pairs, or single images, from one parquet file or a folder of them.
+
+It takes little memory however large a row group is.
 
 The small columns of a row group are read in one pass from front to back and the images of its usable rows in
 another. A read that follows the last one goes on where that ended. Columns are read page by page through
@@ -9,20 +11,32 @@ made them: pyarrow's hold up to `PAGE_ROWS` images.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from mapo_fast.data.sources.base import PairRecord, PreferencePairs, SkippedRow
-from mapo_fast.data.sources.datasets import Columns, cell, columns_of, first_line, is_text, paths_of, record
-from mapo_fast.data.sources.listing import Entry, Folder, found_in
+from mapo_fast.data.sources.listing import Entry, Folder, found_in, list_files
+from mapo_fast.data.sources.tables import (
+    Columns,
+    cell,
+    columns_of,
+    first_line,
+    has_tables,
+    is_text,
+    open_split,
+    paths_of,
+    record,
+    tables,
+)
 from mapo_fast.util.errors import UserError, printable
 from mapo_fast.util.files import os_error
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 BUFFER_BYTES = 1 << 20
 BATCH_BYTES = 8 << 20
@@ -47,6 +61,8 @@ class _Pass:
 
     def row(self, row: int) -> pa.RecordBatch:
         """The row with this number, which is not before `start`."""
+        import pyarrow as pa
+
         while self._batch is None or row >= self.start + self._batch.num_rows:
             self.start += 0 if self._batch is None else self._batch.num_rows
             self._batch = None  # before the next one is made
@@ -62,6 +78,22 @@ class _Pass:
 
 class ParquetPairs(PreferencePairs):
     """Parquet files, their rows numbered through."""
+
+    looked_for = "*.parquet"
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """A file by its suffix; a folder with such files anywhere in it."""
+        if path.is_dir():
+            return has_tables(list_files(path), ".parquet")
+        return path.suffix.lower() == ".parquet"
+
+    @classmethod
+    def open(cls, path: Path) -> ParquetPairs:
+        """See `PreferencePairs.open`."""
+        if path.is_dir():
+            return open_split(tables(list_files(path), ".parquet"), path, cls)
+        return cls([Entry(path.name, Path(os.path.realpath(path)))], path.parent)
 
     def __init__(self, files: list[Entry], root: Path) -> None:
         self._files, self._folder = files, Folder(root)
@@ -173,6 +205,8 @@ def _size(group: Any, columns: Sequence[str]) -> int:
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """One line for whatever pyarrow says about a file."""
+    import pyarrow as pa
+
     try:
         yield
     except OSError as error:
@@ -188,4 +222,6 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def _parquet(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
     return pq.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES)

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mapo_fast.data.sources.base import PairRecord, PreferencePairs, SkippedRow
+from mapo_fast.data.sources.base import PairRecord, SkippedRow
 from mapo_fast.data.sources.cells import clean_prompt, soft_label, wanted
+from mapo_fast.data.sources.registry import open_source
 from mapo_fast.util.errors import shown
 from tests.data.pair_sources import pickapic_rows, png, write_jsonl
 
@@ -96,7 +97,7 @@ def test_prompts(prompt: object, meant: str) -> None:
 
 def outcomes(source: Path) -> list[Any]:
     """Of each row the reason, or the label."""
-    pairs = PreferencePairs.open(source)
+    pairs = open_source(source)
     return [row.reason if isinstance(row, SkippedRow) else row.label for row in pairs.read(range(len(pairs)))]
 
 
@@ -206,7 +207,7 @@ def test_fields_of_other_types_in_a_line(tmp_path: Path, line: Any, reason: str,
         (tmp_path / name).write_bytes(png(1))
     ok = {"prompt": "a", "chosen": "w.png", "rejected": "l.png"}
     write_jsonl(tmp_path, [ok, line if isinstance(line, str) else json.dumps(ok | line)])
-    first, second = PreferencePairs.open(tmp_path).read([0, 1])
+    first, second = open_source(tmp_path).read([0, 1])
     assert isinstance(first, PairRecord)
     assert (second.reason if isinstance(second, SkippedRow) else "") == reason
     assert shows in getattr(second, "detail", "")
@@ -222,4 +223,4 @@ def test_lines_without_end_and_other_encodings(tmp_path: Path) -> None:
     assert outcomes(tmp_path) == [None, "bad line", None, "bad line", None]
     (tmp_path / "pairs.jsonl").write_text(ok, encoding="utf-16")
     with pytest.raises(Exception, match="is UTF-16: save it as UTF-8"):
-        PreferencePairs.open(tmp_path)
+        open_source(tmp_path)

@@ -7,7 +7,8 @@ import pytest
 from PIL import features
 
 from mapo_fast.data.images.decode import ImageProblemError, decode_image
-from mapo_fast.data.sources.base import PreferencePairs, SkippedRow
+from mapo_fast.data.sources.base import SkippedRow
+from mapo_fast.data.sources.registry import open_source
 from tests.data.pair_sources import encoded, picture, png
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
@@ -23,7 +24,7 @@ def files(folder: Path, names: dict[str, bytes | str]) -> Path:
 
 def outcomes(source: Path) -> dict[str, str]:
     """Of each row the reason, or what decoding its chosen image says; empty for a good row."""
-    pairs = PreferencePairs.open(source)
+    pairs = open_source(source)
     found: dict[str, Any] = {}
     for row in pairs.read(range(len(pairs))):
         if isinstance(row, SkippedRow):
@@ -79,7 +80,7 @@ def test_what_tools_put_next_to_images_is_none(tmp_path: Path) -> None:
 def test_two_images_of_one_name_are_named(tmp_path: Path, other: str) -> None:
     source = files(tmp_path, {"chosen/a.png": png(0), "rejected/a.png": png(1), "chosen/a.txt": "a thing"})
     (source / "rejected" / other).write_bytes(png(2))
-    (row,) = PreferencePairs.open(source).read([0])
+    (row,) = open_source(source).read([0])
     assert isinstance(row, SkippedRow)
     assert row.reason == "ambiguous name"
     assert "a.png" in row.detail
@@ -107,13 +108,13 @@ def test_two_captions_of_one_name_are_named(tmp_path: Path) -> None:
 def test_captions_of_every_encoding(tmp_path: Path, caption: bytes, reason: str) -> None:
     source = files(tmp_path, {"chosen/a.png": png(0), "rejected/a.png": png(1), "chosen/a.txt": caption})
     assert outcomes(source) == {"chosen/a": reason}
-    (row,) = PreferencePairs.open(source).read([0])
+    (row,) = open_source(source).read([0])
     assert isinstance(row, SkippedRow) or row.prompt == "a café"
 
 
 def test_details_name_the_files_that_were_looked_for(tmp_path: Path) -> None:
     source = files(tmp_path, {"chosen/a.png": png(0), "rejected/a.jpg": png(1), "rejected/b.png": png(1)})
-    first, second = PreferencePairs.open(source).read([0, 1])
+    first, second = open_source(source).read([0, 1])
     assert isinstance(first, SkippedRow)
     assert isinstance(second, SkippedRow)
     assert first.detail == "no a.txt next to chosen/a.png or rejected/a.jpg"

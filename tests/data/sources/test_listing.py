@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mapo_fast.data.sources import listing
-from mapo_fast.data.sources.base import MissingImageError, PairRecord, PreferencePairs, SkippedRow
+from mapo_fast.data.sources.base import MissingImageError, PairRecord, SkippedRow
 from mapo_fast.data.sources.listing import Folder, list_files
+from mapo_fast.data.sources.registry import open_source
 from mapo_fast.util.errors import MachineError, UserError
 from tests.data.pair_sources import pickapic_rows, png, write_jsonl, write_parquet
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="links need a privilege 
 
 def outcomes(source: Path) -> dict[str, Any]:
     """Of each row its chosen image, or reason and detail."""
-    pairs = PreferencePairs.open(source)
+    pairs = open_source(source)
     found: dict[str, Any] = {}
     for row in pairs.read(range(len(pairs))):
         if isinstance(row, SkippedRow):
@@ -99,19 +100,19 @@ def test_linked_folders_are_seen(tmp_path: Path) -> None:
 
 def test_what_links_lead_to_decides_about_identity(tmp_path: Path) -> None:
     source = snapshot(twins(tmp_path / "hub" / "s"))
-    before = PreferencePairs.open(source).identity()
-    assert PreferencePairs.open(source).identity() == before
+    before = open_source(source).identity()
+    assert open_source(source).identity() == before
     blob = (source / "chosen" / "0.png").resolve()
     blob.write_bytes(blob.read_bytes() + b" ")
-    assert PreferencePairs.open(source).identity() != before
+    assert open_source(source).identity() != before
 
 
 def test_an_image_that_was_missing_changes_the_source_when_it_comes(tmp_path: Path) -> None:
     source = lines(tmp_path / "s")
     (source / "chosen" / "1.png").unlink()
-    before = PreferencePairs.open(source).identity()
+    before = open_source(source).identity()
     (source / "chosen" / "1.png").write_bytes(png(3))
-    assert PreferencePairs.open(source).identity() != before
+    assert open_source(source).identity() != before
 
 
 def test_cycles_and_dangling_links_are_named(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_cycles_and_dangling_links_are_named(tmp_path: Path) -> None:
     (source / "chosen" / "loop").symlink_to(source, target_is_directory=True)
     (source / "chosen" / "gone").symlink_to(tmp_path / "nowhere")
     (source / "chosen" / "self").symlink_to("self")
-    pairs = PreferencePairs.open(source)
+    pairs = open_source(source)
     assert len(pairs) == 2
     for name in ("chosen/loop: it leads back", "chosen/gone: No such file", "chosen/self: Too many levels"):
         assert name in pairs.note
@@ -136,10 +137,10 @@ def test_a_table_that_links_to_nothing_is_refused(tmp_path: Path) -> None:
     source = parquet(tmp_path / "s")
     (source / "data" / "train-00001-of-00001.parquet").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"train-00001-of-00001\.parquet: No such file or directory"):
-        PreferencePairs.open(source)
+        open_source(source)
     (tmp_path / "pairs.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"cannot be read: No such file .*pairs\.jsonl"):
-        PreferencePairs.open(tmp_path)
+        open_source(tmp_path)
 
 
 def test_folders_linked_over_and_over_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +153,7 @@ def test_folders_linked_over_and_over_end(tmp_path: Path, monkeypatch: pytest.Mo
             (folder / name).symlink_to(tmp_path / "levels" / str(level + 1), target_is_directory=True)
     (tmp_path / "s" / "chosen" / "levels").symlink_to(tmp_path / "levels" / "0", target_is_directory=True)
     with pytest.raises(UserError, match="more than 50 links to folders"):
-        PreferencePairs.open(tmp_path / "s")
+        open_source(tmp_path / "s")
 
 
 def fifo(path: Path) -> None:
@@ -223,7 +224,7 @@ def test_special_files_in_the_place_of_tables_and_captions(
         source.mkdir()
     make(source / name if name else source)
     with pytest.raises(UserError) as error:
-        PreferencePairs.open(source)
+        open_source(source)
     assert "\n" not in str(error.value)
 
 
@@ -269,9 +270,9 @@ def test_paths_in_a_table_stay_inside_the_folder(tmp_path: Path, column: str, ki
             stream.write_table(table)
     found = [row if isinstance(row, bytes) else row[0] for row in outcomes(folder).values()]
     assert found == list(paths.values())
-    before = PreferencePairs.open(folder).identity()
+    before = open_source(folder).identity()
     (folder / "images" / "a.png").write_bytes(png(2, 40))
-    assert PreferencePairs.open(folder).identity() != before, "the images belong to the source"
+    assert open_source(folder).identity() != before, "the images belong to the source"
 
 
 def test_image_cells_of_other_types(tmp_path: Path) -> None:
@@ -307,7 +308,7 @@ def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
     )
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(UserError, match="more than one column prompt"):
-        PreferencePairs.open(tmp_path)
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +333,7 @@ def test_wrong_types_in_the_state_of_a_data_set(tmp_path: Path, state: str, says
     fifo(tmp_path / "d" / "fifo.arrow")
     (tmp_path / "d" / "state.json").write_text(state)
     with pytest.raises(UserError) as error:
-        PreferencePairs.open(tmp_path / "d")
+        open_source(tmp_path / "d")
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -341,7 +342,7 @@ def test_wrong_types_in_the_state_of_a_data_set(tmp_path: Path, state: str, says
 def test_wrong_types_in_the_splits_of_a_data_set(tmp_path: Path, splits: str) -> None:
     (tmp_path / "dataset_dict.json").write_text(f'{{"splits": {splits}}}')
     with pytest.raises(UserError, match="splits"):
-        PreferencePairs.open(tmp_path)
+        open_source(tmp_path)
 
 
 COMPOSED, DECOMPOSED = unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é")
@@ -388,7 +389,7 @@ def test_a_failing_disk_is_no_missing_image(tmp_path: Path, monkeypatch: pytest.
     import errno
 
     source = twins(tmp_path / "s")
-    pairs = PreferencePairs.open(source)
+    pairs = open_source(source)
     (row,) = pairs.read([0])
     assert isinstance(row, PairRecord)
 

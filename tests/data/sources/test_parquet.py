@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mapo_fast.data.sources import parquet as parquet_pairs
-from mapo_fast.data.sources.base import PreferencePairs
+from mapo_fast.data.sources.registry import open_source
 from mapo_fast.util.errors import UserError
 from tests.data.pair_sources import pickapic_rows, write_parquet
 
@@ -22,9 +22,9 @@ import subprocess
 import sys
 from pathlib import Path
 import pyarrow as pa
-from mapo_fast.data.sources.base import PreferencePairs
+from mapo_fast.data.sources.registry import open_source
 
-pairs = PreferencePairs.open(Path(sys.argv[1]))
+pairs = open_source(Path(sys.argv[1]))
 size = 0
 for start in range(0, len(pairs), 1000):
     for row in pairs.read(range(start, min(start + 1000, len(pairs)))):
@@ -52,9 +52,9 @@ def test_a_huge_row_group_is_not_held_whole(tmp_path: Path) -> None:
 
 def test_pages_that_take_much_memory_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_parquet(tmp_path / "a.parquet", pickapic_rows(8), row_group=8)
-    assert PreferencePairs.open(path).note == ""
+    assert open_source(path).note == ""
     monkeypatch.setattr(parquet_pairs, "LARGE", 1000)
-    note = PreferencePairs.open(path).note
+    note = open_source(path).note
     assert note.startswith("reading a.parquet takes up to 0.0 GB of memory")
     assert "row_group_size=100" in note
 
@@ -69,7 +69,7 @@ def test_parts_of_one_row_group_are_read_in_one_pass(tmp_path: Path, monkeypatch
         return real(self, size, **options)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
-    pairs = PreferencePairs.open(path)
+    pairs = open_source(path)
     for start in range(0, 40, 5):
         assert [row.index for row in pairs.read(range(start, start + 5))] == list(range(start, start + 5))
     assert len(passes) == 2, "the small columns once and the images once"
@@ -92,7 +92,7 @@ def test_damaged_files_are_one_line(tmp_path: Path) -> None:
     for seed in range(60):
         path.write_bytes(damaged(data, seed))
         try:
-            pairs = PreferencePairs.open(path)
+            pairs = open_source(path)
             if len(pairs) < 1000:
                 list(pairs.read(range(len(pairs))))
         except UserError as error:
@@ -105,7 +105,7 @@ def test_names_of_columns_and_splits_are_printed_as_they_are(tmp_path: Path) -> 
     evil = "\x1b[2J\nmapo-fast: all is well"
     pq.write_table(pa.table({evil: [1]}), tmp_path / "a.parquet")
     with pytest.raises(UserError) as error:
-        PreferencePairs.open(tmp_path)
+        open_source(tmp_path)
     assert "\x1b" not in str(error.value)
     assert "\n" not in str(error.value)
     (tmp_path / "a.parquet").unlink()
@@ -113,5 +113,5 @@ def test_names_of_columns_and_splits_are_printed_as_they_are(tmp_path: Path) -> 
         for split in (evil, "b"):
             write_parquet(tmp_path / f"{split}-00000-of-00001.parquet", pickapic_rows(1))
         with pytest.raises(UserError, match="mixes") as error:
-            PreferencePairs.open(tmp_path)
+            open_source(tmp_path)
         assert "\x1b" not in str(error.value)

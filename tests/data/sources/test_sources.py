@@ -7,13 +7,14 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 
-from mapo_fast.data.sources.base import MissingImageError, PairRecord, PreferencePairs, SkippedRow
+from mapo_fast.data.sources.base import MissingImageError, PairRecord, SkippedRow
+from mapo_fast.data.sources.registry import open_source
 from mapo_fast.util.errors import UserError
 from tests.data.pair_sources import pickapic_rows, png, write_jsonl, write_parquet
 
 
 def read(source: Path) -> list[PairRecord | SkippedRow]:
-    pairs = PreferencePairs.open(source)
+    pairs = open_source(source)
     rows = []
     for row in pairs.read(range(len(pairs))):
         if isinstance(row, PairRecord):  # getters are valid until the next row
@@ -68,7 +69,7 @@ def test_pickapic_rows_that_are_no_pairs(tmp_path: Path) -> None:
 
 def test_pickapic_without_bytes(tmp_path: Path) -> None:
     rows = [*pickapic_rows(1), pickapic_rows(1)[0] | {"jpg_0": None}]
-    pairs = PreferencePairs.open(write_parquet(tmp_path / "a.parquet", rows))
+    pairs = open_source(write_parquet(tmp_path / "a.parquet", rows))
     (broken,) = pairs.read([1])
     assert isinstance(broken, PairRecord)
     with pytest.raises(MissingImageError, match="no bytes"):
@@ -79,7 +80,7 @@ def test_parquet_folder_any_rows_in_ascending_order(tmp_path: Path) -> None:
     table = pickapic_rows(11)
     write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", table[:6])
     write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", table[6:])
-    pairs = PreferencePairs.open(tmp_path)
+    pairs = open_source(tmp_path)
     assert len(pairs) == 11
     found = {}
     for row in pairs.read([1, 2, 5, 6, 10]):
@@ -109,7 +110,7 @@ def test_only_needed_columns_and_row_groups_are_read(tmp_path: Path, monkeypatch
 def test_train_split_is_taken_and_said(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train-00000-of-00001.parquet", pickapic_rows(3))
     write_parquet(tmp_path / "test-00000-of-00001.parquet", pickapic_rows(5))
-    pairs = PreferencePairs.open(tmp_path)
+    pairs = open_source(tmp_path)
     assert len(pairs) == 3
     assert "train is used" in pairs.note
 
@@ -120,7 +121,7 @@ def test_train_split_is_taken_and_said(tmp_path: Path) -> None:
 def test_splits_told_apart_by_files_and_folders(tmp_path: Path, names: tuple[str, str]) -> None:
     for name, rows in zip(names, (3, 5), strict=True):
         write_parquet(tmp_path / name, pickapic_rows(rows))
-    pairs = PreferencePairs.open(tmp_path)
+    pairs = open_source(tmp_path)
     assert len(pairs) == 3, "held-out rows are not trained on"
     assert "has the splits test, train; train is used" in pairs.note
 
@@ -129,7 +130,7 @@ def test_splits_without_train_are_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "validation-00000-of-00001.parquet", pickapic_rows(3))
     write_parquet(tmp_path / "test-00000-of-00001.parquet", pickapic_rows(5))
     with pytest.raises(UserError, match=r"mixes test-\*, validation-\*"):
-        PreferencePairs.open(tmp_path)
+        open_source(tmp_path)
 
 
 def test_parquet_with_other_columns_names_them(tmp_path: Path) -> None:
@@ -137,14 +138,14 @@ def test_parquet_with_other_columns_names_them(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"a\.parquet has the columns picture, text; needed are jpg_0, .* rejected"
     ):
-        PreferencePairs.open(path)
+        open_source(path)
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 nothing PAR1")
     with pytest.raises(UserError, match=r"a\.parquet is not a readable parquet file"):
-        PreferencePairs.open(path)
+        open_source(path)
 
 
 # Hugging Face datasets
@@ -190,12 +191,12 @@ def test_saved_dataset_dict(tmp_path: Path) -> None:
 
     both = datasets.DatasetDict(train=triples(3), test=triples(1))
     both.save_to_disk(str(tmp_path / "d"))
-    pairs = PreferencePairs.open(tmp_path / "d")
+    pairs = open_source(tmp_path / "d")
     assert "train is used" in pairs.note
     assert [good(row) for row in read(tmp_path / "d")] == EXPECTED
     datasets.DatasetDict(a=triples(1), b=triples(1)).save_to_disk(str(tmp_path / "e"))
     with pytest.raises(UserError, match="has the splits a, b"):
-        PreferencePairs.open(tmp_path / "e")
+        open_source(tmp_path / "e")
 
 
 def test_dataset_folder_with_parquet_images(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_damaged_dataset(tmp_path: Path) -> None:
     triples(1).save_to_disk(str(tmp_path / "d"))
     (tmp_path / "d" / "state.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        PreferencePairs.open(tmp_path / "d")
+        open_source(tmp_path / "d")
 
 
 # Folders
@@ -300,17 +301,17 @@ def test_twin_folders_with_different_suffixes(tmp_path: Path) -> None:
 
 def test_missing_and_unknown_sources(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.source not found: .*nowhere"):
-        PreferencePairs.open(tmp_path / "nowhere")
+        open_source(tmp_path / "nowhere")
     (tmp_path / "chosen").mkdir()
     for source in (tmp_path, _text(tmp_path / "notes.txt")):
         with pytest.raises(UserError) as error:
-            PreferencePairs.open(source)
+            open_source(source)
         for part in ("pairs.jsonl", "chosen/ + rejected/", "w/ + l/", "Hugging Face", "*.parquet"):
             assert part in str(error.value)
         assert "\n" not in str(error.value)
     (tmp_path / "rejected").mkdir()
     with pytest.raises(UserError, match="hold no images"):
-        PreferencePairs.open(tmp_path)
+        open_source(tmp_path)
 
 
 def _text(path: Path) -> Path:
@@ -322,10 +323,10 @@ def test_identity_changes_with_the_source(tmp_path: Path) -> None:
     write_jsonl(tmp_path, [{"prompt": "x", "chosen": "a.png", "rejected": "b.png"}])
     for name in "ab":
         (tmp_path / f"{name}.png").write_bytes(png(0))
-    before = PreferencePairs.open(tmp_path).identity()
-    assert PreferencePairs.open(tmp_path).identity() == before
+    before = open_source(tmp_path).identity()
+    assert open_source(tmp_path).identity() == before
     (tmp_path / "b.png").write_bytes(png(0, 40))
-    assert PreferencePairs.open(tmp_path).identity() != before
+    assert open_source(tmp_path).identity() != before
 
 
 # Mistakes
@@ -349,16 +350,16 @@ def test_one_bad_line_is_one_skipped_row(tmp_path: Path, line: Any, reason: str)
     ok = {"prompt": "a", "chosen": "w.png", "rejected": "l.png"}
     write_jsonl(tmp_path, [ok, line if isinstance(line, str) else ok | line, ok])
     assert reasons(tmp_path) == ["", reason, ""]
-    PreferencePairs.open(tmp_path).identity()
+    open_source(tmp_path).identity()
 
 
 def test_a_table_beside_twin_folders_wins_and_says_so(tmp_path: Path) -> None:
     for side in ("chosen", "rejected"):
         (tmp_path / side).mkdir()
         (tmp_path / side / "1.png").write_bytes(png(1))
-    assert not PreferencePairs.open(tmp_path).note
+    assert not open_source(tmp_path).note
     write_jsonl(tmp_path, ["{}", "{}"])
-    pairs = PreferencePairs.open(tmp_path)
+    pairs = open_source(tmp_path)
     assert len(pairs) == 2
     assert "pairs.jsonl and the folders chosen/ + rejected/: pairs.jsonl is used" in pairs.note
 
@@ -370,7 +371,7 @@ def test_source_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Path, "iterdir", refusing)
     with pytest.raises(UserError, match=r"^data\.source .* cannot be read: Permission denied$"):
-        PreferencePairs.open(tmp_path)
+        open_source(tmp_path)
 
 
 def test_subfolder_without_permission_is_not_passed_over(
@@ -390,7 +391,7 @@ def test_subfolder_without_permission_is_not_passed_over(
 
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(UserError, match=r"^data\.source .* cannot be read: Permission denied .*deep"):
-        PreferencePairs.open(tmp_path)
+        open_source(tmp_path)
 
 
 def test_an_arrow_file_with_wrong_offsets_is_one_line(tmp_path: Path) -> None:
@@ -402,6 +403,6 @@ def test_an_arrow_file_with_wrong_offsets_is_one_line(tmp_path: Path) -> None:
     place = data.rfind(b"\0\0\0\0" + len(png(1)).to_bytes(4, "little"))  # where its bytes begin and end
     assert place > 0
     path.write_bytes(data[: place + 4] + b"\xff\xff\xff\x7f" + data[place + 8 :])
-    pairs = PreferencePairs.open(tmp_path / "d")
+    pairs = open_source(tmp_path / "d")
     with pytest.raises(UserError, match=r"data\.source .* is damaged: "):
         list(pairs.read([0]))

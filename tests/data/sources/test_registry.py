@@ -1,0 +1,141 @@
+"""Layouts are found by name alone, and one from outside the package is as good as ours."""
+
+import csv
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from mapo_fast.data.cache import PairCache
+from mapo_fast.data.prepare import prepare
+from mapo_fast.data.sources import registry
+from mapo_fast.data.sources.base import PreferencePairs
+from mapo_fast.data.sources.datasets import DatasetPairs
+from mapo_fast.data.sources.folders import TwinFolderPairs
+from mapo_fast.data.sources.jsonl import JsonlPairs
+from mapo_fast.data.sources.parquet import ParquetPairs
+from mapo_fast.data.sources.registry import find_source, known_sources, open_source, register_source
+from mapo_fast.run.train import train
+from mapo_fast.settings.load import parse_config
+from mapo_fast.util.errors import UserError
+from tests.data.pair_sources import png, skipped
+from tests.training import settings
+
+PAGE = Path(__file__).parents[3] / "docs" / "extend" / "data_source.md"
+
+
+@pytest.fixture
+def csv_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The source that the page defines, imported from a file outside the package."""
+    (code,) = re.findall(r"```python\n(\"\"\".*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "plugin").mkdir()
+    (tmp_path / "plugin" / "csv_pairs.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path / "plugin")
+    monkeypatch.setattr(registry, "_registered", [])
+    yield importlib.import_module("csv_pairs")
+    del sys.modules["csv_pairs"]
+
+
+def csv_folder(
+    folder: Path, rows: int, *more: dict[str, str], columns: str = "prompt chosen rejected"
+) -> Path:
+    folder.mkdir()
+    table = []
+    for i in range(rows):
+        for side, name in enumerate("wl"):
+            (folder / f"{i}{name}.png").write_bytes(png(2 * i + side))
+        table.append({"prompt": f"thing {i}", "chosen": f"{i}w.png", "rejected": f"{i}l.png"})
+    with (folder / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns.split(), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*table, *more])
+    return folder
+
+
+def run(model: Path, tmp_path: Path, **data: Any) -> Any:
+    made = settings(model, tmp_path / "c", tmp_path / "run", train={"steps": 3})
+    made["data"] |= {"source": str(tmp_path / "s"), **data}
+    return parse_config(made)
+
+
+def test_a_source_from_outside_trains(tiny_sdxl: Path, tmp_path: Path, csv_pairs: ModuleType) -> None:
+    csv_folder(
+        tmp_path / "s",
+        12,
+        {"prompt": " ", "chosen": "0w.png", "rejected": "0l.png"},
+        {"prompt": "out", "chosen": "../secret.png", "rejected": "0l.png"},
+    )
+    (tmp_path / "secret.png").write_bytes(png(99))
+    config = run(tiny_sdxl, tmp_path, max_skipped=0.5)
+    assert prepare(config).pairs == 12
+    assert skipped(tmp_path / "c") == {
+        "pairs.csv:13": "empty caption",
+        "pairs.csv:14": "path outside the folder",
+    }
+    cache = PairCache.open(tmp_path / "c")
+    assert {row.prompt for row in cache.rows([*cache.train])} < {f"thing {i}" for i in range(12)}
+    train(config)
+    assert (tmp_path / "run").is_dir()
+    before = open_source(tmp_path / "s").identity()
+    (tmp_path / "s" / "3w.png").write_bytes(png(1234))
+    assert open_source(tmp_path / "s").identity() != before
+
+
+def test_a_source_from_outside_says_what_it_lacks(tmp_path: Path, csv_pairs: ModuleType) -> None:
+    csv_folder(tmp_path / "s", 1, columns="prompt chosen")
+    with pytest.raises(UserError, match=r"pairs\.csv has no column rejected: needed are prompt, chosen"):
+        open_source(tmp_path / "s")
+
+
+def test_what_is_looked_for_is_what_is_registered(tmp_path: Path, csv_pairs: ModuleType) -> None:
+    with pytest.raises(UserError) as error:
+        open_source(tmp_path / "plugin")
+    assert str(error.value).endswith(
+        "no layout that is known here; looked for pairs.csv, pairs.jsonl, chosen/ + rejected/ folders, "
+        "w/ + l/ folders, a Hugging Face dataset (state.json or *.arrow), *.parquet"
+    )
+
+
+def test_registered_ones_are_asked_first_and_once(csv_pairs: ModuleType) -> None:
+    class Other(csv_pairs.CsvPairs):  # type: ignore[misc,name-defined]
+        looked_for = "other.csv"
+
+    built_in = (JsonlPairs, TwinFolderPairs, DatasetPairs, ParquetPairs)
+    assert register_source(Other) is register_source(Other) is Other
+    assert known_sources() == (Other, csv_pairs.CsvPairs, *built_in)
+
+
+def test_half_a_source_is_refused() -> None:
+    class Half(PreferencePairs):
+        def __len__(self) -> int:
+            return 0
+
+    with pytest.raises(
+        TypeError, match=r"Half is no source .* it lacks files, open, read, recognises, looked_for"
+    ):
+        register_source(Half)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (("pairs.jsonl", "chosen/", "rejected/", "a.parquet"), JsonlPairs),
+        (("w/", "l/a.parquet", "state.json"), TwinFolderPairs),
+        (("state.json", "data.arrow", "images/a.parquet"), DatasetPairs),
+        (("a.arrow", "deep/er/b.parquet"), ParquetPairs),
+        (("deep/er/b.arrow", ".hidden.parquet"), DatasetPairs),
+        (("deep/er/B.PARQUET",), ParquetPairs),
+    ],
+)
+def test_which_layout_wins(tmp_path: Path, names: tuple[str, ...], kind: type[PreferencePairs]) -> None:
+    for name in names:
+        path = tmp_path / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            path.write_bytes(b"not read")
+    assert find_source(tmp_path) is kind
