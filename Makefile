@@ -1,7 +1,7 @@
 # Everything a newcomer or CI runs. Each target makes the environment first if it is missing.
 #
 #   make demo              the whole product on a tiny SDXL: prepare, train, compare, report
-#   make test              all tests, in two processes (WORKERS=0: in one)
+#   make test              all tests, then the kernels' in Triton's interpreter, in two processes (WORKERS=0: in one)
 #   make lint              ruff, ruff format, mypy
 #   make races             the kernels under two checkers for races and bounds, without a GPU
 #   make compile           the kernels with the Triton that torch's CUDA build pins
@@ -34,6 +34,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -p tests.interpreter tests/kernels
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """Shared fixtures: one tiny SDXL pipeline per session, fixed seeds, one CPU thread."""
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,21 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that no worker is left alone with one of them."""
+    """The longest tests first, so that no worker is left alone with one of them; `gpu` skips without one."""
     items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """One line for all that was skipped: how many, and why."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        words = "; ".join(f"{count:,} × {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"{len(skipped):,} skipped: {words}")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Make Triton's interpreter as strict as a GPU where it is known to be too kind; a pytest plugin.
 
-`pytest -p tests.interpreter` with TRITON_INTERPRET=1 set. What it changes:
+`TRITON_INTERPRET=1 python -m pytest -p tests.interpreter tests/kernels` runs the tests of `device` once more,
+with the real kernels on CPU tensors, and nothing else. What it changes:
 
 - Casts to bf16 round to nearest even; the stock interpreter truncates.
 - Arithmetic, comparisons and reductions on bf16 raise; the stock interpreter computes on the raw bits.
@@ -11,11 +12,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+
+from bench.watch import MemoryChecker, watching
 
 
 def _round_to_bf16(data: np.ndarray) -> np.ndarray:
@@ -80,17 +85,53 @@ def install() -> None:
     interpreter._patch_lang_tensor = patch_lang_tensor
 
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    from bench.watch import MemoryChecker, watching
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise pytest.UsageError("set TRITON_INTERPRET=1 with -p tests.interpreter")
 
-    install()
-    checker = MemoryChecker()
-    _checking = watching(checker)  # kept: a collected context manager would undo itself
-    _checking.__enter__()
+install()
+_checker = MemoryChecker()
+_checking = watching(_checker)  # kept: a collected context manager would undo itself
+_checking.__enter__()
+_checked: Counter[str] = Counter()
+"""Launches of all processes of this run."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What runs on no device and what needs a GPU has run, or skipped, in the pass without interpreter."""
+    chosen, rest = [], []
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        here = parameters.get("device") == "cpu" or "_interpreted" in getattr(item, "fixturenames", ())
+        (chosen if here else rest).append(item)
+    config.hook.pytest_deselected(items=rest)
+    items[:] = chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    """A test of kernels that skips where kernels run is a mistake."""
+    report: Any = yield
+    if report.skipped:
+        report.outcome, report.longrepr = "failed", f"may not skip here: {report.longrepr[2]}"
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Count this process's launches, or hand them to the process that started it."""
+    mine = {"launches": _checker.launches, "unchecked": _checker.unchecked}
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["checked"] = mine
+    else:
+        _checked.update(mine)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A process of pytest-xdist has ended, and may have crashed."""
+    _checked.update(getattr(node, "workeroutput", {}).get("checked", {}))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say how much was checked."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        some = f"{checker.launches} launches checked for bounds and races"
-        terminalreporter.write_line(f"{some}, {checker.unchecked} of them only in part or not at all")
+    some = f"{_checked['launches']:,} launches checked for bounds and races"
+    terminalreporter.write_line(f"{some}, {_checked['unchecked']:,} of them only in part or not at all")

@@ -191,7 +191,6 @@ def test_the_shape_not_used_for_longest_is_captured_again(monkeypatch: pytest.Mo
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("plan", PLANS)
 def test_graphs_on_a_gpu_take_the_same_steps(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # else it may add up in any order

@@ -229,7 +229,6 @@ def check_on_a_gpu(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize(("kind", "layout", "optimizer", "fused"), PLANS)
 def test_a_step_on_a_gpu_waits_for_nothing(
@@ -245,7 +244,6 @@ def test_a_step_on_a_gpu_waits_for_nothing(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(("objective", "kind", "reference", "layout"), REFERENCES)
 def test_a_step_with_a_reference_on_a_gpu_waits_for_nothing(
     make: Callable[..., Config],

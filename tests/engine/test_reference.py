@@ -347,7 +347,6 @@ def test_the_host_reads_no_errors(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize(("kind", "source"), KINDS)
 def test_nobody_waits_for_a_gpu(

@@ -22,8 +22,6 @@ from mapo_fast.models.patch import patch_unet
 from mapo_fast.util.errors import UserError
 from tests.unets import make_unet, run
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-
 
 class _Stream:
     """Work that waits to be done; an event is a list that becomes true when it has happened."""
@@ -218,7 +216,7 @@ def test_a_driver_that_pins_no_more_is_a_message(monkeypatch: pytest.MonkeyPatch
 
 
 class TestGpu:
-    pytestmark = gpu
+    pytestmark = pytest.mark.gpu
 
     def test_copies_wait_for_a_busy_compute_stream(self) -> None:
         transfers = Transfers(torch.device("cuda"))

@@ -1,7 +1,7 @@
 """What every kernel test needs: the three implementations as one fixture, and NaN in fresh memory.
 
-The files run eagerly on the CPU, again under Triton's interpreter, where the real kernels run on CPU tensors
-(test_interpreted.py starts those processes), and on CUDA where there is a GPU.
+Tests that ask for `device` run eagerly on the CPU, on CUDA where there is a GPU, and once more in Triton's
+interpreter, where the real kernels run on CPU tensors: `TRITON_INTERPRET=1 pytest -p tests.interpreter`.
 """
 
 import os
@@ -16,19 +16,10 @@ if torch.cuda.is_available():  # it also changes what the planner counts, for al
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode wants it
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-        ],
-    ),
-]
+NO_KERNEL = "launches kernels, which a CPU does in Triton's interpreter only"
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The device's name; cuDNN's convolutions in fp32 are that there, not TF32, its default."""
     expected = "triton" if request.param == "cuda" else "interpreter" if INTERPRETED else "eager"
@@ -37,6 +28,20 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
     yield str(request.param)
     convolutions.fp32_precision = before
+
+
+@pytest.fixture
+def _launches(device: str) -> None:
+    """For what only kernels promise or have."""
+    if backend(device).name == "eager":
+        pytest.skip(NO_KERNEL)
+
+
+@pytest.fixture
+def _interpreted() -> None:
+    """For tests of the interpreter itself."""
+    if not INTERPRETED:
+        pytest.skip(NO_KERNEL)
 
 
 @pytest.fixture

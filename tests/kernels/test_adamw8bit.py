@@ -388,10 +388,9 @@ def test_a_layout_that_changed_is_put_back(device: str) -> None:
     assert q.stride() == p.stride()
 
 
+@pytest.mark.usefixtures("_launches")
 def test_more_than_2_31_elements(device: str) -> None:
     """Address arithmetic: the table says that the tensor begins 2^31 elements before the ones that exist."""
-    if backend(device).name == "eager":
-        return  # no addresses
     case = Case([(8192,)], device, torch.float32, torch.bfloat16)
     twin = Case([(8192,)], device, torch.float32, torch.bfloat16)
     for a, b in zip((*case.params, *case.grads), (*twin.params, *twin.grads), strict=True):
@@ -568,9 +567,8 @@ def test_repeats_are_equal_bits_whatever_the_grouping(device: str, monkeypatch: 
     assert equal(together, run(split=False))
 
 
+@pytest.mark.usefixtures("_launches")
 def test_few_launches_and_tables_that_stay(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend(device).name == "eager":
-        return  # nothing is launched
     launches = []
     for name in ("_advance_kernel", "_update_kernel", "_squares_kernel", "_clip_kernel"):
         kernel = getattr(kernels, name)
@@ -621,10 +619,9 @@ def test_a_part_of_the_parameters(device: str) -> None:
     assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
 
 
+@pytest.mark.usefixtures("_launches")
 def test_parts_that_come_back_keep_their_tables(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step taken part by part; the parts of longest ago are forgotten."""
-    if backend(device).name == "eager":
-        return  # no tables
     params = [torch.nn.Parameter(torch.randn(n, device=device).bfloat16()) for n in (4096, 9, 4112, 31)]
     optimizer = AdamW8bit(params)
     grads = [torch.randn_like(p) for p in params]
@@ -857,7 +854,6 @@ def test_a_gradient_scaler_needs_no_host_read(device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode", "ignore:The CUDA Graph is empty")
 def test_a_cuda_graph_replays_the_schedule() -> None:
     """Step, lr and random bits advance in replays; and the whole step waits for nothing."""

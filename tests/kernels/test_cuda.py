@@ -19,10 +19,7 @@ from mapo_kernels import (
 from mapo_kernels import _launch as launch
 from tests.kernels.pairs import tensors
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)

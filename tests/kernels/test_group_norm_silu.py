@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mapo_kernels import _launch as launch
-from mapo_kernels import backend
 from mapo_kernels._launch import jit, tl
 from mapo_kernels.ops import _group_norm_launch as cutting
 from mapo_kernels.ops._group_norm_kernels import _offsets
@@ -319,10 +318,9 @@ def test_bitwise_reproducible(device: str, last: bool, monkeypatch: pytest.Monke
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+@pytest.mark.usefixtures("_launches")
 @pytest.mark.parametrize("last", [False, True])
 def test_a_sample_does_not_depend_on_the_rest_of_the_batch(device: str, last: bool) -> None:
-    if backend(device).name == "eager":
-        pytest.skip("a promise of the kernels only: torch's own sums may group differently with the batch")
     x, weight, bias = make((2, 8, 9, 11), device, last=last)
     y = group_norm_silu(x, 2, weight, bias)
     (grad,) = torch.autograd.grad(y.square().sum(), x)
@@ -344,9 +342,8 @@ class Counting:
         return self.kernel[grid]
 
 
+@pytest.mark.usefixtures("_launches")
 def test_launches(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend(device).name == "eager":
-        pytest.skip("nothing is launched without Triton; test_interpreted.py runs this")
     counts: list[str] = []
     for name in ("statistics", "apply", "gradient_sums", "parameter_gradients", "input_gradient"):
         kernel = f"{name}_kernel"
@@ -374,14 +371,13 @@ def _corner_kernel(out, channels, positions, LAST: tl.constexpr, WIDE: tl.conste
     tl.store(out + tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :], offset)
 
 
+@pytest.mark.usefixtures("_launches")
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(("channels", "height"), [(320, 128), (2**15, 2**8), (2**15 + 32, 2**8)])
 def test_offsets_past_32_bits(device: str, channels: int, height: int, last: bool) -> None:
     x = torch.empty(1, channels, height, height, device="meta", dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last) if last else x
     elements = channels * height**2
-    if backend(device).name == "eager":
-        pytest.skip("torch's own addressing; test_interpreted.py runs this")
     wide = cutting._plan(x, 32, torch.float32).constants["WIDE"]
     assert wide == (elements >= 2**31)
     out = torch.zeros(1, dtype=torch.int64, device=device)

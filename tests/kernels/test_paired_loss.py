@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mapo_kernels import (
     OBJECTIVES,
-    backend,
     paired_loss,
     paired_loss_from_errors,
     paired_loss_reference,
@@ -407,9 +406,8 @@ def test_bitwise_reproducible(device: str) -> None:
         assert torch.equal(gradient(out, p)[0], first_grad)
 
 
+@pytest.mark.usefixtures("_launches")
 def test_an_error_does_not_depend_on_the_rest_of_the_batch(device: str) -> None:
-    if backend(device).name == "eager":
-        pytest.skip("a promise of the kernels only: torch's own sums may group differently with the batch")
     p, t = make((6, 4, 33, 31), device)
     whole = paired_loss(p, t)
     for i in range(3):
@@ -419,10 +417,9 @@ def test_an_error_does_not_depend_on_the_rest_of_the_batch(device: str) -> None:
         assert one.logits == whole.logits[i]
 
 
+@pytest.mark.usefixtures("_launches")
 @pytest.mark.parametrize("halves", [False, True])
 def test_one_launch_each_way(device: str, halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend(device).name == "eager":
-        pytest.skip("nothing is launched without Triton; test_interpreted.py runs this")
     forward, backward = Counting(kernels._forward_kernel), Counting(kernels._backward_kernel)
     monkeypatch.setattr(kernels, "_forward_kernel", forward)
     monkeypatch.setattr(kernels, "_backward_kernel", backward)
@@ -433,9 +430,8 @@ def test_one_launch_each_way(device: str, halves: bool, monkeypatch: pytest.Monk
     assert (forward.launches, backward.launches) == (1, 1)
 
 
+@pytest.mark.usefixtures("_launches")
 def test_the_completion_counter_is_zero_again(device: str) -> None:
-    if backend(device).name == "eager":
-        pytest.skip("the eager path has no counter; test_interpreted.py runs this")
     launch._counters.clear()
     paired_loss(*make((6, 4, 8, 8), device))
     (counter,) = launch._counters.values()

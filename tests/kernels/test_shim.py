@@ -1,15 +1,11 @@
 """The interpreter's stricter rules hold, so that a bf16 mistake in a kernel cannot pass the other tests."""
 
-import os
-
 import pytest
 import torch
 
 from mapo_kernels._launch import jit, tl
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="runs inside test_interpreted.py's process"
-)
+pytestmark = pytest.mark.usefixtures("_interpreted")
 
 
 @jit
