@@ -51,6 +51,17 @@ class _Commands(typer.core.TyperGroup):
             raise typer.Exit(exit_code(getattr(signal, "number", None))) from None
 
 
+class _Configured(typer.core.TyperCommand):
+    """A command that reads a config: its help ends with all settings."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The usual help, then a line for each setting."""
+        from mapo_fast.settings.page import help_text
+
+        super().format_help(ctx, formatter)
+        formatter.write(help_text())
+
+
 app = typer.Typer(
     cls=_Commands,
     add_completion=False,
@@ -61,13 +72,14 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path, typer.Argument(help="TOML file; see recipes/ for commented ones.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Replace one setting: section.key=value. May be repeated.")
+    list[str] | None,
+    typer.Option("--set", help="Replace one setting: section.key=value (see below). May be repeated."),
 ]
 
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder for the report and what it is made of.")]
 
 
-@app.command()
+@app.command(cls=_Configured)
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     """Encode images and prompts once into a cache; continues where it stopped."""
     from mapo_fast.data.prepare import prepare as run
@@ -81,7 +93,7 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
         raise Interrupted(getattr(signal, "number", 0), text) from None
 
 
-@app.command()
+@app.command(cls=_Configured)
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -107,7 +119,7 @@ def train(
     say(Console(), f"finished: {result.step} steps; result in {made}, log in {result.output / 'log.jsonl'}")
 
 
-@app.command()
+@app.command(cls=_Configured)
 def plan(
     config: Annotated[
         Path | None, typer.Argument(help="TOML file; its settings are kept. Without it, the recipes' ones.")

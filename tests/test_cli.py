@@ -12,6 +12,7 @@ import pytest
 import tomli_w
 
 from mapo_fast import cli
+from mapo_fast.settings.page import help_text
 from tests.training import make_cache, make_pairs, settings
 
 
@@ -36,6 +37,16 @@ def _write(path: Path, table: dict[str, Any]) -> str:
 def test_the_surface() -> None:
     names = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
     assert names == {"prepare", "plan", "train", "demo", "doctor"}
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "plan"])
+def test_help_of_a_command_that_reads_a_config_has_all_settings(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(monkeypatch, command, "--help") == 0
+    out = capsys.readouterr().out
+    assert "--set" in out
+    assert out.rstrip().endswith(help_text())
 
 
 def test_prepare_then_train_then_resume(

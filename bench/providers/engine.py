@@ -17,7 +17,8 @@ from mapo_fast.engine.precision import choose_precision
 from mapo_fast.engine.prefetch import MicroBatch, Prefetch
 from mapo_fast.engine.step import PairInputs
 from mapo_fast.planner.plan import with_settings
-from mapo_fast.settings.schema import ON_CPU, Config
+from mapo_fast.settings.schema import Config
+from mapo_fast.settings.table import on_cpu
 
 
 class MapoFast(Provider):
@@ -100,7 +101,5 @@ def plan(task: Task, changes: Mapping[str, Any]) -> Config:
         "precision": ("pure_bf16" if full else "bf16") if gpu else "fp32",
         "fused_step": gpu and full,
     }
-    config = task.config(
-        train=train, optim={"name": "adamw8bit" if gpu else "adamw"}, speed={} if gpu else ON_CPU
-    )
-    return with_settings(config, dict(changes))
+    config = task.config(train=train, optim={"name": "adamw8bit" if gpu else "adamw"})
+    return with_settings(config, {**({} if gpu else on_cpu()), **changes})

@@ -43,6 +43,7 @@ from mapo_fast.data.shards import shard_path
 from mapo_fast.models.identity import encoders_identity
 from mapo_fast.models.pipeline import Component, PipelineFolder
 from mapo_fast.settings.schema import DataConfig
+from mapo_fast.settings.table import affecting
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import JSON_BYTES, parse_json, read_bytes, sha256_file, unreadable
 
@@ -70,16 +71,6 @@ PIECE = 2**15
 """Rows of pairs.npy that have a SHA-256 of their own."""
 VERIFIED_AT_ONCE = 512 * 2**20
 """Of a cache this large the check takes about half a second."""
-_SETTINGS = (
-    "resolution",
-    "bucket_step",
-    "max_crop",
-    "flip",
-    "size_conditioning",
-    "max_tokens",
-    "vae_dtype",
-    "vae_tiling",
-)
 
 
 def cache_settings(folder: PipelineFolder, data: DataConfig) -> dict[str, Any]:
@@ -88,17 +79,18 @@ def cache_settings(folder: PipelineFolder, data: DataConfig) -> dict[str, Any]:
         "format": FORMAT,
         "model": encoders_identity(folder),
         "zeros_for_empty_prompt": folder.zeros_for_empty_prompt,
-        **{name: getattr(data, name) for name in _SETTINGS},
+        **{row.key: getattr(data, row.key) for row in affecting("cache")},
     }
 
 
 def difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
     """The first difference between two settings in words, or None."""
-    have = {"vae_tiling": False, **have}  # caches from before this setting
+    younger = {row.key: row.default for row in affecting("cache")}  # settings may be younger than a cache
+    have = younger | have
     have.pop("before", None)
     if have.get("format") != want["format"]:
         return f"has cache format {have.get('format')}, this version writes {want['format']}"
-    for name in _SETTINGS:
+    for name in (row.key for row in affecting("cache")):
         if have.get(name) != want[name]:
             return f"was made for data.{name} = {have.get(name)}, the config says {want[name]}"
     if have != want:

@@ -1,6 +1,6 @@
 """All plans that compute the same, composed from a handful of traces of full steps.
 
-For every combination of the discrete settings (`combinations.py`) the blocks whose recomputation costs most
+For every combination of the discrete settings (`settings/rules.py`) the blocks whose recomputation costs most
 time for a byte are freed from it as long as memory lasts (`windows.py`). The first trace is that of the most
 frugal combination: where it does not fit, none does, and the others need not be made.
 """
@@ -22,11 +22,13 @@ from mapo_fast.planner.store import Tracing
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import Trace
 from mapo_fast.planner.windows import Mode, compose, cut, savings
-from mapo_fast.settings.rules import NAMES, OPEN, work
+from mapo_fast.settings.rules import NAMES, work
 from mapo_fast.settings.schema import Config
+from mapo_fast.settings.table import planned, value_of
+from mapo_fast.settings.table import stated as all_stated
 
 BLOCKS = "train.gradient_checkpointing"
-CHOICES = {name: values for name, values in OPEN.items() if name != BLOCKS}
+CHOICES = {name: values for name, values in planned("exact").items() if name != BLOCKS}
 SDXL_PARAMETERS = 2_567_463_684
 SLACK = 1 / 256
 """Share of the usable bytes that is left free where blocks are freed from recomputation: composing errs."""
@@ -34,13 +36,8 @@ SLACK = 1 / 256
 
 def stated(config: Config) -> dict[str, Any]:
     """The settings of a plan that the config states, with their values."""
-    found = {}
-    for name in OPEN:
-        section, key = name.split(".")
-        part = getattr(config, section)
-        if key in part.model_fields_set:
-            found[name] = getattr(part, key)
-    return found
+    names = all_stated(config)
+    return {name: value_of(config, name) for name in planned("exact") if name in names}
 
 
 class Family:
@@ -73,7 +70,7 @@ class Family:
 
     def _sensible(self) -> list[dict[str, Any]]:
         """The combinations that work and are not beaten by another whatever the card."""
-        known = {name: self._value(name) for name in NAMES} | {BLOCKS: self.blocks is not False}
+        known = {name: value_of(self.config, name) for name in NAMES} | {BLOCKS: self.blocks is not False}
         values = [
             (self.stated[name],) if name in self.stated else options for name, options in CHOICES.items()
         ]
@@ -96,10 +93,6 @@ class Family:
         if layout == "joint":
             return away or bool(self.blocks)
         return layout == "sequential" and (fused or away)
-
-    def _value(self, name: str) -> Any:
-        section, key = name.split(".")
-        return getattr(getattr(self.config, section), key)
 
     def _needed(self) -> list[str]:
         """Names of the modes that the combinations are composed from: what halves do, what is recomputed.

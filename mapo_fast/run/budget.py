@@ -23,6 +23,7 @@ from mapo_fast.planner.ask import plan_run, refusal
 from mapo_fast.planner.plan import Plan, with_settings
 from mapo_fast.planner.search import Outcome
 from mapo_fast.settings.schema import Config
+from mapo_fast.settings.table import kept_at_resume, stated
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.sizes import GIB, parse_size, size_text
 
@@ -128,8 +129,6 @@ class Budget(NamedTuple):
 
 ENOUGH_FOR_A_LIBRARY = GIB // 2
 """Free bytes on the card with which no library's own allocation fails."""
-ARITHMETIC = ("train.fused_step", "train.precision", "optim.name", "adapter.base")
-"""Settings that a plan may choose and a resumed run has to keep."""
 
 
 def planned(
@@ -183,14 +182,10 @@ def planned(
 
 
 def _open(config: Config, recorded: dict[str, Any]) -> dict[str, Any]:
-    """The recorded values of `ARITHMETIC` that the config does not state."""
-    found = {}
-    for name in ARITHMETIC:
-        section, key = name.split(".")
-        stated = key in getattr(config, section).model_fields_set
-        if not stated and key in recorded.get(section, {}):  # a setting may be younger than the run
-            found[name] = recorded[section][key]
-    return found
+    """What the config leaves to the planner and the run to resume has to keep, as the run had it."""
+    known = {f"{section}.{key}": value for section, part in recorded.items() for key, value in part.items()}
+    left_open = set(kept_at_resume()) - stated(config)
+    return {name: known[name] for name in sorted(left_open & known.keys())}  # one may be younger than the run
 
 
 def _smaller(outcome: Outcome, chosen: Plan) -> Plan | None:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_jsonable_python
 
 from mapo_fast import __version__
 from mapo_fast.settings.schema import Config
+from mapo_fast.settings.table import TABLE, affecting
 from mapo_fast.util.checkpoint import delete, remove_halves
 from mapo_fast.util.errors import MachineError, UserError
 from mapo_fast.util.files import disk_errors, read_json
@@ -61,39 +63,8 @@ RESULTS = ("unet", "lora")
 _LEFTOVER = re.compile(r"\.(.+\.\d+\.tmp|tmp\w{6})")
 """Temporary files of `files.atomic_path`, and of safetensors, with which older versions wrote."""
 
-_MAY_CHANGE = frozenset(
-    {
-        "objective.reference",
-        "speed.compile",
-        "speed.cuda_graph",
-        "speed.fused_ops",
-        "speed.prefetch",
-        "train.output",
-        "train.steps",
-        "train.device",
-        "train.threads",
-        "train.vram",
-        "train.layout",
-        "train.shard",
-        "train.gradient_checkpointing",
-        "train.attention",
-        "train.log_every",
-        "train.checkpoint_every",
-        "train.keep_checkpoints",
-        "train.evaluate_every",
-        "train.max_skipped_steps",
-        "train.wandb",
-    }
-)
-"""Settings a resume may change: they leave the sequence of updates as it is, up to rounding.
-
-speed.channels_last is not among them: 8-bit states belong to a weight's elements by their order in memory."""
-
 _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 """Learning-rate schedules that do not depend on the number of steps; with the others it is fixed."""
-
-_SECTIONS_MAY_CHANGE = ("data", "model", "offload", "preview")
-"""Data and start model are compared by content instead, so that folders may move."""
 
 
 def check_output(config: Config, identity: dict[str, str], *, resume: bool, processes: int = 1) -> None:
@@ -242,14 +213,18 @@ def _check_same_run(output: Path, before: RunRecord, now: RunRecord) -> None:
             raise UserError(f"cannot resume {output}: the {name} is not the one this run started with")
 
 
-def _arithmetic(config: dict[str, Any]) -> dict[str, Any]:
-    """`section.key` -> value of every setting that the updates depend on."""
-    endless = config["optim"]["schedule"] in _SCHEDULES_WITHOUT_END
-    free = _MAY_CHANGE if endless else _MAY_CHANGE - {"train.steps"}
-    return {
-        f"{section}.{key}": value
-        for section, part in config.items()
-        if section not in _SECTIONS_MAY_CHANGE
-        for key, value in part.items()
-        if f"{section}.{key}" not in free
-    }
+def _arithmetic(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """`section.key` → value of all settings that the updates depend on, and of those not known here.
+
+    A setting that is younger than the record has its default: what the run was made with, before there was a
+    choice. Data and start model are compared by content instead, so that folders may move.
+
+    Raises:
+        KeyError: settings that every version had are missing.
+    """
+    found = {f"{section}.{key}": value for section, part in config.items() for key, value in part.items()}
+    free = {row.name for row in TABLE} - {row.name for row in affecting("arithmetic")}
+    if found["optim.schedule"] not in _SCHEDULES_WITHOUT_END:
+        free -= {"train.steps"}
+    values = {row.name: to_jsonable_python(row.default) for row in TABLE} | found
+    return {name: value for name, value in values.items() if name not in free}

@@ -12,13 +12,13 @@ from mapo_fast.engine.prefetch import MicroBatch, read_ahead
 from mapo_fast.engine.reference import PrecomputedErrors, StartModel
 from mapo_fast.run.trainer import Trainer
 from mapo_fast.settings.schema import Config
+from mapo_fast.settings.table import affecting, value_of
 from mapo_fast.util.progress import Callbacks, stage
 
 
 def depends_on(config: Config, identity: dict[str, str]) -> dict[str, Any]:
     """All that the errors depend on: fingerprints of the run's inputs, and its settings."""
-    settings = config.train.model_dump(include={"seed", "pairs_per_batch", "precision", "caption_dropout"})
-    return {**identity, **settings, "base": config.adapter.base}
+    return {**identity, **{row.key: value_of(config, row.name) for row in affecting("reference")}}
 
 
 def precompute(trainer: Trainer, run: str, identity: dict[str, str], callbacks: Callbacks) -> None:

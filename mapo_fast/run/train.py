@@ -42,7 +42,8 @@ from mapo_fast.run.mirrors import find_wandb
 from mapo_fast.run.precompute import precompute
 from mapo_fast.run.preview import Previews
 from mapo_fast.run.trainer import Trainer
-from mapo_fast.settings.schema import ON_CPU, Config
+from mapo_fast.settings.schema import Config
+from mapo_fast.settings.table import on_cpu, stated
 from mapo_fast.util.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import disk_errors, exclusive
@@ -80,8 +81,8 @@ def _train(
     if device.type == "cuda" or config.train.vram is not None:
         callbacks.message("planning memory; the first time on a machine this takes a minute or two")
     if device.type == "cpu":
-        left_open = ON_CPU.keys() - config.speed.model_fields_set
-        config = with_settings(config, {f"speed.{name}": ON_CPU[name] for name in sorted(left_open)})
+        left_open = on_cpu().keys() - stated(config)
+        config = with_settings(config, {name: on_cpu()[name] for name in sorted(left_open)})
     recorded = recorded_settings(config.train.output) if resume else None
     config, budget = planned(config, folder, device, recorded, processes)
     precision = choose_precision(config, device)

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from mapo_fast.settings.rules import NAMES, completed
 from mapo_fast.settings.schema import Config
+from mapo_fast.settings.table import TABLE, paths, stated, value_of
 from mapo_fast.util.errors import UserError, shown
 from mapo_fast.util.files import os_error, read_bytes
 
@@ -44,7 +45,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise os_error(error, f"read config file {path}") from None
     except ValueError as error:
         raise UserError(f"config file {path} is not valid TOML: {error}") from None
-    for name, section, key in _split(_PATHS):
+    for name, section, key in _split(paths()):
         part = table.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
             part[key] = os.path.normpath(user_path(f"{path}: {name}", part[key], path.parent))
@@ -93,10 +94,9 @@ def _complete(config: Config) -> Config:
     Raises:
         ValueError: the stated ones contradict each other.
     """
-    values = {name: getattr(getattr(config, section), key) for name, section, key in _split(NAMES)}
-    stated = {f"{section}.{key}" for section, part in config for key in part.model_fields_set}
+    values = {name: value_of(config, name) for name in NAMES}
     sections: dict[str, Any] = dict(config)
-    for name, section, key in _split(found := completed(values, stated)):
+    for name, section, key in _split(found := completed(values, stated(config), TABLE)):
         part = sections[section]
         fields = {**dict(part), key: found[name]}
         sections[section] = type(part).model_construct(_fields_set=part.model_fields_set, **fields)
@@ -106,9 +106,6 @@ def _complete(config: Config) -> Config:
 def _split(names: Iterable[str]) -> list[tuple[str, str, str]]:
     """Each name with its section and key."""
     return [(name, *name.split(".")) for name in names]  # type: ignore[misc]
-
-
-_PATHS = ("model.path", "model.vae", "data.source", "data.cache", "train.output")
 
 
 def user_path(name: str, text: str, base: Path | None = None) -> Path:
@@ -145,7 +142,7 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     section = table.setdefault(keys[0], {})
     if not isinstance(section, dict):
         raise UserError(f"--set {override}: {keys[0]} is a value in the config file, not a section")
-    if name.strip() in _PATHS and isinstance(value, str):
+    if name.strip() in paths() and isinstance(value, str):
         value = str(user_path(f"--set {name.strip()}", value))
     section[keys[1]] = value
 

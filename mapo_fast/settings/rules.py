@@ -1,16 +1,16 @@
 """Which settings work together, and what the open ones of the memory plan are.
 
-The settings of a memory plan (`OPEN`) need not be stated: the planner chooses them, and where nothing is
-planned (`train.vram`), they take their defaults. A rule is therefore broken only if no choice of the open
-ones keeps all rules; what is stated then contradicts itself. Where a default does not work with what is
-stated, the nearest values that do take its place (`completed`):
+The settings of a memory plan (declared `planned="exact"`) need not be stated: the planner chooses them, and
+where nothing is planned (`train.vram`), they take their defaults. A config is rejected only if no values of
+the open settings keep all rules; what is stated then contradicts itself. Where a default does not work with
+what is stated, the nearest values that do take its place (`completed`):
 
     stated                                              completed by
     train.gradient_checkpointing = false                train.layout = "joint"
     offload.optimizer = "cpu"                           train.fused_step = true
     offload.weights = "cpu", adapter.kind = "full"      train.fused_step = true, offload.optimizer = "cpu"
 
-Nearest means: the fewest open settings that differ from their defaults, and the values that `OPEN` names
+Nearest means: the fewest open settings that differ from their defaults, and the values that are declared
 first.
 """
 
@@ -22,32 +22,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-OPEN: dict[str, tuple[Any, ...]] = {
-    "train.layout": ("split", "joint", "sequential"),
-    "train.gradient_checkpointing": (True, False),
-    "train.fused_step": (False, True),
-    "offload.optimizer": ("gpu", "cpu"),
-    "offload.weights": ("gpu", "cpu"),
-    "offload.activations": ("gpu", "cpu"),
-}
-"""Settings of a memory plan and their values, the default first. Gradients are the same under all of them.
-Checkpointing may also be of some blocks by name: it then counts as true."""
-
-_OTHERS: dict[str, tuple[Any, ...]] = {
-    "train.accumulation": (1,),
-    "train.precision": ("bf16",),
-    "train.shard": (False,),
-    "optim.name": ("adamw8bit", "adamw"),
-    "optim.max_update_rms": (None,),
-    "adapter.kind": ("lora", "full"),
-    "adapter.base": ("dense",),
-    "train.attention": ("sdpa",),
-    "speed.channels_last": (False,),
-    "speed.compile": (False,),
-    "speed.cuda_graph": (False,),
-    "speed.fp8": (False,),
-}
-"""The other settings that rules speak of, with the values that a message may propose."""
+from mapo_fast.settings.declare import Setting
 
 
 class _Rule(NamedTuple):
@@ -170,7 +145,8 @@ _RULES = (
     ),
 )
 
-NAMES = (*OPEN, *_OTHERS)
+NAMES = tuple(dict.fromkeys(name for rule in _RULES for name in rule.names))
+"""The settings that rules speak of. Checkpointing may be of some blocks by name: that counts as true."""
 
 
 def work(values: Mapping[str, Any]) -> bool:
@@ -178,19 +154,21 @@ def work(values: Mapping[str, Any]) -> bool:
     return _kept(_RULES, values)
 
 
-def completed(values: Mapping[str, Any], stated: Collection[str]) -> dict[str, Any]:
+def completed(values: Mapping[str, Any], stated: Collection[str], table: Sequence[Setting]) -> dict[str, Any]:
     """Values for the open settings that work with what is stated, the nearest to their defaults.
 
     Args:
         values: of all `NAMES`, stated or default.
         stated: names of those that the config states.
+        table: of all settings.
 
     Raises:
         ValueError: there are none; the message names the settings that exclude each other, and what would do.
     """
-    found = _nearest(_RULES, values, stated)
+    case = _Case(values, stated, {row.name: row for row in table})
+    found = case.nearest(_RULES)
     if found is None:
-        raise ValueError(_contradiction(values, stated))
+        raise ValueError(case.contradiction())
     return found
 
 
@@ -198,45 +176,58 @@ def _kept(rules: Sequence[_Rule], values: Mapping[str, Any]) -> bool:
     return not any(rule.broken(*(values[name] for name in rule.names)) for rule in rules)
 
 
-def _nearest(
-    rules: Sequence[_Rule], values: Mapping[str, Any], stated: Collection[str]
-) -> dict[str, Any] | None:
-    for choice in _choices(tuple(name for name in OPEN if name not in stated)):
-        if _kept(rules, {**values, **choice}):
-            return choice
-    return None
+class _Case(NamedTuple):
+    """Settings that are judged."""
+
+    values: Mapping[str, Any]
+    stated: Collection[str]
+    table: Mapping[str, Setting]
+
+    def is_open(self, name: str) -> bool:
+        """Whether it may take another value than it has."""
+        return self.table[name].planned == "exact" and name not in self.stated
+
+    def nearest(self, rules: Sequence[_Rule]) -> dict[str, Any] | None:
+        """Values of the open settings that keep the rules, if there are any."""
+        for choice in _choices(
+            tuple((row.name, row.choices) for row in self.table.values() if self.is_open(row.name))
+        ):
+            if _kept(rules, {**self.values, **choice}):
+                return choice
+        return None
+
+    def contradiction(self) -> str:
+        """Name the fewest rules that cannot be kept together, by the settings that are given."""
+        rules = list(_RULES)
+        for rule in _RULES:
+            fewer = [other for other in rules if other is not rule]
+            if self.nearest(fewer) is None:
+                rules = fewer
+        named = {name: None for rule in rules for name in rule.names if not self.is_open(name)}
+        # Two independent contradictions: no single change resolves both, so suggest one for this one only.
+        for kept in (_RULES, rules):
+            ways = [way for name in named if (way := self.way_out(name, kept))]
+            if ways:
+                break
+        given = " and ".join(f"{name} = {json.dumps(self.values[name])}" for name in named)
+        why = "; ".join(rule.why for rule in rules)
+        return f"{given} cannot be combined ({why}): {', or '.join(ways)}"
+
+    def way_out(self, name: str, rules: Sequence[_Rule]) -> str:
+        """The first other value of a setting with which the rest works, or an empty text."""
+        for value in self.table[name].choices:
+            other = self._replace(values={**self.values, name: value}, stated={*self.stated, name})
+            if value != self.values[name] and other.nearest(rules) is not None:
+                return f"leave out {name}" if value is None else f"use {name} = {json.dumps(value)}"
+        return ""
 
 
 @functools.cache
-def _choices(names: tuple[str, ...]) -> list[dict[str, Any]]:
+def _choices(open_: tuple[tuple[str, tuple[Any, ...]], ...]) -> list[dict[str, Any]]:
     """All values of some open settings, the nearest to the defaults first."""
     found = [
-        dict(zip(names, picks, strict=True)) for picks in itertools.product(*(OPEN[name] for name in names))
+        dict(zip((name for name, _ in open_), picks, strict=True))
+        for picks in itertools.product(*(values for _, values in open_))
     ]
-    return sorted(found, key=lambda choice: sum(value != OPEN[name][0] for name, value in choice.items()))
-
-
-def _contradiction(values: Mapping[str, Any], stated: Collection[str]) -> str:
-    """Name the fewest rules that cannot be kept together, by the settings that are given."""
-    rules = list(_RULES)
-    for rule in _RULES:
-        fewer = [other for other in rules if other is not rule]
-        if _nearest(fewer, values, stated) is None:
-            rules = fewer
-    named = {name: None for rule in rules for name in rule.names if name in stated or name not in OPEN}
-    # Where there is a second contradiction, no single change mends all: then one that mends this one.
-    for kept in (_RULES, rules):
-        ways = [way for name in named if (way := _way_out(name, kept, values, stated))]
-        if ways:
-            break
-    given = " and ".join(f"{name} = {json.dumps(values[name])}" for name in named)
-    why = "; ".join(rule.why for rule in rules)
-    return f"{given} cannot be combined ({why}): {', or '.join(ways)}"
-
-
-def _way_out(name: str, rules: Sequence[_Rule], values: Mapping[str, Any], stated: Collection[str]) -> str:
-    """The first other value of a setting with which the rest works, or an empty text."""
-    for value in OPEN.get(name) or _OTHERS[name]:
-        if value != values[name] and _nearest(rules, {**values, name: value}, {*stated, name}) is not None:
-            return f"leave out {name}" if value is None else f"use {name} = {json.dumps(value)}"
-    return ""
+    defaults = {name: values[0] for name, values in open_}
+    return sorted(found, key=lambda choice: sum(choice[name] != defaults[name] for name in choice))

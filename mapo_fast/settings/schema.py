@@ -7,19 +7,13 @@ types and values out of range become one `UserError` that names the key and the 
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
+from mapo_fast.settings.declare import setting
 from mapo_kernels.objectives import OBJECTIVES, Objective
-
-if sys.version_info >= (3, 11):
-    pass
-else:
-    pass
-
 
 _EVERY = 10**9
 """The largest interval in steps: longer than any run, for people who write «never» as a large number."""
@@ -34,43 +28,43 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """`[model]`: the diffusers SDXL pipeline folder to start from."""
 
-    path: Path
+    path: Path = setting(affects="inputs")
     """Folder with `model_index.json`, `unet/`, `vae/`, `text_encoder/`, `text_encoder_2/`, tokenizers."""
-    vae: Path | None = None
+    vae: Path | None = setting(None, affects="inputs")
     """Another VAE folder, for instance one that does not overflow in fp16."""
 
 
 class DataConfig(Section):
     """`[data]`: where the preference pairs are and how `prepare` turns them into a cache."""
 
-    source: Path | None = None
+    source: Path | None = setting(None, affects="inputs")
     """Pick-a-Pic parquet file or folder, Hugging Face dataset folder, folder with `pairs.jsonl`, or
     `chosen/` + `rejected/` folders; or single images with labels, for `kto`. Needed by `prepare` only."""
-    cache: Path
+    cache: Path = setting(affects="inputs")
     """Folder of the cache that `prepare` writes and `train` reads."""
-    resolution: int = Field(1024, ge=16, le=4096, multiple_of=8)
+    resolution: int = setting(1024, affects="cache", ge=16, le=4096, multiple_of=8)
     """Side in pixels of the square whose area every aspect bucket keeps."""
-    bucket_step: int = Field(64, ge=8, le=4096, multiple_of=8)
+    bucket_step: int = setting(64, affects="cache", ge=8, le=4096, multiple_of=8)
     """Bucket sides are multiples of this many pixels."""
-    max_crop: float = Field(0.2, ge=0.0, lt=1.0)
+    max_crop: float = setting(0.2, affects="cache", ge=0.0, lt=1.0)
     """A pair that would lose more than this share of an image's area to cropping is skipped and listed."""
-    flip: bool = False
+    flip: bool = setting(False, affects="cache")
     """Also encode mirrored images; training then draws the flip per pair."""
-    size_conditioning: Literal["shared", "own"] = "shared"
+    size_conditioning: Literal["shared", "own"] = setting("shared", affects="cache")
     """`shared`: both images of a pair get the same time ids, so size cannot leak the label."""
-    max_tokens: Literal[77, 150, 225] = 77
+    max_tokens: Literal[77, 150, 225] = setting(77, affects="cache")
     """Longest prompt kept, in tokens; longer ones are truncated and listed."""
-    held_out: float = Field(0.05, ge=0.0, le=0.5)
+    held_out: float = setting(0.05, affects="inputs", ge=0.0, le=0.5)
     """Share of pairs kept out of training, split by prompt and image content, never by row."""
-    max_skipped: float = Field(0.2, ge=0.0, le=1.0)
+    max_skipped: float = setting(0.2, affects="bookkeeping", ge=0.0, le=1.0)
     """`prepare` stops when more than this share of the rows has to be skipped, whatever the reason; ties and
     rows without a label count too (Pick-a-Pic v2 has about an eighth of them)."""
-    vae_dtype: Literal["fp32", "bf16"] = "fp32"
+    vae_dtype: Literal["fp32", "bf16"] = setting("fp32", affects="cache")
     """Precision of VAE encoding; a latent that comes out NaN is encoded again in fp32."""
-    vae_tiling: bool = False
+    vae_tiling: bool = setting(False, affects="cache")
     """Encode images larger than 512 × 512 pixels in overlapping tiles. That takes a quarter of the memory at
     1024² and changes latents, `prepare` says by how much: keep it off where one image fits."""
-    batch_size: int = Field(1, ge=1, le=1024)
+    batch_size: int = setting(1, affects="execution", ge=1, le=1024)
     """Images per VAE call; at 1024² in fp32 each one needs 2.5 GiB."""
 
 
@@ -95,31 +89,31 @@ class ObjectiveConfig(Section):
         "orpo",
         "simpo",
         "cpo",
-    ] = "mapo"
+    ] = setting("mapo", affects="arithmetic")
     """`mapo`, or `sft` (the chosen image's denoising error alone) as a control; `dpo` (Diffusion-DPO) and the
     others as in `mapo_kernels.objectives`. `smpo` needs soft labels in the data. `kto` (Diffusion-KTO) learns
     from single images, each with a label, and no other does. `npo` is `dpo` with chosen
     and rejected exchanged: its result is the negative model of guidance."""
-    form: Literal["code", "paper"] = "code"
+    form: Literal["code", "paper"] = setting("code", affects="arithmetic")
     """MaPO as in the authors' released code, or as in the paper; they are not the same objective."""
-    reading: Literal["power", "scale"] = "power"
+    reading: Literal["power", "scale"] = setting("power", affects="arithmetic")
     """How the `paper` form's φ_β is read: (x/(eˣ−1))^β, or β·x/(eˣ−1)."""
-    beta: float | None = None
+    beta: float | None = setting(None, affects="arithmetic")
     """Weight of the margin. `mapo`: 0.1 (`code`), or the paper's β, which has no default there: it used 8 for
     general preference, 32 culture, 64 safety and style, 1024 personalisation. `dpo` 5000, `npo` 2000."""
-    snr: float | None = None
+    snr: float | None = setting(None, affects="arithmetic")
     """`mapo`: λ of the `code` form's score s(x) = λx / (e^{λx} − 1), 0.5."""
-    gamma: float | None = None
+    gamma: float | None = setting(None, affects="arithmetic")
     """`simpo`, `cpo`: the margin that a pair should have."""
-    alpha: float | None = None
+    alpha: float | None = setting(None, affects="arithmetic")
     """`dmpo`: the share of preferences that are taken for wrong."""
-    eta: float | None = None
+    eta: float | None = setting(None, affects="arithmetic")
     """`linear_dpo`: least weight of a pair, and 1 less the largest."""
-    desirable_weight: float | None = None
+    desirable_weight: float | None = setting(None, affects="arithmetic")
     """`kto`: weight of wanted images, 1."""
-    undesirable_weight: float | None = None
+    undesirable_weight: float | None = setting(None, affects="arithmetic")
     """`kto`: weight of unwanted images, 1."""
-    reference: Literal["auto", "adapter", "copy", "precomputed"] = "auto"
+    reference: Literal["auto", "adapter", "copy", "precomputed"] = setting("auto", affects="execution")
     """The frozen start model that the objective compares with. `adapter`: the LoRA switched off. `copy`: a
     second UNet, in system RAM where offload.weights is. `precomputed`: its errors for every draw of the run,
     computed before the first step and kept in the run's folder. `auto` is `adapter` with a LoRA and
@@ -161,15 +155,19 @@ class ObjectiveConfig(Section):
 class AdapterConfig(Section):
     """`[adapter]`: full fine-tune or LoRA."""
 
-    kind: Literal["full", "lora"] = "lora"
+    kind: Literal["full", "lora"] = setting("lora", affects="arithmetic")
     """`full` trains every UNet weight; `lora` trains low-rank factors beside a frozen UNet."""
-    rank: int = Field(16, ge=1, le=2048)
+    rank: int = setting(16, affects="arithmetic", ge=1, le=2048)
     """LoRA rank r. SDXL's widest layers are whole at 1280: more adds memory and nothing else."""
-    alpha: float | None = Field(None, gt=0.0, le=1e6)
+    alpha: float | None = setting(None, affects="arithmetic", gt=0.0, le=1e6)
     """LoRA scale is alpha / rank; None means alpha = rank."""
-    targets: tuple[str, ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
+    targets: tuple[str, ...] = setting(
+        ("to_q", "to_k", "to_v", "to_out.0"), affects="arithmetic", min_length=1
+    )
     """Names (suffixes) of the UNet layers that get an adapter."""
-    base: Literal["dense", "int8", "nf4", "fp8"] = "dense"
+    base: Literal["dense", "int8", "nf4", "fp8"] = setting(
+        "dense", affects=("arithmetic", "reference"), planned="last"
+    )
     """Storage of the frozen UNet beside a LoRA: in `train.precision`'s type, or the linear layers quantised
     to int8 or nf4 by bitsandbytes, and the convolutions stored in 8 bits. `fp8` is as small as int8; its
     matrix products are in fp8 too: less exact, meant to be faster, not measured yet. For RTX 40, H100 and
@@ -179,27 +177,29 @@ class AdapterConfig(Section):
 class OptimConfig(Section):
     """`[optim]`: optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"] = setting(
+        "adamw", affects="arithmetic", planned="last"
+    )
     """torch's fused AdamW; AdamW with 8-bit states and stochastic rounding of bf16 weights; bitsandbytes'
     8-bit AdamW whose states may move to system RAM; or torch's Adafactor."""
-    lr: float = Field(1e-5, gt=0.0, lt=1.0)
+    lr: float = setting(1e-5, affects="arithmetic", gt=0.0, lt=1.0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = setting((0.9, 0.999), affects="arithmetic")
     """Decay rates of the two moments."""
-    eps: float = Field(1e-8, gt=0.0, le=1.0)
+    eps: float = setting(1e-8, affects="arithmetic", gt=0.0, le=1.0)
     """Added to the root of the second moment."""
-    weight_decay: float = Field(1e-2, ge=0.0, le=1e6)
+    weight_decay: float = setting(1e-2, affects="arithmetic", ge=0.0, le=1e6)
     """Decoupled weight decay."""
     schedule: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = "constant_with_warmup"
+    ] = setting("constant_with_warmup", affects="arithmetic")
     """A schedule of diffusers' `get_scheduler`."""
-    warmup_steps: int = Field(0, ge=0, le=10**7)
+    warmup_steps: int = setting(0, affects="arithmetic", ge=0, le=10**7)
     """Optimizer steps of linear warm-up."""
-    max_grad_norm: float = Field(1.0, ge=0.0)
+    max_grad_norm: float = setting(1.0, affects="arithmetic", ge=0.0)
     """Global gradient-norm clip; 0 switches clipping off (the norm is still logged). With train.fused_step
     the norm of the step before decides: this step's is not known yet when its first update is made."""
-    max_update_rms: float | None = Field(None, gt=0.0)
+    max_update_rms: float | None = setting(None, affects="arithmetic", gt=0.0)
     """`adamw8bit` only: largest root mean square of a tensor's update before lr. Needs no other tensor, so it
     is the same with and without train.fused_step."""
 
@@ -220,83 +220,87 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """`[train]`: the training loop."""
 
-    output: Path
+    output: Path = setting(affects="bookkeeping")
     """Folder of the run: checkpoints, logs, previews, and the final model or adapter."""
-    steps: int = Field(1000, ge=1, le=10**7)
+    steps: int = setting(1000, affects="execution", ge=1, le=10**7)
     """Optimizer steps. Ten million of one second each are four months."""
-    pairs_per_batch: int = Field(1, ge=1, le=256)
+    pairs_per_batch: int = setting(1, affects=("arithmetic", "reference"), ge=1, le=256)
     """Pairs in one micro-batch (two images each); `kto` takes two single images for a pair. They are in
     memory at once: for more of them in a step there is accumulation."""
-    accumulation: int = Field(1, ge=1, le=2**16)
+    accumulation: int = setting(1, affects="arithmetic", ge=1, le=2**16)
     """Micro-batches per optimizer step."""
-    precision: Literal["fp32", "bf16", "fp16", "pure_bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16", "pure_bf16"] = setting(
+        "bf16", affects=("arithmetic", "reference"), planned="last"
+    )
     """`bf16`: bf16 arithmetic with fp32 trainable weights; `fp16`: the same with a gradient scaler, LoRA
     only; `pure_bf16`: bf16 weights without fp32 masters, for optim.name = "adamw8bit"; other optimizers lose
     small updates."""
-    vram: str | None = None
+    vram: str | None = setting(None, affects="execution")
     """GPU memory to stay within, such as "24GiB": the fastest exact plan that fits is chosen for the settings
     of the memory plan that are not in the config: layout, gradient_checkpointing, fused_step and `[offload]`.
     None takes the card's free memory. On the CPU it makes no plan: those settings then have their defaults,
-    or the nearest values that work with what is in the config (`combinations.py`)."""
-    layout: Literal["joint", "split", "sequential"] = "split"
+    or the nearest values that work with what is in the config (`mapo_fast/settings/rules.py`)."""
+    layout: Literal["joint", "split", "sequential"] = setting("split", affects="execution", planned="exact")
     """`joint`: both halves of the pair in one batch; `split`: inside each checkpointed block one after the
     other, so that transient memory is one image's; `sequential`: one after the other through the whole UNet,
     a LoRA pair by pair. All give the same gradients."""
-    gradient_checkpointing: bool | tuple[str, ...] = True
+    gradient_checkpointing: bool | tuple[str, ...] = setting(True, affects="execution", planned="exact")
     """Recompute activations in backward (non-reentrant): in all blocks, in none, or in those at or below one
     of these names, such as "down_blocks.2". `split` needs it; with false, the default layout is `joint`."""
-    fused_step: bool = False
+    fused_step: bool = setting(False, affects="arithmetic", planned="exact")
     """Update weights and free gradients as soon as backward has completed them: all gradients never exist at
     once. One micro-batch per step only, in one process. True by default where offload.optimizer, or a full
     fine-tune's offload.weights, is `cpu`."""
-    shard: bool = False
+    shard: bool = setting(False, affects="execution")
     """With several processes: split weights, gradients and optimizer states among their GPUs (FSDP2), instead
     of a whole model on each. For adapter.kind = "full" with optim.name = "adamw"."""
-    attention: Literal["sdpa", "xformers", "flash"] = "sdpa"
+    attention: Literal["sdpa", "xformers", "flash"] = setting("sdpa", affects="execution")
     """Attention back end: torch's own, or that of the xformers or the flash-attn package."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Literal["auto", "cuda", "cpu"] = setting("auto", affects="execution")
     """Where to train; `auto` takes the GPU when there is one."""
-    threads: int = Field(0, ge=0, le=1024)
+    threads: int = setting(0, affects="execution", ge=0, le=1024)
     """CPU threads; 0 leaves torch's choice. Bit-identical resume on CPU needs the same number."""
-    seed: int = Field(0, ge=0, lt=2**62)
+    seed: int = setting(0, affects=("arithmetic", "reference"), ge=0, lt=2**62)
     """Seed of noise, timesteps, flips, caption drops, data order and LoRA initialisation."""
-    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    prediction: Literal["auto", "epsilon", "v_prediction"] = setting("auto", affects="arithmetic")
     """What the UNet predicts; `auto` reads the pipeline's scheduler config."""
-    zero_terminal_snr: Literal["auto", "on", "off"] = "auto"
+    zero_terminal_snr: Literal["auto", "on", "off"] = setting("auto", affects="arithmetic")
     """Rescale betas to zero terminal SNR; `auto` reads the scheduler config."""
-    caption_dropout: float = Field(0.0, ge=0.0, le=1.0)
+    caption_dropout: float = setting(0.0, affects=("arithmetic", "reference"), ge=0.0, le=1.0)
     """Chance that a pair's prompt is dropped, for both halves together."""
-    log_every: int = Field(10, ge=1, le=_EVERY)
+    log_every: int = setting(10, affects="bookkeeping", ge=1, le=_EVERY)
     """Optimizer steps between log lines. The host waits for the GPU only there; `paged_adamw8bit` makes it
     wait once a step."""
-    checkpoint_every: int = Field(500, ge=0, le=_EVERY)
+    checkpoint_every: int = setting(500, affects="bookkeeping", ge=0, le=_EVERY)
     """Optimizer steps between checkpoints; 0 writes one at the end only."""
-    keep_checkpoints: int = Field(2, ge=1, le=_EVERY)
+    keep_checkpoints: int = setting(2, affects="bookkeeping", ge=1, le=_EVERY)
     """Checkpoints kept; of one that is a link to a folder elsewhere, only the link is removed."""
-    evaluate_every: int = Field(100, ge=0, le=_EVERY)
+    evaluate_every: int = setting(100, affects="bookkeeping", ge=0, le=_EVERY)
     """Optimizer steps between held-out evaluations; 0 evaluates at step 0 and at the end only."""
-    evaluate_pairs: int = Field(64, ge=1, le=8192)
+    evaluate_pairs: int = setting(64, affects="arithmetic", ge=1, le=8192)
     """Held-out pairs used, at most. Two predictions of each stay in memory, 0.5 MiB at 1024²."""
-    evaluate_draws: int = Field(8, ge=8, le=1000)
+    evaluate_draws: int = setting(8, affects="arithmetic", ge=8, le=1000)
     """Stratified timesteps per held-out pair, each with a fixed noise. A schedule has 1000 of them."""
-    max_skipped_steps: int = Field(10, ge=0, le=_EVERY)
+    max_skipped_steps: int = setting(10, affects="bookkeeping", ge=0, le=_EVERY)
     """More non-finite steps in a row than this stop the run; each one is skipped and counted. Whatever it is,
     a run that skipped more than half of all its steps keeps its checkpoint, writes no result and ends with
     exit code 1."""
-    wandb: str | None = Field(None, max_length=128, pattern=r"^[^\x00-\x1f/\\#?%:]+$")
+    wandb: str | None = setting(
+        None, affects="bookkeeping", max_length=128, pattern=r"^[^\x00-\x1f/\\#?%:]+$"
+    )
     """Weights & Biases project that mirrors the TensorBoard figures; needs the `wandb` extra."""
 
 
 class OffloadConfig(Section):
     """`[offload]`: what lives in pinned system memory and visits the GPU while it is needed."""
 
-    optimizer: Literal["gpu", "cpu"] = "gpu"
+    optimizer: Literal["gpu", "cpu"] = setting("gpu", affects="execution", planned="exact")
     """Optimizer states; with `cpu` they stream in around their update, in train.fused_step. `cpu` by default
     where a full fine-tune's weights are."""
-    weights: Literal["gpu", "cpu"] = "gpu"
+    weights: Literal["gpu", "cpu"] = setting("gpu", affects="execution", planned="exact")
     """UNet weights; with `cpu` they stream in block by block, forward and backward. A full fine-tune then
     needs train.fused_step and optimizer = "cpu", which become the defaults."""
-    activations: Literal["gpu", "cpu"] = "gpu"
+    activations: Literal["gpu", "cpu"] = setting("gpu", affects="execution", planned="exact")
     """The inputs of checkpointed blocks, between forward and backward."""
 
 
@@ -304,44 +308,40 @@ class SpeedConfig(Section):
     """`[speed]`: how a step is executed. No switch but `fp8` changes what is computed, only its order of
     rounding."""
 
-    fused_ops: bool = True
+    fused_ops: bool = setting(True, affects="execution", on_cpu=False)
     """Put the fused operators into the UNet (`patch_unet`); without them it saves more for backward. A run on
     the CPU, which has no kernels for them, has false by default: there they cost time."""
-    channels_last: bool = False
+    channels_last: bool = setting(False, affects="arithmetic")
     """Keep convolution weights and the activations between them in channels_last, the order of cuDNN's tensor
     core kernels."""
-    compile: bool = False
+    compile: bool = setting(False, affects="execution")
     """Compile the transformer blocks with torch.compile: once for every width of a block, not for an aspect
     bucket. The log's `compile_s` says how long it took."""
-    cuda_graph: bool = False
+    cuda_graph: bool = setting(False, affects="execution")
     """Capture a whole step (forward, backward, update) and replay it: of every shape of a micro-batch the
     first step runs as usual, the second is captured, later ones cost the host one launch. Needs an NVIDIA GPU
     and memory: what a step makes stays reserved for the graphs (`graph buffers` of the memory plan)."""
-    fp8: bool = False
+    fp8: bool = setting(False, affects="arithmetic")
     """Multiply the linear layers of the transformer blocks in fp8, except for their weights' gradients. Only
     for adapter.kind = "full"; a LoRA's base has adapter.base = "fp8". For RTX 40, H100 and newer. Less exact,
     meant to be faster, not measured yet."""
-    prefetch: bool = True
+    prefetch: bool = setting(True, affects="execution", on_cpu=False)
     """Read the next micro-batch, draw its noise and copy it to the device while the current step runs. A run
     on the CPU has false by default: the thread costs what it hides."""
-
-
-ON_CPU = {"fused_ops": False, "prefetch": False}
-"""Defaults of `[speed]` in a run on the CPU, by measurement (`bench.train_step`)."""
 
 
 class PreviewConfig(Section):
     """`[preview]`: images sampled during training with fixed seeds."""
 
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = setting((), affects="bookkeeping")
     """Prompts to sample; empty switches previews off."""
-    every: int = Field(500, ge=0, le=_EVERY)
+    every: int = setting(500, affects="bookkeeping", ge=0, le=_EVERY)
     """Optimizer steps between previews; 0 samples at the start and the end only."""
-    seed: int = Field(0, ge=0, lt=2**62)
+    seed: int = setting(0, affects="bookkeeping", ge=0, lt=2**62)
     """Seed of the first prompt's start noise; prompt i uses seed + i."""
-    steps: int = Field(25, ge=1, le=1000)
+    steps: int = setting(25, affects="bookkeeping", ge=1, le=1000)
     """Denoising steps; a schedule has 1000."""
-    guidance: float = Field(5.0, ge=0.0, le=1000.0)
+    guidance: float = setting(5.0, affects="bookkeeping", ge=0.0, le=1000.0)
     """Classifier-free guidance scale."""
 
 

@@ -30,8 +30,8 @@ from mapo_fast.planner.stages import Vae
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import record_step
 from mapo_fast.planner.windows import compose, cut
-from mapo_fast.settings.rules import OPEN
 from mapo_fast.settings.schema import Config
+from mapo_fast.settings.table import planned
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.sizes import GIB, parse_size, size_text
 from tests.planner.test_recorder import REDUCED, settings
@@ -494,7 +494,7 @@ def test_what_is_stated_is_kept_where_it_is_not_best(
     assert plan is not None
     assert plan.traced
     assert not some.items() - {k: v for k, v in plan.settings.items() if k in some}.items()
-    assert stated(plan.apply(config)).keys() == OPEN.keys()
+    assert stated(plan.apply(config)).keys() == planned("exact").keys()
 
 
 def test_what_does_not_fit_costs_one_trace(exact_budget: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,12 @@ from mapo_fast.run.folder import (
     recorded_settings,
     remove_leftovers,
 )
+from mapo_fast.settings.declare import Setting
 from mapo_fast.settings.load import parse_config
 from mapo_fast.settings.schema import Config
+from mapo_fast.settings.table import TABLE
 from mapo_fast.util.errors import UserError
+from mapo_fast.util.sealed import write_record
 
 IDENTITY = {"cache": "a", "start model": "b"}
 
@@ -78,6 +82,47 @@ def test_a_resume_with_other_arithmetic_is_refused_by_name(
     claim_output(_config(tmp_path), IDENTITY)
     with pytest.raises(UserError, match=message):
         check_output(_config(tmp_path, **sections), IDENTITY, resume=True)
+
+
+AS_OLD_AS_RUNS = ("train.accumulation", "optim.schedule")
+
+
+@pytest.mark.parametrize("row", [r for r in TABLE if r.name not in AS_OLD_AS_RUNS], ids=lambda r: r.name)
+def test_a_setting_younger_than_the_run_had_its_default(tmp_path: Path, row: Setting) -> None:
+    config = _config(tmp_path)
+    claim_output(config, IDENTITY)
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["config"][row.section][row.key], record["sha256"]
+    write_record(tmp_path / "run.json", record)
+    check_output(config, IDENTITY, resume=True)
+
+
+def test_a_setting_that_this_version_does_not_know_is_named(tmp_path: Path) -> None:
+    claim_output(_config(tmp_path), IDENTITY)
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["config"]["optim"]["momentum"] = 0.5
+    del record["sha256"]
+    write_record(tmp_path / "run.json", record)
+    with pytest.raises(UserError, match=r"optim\.momentum was 0\.5 and is now None"):
+        check_output(_config(tmp_path), IDENTITY, resume=True)
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in TABLE if row.required or len(row.choices) > 1], ids=lambda r: r.name
+)
+def test_a_resume_may_change_what_is_not_arithmetic(tmp_path: Path, row: Setting) -> None:
+    """Each setting, in the record: whatever else a value is checked by has no part in it."""
+    config = _config(tmp_path)
+    claim_output(config, IDENTITY)
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["config"][row.section][row.key] = "elsewhere" if row.required else row.choices[1]
+    del record["sha256"]
+    write_record(tmp_path / "run.json", record)
+    if "arithmetic" not in row.affects:
+        check_output(config, IDENTITY, resume=True)
+        return
+    with pytest.raises(UserError, match=rf"{re.escape(row.name)} was .* and is now"):
+        check_output(config, IDENTITY, resume=True)
 
 
 def test_a_resume_on_other_data_or_another_model_is_refused(tmp_path: Path) -> None:

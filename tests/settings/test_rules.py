@@ -10,10 +10,12 @@ import pytest
 
 from mapo_fast.planner.plan import with_settings
 from mapo_fast.settings.load import parse_config
-from mapo_fast.settings.rules import NAMES, OPEN, work
+from mapo_fast.settings.rules import NAMES, work
 from mapo_fast.settings.schema import Config
+from mapo_fast.settings.table import planned
 from mapo_fast.util.errors import UserError
 
+OPEN = planned("exact")
 VALUES = {**OPEN, "train.gradient_checkpointing": (True, False, ["mid_block"])}
 
 

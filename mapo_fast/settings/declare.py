@@ -1,0 +1,138 @@
+"""How a setting is declared, and the table that is read off the declarations.
+
+A field of a `Section` is declared once, by `setting`: type, default and limits as pydantic has them, its
+docstring, and what the rest of the program has to know of it. `rows` collects that; whoever needs a list of
+settings takes it from there (`table.py`) and keeps none.
+"""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel, Field
+from pydantic.fields import FieldInfo
+
+Affects = Literal["inputs", "cache", "arithmetic", "reference", "execution", "bookkeeping"]
+"""What another value of a setting makes another one of:
+
+inputs       the data and the models that a run starts from: known by what they hold, so that folders may move
+cache        what `prepare` encodes: another value needs another cache
+arithmetic   the updates and the figures of a run: fixed for all of a run
+reference    the reference's errors that are computed before the first step, and kept
+execution    how a run is computed, with the same result up to rounding: free at a resume
+bookkeeping  what is written, kept and shown, and where: free at a resume
+"""
+Planned = Literal["no", "exact", "last"]
+"""Whether the planner may choose a setting that is left out: no; yes, as the gradients are the same under all
+its values; or only where nothing else fits, as it changes what is computed."""
+
+_REQUIRED: Any = ...
+_AS_ANYWHERE: Any = object()
+
+
+def setting(
+    default: Any = _REQUIRED,
+    *,
+    affects: Affects | tuple[Affects, ...],
+    planned: Planned = "no",
+    on_cpu: Any = _AS_ANYWHERE,
+    **constraints: Any,
+) -> Any:
+    """Declare a field of a `Section`.
+
+    Args:
+        default: its value where the config leaves it out; none for one that has to be stated.
+        affects: see `Affects`.
+        planned: see `Planned`.
+        on_cpu: its default in a run on the CPU, where that is another one.
+        constraints: pydantic's `ge`, `lt`, `pattern`, ….
+    """
+    extra = {
+        "affects": (affects,) if isinstance(affects, str) else affects,
+        "planned": planned,
+        "on_cpu": default if on_cpu is _AS_ANYWHERE else on_cpu,
+    }
+    return Field(default, json_schema_extra={"setting": extra}, **constraints)
+
+
+class Setting(NamedTuple):
+    """A row of the table."""
+
+    section: str
+    key: str
+    type: Any
+    """Its annotation."""
+    default: Any
+    """None too for one that has to be stated."""
+    required: bool
+    on_cpu: Any
+    """The default on the CPU."""
+    affects: tuple[Affects, ...]
+    planned: Planned
+    limits: tuple[Any, ...]
+    """`annotated_types`' and pydantic's, such as `Ge(0)`."""
+    text: str
+    """Its documentation."""
+
+    @property
+    def name(self) -> str:
+        """As a config and a message name it: `section.key`."""
+        return f"{self.section}.{self.key}"
+
+    @property
+    def is_path(self) -> bool:
+        """Whether its value names a file or folder."""
+        return Path in _members(self.type)
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """All its values where these are names or truth values, the default first; else the default alone."""
+        found = [self.default]
+        for member in _members(self.type):
+            values = (True, False) if member is bool else get_args(member) if _is_literal(member) else ()
+            found += [value for value in values if value != self.default]
+        return tuple(found)
+
+
+def rows(config: type[BaseModel]) -> tuple[Setting, ...]:
+    """The table of a config's settings, in the order of their declaration.
+
+    Raises:
+        TypeError: a field is declared without `setting` or without a docstring.
+    """
+    return tuple(
+        _row(section, key, field)
+        for section, part in config.model_fields.items()
+        for key, field in part.annotation.model_fields.items()  # type: ignore[union-attr]
+    )
+
+
+def _row(section: str, key: str, field: FieldInfo) -> Setting:
+    extra = field.json_schema_extra
+    if not isinstance(extra, dict) or "setting" not in extra or not field.description:
+        raise TypeError(f"{section}.{key} has to be declared by setting(…), with a docstring below it")
+    required = field.is_required()
+    said: Any = extra["setting"]
+    return Setting(
+        section,
+        key,
+        field.annotation,
+        None if required else field.default,
+        required,
+        None if required else said["on_cpu"],
+        said["affects"],
+        said["planned"],
+        tuple(field.metadata),
+        " ".join(field.description.split()),
+    )
+
+
+def _members(type_: Any) -> tuple[Any, ...]:
+    """The types of a union; of another type itself."""
+    return get_args(type_) if get_origin(type_) in (Union, types.UnionType) else (type_,)
+
+
+def _is_literal(type_: Any) -> bool:
+    return get_origin(type_) is Literal
