@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from bench import floors, peers
 from bench.dispatch import size, tensors
-from mapo_kernels._fp8 import to_fp8, to_fp8_eager
-from mapo_kernels._linear import Projection
+from mapo_kernels import Projection
+from mapo_kernels.fp8 import to_fp8, to_fp8_eager
 from mapo_kernels.objectives import OBJECTIVES
 from mapo_kernels.ops.adamw8bit import AdamW8bit
 from mapo_kernels.ops.add_rounded import add_rounded_

@@ -42,8 +42,8 @@ from mapo_fast.models.pipeline import PipelineFolder, open_sdxl
 from mapo_fast.models.quantise import DENSE, QuantisedConv2d, QuantisedLinear, quantise_base
 from mapo_fast.models.text import encode_prompts
 from mapo_fast.planner.models import SDXL_UNET
-from mapo_kernels._fp8 import from_fp8, to_fp8
-from mapo_kernels._linear import dense_weight
+from mapo_kernels.fp8 import from_fp8, to_fp8
+from mapo_kernels.weights import dense_weight
 
 RESULTS = Path(__file__).parent / "results" / "quantised_base.jsonl"
 TINY = Path(world.__file__).parent / "assets" / "tiny-sdxl"

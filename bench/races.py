@@ -29,8 +29,7 @@ from triton.runtime.errors import InterpreterError
 from bench import ROOT
 from bench.cases import CASES, Case, New, cases, differentiable
 from bench.dispatch import tensors
-from mapo_kernels import _launch
-from mapo_kernels._launch import Card, assume_card
+from mapo_kernels.hardware import INTERPRETING, Card, assume_card
 
 CARD = Card(89, 4)
 """An RTX 4090's block sizes; few multiprocessors, so that programs of small grids still have several rows."""
@@ -160,7 +159,7 @@ def main() -> int:
     parser.add_argument("--ttsem", action="store_true", help="under ttsem instead of the interpreter")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if not args.ttsem and not _launch.INTERPRETING:
+    if not args.ttsem and not INTERPRETING:
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "bench.races", *sys.argv[1:]]
         return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode

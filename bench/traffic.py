@@ -33,7 +33,7 @@ from bench import ROOT
 from bench.cases import CASES, Case, New, cases, differentiable, least_bytes
 from bench.dispatch import Untouched
 from bench.watch import Watcher, watching
-from mapo_kernels._launch import INTERPRETING, Card, assume_card
+from mapo_kernels.hardware import INTERPRETING, Card, assume_card
 
 RESULTS = Path(__file__).parent / "results" / "traffic.jsonl"
 CARD, CARD_NAME = Card(89, 128), "RTX 4090"

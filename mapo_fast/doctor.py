@@ -158,7 +158,7 @@ def _memory() -> str:
 
 
 def _loss_kernels(device: str) -> str:
-    from mapo_kernels._launch import backend
+    from mapo_kernels.hardware import backend
 
     return str(backend(device))
 
@@ -207,7 +207,7 @@ def _xformers(device: str) -> str:
 
 def _eight_bit(device: str) -> str:
     """One step of AdamW8bit, on a tensor large enough to have 8-bit states."""
-    from mapo_kernels._launch import backend
+    from mapo_kernels.hardware import backend
     from mapo_kernels.ops.adamw8bit import AdamW8bit
 
     if not _takes_a_step(AdamW8bit, device):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mapo_kernels import OBJECTIVES, NoiseTarget, PairedLoss, paired_loss, paired_loss_from_errors
-from mapo_kernels.ops._pair_checks import check_settings
+from mapo_kernels.ops.paired_loss import check_settings
 
 TensorOrPair = Tensor | tuple[Tensor, Tensor]
 

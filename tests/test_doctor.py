@@ -56,7 +56,7 @@ def test_a_machine_with_a_gpu(findings: dict[str, str]) -> None:
 
 
 def test_the_loss_line_is_what_the_kernels_say(findings: dict[str, str]) -> None:
-    from mapo_kernels._launch import backend
+    from mapo_kernels.hardware import backend
 
     assert findings["loss kernels"].endswith(backend("cuda" if torch.cuda.is_available() else "cpu").reason)
 

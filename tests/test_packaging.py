@@ -51,6 +51,12 @@ def test_a_public_name_of_the_kernels_is_never_a_module() -> None:
     assert _python(code) == "[]"
 
 
+def test_cards_are_plain_data() -> None:
+    heavy = ("torch", "numpy", "triton")
+    code = "from mapo_fast.hardware.cards import find_card\nfind_card('RTX 4090')\n"
+    assert _python(f"{code}print([m for m in {heavy!r} if m in sys.modules])") == "[]"
+
+
 def test_the_loss_needs_torch_only() -> None:
     heavy = ("diffusers", "transformers", "pydantic", "typer", "peft", "PIL")
     found = _python(
@@ -123,6 +129,18 @@ def test_dependencies_point_one_way() -> None:
         assert not _imports(file) & {"bench", "tests"}, file
     for file in (ROOT / "bench").rglob("*.py"):
         assert "tests" not in _imports(file), file
+
+
+def test_nothing_private_is_taken_from_the_kernels() -> None:
+    for folder in ("mapo_fast", "bench"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom):
+                    names = [f"{node.module}.{alias.name}" for alias in node.names]
+                for name in names:
+                    if name.partition(".")[0] == "mapo_kernels":
+                        assert "._" not in name, f"{file.relative_to(ROOT)} imports {name}"
 
 
 ROOMS = ("util", "hardware", "settings", "models", "data", "engine", "planner", "run", "demo")

@@ -12,7 +12,7 @@ from bench.providers.base import BOTH
 from bench.providers.engine import MapoFast, plan
 from bench.providers.task import Task
 from mapo_fast.settings.schema import SpeedConfig
-from mapo_kernels._fp8 import in_fp8
+from mapo_kernels.fp8 import in_fp8
 
 
 class Switch(NamedTuple):

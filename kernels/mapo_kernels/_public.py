@@ -1,8 +1,8 @@
 """The public names, which `mapo_kernels` gives on first use; all the operators are registered then."""
 
-from mapo_kernels._launch import Backend, backend
-from mapo_kernels._linear import FrozenWeight, Lora, Projection, frozen_or_dense, join_weights
+from mapo_kernels.hardware import Backend, backend
 from mapo_kernels.objectives import OBJECTIVES
+from mapo_kernels.ops._projections import Lora, Projection
 from mapo_kernels.ops.adamw8bit import AdamW8bit
 from mapo_kernels.ops.add_rounded import add_rounded_, add_rounded_reference
 from mapo_kernels.ops.fp8_linear import fp8_linear
@@ -32,6 +32,7 @@ from mapo_kernels.ops.paired_noise import (
     paired_noise_epsilon,
     paired_noise_reference,
 )
+from mapo_kernels.weights import FrozenWeight, frozen_or_dense, join_weights
 
 __all__ = [
     "OBJECTIVES",

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mapo_kernels._launch import jit, tl
 from mapo_kernels._philox import philox_torch
+from mapo_kernels._triton import jit, tl
 
 # --- In kernels ---
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapo_kernels._launch import tl
+from mapo_kernels._triton import tl
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of tensors that operators take."""

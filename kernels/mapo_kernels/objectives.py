@@ -51,7 +51,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mapo_kernels._launch import jit, tl
+from mapo_kernels._triton import jit, tl
 
 # Below |z| = 1/2 the Bernoulli series z/(exp z − 1) = 1 − z/2 + Σ B₂ₖ z²ᵏ/(2k)! up to z¹⁴ is exact to 5e-18;
 # above it exp(z) − 1 no longer cancels. Literals stand in the kernel because Triton reads no Python globals.

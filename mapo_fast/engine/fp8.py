@@ -6,8 +6,9 @@ import torch
 
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
-from mapo_kernels._fp8 import OLDEST_FP8_CAPABILITY, in_fp8
-from mapo_kernels._launch import card
+from mapo_kernels.capability import OLDEST_FP8_CAPABILITY
+from mapo_kernels.fp8 import in_fp8
+from mapo_kernels.hardware import card
 
 
 def capability_for(config: Config) -> int:

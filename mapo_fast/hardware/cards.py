@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.sizes import GIB
-from mapo_kernels._fp8 import OLDEST_FP8_CAPABILITY
+from mapo_kernels.capability import OLDEST_FP8_CAPABILITY
 
 
 class Rates(NamedTuple):

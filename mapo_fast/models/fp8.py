@@ -5,7 +5,7 @@ through the others (embeddings, `proj_in`, `proj_out`), and they cost little.
 
 torchao's `Float8Linear` is not used. As a module of its own it would take the projections out of the
 operators that `patch_unet` fuses, which would save the normed tensors again, and its amax, scale and cast are
-passes of their own unless torch.compile fuses them. See kernels/mapo_kernels/_fp8.py.
+passes of their own unless torch.compile fuses them. See kernels/mapo_kernels/fp8.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mapo_kernels import fp8_linear
-from mapo_kernels._fp8 import MULTIPLE
+from mapo_kernels.fp8 import MULTIPLE
 
 
 class Fp8Linear(nn.Linear):

@@ -18,7 +18,7 @@ codes as they are. bitsandbytes makes nf4 and int8, but its layers are not used:
 activations too, Linear4bit repacks itself for inference on some CPUs, and neither can be traced on fake
 tensors. Here codes are a Parameter and scales are buffers, which move, load and copy like those of any layer.
 
-fp8 is there for its products, in which activations and gradients are fp8 too (kernels/mapo_kernels/_fp8.py);
+fp8 is there for its products, in which activations and gradients are fp8 too (kernels/mapo_kernels/fp8.py);
 it saves no more memory than int8 and is less exact. So only layers of transformer blocks, where the
 arithmetic is, are kept in it, and a GPU that cannot multiply fp8 is refused (`prepare_unet`). The CPU
 computes the same in the dtype of training.
@@ -40,7 +40,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mapo_fast.models.fp8 import fits_fp8
 from mapo_fast.util.errors import UserError
 from mapo_kernels import FrozenWeight, frozen_conv2d, frozen_linear
-from mapo_kernels._fp8 import to_fp8
+from mapo_kernels.fp8 import to_fp8
 
 __all__ = ["Quantised", "QuantisedConv2d", "QuantisedLinear", "quantise_base"]
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mapo_kernels.ops._adamw8bit_tensors import Tensors
+from mapo_kernels.ops.adamw8bit import Tensors
 
 aten = torch.ops.aten
 

@@ -31,13 +31,13 @@ from mapo_fast.planner import store, trace
 from mapo_fast.planner.plan import with_settings
 from mapo_fast.planner.recorder import Recorder
 from mapo_fast.settings.schema import Config
-from mapo_kernels import _launch
+from mapo_kernels import hardware
 
 try:
     import triton
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
-except Exception:  # see `_launch`
+except Exception:  # see `mapo_kernels._triton`
     triton = None
 
 Bucket = tuple[int, int]
@@ -90,7 +90,7 @@ def kinds_of_shapes(buckets: Iterable[Bucket], levels: int) -> list[Bucket]:
 
 
 def kernels_of(
-    config: Config, unet_config: dict[str, Any], buckets: Iterable[Bucket], target: Any, card: _launch.Card
+    config: Config, unet_config: dict[str, Any], buckets: Iterable[Bucket], target: Any, card: hardware.Card
 ) -> dict[Any, Kernel]:
     """What steps of a run launch, each once, under the key that Triton knows it by.
 
@@ -116,7 +116,7 @@ def kernels_of(
     with (
         mock.patch.object(JITFunction, "_do_compile", found_one),
         mock.patch.object(driver, "_active", None),
-        _launch.assume_card(card),
+        hardware.assume_card(card),
         Recorder([p for one in unets for p in one.parameters()]),
     ):
         driver.set_active(_Absent(target))
@@ -150,10 +150,10 @@ def compiling(
 
     Nothing is done where no kernel runs, and where the same were compiled before on this machine.
     """
-    if _launch.backend(device).name != "triton":
+    if hardware.backend(device).name != "triton":
         yield 0
         return
-    target, card = triton.runtime.driver.active.get_current_target(), _launch.card(device)
+    target, card = triton.runtime.driver.active.get_current_target(), hardware.card(device)
     done = _marker(config, unet_config, buckets, target)
     if done.exists():
         yield 0

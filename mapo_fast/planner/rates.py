@@ -35,7 +35,7 @@ from mapo_fast.planner.trace import CARD, CPU
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import read_json, write_json
 from mapo_kernels import backend
-from mapo_kernels._fp8 import fp8_product, in_fp8, to_fp8
+from mapo_kernels.fp8 import fp8_product, in_fp8, to_fp8
 
 SAMPLES = 5
 """Measurements of which the median is taken, at least; more of them until `SECONDS` are over."""

@@ -27,12 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from mapo_fast.planner.costs import ELEMENTWISE, Cost, addressed_bytes, cost, hidden_bytes, size, tensors
-from mapo_kernels import _launch
+from mapo_kernels import hardware
 from mapo_kernels.ops import adamw8bit
 
 try:
     from triton.runtime.jit import JITFunction
-except Exception:  # it is missing, or damaged: see `_launch`
+except Exception:  # it is missing, or damaged: see `mapo_kernels._triton`
     JITFunction = None
 
 ROUNDING = 512
@@ -261,7 +261,7 @@ def _untouched(shapes: Any) -> Any:
 
 
 @contextmanager
-def card_path(card: _launch.Card | None, recorder: Recorder) -> Iterator[None]:
+def card_path(card: hardware.Card | None, recorder: Recorder) -> Iterator[None]:
     """Within, our operators take the kernel path of `card`, and the recorder is told of launches.
 
     None is a card on which no kernel runs.
@@ -281,6 +281,6 @@ def card_path(card: _launch.Card | None, recorder: Recorder) -> Iterator[None]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(adamw8bit, "_step", step),
-        _launch.assume_card(card),
+        hardware.assume_card(card),
     ):
         yield

@@ -33,7 +33,7 @@ from mapo_fast.planner.costs import FETCH, STORE, WAIT, Cost
 from mapo_fast.planner.plan import with_settings
 from mapo_fast.planner.recorder import Recorder, card_path
 from mapo_fast.settings.schema import Config
-from mapo_kernels._launch import Card
+from mapo_kernels.hardware import Card
 
 CPU = torch.device("cpu")
 _EAGER = {"train.attention": "sdpa", "speed.compile": False, "speed.cuda_graph": False}

@@ -15,7 +15,7 @@ from mapo_fast.engine.stream_weights import Unit, WeightStreaming, execution_ord
 from mapo_fast.engine.transfers import Transfers
 from mapo_fast.models.lora import add_lora
 from mapo_fast.models.patch import FusedTransformerBlock, patch_unet
-from mapo_kernels._linear import views_of_one
+from mapo_kernels.weights import views_of_one
 from tests.delayed_transfers import DelayedTransfers
 from tests.unets import inputs, make_unet, run
 

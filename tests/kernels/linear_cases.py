@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mapo_kernels._linear import FrozenWeight, Lora, Projection, dense_weight, frozen_or_dense
+from mapo_kernels import Lora, Projection
+from mapo_kernels.weights import FrozenWeight, dense_weight, frozen_or_dense
 from tests.tolerances import assert_three_way
 
 HALF = [torch.bfloat16, torch.float16]

@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mapo_kernels import _launch as launch
 from mapo_kernels import _rounding as rounding
-from mapo_kernels._launch import backend, jit, tl
 from mapo_kernels._philox import philox_torch
+from mapo_kernels._triton import jit, tl
+from mapo_kernels.hardware import backend
 from mapo_kernels.ops import _adamw8bit_eager as eager
 from mapo_kernels.ops import _adamw8bit_kernels as kernels
 from mapo_kernels.ops import _dynamic_code as book

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mapo_kernels._launch import Backend
+from mapo_kernels.hardware import Backend
 from mapo_kernels.ops import _dynamic_code as book
 from mapo_kernels.ops.adamw8bit import AdamW8bit
 

@@ -9,27 +9,26 @@ from unittest import mock
 import pytest
 import torch
 
-from mapo_kernels import _launch as launch
-from mapo_kernels import backend
+from mapo_kernels import _triton, backend, hardware
 
 pytest.importorskip("triton", reason="Triton is not installed: the eager path runs everywhere")
-pytestmark = pytest.mark.skipif(launch.INTERPRETING, reason="the interpreter runs on every device")
+pytestmark = pytest.mark.skipif(hardware.INTERPRETING, reason="the interpreter runs on every device")
 
 
 @pytest.fixture
 def card() -> Iterator[mock.Mock]:
     """An NVIDIA GPU of compute capability 8.9, as far as torch and Triton's driver say."""
-    launch._cuda_backend.cache_clear()
+    hardware._cuda_backend.cache_clear()
     driver = mock.Mock()
     with (
         mock.patch.object(torch.version, "hip", None),
         mock.patch("torch.cuda.get_device_capability", return_value=(8, 9)),
         mock.patch("torch.cuda.get_device_name", return_value="a card"),
-        mock.patch.object(launch.triton.runtime, "driver", driver),
-        mock.patch.object(launch, "_run_a_kernel"),
+        mock.patch.object(hardware.triton.runtime, "driver", driver),
+        mock.patch.object(hardware, "_run_a_kernel"),
     ):
         yield driver
-    launch._cuda_backend.cache_clear()
+    hardware._cuda_backend.cache_clear()
 
 
 def test_kernels_run_on_a_card(card: mock.Mock) -> None:
@@ -64,7 +63,7 @@ def test_no_python_headers(card: mock.Mock) -> None:
 
 def test_a_first_kernel_that_fails(card: mock.Mock) -> None:
     """Its launcher is built, or ptxas runs, at the first launch only."""
-    with mock.patch.object(launch, "_run_a_kernel", side_effect=OSError("ptxas: no version of it")) as run:
+    with mock.patch.object(hardware, "_run_a_kernel", side_effect=OSError("ptxas: no version of it")) as run:
         assert backend("cuda:1").name == "eager"
         assert "(ptxas: no version of it)" in backend("cuda:1").reason
     run.assert_called_once_with(1)
@@ -89,9 +88,10 @@ def test_a_triton_that_cannot_be_imported(error: str, reason: str) -> None:
             raise eval(error)
         return real(name, *args, **kwargs)
 
-    again = importlib.util.module_from_spec(launch.__spec__)
-    assert launch.__spec__.loader is not None
+    again = importlib.util.module_from_spec(_triton.__spec__)
+    assert _triton.__spec__.loader is not None
     with mock.patch.object(builtins, "__import__", no_triton):
-        launch.__spec__.loader.exec_module(again)
-    assert again.backend("cuda:0").name == "eager"
-    assert again.backend("cuda:0").reason.startswith(reason)
+        _triton.__spec__.loader.exec_module(again)
+    with mock.patch.multiple(hardware, triton=again.triton, WHY_NO_TRITON=again.WHY_NO_TRITON):
+        assert backend("cuda:0").name == "eager"
+        assert backend("cuda:0").reason.startswith(reason)

@@ -16,7 +16,7 @@ from mapo_kernels import (
     layer_norm_linear,
     lora_linear,
 )
-from mapo_kernels._fp8 import (
+from mapo_kernels.fp8 import (
     FP8,
     Rows,
     fp8_input_gradient,
@@ -26,7 +26,7 @@ from mapo_kernels._fp8 import (
     to_fp8,
     to_fp8_eager,
 )
-from mapo_kernels._linear import dense_weight, join_weights, views_of_one
+from mapo_kernels.weights import dense_weight, join_weights, views_of_one
 from tests.kernels.linear_cases import DTYPES, same_bits
 from tests.tolerances import assert_three_way
 

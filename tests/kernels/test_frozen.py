@@ -18,7 +18,7 @@ from mapo_kernels import (
     frozen_or_dense,
     group_norm_silu_conv,
 )
-from mapo_kernels._linear import dense_weight, from_int8
+from mapo_kernels.weights import dense_weight, from_int8
 from tests.kernels.linear_cases import DTYPES, quantised, same_bits
 from tests.tolerances import assert_three_way
 

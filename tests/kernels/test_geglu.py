@@ -13,6 +13,7 @@ from torch.autograd import grad as gradient
 
 from mapo_kernels import _launch as launch
 from mapo_kernels import backend
+from mapo_kernels.hardware import Card, assume_card
 from mapo_kernels.ops.geglu import geglu, geglu_backward, geglu_forward, geglu_reference
 from tests.saved import compiled, saved_bytes
 from tests.tolerances import assert_three_way
@@ -89,7 +90,7 @@ def test_many_tiles(device: str, rows: int, features: int, monkeypatch: pytest.M
 
 
 def test_tiles_of_sdxl_are_whole() -> None:
-    with launch.assume_card(launch.Card(89, 128)):
+    with assume_card(Card(89, 128)):
         for features, width in ((1280, 256), (2560, 512), (5120, 1024)):
             height, block, _, programs = op._tiling(2048, features)
             assert (height, block) == (1024 // width, width)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mapo_kernels import _launch as launch
-from mapo_kernels._launch import jit, tl
+from mapo_kernels._triton import jit, tl
+from mapo_kernels.hardware import Card, assume_card
 from mapo_kernels.ops import _group_norm_launch as cutting
 from mapo_kernels.ops._group_norm_kernels import _offsets
 from mapo_kernels.ops.group_norm_silu import (
@@ -399,7 +400,7 @@ def test_the_regions_statistics_are_cheap_to_read(shape: tuple[int, ...], last: 
     """Forward moves at most 1.6 × its floor, merging the regions in every program included."""
     x = torch.empty(2, *shape, device="meta", dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last) if last else x
-    with launch.assume_card(launch.Card(89, 128)):
+    with assume_card(Card(89, 128)):
         (programs,), (*_, splits), constants = cutting._plan(x, 32, torch.float32)
     groups = constants["span_size"] // constants["group_size"]
     merged = programs * groups * splits * 2 * 4

@@ -14,6 +14,7 @@ from torch.autograd import grad as gradient
 
 from mapo_kernels import _launch as launch
 from mapo_kernels import backend
+from mapo_kernels.hardware import Card, assume_card
 from mapo_kernels.ops import _layer_norm_kernels as kernels
 from mapo_kernels.ops.layer_norm import (
     LayerNorm,
@@ -413,7 +414,7 @@ def test_launches(device: str, frozen: bool, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_programs_on_a_4090(rows: int, channels: int, programs: int) -> None:
     """Weight, bias and partial sums move once per program; that bounds what they add to the least traffic."""
-    with launch.assume_card(launch.Card(89, 128)):
+    with assume_card(Card(89, 128)):
         assert kernels._tiling(rows, channels, torch.device("cpu"), kernels.FORWARD_TILE).programs == programs
         tiling = kernels._tiling(rows, channels, torch.device("cpu"), kernels.BACKWARD_TILE)
     floor = 5 * rows * channels * 2  # bytes of bf16, both passes

@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mapo_kernels import _linear
-from mapo_kernels._linear import Lora, Projection, frozen_or_dense, join_weights, pack
+from mapo_kernels.ops import _projections
+from mapo_kernels.ops._projections import Lora, Projection, pack
 from mapo_kernels.ops.layer_norm_linear import layer_norm_linear, layer_norm_linear_reference
+from mapo_kernels.weights import frozen_or_dense, join_weights
 from tests.kernels.linear_cases import (
     COMPILER_WARNS,
     DTYPES,
@@ -250,8 +251,8 @@ def test_one_product_forward(device: str, monkeypatch: pytest.MonkeyPatch) -> No
     """Weights that are rows of one matrix are one product; others are one product each."""
     linear = mock.Mock(wraps=F.linear)
     mm = mock.Mock(wraps=torch.mm)
-    monkeypatch.setattr(_linear.F, "linear", linear)
-    monkeypatch.setattr(_linear.torch, "mm", mm)
+    monkeypatch.setattr(_projections.F, "linear", linear)
+    monkeypatch.setattr(_projections.torch, "mm", mm)
     x = leaf(2, 9, 80, device=device, dtype=torch.float32)
     projections = joined([48, 32, 16], 80, device, torch.float32, bias=False)
     apply(x, (None, None), projections)

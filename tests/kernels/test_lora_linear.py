@@ -16,18 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mapo_kernels import _linear
-from mapo_kernels._linear import (
-    Lora,
-    Projection,
-    dense_weight,
-    frozen_or_dense,
-    join_weights,
-    pack,
-    unpack,
-    views_of_one,
-)
+from mapo_kernels.ops import _projections
+from mapo_kernels.ops._projections import Lora, Projection, pack, unpack
 from mapo_kernels.ops.lora_linear import lora_linear, lora_linear_reference
+from mapo_kernels.weights import dense_weight, frozen_or_dense, join_weights, views_of_one
 from tests.kernels.linear_cases import (
     COMPILER_WARNS,
     DTYPES,
@@ -387,7 +379,7 @@ def test_pack_and_unpack(device: str) -> None:
     again = unpack(tensors, formats, scales)
     assert [p.weight.shape for p in again] == [p.weight.shape for p in projections]
     assert [p.lora and p.lora.scale for p in again] == [0.7, None, 0.7, 0.7, None]
-    assert _linear.total_rank(again) == 2 + 3 + 3
+    assert _projections.total_rank(again) == 2 + 3 + 3
 
 
 def test_join_weights(device: str) -> None:

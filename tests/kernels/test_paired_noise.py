@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mapo_kernels import _launch as launch
 from mapo_kernels import backend, paired_loss
-from mapo_kernels._launch import tl
+from mapo_kernels._triton import jit, tl
 from mapo_kernels.ops import _noise, _pair_kernels
 from mapo_kernels.ops._noise import normals
 from mapo_kernels.ops._pair_layout import Halves, merge_layout
@@ -190,7 +190,7 @@ def test_another_process_draws_the_same(tmp_path: Path) -> None:
     assert torch.equal(torch.load(file), want[1::2])
 
 
-@launch.jit
+@jit
 def _far_normals(first, out, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.store(out + tl.arange(0, BLOCK), normals(7, tl.load(first), BLOCK))
 

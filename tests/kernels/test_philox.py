@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mapo_kernels._launch import jit, tl
 from mapo_kernels._philox import philox_torch
+from mapo_kernels._triton import jit, tl
 
 
 def words(*values: int) -> list[torch.Tensor]:

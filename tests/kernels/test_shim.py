@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mapo_kernels._launch import jit, tl
+from mapo_kernels._triton import jit, tl
 
 pytestmark = pytest.mark.usefixtures("_interpreted")
 

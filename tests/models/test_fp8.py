@@ -13,8 +13,8 @@ from mapo_fast.models.fp8 import Fp8Linear, use_fp8
 from mapo_fast.models.patch import patch_unet, unpatch_unet
 from mapo_fast.planner.plan import with_settings
 from mapo_fast.util.errors import UserError
-from mapo_kernels._launch import Card
-from mapo_kernels._linear import views_of_one
+from mapo_kernels.hardware import Card
+from mapo_kernels.weights import views_of_one
 from tests.engine.test_engine import CPU, FP64, settings, trained
 from tests.engine.test_speed import PLANS, with_speed
 from tests.unets import make_unet

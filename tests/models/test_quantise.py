@@ -18,7 +18,7 @@ from mapo_fast.engine.layouts import apply_layout
 from mapo_fast.models.lora import add_lora, lora_state_dict, save_lora
 from mapo_fast.models.quantise import INT8, QuantisedConv2d, QuantisedLinear, quantise_base
 from mapo_fast.util.errors import UserError
-from mapo_kernels._linear import dense_weight, views_of_one
+from mapo_kernels.weights import dense_weight, views_of_one
 from tests.unets import make_unet, run
 
 pytestmark = [

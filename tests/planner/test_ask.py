@@ -18,7 +18,7 @@ from mapo_fast.planner.ask import ask
 from mapo_fast.settings.load import parse_config
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.sizes import GIB
-from mapo_kernels._launch import Card
+from mapo_kernels.hardware import Card
 
 pytestmark = pytest.mark.usefixtures("planned_here")
 

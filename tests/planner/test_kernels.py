@@ -17,8 +17,8 @@ from mapo_fast.planner.kernels import compiling, kernels_of, kinds_of_shapes
 from mapo_fast.planner.models import SDXL_UNET
 from mapo_fast.settings.load import parse_config
 from mapo_fast.settings.schema import Config
-from mapo_kernels import Backend, _launch
-from mapo_kernels._launch import INTERPRETING, Card
+from mapo_kernels import Backend, hardware
+from mapo_kernels.hardware import INTERPRETING, Card
 from tests.planner.test_recorder import REDUCED
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no kernels to compile")
@@ -91,8 +91,8 @@ def pretended_card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     """A card whose kernels are compiled by noting their names."""
     compiled: list[str] = []
     monkeypatch.setattr(store, "folder", lambda: tmp_path)
-    monkeypatch.setattr(_launch, "backend", lambda device: Backend("triton", ""))
-    monkeypatch.setattr(_launch, "card", lambda device: RTX)
+    monkeypatch.setattr(hardware, "backend", lambda device: Backend("triton", ""))
+    monkeypatch.setattr(hardware, "card", lambda device: RTX)
     driver = SimpleNamespace(active=SimpleNamespace(get_current_target=target))
     monkeypatch.setattr(kernels, "kernels_of", lambda *_: {i: Noting(compiled, i) for i in range(5)})
     monkeypatch.setattr(kernels.triton, "runtime", SimpleNamespace(driver=driver))

@@ -20,7 +20,7 @@ from mapo_fast.planner.trace import CPU, pairs_of_zeros, record_step
 from mapo_fast.settings.load import parse_config
 from mapo_fast.settings.schema import Config
 from mapo_kernels import AdamW8bit, add_rounded_, fp8_linear, group_norm_silu_conv
-from mapo_kernels._launch import INTERPRETING, Card
+from mapo_kernels.hardware import INTERPRETING, Card
 
 CARD = Card(89, 128)
 REDUCED: dict[str, Any] = {

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mapo_kernels._launch import block_size, jit, on_device, tl
+from mapo_kernels._launch import block_size, on_device
 from mapo_kernels._rounding import random_bits, round_stochastically
+from mapo_kernels._triton import jit, tl
 from mapo_kernels.ops._adamw8bit_tensors import QUANTISED_BLOCK, Settings, Tensors
 from mapo_kernels.ops._dynamic_code import both_books, signed_code, unsigned_code
 

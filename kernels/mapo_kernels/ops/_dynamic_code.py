@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from mapo_kernels._launch import jit, tl
+from mapo_kernels._triton import jit, tl
 
 SIGNED_FINEST = 64
 UNSIGNED_FINEST = 128

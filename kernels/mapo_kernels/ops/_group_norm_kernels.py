@@ -14,7 +14,7 @@ and writes grad_x. Pass 1 can also write y. No float atomics: results are bitwis
 
 from __future__ import annotations
 
-from mapo_kernels._launch import jit, tl
+from mapo_kernels._triton import jit, tl
 
 SIZES = ("channels", "positions", "chunks", "splits", "group_size", "span_size", "parts", "used", "steps")
 """Of all buckets and widths the same compiled kernels; what loads need to be wide is in UNIT."""

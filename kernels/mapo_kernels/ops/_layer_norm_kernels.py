@@ -16,8 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mapo_kernels._launch import block_size, card, jit, on_device, tl
+from mapo_kernels._launch import block_size, on_device
 from mapo_kernels._rows import accumulator, as_rows, triton_dtype
+from mapo_kernels._triton import jit, tl
+from mapo_kernels.hardware import card
 
 FORWARD_TILE, BACKWARD_TILE = 4096, 2048
 """Elements a program handles at a time, 8 per thread: one 16-byte access of bf16, two of fp32."""

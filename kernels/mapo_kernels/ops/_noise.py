@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mapo_kernels._launch import jit, tl
 from mapo_kernels._philox import philox_torch
+from mapo_kernels._triton import jit, tl
 
 TensorOrPair = Tensor | tuple[Tensor, Tensor]
 """(2B, …), the B chosen samples first, or a (chosen, rejected) tuple of (B, …)."""

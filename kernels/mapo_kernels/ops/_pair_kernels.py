@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mapo_kernels._launch import block_size, completion_counter, jit, on_device, tl
+from mapo_kernels._launch import block_size, completion_counter, on_device
+from mapo_kernels._triton import jit, tl
 from mapo_kernels.objectives import pair_terms
 from mapo_kernels.ops._noise import noise_target, normals
 from mapo_kernels.ops._pair_layout import Halves, Layout, Operands, offsets

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mapo_kernels._launch import jit, tl
+from mapo_kernels._triton import jit, tl
 
 
 class Halves(NamedTuple):

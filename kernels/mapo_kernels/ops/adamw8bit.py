@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mapo_kernels._launch import backend
+from mapo_kernels.hardware import backend
 from mapo_kernels.ops._adamw8bit_eager import eager_step
 from mapo_kernels.ops._adamw8bit_kernels import Plan, capturing, launch, make_plan
 from mapo_kernels.ops._adamw8bit_tensors import (
@@ -55,6 +55,8 @@ from mapo_kernels.ops._adamw8bit_tensors import (
     same_order,
 )
 from mapo_kernels.ops._dynamic_code import code_book
+
+__all__ = ["AdamW8bit", "Tensors", "adamw8bit_", "adamw8bit_reference", "new_state"]
 
 SMALLEST_QUANTISED = 4096
 """Tensors with fewer elements keep fp32 moments, as in bitsandbytes."""

@@ -18,13 +18,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mapo_kernels._launch import backend, block_size, jit, on_device, tl
+from mapo_kernels._launch import block_size, on_device
 from mapo_kernels._rounding import (
     random_bits,
     random_bits_torch,
     round_stochastically,
     round_stochastically_torch,
 )
+from mapo_kernels._triton import jit, tl
+from mapo_kernels.hardware import backend
 from mapo_kernels.ops._adamw8bit_tensors import in_order, same_order
 
 BLOCK = 2048

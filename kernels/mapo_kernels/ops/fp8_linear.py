@@ -1,6 +1,6 @@
 """A linear layer that trains, multiplied in fp8 where its weight's own gradient is not concerned.
 
-    y  = round(x) round(W)ᵀ + bias        dx = round(dy · s) C        round(W) = diag(s) C, see _fp8.py
+    y  = round(x) round(W)ᵀ + bias        dx = round(dy · s) C        round(W) = diag(s) C, see fp8.py
     dW = dyᵀ x                            dbias = Σ_rows dy
 
 Of the three products two are in fp8; dW, the sum over all tokens that the optimizer sees, is in x's dtype.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mapo_kernels._linear import Projection, check_input, check_projection, pack, product_dtype
+from mapo_kernels.ops._projections import Projection, check_input, check_projection, pack, product_dtype
 from mapo_kernels.ops.lora_linear import _lora_linear_op
 
 

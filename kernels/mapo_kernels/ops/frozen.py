@@ -3,7 +3,7 @@
     y  = x Wᵀ + bias            dx = dy W               frozen_linear
     y  = conv2d(x, W, bias)     dx = conv2d's           frozen_conv2d
 
-W is dequantised inside the operator, in forward and again in backward, see _linear.py. Activations are not
+W is dequantised inside the operator (weights.py), in forward and again in backward. Activations are not
 quantised.
 
 Shapes: x (…, C), W (N, C), y (…, N); x (N, C, H, W), W (O, C, kh, kw), y as `torch.conv2d` lays it out.
@@ -22,17 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapo_kernels._autocast import autocast_off
-from mapo_kernels._linear import (
-    FrozenWeight,
-    Projection,
-    check_input,
-    check_projection,
-    dense_weight,
-    from_int8,
-    pack,
-    product_dtype,
-)
+from mapo_kernels.ops._projections import Projection, check_input, check_projection, pack, product_dtype
 from mapo_kernels.ops.lora_linear import _lora_linear_op
+from mapo_kernels.weights import FrozenWeight, dense_weight, from_int8
 
 # --- Operators ---
 

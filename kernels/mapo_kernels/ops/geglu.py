@@ -25,8 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapo_kernels._launch import backend, block_size, jit, on_device, tl
+from mapo_kernels._launch import block_size, on_device
 from mapo_kernels._rows import FLOATING, accumulator, as_rows, triton_dtype
+from mapo_kernels._triton import jit, tl
+from mapo_kernels.hardware import backend
 
 TILE = 1024
 """Outputs per program: one 16-byte access per thread and operand of bf16, two of fp32, with 4 warps."""

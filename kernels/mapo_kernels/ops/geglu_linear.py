@@ -1,7 +1,7 @@
 """GEGLU and the linear layer behind it in one operator, which saves only the projection that GEGLU reads.
 
     g  = value · gate · Φ(gate),  value, gate = projected.chunk(2, -1)         see geglu.py
-    y  = g Wᵀ + bias + scale · (g Aᵀ) Bᵀ                                       see _linear.py
+    y  = g Wᵀ + bias + scale · (g Aᵀ) Bᵀ                                       see _projections.py
     dg = dy W + scale · (dy B) A;  dprojected and g again from projected and dg, in one pass;  dW = dyᵀ g
 
 Shapes: projected (…, 2F), W (N, F) dense or quantised, bias (N,), A (r, F), B (N, r), y (…, N).
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mapo_kernels._autocast import autocast_off
-from mapo_kernels._linear import (
+from mapo_kernels.ops._projections import (
     Projection,
     check_input,
     check_projection,

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapo_kernels._launch import backend, on_device
+from mapo_kernels._launch import on_device
 from mapo_kernels._rows import FLOATING, accumulator
+from mapo_kernels.hardware import backend
 from mapo_kernels.ops._group_norm_launch import (
     Gradients,
     launch_apply,

@@ -18,7 +18,7 @@ written in autocast's dtype, and the convolution's weight and bias are cast to i
 forward and again in backward. y is rounded once. A gradient has its parameter's dtype.
 
 A quantised convolution weight is frozen: int8 codes and one absmax per group of input channels, see
-`_linear.from_int8`. It is made dense in y's dtype inside the operator, in forward and again in backward.
+`weights.from_int8`. It is made dense in y's dtype inside the operator, in forward and again in backward.
 
 Saved for backward: x, mean and rstd (N, groups); of weights only the parameters, or the codes. Least traffic
 besides the convolution: forward reads x and writes y; backward reads x and grad_y and writes grad_x, and y if
@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 
 from mapo_kernels._autocast import autocast_dtype, autocast_off
-from mapo_kernels._linear import FrozenWeight, dense_weight, from_int8
 from mapo_kernels._rows import FLOATING, accumulator
 from mapo_kernels.ops.group_norm_silu import (
     check_group_norm,
@@ -44,6 +43,7 @@ from mapo_kernels.ops.group_norm_silu import (
     group_norm_silu_reference,
     walkable,
 )
+from mapo_kernels.weights import FrozenWeight, dense_weight, from_int8
 
 # --- Operators ---
 

@@ -32,8 +32,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from mapo_kernels._launch import backend
 from mapo_kernels._rows import FLOATING, accumulator
+from mapo_kernels.hardware import backend
 from mapo_kernels.ops._layer_norm_kernels import MOST_CHANNELS, launch_backward, launch_forward
 
 # --- The same without Triton ---

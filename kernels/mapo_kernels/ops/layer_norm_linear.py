@@ -2,7 +2,7 @@
 
     s   = x + residual, rounded to x's dtype; x itself without a residual      see layer_norm.py
     n   = layer_norm(s)
-    y_i = n W_iᵀ + bias_i + scale_i · (n A_iᵀ) B_iᵀ                            see _linear.py
+    y_i = n W_iᵀ + bias_i + scale_i · (n A_iᵀ) B_iᵀ                            see _projections.py
     dn  = Σ dy_i W_i + Σ scale_i · (dy_i B_i) A_i
     ds  = gradient of the norm + the gradient that arrives at s from elsewhere, and n again, in one pass
     dW_i = dy_iᵀ n,  dA_i = scale_i · (dy_i B_i)ᵀ n
@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapo_kernels._autocast import autocast_off
-from mapo_kernels._linear import (
+from mapo_kernels._rows import accumulator
+from mapo_kernels.ops._projections import (
     Projection,
     check_input,
     check_projection,
@@ -47,7 +48,6 @@ from mapo_kernels._linear import (
     unpack,
     widths,
 )
-from mapo_kernels._rows import accumulator
 from mapo_kernels.ops.layer_norm import layer_norm_apply, layer_norm_backward, layer_norm_forward
 
 # --- Operators ---

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from mapo_kernels._autocast import autocast_off
-from mapo_kernels._linear import (
-    FrozenWeight,
+from mapo_kernels.ops._projections import (
     Lora,
     Projection,
     check_input,
@@ -42,6 +41,7 @@ from mapo_kernels._linear import (
     unpack,
     widths,
 )
+from mapo_kernels.weights import FrozenWeight
 
 # --- Operators ---
 

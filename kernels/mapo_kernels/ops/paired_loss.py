@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapo_kernels._launch import backend
+from mapo_kernels.hardware import backend
 from mapo_kernels.ops._noise import NoiseTarget, TensorOrPair
 from mapo_kernels.ops._pair_checks import (
     check_mask,
@@ -52,7 +52,14 @@ from mapo_kernels.ops._pair_layout import Operands, Target, mask_halves, split_h
 from mapo_kernels.ops._pair_reference import paired_loss_reference
 from mapo_kernels.ops._pair_result import PairedLoss
 
-__all__ = ["NoiseTarget", "PairedLoss", "paired_loss", "paired_loss_from_errors", "paired_loss_reference"]
+__all__ = [
+    "NoiseTarget",
+    "PairedLoss",
+    "check_settings",
+    "paired_loss",
+    "paired_loss_from_errors",
+    "paired_loss_reference",
+]
 
 
 # --- Operators ---

@@ -24,8 +24,10 @@ import hashlib
 import torch
 from torch import Tensor
 
-from mapo_kernels._launch import backend, block_size, jit, on_device, tl
+from mapo_kernels._launch import block_size, on_device
 from mapo_kernels._rows import FLOATING
+from mapo_kernels._triton import jit, tl
+from mapo_kernels.hardware import backend
 from mapo_kernels.ops._noise import NoiseTarget, normals, normals_torch
 from mapo_kernels.ops._pair_checks import as_halves, check_constant, check_keys, check_per_pair
 from mapo_kernels.ops._pair_kernels import accumulator, triton_dtype

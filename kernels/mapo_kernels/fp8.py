@@ -35,11 +35,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from mapo_kernels._launch import backend, block_size, card, jit, on_device, tl
+from mapo_kernels._launch import block_size, on_device
 from mapo_kernels._rows import as_rows
+from mapo_kernels._triton import jit, tl
+from mapo_kernels.capability import OLDEST_FP8_CAPABILITY
+from mapo_kernels.hardware import backend, card
 
 FP8 = torch.float8_e4m3fn
-OLDEST_FP8_CAPABILITY = 89
 MULTIPLE = 16
 """What both dimensions of a weight are multiples of, for `scaled_mm`."""
 TILE = 4096
