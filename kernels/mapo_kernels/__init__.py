@@ -1,8 +1,9 @@
 """Fused Triton kernels for training diffusion UNets on preferences; needs torch, uses Triton if it is there.
 
-Nothing here imports `mapo_fast`. The operators are in `ops`, a module each: registration, public function and
-fp64 reference, and its kernels and launchers, unless these are long: then they are in a module with an
-underscore beside it. Modules with an underscore here are shared between operators.
+Nothing here imports `mapo_fast`. The operators are in `ops`, a module each: registration and public function,
+and its kernels and launchers, unless these are long: then they are in a module with an underscore beside it.
+Their definitions in fp64 are in `reference`. `hardware` says what runs on a device, `weights` and `fp8` hold
+what frozen layers store, `objectives` and `capability` are data.
 
 Importing this package imports neither torch nor Triton; the first use of a public name does.
 """

@@ -4,33 +4,29 @@ from mapo_kernels.hardware import Backend, backend
 from mapo_kernels.objectives import OBJECTIVES
 from mapo_kernels.ops._projections import Lora, Projection
 from mapo_kernels.ops.adamw8bit import AdamW8bit
-from mapo_kernels.ops.add_rounded import add_rounded_, add_rounded_reference
+from mapo_kernels.ops.add_rounded import add_rounded_
 from mapo_kernels.ops.fp8_linear import fp8_linear
 from mapo_kernels.ops.frozen import (
     frozen_conv2d,
-    frozen_conv2d_reference,
     frozen_linear,
-    frozen_linear_reference,
 )
-from mapo_kernels.ops.geglu import geglu, geglu_reference
-from mapo_kernels.ops.geglu_linear import geglu_linear, geglu_linear_reference
-from mapo_kernels.ops.group_norm_silu import GroupNormSilu, group_norm_silu, group_norm_silu_reference
-from mapo_kernels.ops.group_norm_silu_conv import group_norm_silu_conv, group_norm_silu_conv_reference
-from mapo_kernels.ops.layer_norm import LayerNorm, layer_norm, layer_norm_reference
-from mapo_kernels.ops.layer_norm_linear import layer_norm_linear, layer_norm_linear_reference
-from mapo_kernels.ops.lora_linear import lora_linear, lora_linear_reference
+from mapo_kernels.ops.geglu import geglu
+from mapo_kernels.ops.geglu_linear import geglu_linear
+from mapo_kernels.ops.group_norm_silu import GroupNormSilu, group_norm_silu
+from mapo_kernels.ops.group_norm_silu_conv import group_norm_silu_conv
+from mapo_kernels.ops.layer_norm import LayerNorm, layer_norm
+from mapo_kernels.ops.layer_norm_linear import layer_norm_linear
+from mapo_kernels.ops.lora_linear import lora_linear
 from mapo_kernels.ops.paired_loss import (
     NoiseTarget,
     PairedLoss,
     paired_loss,
     paired_loss_from_errors,
-    paired_loss_reference,
 )
 from mapo_kernels.ops.paired_noise import (
     noise_key,
     paired_noise,
     paired_noise_epsilon,
-    paired_noise_reference,
 )
 from mapo_kernels.weights import FrozenWeight, frozen_or_dense, join_weights
 
@@ -46,34 +42,22 @@ __all__ = [
     "PairedLoss",
     "Projection",
     "add_rounded_",
-    "add_rounded_reference",
     "backend",
     "fp8_linear",
     "frozen_conv2d",
-    "frozen_conv2d_reference",
     "frozen_linear",
-    "frozen_linear_reference",
     "frozen_or_dense",
     "geglu",
     "geglu_linear",
-    "geglu_linear_reference",
-    "geglu_reference",
     "group_norm_silu",
     "group_norm_silu_conv",
-    "group_norm_silu_conv_reference",
-    "group_norm_silu_reference",
     "join_weights",
     "layer_norm",
     "layer_norm_linear",
-    "layer_norm_linear_reference",
-    "layer_norm_reference",
     "lora_linear",
-    "lora_linear_reference",
     "noise_key",
     "paired_loss",
     "paired_loss_from_errors",
-    "paired_loss_reference",
     "paired_noise",
     "paired_noise_epsilon",
-    "paired_noise_reference",
 ]

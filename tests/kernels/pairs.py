@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mapo_kernels import OBJECTIVES, PairedLoss, paired_loss, paired_loss_reference
+from mapo_kernels import OBJECTIVES, PairedLoss, paired_loss
 from mapo_kernels.ops._pair_checks import check_settings
 from mapo_kernels.ops._pair_reference import reference_terms
+from mapo_kernels.reference import paired_loss_reference
 
 
 def make(

@@ -29,7 +29,8 @@ from mapo_kernels.ops import _adamw8bit_eager as eager
 from mapo_kernels.ops import _adamw8bit_kernels as kernels
 from mapo_kernels.ops import _dynamic_code as book
 from mapo_kernels.ops._adamw8bit_tensors import Settings, Tensors, in_order
-from mapo_kernels.ops.adamw8bit import AdamW8bit, adamw8bit_, adamw8bit_reference
+from mapo_kernels.ops.adamw8bit import AdamW8bit, adamw8bit_
+from mapo_kernels.reference import adamw8bit_reference
 from tests.tolerances import assert_three_way
 
 op = sys.modules["mapo_kernels.ops.adamw8bit"]

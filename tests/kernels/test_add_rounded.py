@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mapo_kernels._rounding import random_bits_torch, round_stochastically_torch
-from mapo_kernels.ops.add_rounded import add_rounded_, add_rounded_reference
+from mapo_kernels.ops.add_rounded import add_rounded_
+from mapo_kernels.reference import add_rounded_reference
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:

@@ -12,11 +12,11 @@ from mapo_kernels import (
     backend,
     noise_key,
     paired_loss,
-    paired_loss_reference,
     paired_noise,
     paired_noise_epsilon,
 )
 from mapo_kernels import _launch as launch
+from mapo_kernels.reference import paired_loss_reference
 from tests.kernels.pairs import tensors
 
 pytestmark = pytest.mark.gpu

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mapo_kernels import (
-    FrozenWeight,
-    frozen_conv2d,
-    frozen_conv2d_reference,
-    frozen_linear,
-    frozen_linear_reference,
-    frozen_or_dense,
-    group_norm_silu_conv,
-)
+from mapo_kernels import FrozenWeight, frozen_conv2d, frozen_linear, frozen_or_dense, group_norm_silu_conv
+from mapo_kernels.reference import frozen_conv2d_reference, frozen_linear_reference
 from mapo_kernels.weights import dense_weight, from_int8
 from tests.kernels.linear_cases import DTYPES, quantised, same_bits
 from tests.tolerances import assert_three_way

@@ -14,7 +14,8 @@ from torch.autograd import grad as gradient
 from mapo_kernels import _launch as launch
 from mapo_kernels import backend
 from mapo_kernels.hardware import Card, assume_card
-from mapo_kernels.ops.geglu import geglu, geglu_backward, geglu_forward, geglu_reference
+from mapo_kernels.ops.geglu import geglu, geglu_backward, geglu_forward
+from mapo_kernels.reference import geglu_reference
 from tests.saved import compiled, saved_bytes
 from tests.tolerances import assert_three_way
 

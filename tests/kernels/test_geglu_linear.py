@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mapo_kernels.ops._projections import Projection, pack
-from mapo_kernels.ops.geglu_linear import geglu_linear, geglu_linear_reference
+from mapo_kernels.ops.geglu_linear import geglu_linear
+from mapo_kernels.reference import geglu_linear_reference
 from tests.kernels.linear_cases import (
     COMPILER_WARNS,
     DTYPES,

@@ -25,8 +25,8 @@ from mapo_kernels.ops.group_norm_silu import (
     group_norm_silu_apply,
     group_norm_silu_backward,
     group_norm_silu_forward,
-    group_norm_silu_reference,
 )
+from mapo_kernels.reference import group_norm_silu_reference
 from tests.tolerances import assert_three_way
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mapo_kernels.ops.group_norm_silu_conv import group_norm_silu_conv, group_norm_silu_conv_reference
+from mapo_kernels.ops.group_norm_silu_conv import group_norm_silu_conv
+from mapo_kernels.reference import group_norm_silu_conv_reference
 from tests.tolerances import assert_three_way
 
 op = sys.modules["mapo_kernels.ops.group_norm_silu_conv"]

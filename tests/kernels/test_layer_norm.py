@@ -22,8 +22,8 @@ from mapo_kernels.ops.layer_norm import (
     layer_norm_apply,
     layer_norm_backward,
     layer_norm_forward,
-    layer_norm_reference,
 )
+from mapo_kernels.reference import layer_norm_reference
 from tests.saved import compiled, saved_bytes
 from tests.tolerances import assert_three_way
 

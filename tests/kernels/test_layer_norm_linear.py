@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mapo_kernels.ops import _projections
 from mapo_kernels.ops._projections import Lora, Projection, pack
-from mapo_kernels.ops.layer_norm_linear import layer_norm_linear, layer_norm_linear_reference
+from mapo_kernels.ops.layer_norm_linear import layer_norm_linear
+from mapo_kernels.reference import layer_norm_linear_reference
 from mapo_kernels.weights import frozen_or_dense, join_weights
 from tests.kernels.linear_cases import (
     COMPILER_WARNS,

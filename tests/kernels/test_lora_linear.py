@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mapo_kernels.ops import _projections
 from mapo_kernels.ops._projections import Lora, Projection, pack, unpack
-from mapo_kernels.ops.lora_linear import lora_linear, lora_linear_reference
+from mapo_kernels.ops.lora_linear import lora_linear
+from mapo_kernels.reference import lora_linear_reference
 from mapo_kernels.weights import dense_weight, frozen_or_dense, join_weights, views_of_one
 from tests.kernels.linear_cases import (
     COMPILER_WARNS,

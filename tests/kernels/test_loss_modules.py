@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mapo_fast import MaPOLoss, SFTLoss
-from mapo_kernels import paired_loss, paired_loss_reference
+from mapo_kernels import paired_loss
+from mapo_kernels.reference import paired_loss_reference
 from tests.kernels.pairs import tensors
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mapo_kernels import OBJECTIVES, backend, paired_loss, paired_loss_from_errors, paired_loss_reference
+from mapo_kernels import OBJECTIVES, backend, paired_loss, paired_loss_from_errors
 from mapo_kernels.ops import _pair_kernels as kernels
+from mapo_kernels.reference import paired_loss_reference
 from tests.kernels.pairs import Counting, check, gradient, make, needs, tensors
 from tests.saved import saved_bytes
 

@@ -14,15 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mapo_kernels import (
-    OBJECTIVES,
-    paired_loss,
-    paired_loss_from_errors,
-    paired_loss_reference,
-)
+from mapo_kernels import OBJECTIVES, paired_loss, paired_loss_from_errors
 from mapo_kernels import _launch as launch
 from mapo_kernels.ops import _pair_kernels as kernels
 from mapo_kernels.ops._pair_layout import Halves, mask_halves, merge_layout, split_halves
+from mapo_kernels.reference import paired_loss_reference
 from tests.kernels.pairs import Counting, check, gradient, make, needs, tensors
 
 MAPO = ["mapo_code", "mapo_paper_power", "mapo_paper_scale", "sft"]

@@ -21,13 +21,8 @@ from mapo_kernels._triton import jit, tl
 from mapo_kernels.ops import _noise, _pair_kernels
 from mapo_kernels.ops._noise import normals
 from mapo_kernels.ops._pair_layout import Halves, merge_layout
-from mapo_kernels.ops.paired_noise import (
-    NoiseTarget,
-    noise_key,
-    paired_noise,
-    paired_noise_epsilon,
-    paired_noise_reference,
-)
+from mapo_kernels.ops.paired_noise import NoiseTarget, noise_key, paired_noise, paired_noise_epsilon
+from mapo_kernels.reference import paired_noise_reference
 from tests.kernels.pairs import Counting, gradient, needs, tensors
 from tests.saved import compiled, saved_bytes
 from tests.tolerances import assert_three_way

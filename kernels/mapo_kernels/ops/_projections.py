@@ -303,13 +303,6 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return torch.addmm(a.new_empty(len(a), b.shape[1]), a, b, beta=0, alpha=scale).to(dtype)
 
 
-def reference_projection(n: Tensor, projection: Projection) -> Tensor:
-    """One projection of n in fp64, differentiated by autograd."""
-    weight, bias, lora, _ = projection
-    y = F.linear(n, dense_weight(weight, torch.float64), None if bias is None else bias.double())
-    return y if lora is None else y + lora.scale * F.linear(F.linear(n, lora.a.double()), lora.b.double())
-
-
 # --- What the public functions check ---
 
 

@@ -56,7 +56,7 @@ from mapo_kernels.ops._adamw8bit_tensors import (
 )
 from mapo_kernels.ops._dynamic_code import code_book
 
-__all__ = ["AdamW8bit", "Tensors", "adamw8bit_", "adamw8bit_reference", "new_state"]
+__all__ = ["AdamW8bit", "Tensors", "adamw8bit_", "new_state"]
 
 SMALLEST_QUANTISED = 4096
 """Tensors with fewer elements keep fp32 moments, as in bitsandbytes."""
@@ -188,35 +188,6 @@ def adamw8bit_(
         float(weight_decay),
         max_update_rms,
     )
-
-
-def adamw8bit_reference(
-    param: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 1e-2,
-    grad_scale: float = 1.0,
-    max_update_rms: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of a tensor's step `step` (from 1), in fp64 and without any rounding; for tests.
-
-    Returns:
-        The new parameter and moments, fp64.
-    """
-    g = grad.double() / grad_scale
-    m = betas[0] * m.double() + (1 - betas[0]) * g
-    v = betas[1] * v.double() + (1 - betas[1]) * g**2
-    update = (m / (1 - betas[0] ** step)) / ((v / (1 - betas[1] ** step)).sqrt() + eps)
-    rms = update.square().mean().sqrt()
-    if max_update_rms is not None and rms > max_update_rms:
-        update = update * (max_update_rms / rms)
-    return param.double() * (1 - lr * weight_decay) - lr * update, m, v
 
 
 def new_state(p: Tensor) -> dict[str, Any]:

@@ -122,8 +122,3 @@ def add_rounded_(total: Tensor, summand: Tensor, *, seed: int, tensor_id: int, n
             raise ValueError(f"add_rounded_: total has strides {total.stride()}; it must be dense in memory")
         _add_rounded_op(total, summand, seed, tensor_id, number)
     return total
-
-
-def add_rounded_reference(total: Tensor, summand: Tensor) -> Tensor:
-    """The exact sum, fp64: what the rounded one is on average."""
-    return total.double() + summand.double()

@@ -18,13 +18,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mapo_kernels._autocast import autocast_off
 from mapo_kernels.ops._projections import Projection, check_input, check_projection, pack, product_dtype
 from mapo_kernels.ops.lora_linear import _lora_linear_op
-from mapo_kernels.weights import FrozenWeight, dense_weight, from_int8
+from mapo_kernels.weights import FrozenWeight, from_int8
 
 # --- Operators ---
 
@@ -178,20 +177,3 @@ def frozen_conv2d(
         x.to(product_dtype(x)), codes, absmax, bias, list(stride), list(padding), list(dilation)
     )
     return y
-
-
-def frozen_linear_reference(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None) -> Tensor:
-    """The definition in fp64, differentiated by autograd. For tests."""
-    return F.linear(x.double(), dense_weight(weight, torch.float64), None if bias is None else bias.double())
-
-
-def frozen_conv2d_reference(
-    x: Tensor, weight: FrozenWeight, bias: Tensor | None = None, **geometry: Any
-) -> Tensor:
-    """The definition in fp64, differentiated by autograd. For tests."""
-    return F.conv2d(
-        x.double(),
-        dense_weight(weight, torch.float64),
-        None if bias is None else bias.double(),
-        **geometry,
-    )

@@ -282,9 +282,3 @@ def geglu(projected: Tensor) -> Tensor:
         )
     out: Tensor = _geglu_op(projected)
     return out
-
-
-def geglu_reference(projected: Tensor) -> Tensor:
-    """The definition of `geglu`, in fp64 and differentiated by autograd. Slow; for tests."""
-    value, gate = projected.double().chunk(2, dim=-1)
-    return value * (gate * (1 + torch.erf(gate / math.sqrt(2))) / 2)

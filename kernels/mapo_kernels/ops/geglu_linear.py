@@ -33,12 +33,11 @@ from mapo_kernels.ops._projections import (
     parameter_gradients,
     product_dtype,
     project,
-    reference_projection,
     total_rank,
     unpack,
     widths,
 )
-from mapo_kernels.ops.geglu import geglu_backward, geglu_forward, geglu_reference
+from mapo_kernels.ops.geglu import geglu_backward, geglu_forward
 
 # --- Operators ---
 
@@ -166,8 +165,3 @@ def geglu_linear(projected: Tensor, projection: Projection) -> Tensor:
     tensors, formats, scales = pack([projection])
     y: Tensor = _geglu_linear_op(projected, product_dtype(projected), tensors, formats, scales)[0]
     return y
-
-
-def geglu_linear_reference(projected: Tensor, projection: Projection) -> Tensor:
-    """The definition in fp64, differentiated by autograd."""
-    return reference_projection(geglu_reference(projected), projection)

@@ -338,29 +338,6 @@ def group_norm_silu(
     return y
 
 
-def group_norm_silu_reference(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float = 1e-5,
-    *,
-    silu: bool = True,
-) -> Tensor:
-    """The definition of `group_norm_silu`, in fp64 throughout and differentiated by autograd. For tests."""
-    groups = torch.unflatten(x.double(), 1, (num_groups, -1)).flatten(2)
-    centred = groups - groups.mean(2, keepdim=True)
-    variance = (centred**2).mean(2, keepdim=True)
-    z = (centred / (variance + eps).sqrt()).view(x.shape)
-    shape = (1, -1, *[1] * (x.ndim - 2))
-    if weight is not None:
-        z = z * weight.double().view(shape)
-    if bias is not None:
-        z = z + bias.double().view(shape)
-    y: Tensor = z * torch.sigmoid(z) if silu else z
-    return y
-
-
 class GroupNormSilu(torch.nn.GroupNorm):
     """`torch.nn.GroupNorm` followed by SiLU, with GroupNorm's arguments and state-dict keys."""
 

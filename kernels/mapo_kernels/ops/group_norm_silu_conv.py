@@ -40,10 +40,9 @@ from mapo_kernels.ops.group_norm_silu import (
     group_norm_silu_apply,
     group_norm_silu_backward,
     group_norm_silu_forward,
-    group_norm_silu_reference,
     walkable,
 )
-from mapo_kernels.weights import FrozenWeight, dense_weight, from_int8
+from mapo_kernels.weights import FrozenWeight, from_int8
 
 # --- Operators ---
 
@@ -297,23 +296,3 @@ def group_norm_silu_conv(
     norm = (walkable(x), num_groups, norm_weight, norm_bias)
     out: Tensor = _group_norm_silu_conv_op(*norm, weight, conv_bias, absmax, float(eps), dtype, *geometry)[0]
     return out
-
-
-def group_norm_silu_conv_reference(
-    x: Tensor,
-    num_groups: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    conv_weight: Tensor | FrozenWeight,
-    conv_bias: Tensor | None = None,
-    *,
-    eps: float = 1e-5,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
-) -> Tensor:
-    """The definition of `group_norm_silu_conv`, in fp64 throughout. For tests."""
-    y = group_norm_silu_reference(x, num_groups, norm_weight, norm_bias, eps)
-    bias = None if conv_bias is None else conv_bias.double()
-    weight = dense_weight(conv_weight, torch.float64)
-    return torch.nn.functional.conv2d(y, weight, bias, stride, padding, dilation)

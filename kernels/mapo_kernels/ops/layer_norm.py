@@ -366,30 +366,6 @@ def layer_norm(
     return y, summed
 
 
-def layer_norm_reference(
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    residual: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The definition of `layer_norm`, in fp64 and differentiated by autograd. Slow; for tests."""
-    s = x.double()
-    if residual is not None:
-        exact = s + residual.double()
-        s = (
-            exact + (exact.to(x.dtype).double() - exact).detach()
-        )  # rounded, with the gradient of the exact sum
-    centred = s - s.mean(-1, keepdim=True)
-    y = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        y = y * weight.double()
-    if bias is not None:
-        y = y + bias.double()
-    return y if residual is None else (y, s)
-
-
 class LayerNorm(torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` over one dimension, computed by `layer_norm`; its `state_dict` is the same."""
 

@@ -28,7 +28,6 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mapo_kernels._autocast import autocast_off
@@ -43,7 +42,6 @@ from mapo_kernels.ops._projections import (
     parameter_gradients,
     product_dtype,
     project,
-    reference_projection,
     total_rank,
     unpack,
     widths,
@@ -295,19 +293,3 @@ def layer_norm_linear(
         x, residual, norm_weight, norm_bias, float(eps), product_dtype(x), formats, scales, *tensors
     )
     return outputs if residual is None else (outputs[:-1], outputs[-1])
-
-
-def layer_norm_linear_reference(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    projections: Sequence[Projection],
-    eps: float = 1e-5,
-    *,
-    residual: Tensor | None = None,
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The definition in fp64, differentiated by autograd: (outputs, x + residual)."""
-    s = x.double() if residual is None else x.double() + residual.double()
-    weight, bias = (None if p is None else p.double() for p in (norm_weight, norm_bias))
-    n = F.layer_norm(s, s.shape[-1:], weight, bias, eps)
-    return tuple(reference_projection(n, projection) for projection in projections), s

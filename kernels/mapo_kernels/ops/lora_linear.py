@@ -36,7 +36,6 @@ from mapo_kernels.ops._projections import (
     parameter_gradients,
     product_dtype,
     project,
-    reference_projection,
     total_rank,
     unpack,
     widths,
@@ -158,10 +157,3 @@ def lora_linear(
     tensors, formats, scales = pack([projection])
     y: Tensor = _lora_linear_op(x.to(product_dtype(x)), tensors, formats, scales)[0]
     return y
-
-
-def lora_linear_reference(
-    x: Tensor, weight: Tensor | FrozenWeight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-) -> Tensor:
-    """The definition in fp64, differentiated by autograd."""
-    return reference_projection(x.double(), Projection(weight, bias, Lora(a, b, scale)))
