@@ -30,7 +30,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from bench.environment import environment
-from mapo_fast.data.latents import LatentEncoder
+from mapo_fast.data.vae_encoder import LatentEncoder
 from mapo_fast.demo import world
 from mapo_fast.engine.step import PairInputs, predict
 from mapo_fast.loss import MaPOLoss

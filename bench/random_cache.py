@@ -14,10 +14,11 @@ import torch
 
 from mapo_fast.data import shards
 from mapo_fast.data.buckets import Size, time_ids
-from mapo_fast.data.cache import FORMAT, PAIR, index_digest, table_digests
+from mapo_fast.data.index import FORMAT, write_index
 from mapo_fast.data.prompts import EMPTY
 from mapo_fast.data.shards import ShardFamily, pack_keys
-from mapo_fast.util.files import sha256_file, write_json
+from mapo_fast.data.table import PAIR, table_digests
+from mapo_fast.util.files import sha256_file
 
 DISTINCT = 8
 """Latents per bucket, and prompts."""
@@ -75,8 +76,7 @@ def write_random_cache(
             for name in names
         },
     }
-    index["sha256"] = index_digest(index)
-    write_json(folder / "index.json", index)
+    write_index(folder, index)
     return folder
 
 

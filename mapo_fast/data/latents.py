@@ -1,7 +1,5 @@
 """Images through the VAE into latent shards.
 
-A latent is the posterior's mean, scaled as SDXL's UNet expects it (`vae.to_unet`).
-
 The images that no shard holds yet are cut into shards in source order, so that the source is read once from
 front to back. Batches never cross a shard: an interrupted run that starts a shard again forms the same
 batches and gets the same bits.
@@ -12,7 +10,6 @@ batch has been given to the device: it waits for neither. Order and bits are tho
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections import deque
@@ -20,136 +17,118 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from mapo_fast.data import shards
 from mapo_fast.data.buckets import Size, fit_image
+from mapo_fast.data.choose import ImageJob
 from mapo_fast.data.images.decode import decode_image
 from mapo_fast.data.scan import content_hash
+from mapo_fast.data.shards import ShardFamily
 from mapo_fast.data.sources.base import MissingImageError, PairRecord, PreferencePairs, reading
+from mapo_fast.data.vae_encoder import DTYPES, Encoding, LatentEncoder, latent_shape
+from mapo_fast.hardware import gpu
 from mapo_fast.models.pipeline import PipelineFolder
-from mapo_fast.models.vae import to_unet, use_tiles
+from mapo_fast.models.vae import TILE, encoding_with_less, setting_text
+from mapo_fast.settings.schema import DataConfig
 from mapo_fast.util.errors import UserError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class ImageJob:
-    """One distinct image to encode: where it first stands in the source, and the shape it gets."""
-
-    row: int
-    chosen: bool
-    file_hash: bytes
-    key: bytes
-    bucket: Size
+from mapo_fast.util.progress import Callbacks, stage
 
 
-class Encoding:
-    """A batch whose latents are on their way to host memory."""
-
-    def __init__(self, pixels: Tensor, latents: Tensor) -> None:
-        self.pixels = pixels
-        """(n, 3, H, W) fp32 on the CPU."""
-        self._latents = latents.to("cpu", non_blocking=True)
-        self._done: torch.cuda.Event | None = None
-        if latents.device.type == "cuda":
-            self._done = torch.cuda.current_stream(latents.device).record_event()
-
-    def wait(self) -> Tensor:
-        """The latents, (n, C, h, w), when they are there."""
-        if self._done is None:
-            return self._latents
-        self._done.synchronize()
-        return self._latents.clone()  # pinned memory is for copies alone
+def latent_bytes(folder: PipelineFolder, data: DataConfig, bucket: Size) -> int:
+    """Bytes of an image's latents in a shard, its mirror image's included."""
+    channels, height, width = latent_shape(folder, bucket)
+    size = channels * height * width * DTYPES[data.vae_dtype].itemsize
+    return size * 2 if data.flip else size
 
 
-class LatentEncoder:
-    """The VAE's encoder, with a second one in fp32 as soon as a latent comes out non-finite.
+def encode_images(
+    jobs: Sequence[ImageJob],
+    family: ShardFamily,
+    source: PreferencePairs,
+    folder: PipelineFolder,
+    data: DataConfig,
+    *,
+    vram: str | None,
+    device: torch.device,
+    callbacks: Callbacks,
+) -> None:
+    """Encode the images that the shards do not hold yet.
 
     Args:
+        jobs: distinct images, in source order.
+        family: `latents`, which is written to.
+        source: where to read them.
         folder: the pipeline.
-        dtype: `fp32` or `bf16`.
+        data: the settings.
+        vram: `train.vram`, for the message where memory runs out.
         device: where to encode.
-        tiles: side in pixels of the tiles that larger images are encoded in; None encodes them whole.
+        callbacks: told how it goes.
 
     Raises:
-        UserError: the VAE cannot be loaded.
+        UserError: the VAE cannot be loaded, the source changed since it was scanned, or the GPU's memory does
+            not suffice.
     """
-
-    def __init__(
-        self, folder: PipelineFolder, dtype: str, device: torch.device, *, tiles: int | None = None
-    ) -> None:
-        self.folder, self.dtype, self.device = folder, DTYPES[dtype], device
-        self.config = folder.config("vae")
-        self.tiles = tiles
-        self.vae = self._load(self.dtype)
-        self._vae_fp32: Any = self.vae if self.dtype is torch.float32 else None
-        self.retries = 0
-
-    def __call__(self, images: Sequence[Image.Image]) -> list[Tensor | None]:
-        """Latents (C, h, w) of equally sized RGB images; None where even fp32 gives NaN or Inf."""
-        return self.finish(self.start(images))
-
-    def start(self, images: Sequence[Image.Image]) -> Encoding:
-        """Give equally sized RGB images to the device, and go on while it encodes them."""
-        pixels = torch.stack([_pixels(image) for image in images])
-        if self.device.type == "cuda":
-            pixels = pixels.pin_memory()
-        return Encoding(pixels, self._encode(self.vae, pixels))
-
-    def finish(self, encoding: Encoding) -> list[Tensor | None]:
-        """Wait for the latents of what was started first: see `__call__`."""
-        pixels = encoding.pixels
-        latents: list[Tensor | None] = list(encoding.wait())
-        for index, latent in enumerate(latents):
-            if latent is not None and not latent.isfinite().all():
-                self.retries += 1
-                if self._vae_fp32 is None:
-                    self._vae_fp32 = self._load(torch.float32)
-                again = self._encode(self._vae_fp32, pixels[index : index + 1])[0].cpu()
-                latents[index] = again if again.isfinite().all() else None
-        return latents
-
-    def tiling_error(self, image: Image.Image) -> float:
-        """‖tiled − whole‖ / ‖whole‖ of an image's latent. Encodes it whole once, on the CPU."""
-        whole = LatentEncoder(self.folder, "fp32", torch.device("cpu"))([image])[0]
-        tiled = self([image])[0]
-        if whole is None or tiled is None:
-            return math.nan
-        return float((tiled.float() - whole).norm() / whole.norm())
-
-    def _load(self, dtype: torch.dtype) -> Any:
-        vae = self.folder.load_vae(dtype).to(self.device)
-        return vae if self.tiles is None else use_tiles(vae, self.tiles)
-
-    @torch.no_grad()
-    def _encode(self, vae: Any, pixels: Tensor) -> Tensor:
-        images = pixels.to(self.device, vae.dtype, non_blocking=True)
-        mean: Tensor = vae.encode(images).latent_dist.mode().float()
-        return to_unet(mean, self.config).to(self.dtype)
+    jobs = [job for job in jobs if job.key not in family]
+    if not jobs:
+        return
+    try:
+        _encode(jobs, family, source, folder, data, device, callbacks)
+    except RuntimeError as error:
+        if not gpu.is_out_of_memory(error):
+            raise
+        raise UserError(_too_large(data, vram)) from None
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
-def _pixels(image: Image.Image) -> Tensor:  # (3, H, W) fp32 in [−1, 1]
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
+def _encode(
+    jobs: Sequence[ImageJob],
+    family: ShardFamily,
+    source: PreferencePairs,
+    folder: PipelineFolder,
+    data: DataConfig,
+    device: torch.device,
+    callbacks: Callbacks,
+) -> None:
+    tiles = TILE if data.vae_tiling else None
+    encoder = LatentEncoder(folder, data.vae_dtype, device, tiles=tiles)
+    if tiles is not None:
+        _report_tiling(encoder, jobs, source, callbacks)
+    with stage(callbacks, "images", len(jobs)) as advance:
+        for part in plan(jobs, lambda bucket: latent_bytes(folder, data, bucket)):
+            before = encoder.retries
+            tensors = encode_shard(
+                part, source, encoder, batch_size=data.batch_size, flip=data.flip, progress=advance
+            )
+            family.write(tensors, encoder.retries - before)
 
 
-def latent_shape(folder: PipelineFolder, bucket: Size) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of a bucket.
+def _report_tiling(
+    encoder: LatentEncoder, jobs: Sequence[ImageJob], source: PreferencePairs, callbacks: Callbacks
+) -> None:
+    """What tiling changes in the first image that is tiled at all."""
+    large = [job for job in jobs if max(job.bucket) > TILE][:1]
+    with closing(images(large, source)) as found:
+        for _, image in found:
+            error = encoder.tiling_error(image)
+            callbacks.message(f"data.vae_tiling changes latents by {error:.2%} (first image)")
 
-    Raises:
-        UserError: the bucket's sides are no multiples of the VAE's factor.
-    """
-    config = folder.config("vae")
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
-    if bucket[0] % factor or bucket[1] % factor:
-        raise UserError(f"the VAE shrinks images by {factor}: set data.bucket_step to a multiple of {factor}")
-    return config["latent_channels"], bucket[0] // factor, bucket[1] // factor
+
+def _too_large(data: DataConfig, vram: str | None) -> str:
+    """What to do where encoding images runs out of the GPU's memory."""
+    less = next(iter(encoding_with_less(data)), {})
+    elsewhere = " and another data.cache, as tiles change the latents" if "vae_tiling" in less else ""
+    change = f"set {setting_text(less)}{elsewhere}, or " if less else ""
+    change += f"raise train.vram = {vram!r}, or " if vram else ""
+    return (
+        f"out of GPU memory while encoding {data.batch_size} image(s) at once: {change}close what "
+        "else uses the GPU, or hide it (CUDA_VISIBLE_DEVICES=) to encode on the CPU; what has been "
+        "encoded stays"
+    )
 
 
 def plan(jobs: Sequence[ImageJob], bytes_of: Callable[[Size], int]) -> list[list[ImageJob]]:

@@ -41,3 +41,8 @@ def other_model(tiny_sdxl: Path, tmp_path: Path) -> Callable[[str], Path]:
         return model
 
     return make
+
+
+@pytest.fixture
+def copy(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "c"))

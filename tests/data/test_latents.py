@@ -14,11 +14,13 @@ from PIL import Image
 
 from mapo_fast.data import latents
 from mapo_fast.data.buckets import make_buckets
+from mapo_fast.data.choose import ImageJob
 from mapo_fast.data.images.decode import decode_image
-from mapo_fast.data.latents import ImageJob, LatentEncoder, encode_shard, images
+from mapo_fast.data.latents import encode_shard, images
 from mapo_fast.data.scan import content_hash
 from mapo_fast.data.sources.base import PreferencePairs
 from mapo_fast.data.sources.registry import open_source
+from mapo_fast.data.vae_encoder import LatentEncoder
 from mapo_fast.models.fp32 import exact_fp32
 from mapo_fast.models.pipeline import open_sdxl
 from mapo_fast.util.errors import UserError

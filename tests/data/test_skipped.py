@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mapo_fast.data.prepare import image_key, prepare
+from mapo_fast.data.choose import image_key
+from mapo_fast.data.prepare import prepare
 from mapo_fast.data.scan import content_hash, scan
 from mapo_fast.data.sources.registry import open_source
 from mapo_fast.util.errors import UserError

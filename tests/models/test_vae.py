@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from bench.live_memory import LiveMemory
 from mapo_fast.data.cache import PairCache
-from mapo_fast.data.latents import LatentEncoder
 from mapo_fast.data.prepare import prepare
+from mapo_fast.data.vae_encoder import LatentEncoder
 from mapo_fast.demo import world
 from mapo_fast.models.pipeline import open_sdxl
 from mapo_fast.models.sample import decode_latents

@@ -1,0 +1,279 @@
+"""What a cache is made for, and whether it is finished and whole: `settings.json` and `index.json`.
+
+Neither torch nor numpy is imported: a cache can be looked at before there is time for either. Only a model's
+identity (`cache_settings`) needs them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mapo_fast.settings.table import affecting
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.files import (
+    JSON_BYTES,
+    parse_json,
+    read_bytes,
+    read_json,
+    sha256_file,
+    unreadable,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from mapo_fast.models.pipeline import Component, PipelineFolder
+    from mapo_fast.settings.schema import DataConfig
+
+FORMAT = 4
+TAKEN_OVER = (2, 3)
+"""Formats whose shards are alike: `prepare` only writes the tables of such a cache anew."""
+ENCODERS: tuple[Component, ...] = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+"""The parts of a pipeline by whose files a cache was known before format 4."""
+
+
+def cache_settings(folder: PipelineFolder, data: DataConfig) -> dict[str, Any]:
+    """All that decides what a cache holds, given the same source; `held_out` only moves pairs about."""
+    from mapo_fast.models.identity import encoders_identity  # reads tokenizers, and needs torch
+
+    return {
+        "format": FORMAT,
+        "model": encoders_identity(folder),
+        "zeros_for_empty_prompt": folder.zeros_for_empty_prompt,
+        **{row.key: getattr(data, row.key) for row in affecting("cache")},
+    }
+
+
+def difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
+    """The first difference between two settings in words, or None."""
+    younger = {row.key: row.default for row in affecting("cache")}  # settings may be younger than a cache
+    have = younger | have
+    have.pop("before", None)
+    if have.get("format") != want["format"]:
+        return f"has cache format {have.get('format')}, this version writes {want['format']}"
+    for name in (row.key for row in affecting("cache")):
+        if have.get(name) != want[name]:
+            return f"was made for data.{name} = {have.get(name)}, the config says {want[name]}"
+    if have != want:
+        return "was made with another VAE, text encoder or tokenizer than model.path has"
+    return None
+
+
+def translated(have: dict[str, Any], want: dict[str, Any], folder: PipelineFolder) -> dict[str, Any]:
+    """The settings of a cache of an earlier format as they would be of this one.
+
+    Before format 4 a model was known by its files, with their names and their configs' whole text. The
+    settings that were stay beside: runs know the cache by them.
+    """
+    if have.get("format") not in TAKEN_OVER:
+        return have
+    same = have.get("model") == folder.fingerprint(ENCODERS)
+    model = want["model"] if same else have.get("model")
+    return {**have, "format": FORMAT, "model": model, "before": have}
+
+
+def claim(cache: Path, settings: dict[str, Any], folder: PipelineFolder) -> dict[str, Any]:
+    """Check that the cache folder is empty, or made for these settings; nothing is written.
+
+    One in which nothing has been encoded yet, which a refused `prepare` leaves, may become any other.
+
+    Args:
+        cache: what `data.cache` names.
+        settings: what it is to be made for.
+        folder: the model, for caches of earlier formats.
+
+    Returns:
+        What its settings.json is to hold.
+
+    Raises:
+        UserError: it is made for other settings, or holds something else.
+    """
+    path = cache / "settings.json"
+    if path.is_file():
+        if not (cache / "index.json").exists() and not list(cache.glob("shards/*.safetensors")):
+            return settings
+        try:
+            have = translated(read_json(path), settings, folder)
+        except UserError as error:
+            raise UserError(f"{error}: choose another data.cache") from None
+        if reason := difference(have, settings):
+            raise UserError(f"data.cache {cache} {reason}: choose another data.cache (nothing was changed)")
+        return have
+    # A kill during the very first write leaves the lock, its temporary file and nothing else.
+    own = {cache / ".lock", *cache.glob(".settings.json.*.tmp")}
+    if cache.exists() and (not cache.is_dir() or set(cache.iterdir()) - own):
+        raise UserError(f"data.cache {cache} already holds something else: choose another data.cache")
+    return settings
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """`index.json` of a finished cache; None where there is none, or one whose tables are to be made anew.
+
+    Raises:
+        UserError: it is damaged or edited, or of another version.
+    """
+    path = folder / "index.json"
+    try:
+        text = read_bytes(path, JSON_BYTES)
+        index: dict[str, Any] = parse_json(text)
+        written_by = index["settings"]["format"]
+        if written_by == FORMAT and index["sha256"] != _digest(index):
+            raise ValueError("its content is not what was written")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unreadable(f"data.cache {folder}", error) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path} is damaged ({reason}): delete it and run mapo-fast prepare again") from None
+    if written_by in TAKEN_OVER:
+        return None
+    if written_by != FORMAT:
+        raise UserError(
+            f"data.cache {folder} has cache format {written_by}, this version reads {FORMAT}: prepare "
+            "another data.cache"
+        )
+    return index
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """Write `index.json`, which makes the cache a finished one; returns what it holds."""
+    index = {**index, "sha256": _digest(index)}
+    write_json(folder / "index.json", index)
+    return index
+
+
+def _digest(index: dict[str, Any]) -> str:
+    """SHA-256 of an index without its own `sha256`."""
+    content = {name: value for name, value in index.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def is_whole(folder: Path, index: dict[str, Any]) -> bool:
+    """Whether every file is what was written. If one is not, `prepare` makes it anew or names it."""
+    try:
+        return all(
+            (folder / name).stat().st_size == entry["bytes"] and sha256_file(folder / name) == entry["sha256"]
+            for name, entry in index["files"].items()
+        )
+    except OSError:
+        return False
+
+
+class CacheIndex:
+    """The index of a finished cache, and which of its files have been checked; see `CacheIndex.open`."""
+
+    def __init__(self, folder: Path, index: dict[str, Any]) -> None:
+        self.folder, self.content = folder, index
+        self.settings: dict[str, Any] = index["settings"]
+        self.pairs: int = index["pairs"]
+        """Pairs, or single images."""
+        self.train: int = index["train"]
+        """How many of them are for training; the others are held out."""
+        self.flips: bool = self.settings["flip"]
+        """Whether it holds mirrored latents too."""
+        self.labelled: bool = index.get("labelled", False)
+        """Whether every pair has a soft label."""
+        self.paired: bool = index.get("paired", True)
+        """Whether it holds pairs; else single images, each wanted or unwanted."""
+        self._unverified = set(index["files"])
+
+    @classmethod
+    def open(cls, folder: Path) -> CacheIndex:
+        """Read the index of a finished cache, and see that every file is there in its full size.
+
+        Raises:
+            UserError: missing, unfinished, cut short, or made by another version.
+        """
+        index = read_index(folder)
+        if index is None:
+            state = "is not a mapo_fast cache"
+            if (folder / "settings.json").is_file():
+                state = "is unfinished, or of an earlier version whose latents can be kept"
+            raise UserError(f"data.cache {folder} {state}: run mapo-fast prepare")
+        with reading(folder):
+            for name, entry in index["files"].items():
+                path = folder / name
+                if not path.is_file():
+                    raise missing(path)
+                if path.stat().st_size != entry["bytes"]:
+                    raise damaged(path)
+        return cls(folder, index)
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(entry["bytes"] for entry in self.content["files"].values())
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the cache's content: settings, pairs and split, shards.
+
+        One that was taken over from an earlier format, and whose pairs and split are the same, keeps its own.
+        """
+        settings = self.settings.get("before", self.settings)
+        identity = {"settings": settings, "train": self.train, "files": self.content["files"]}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def check(self, settings: dict[str, Any], held_out: float) -> None:
+        """Check what the cache was made for.
+
+        Args:
+            settings: what `cache_settings` gives for the config.
+            held_out: the config's `data.held_out`.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        if reason := difference(self.settings, settings):
+            raise UserError(
+                f"data.cache {self.folder} {reason}: run mapo-fast prepare again with another data.cache"
+            )
+        if self.content["held_out"] != held_out:
+            raise UserError(
+                f"data.cache {self.folder} was made for data.held_out = {self.content['held_out']}, the "
+                f"config says {held_out}: run mapo-fast prepare again (nothing is encoded twice)"
+            )
+
+    def verify(self, name: str) -> None:
+        """Check the SHA-256 of a file, if that has not been done.
+
+        Raises:
+            UserError: it is damaged, or cannot be read.
+        """
+        if name in self._unverified:
+            with reading(self.folder):
+                if sha256_file(self.folder / name) != self.content["files"][name]["sha256"]:
+                    raise damaged(self.folder / name)
+            self._unverified.discard(name)
+
+    def verify_all(self) -> None:
+        """`verify` every file."""
+        for name in sorted(self._unverified):
+            self.verify(name)
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """One `UserError` for a file of the cache that cannot be read; it is not damaged."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(f"data.cache {folder}", error) from error
+
+
+def missing(path: Path) -> UserError:
+    """What to do about a file of the cache that is not there."""
+    return UserError(f"{path} is missing from the cache: run mapo-fast prepare again")
+
+
+def damaged(path: Path) -> UserError:
+    """What to do about a file of the cache that is not what was written."""
+    return UserError(
+        f"{path} is damaged (its checksum is not the one it was written with): delete it and run "
+        "mapo-fast prepare again, which makes only this file anew"
+    )

@@ -1,0 +1,86 @@
+"""What `prepare` tells: the lists of rows that it skipped and of prompts that it cut, and a summary."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mapo_fast.data.sources.base import SkippedRow
+from mapo_fast.util.files import atomic_path
+from mapo_fast.util.progress import Callbacks
+
+
+@dataclass(frozen=True)
+class PrepareSummary:
+    """What a cache holds and what it took."""
+
+    pairs: int
+    train: int
+    held_out: int
+    images: int
+    """Distinct images; one that is used in two buckets counts twice."""
+    prompts: int
+    """Distinct prompts, the empty prompt not counted."""
+    duplicates: int
+    """Rows that repeat a pair."""
+    skipped: dict[str, int]
+    """Rows left out, per reason."""
+    truncated: int
+    """Prompts that lost text."""
+    upscaled: int
+    """Distinct images that were smaller than their bucket."""
+    nan_retries: int
+    """Latents encoded again in fp32 because they came out non-finite."""
+    warnings: tuple[str, ...]
+    paired: bool = True
+    """False: what counts as a pair here is a single labelled image."""
+    seconds: float = 0.0
+    converted: int = 0
+    """Distinct images whose colours a profile moved to sRGB."""
+    ignored_profiles: int = 0
+    """Distinct images with a colour profile that is damaged or for another kind of image."""
+
+
+def summary_of(index: dict[str, Any], seconds: float) -> PrepareSummary:
+    """The summary that an index holds, and how long it took."""
+    counts = index["summary"] | {"warnings": tuple(index["summary"]["warnings"])}
+    held_out = index["pairs"] - index["train"]
+    paired = index.get("paired", True)
+    return PrepareSummary(index["pairs"], index["train"], held_out, **counts, paired=paired, seconds=seconds)
+
+
+def report(summary: PrepareSummary, cache: Path, callbacks: Callbacks) -> None:
+    """Tell it."""
+    callbacks.message(
+        f"{cache}: {summary.train} {'pairs' if summary.paired else 'labelled images'} for training, "
+        f"{summary.held_out} held out; {summary.images} images "
+        f"({summary.upscaled} upscaled), {summary.prompts} prompts ({summary.truncated} truncated); "
+        f"{summary.duplicates} duplicates, {sum(summary.skipped.values())} skipped, "
+        f"{summary.nan_retries} latents encoded again in fp32; {summary.seconds:.0f} s",
+    )
+    if summary.converted:
+        callbacks.message(f"  {summary.converted} images had a colour profile: converted to sRGB")
+    if summary.ignored_profiles:
+        callbacks.message(
+            f"  {summary.ignored_profiles} images have a colour profile that is unusable: ignored"
+        )
+    for reason, count in summary.skipped.items():
+        callbacks.message(f"  skipped: {count} × {reason}")
+    for warning in summary.warnings:
+        callbacks.warning(warning)
+
+
+def reasons(skipped: Iterable[SkippedRow]) -> dict[str, int]:
+    """How many rows are skipped for each reason."""
+    return dict(sorted(Counter(row.reason for row in skipped).items()))
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object per line."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,54 @@
+"""What several tests of `prepare` share."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from mapo_fast.data.buckets import fit_image
+from mapo_fast.data.images.decode import decode_image
+from mapo_fast.data.prepare import prepare
+from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.util.console import Terminal
+from tests.data.pair_sources import (
+    write_jsonl,
+)
+
+
+def said(run: Any) -> tuple[Any, str]:
+    """Result of prepare and what it printed."""
+    out = io.StringIO()
+    result = prepare(run, callbacks=Terminal(Console(file=out, width=200)))
+    return result, out.getvalue()
+
+
+def one_pair(folder: Path, chosen: bytes, rejected: bytes, prompt: str = "a red cat") -> Path:
+    write_jsonl(folder, [{"prompt": prompt, "chosen": "w", "rejected": "l"}])
+    (folder / "w").write_bytes(chosen)
+    (folder / "l").write_bytes(rejected)
+    return folder
+
+
+def reference_latents(model: Path, data: bytes, bucket: tuple[int, int]) -> torch.Tensor:
+    """What diffusers' own image processor and VAE make of an image."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    vae = open_sdxl(model).load_vae(torch.float32)
+    pixels = VaeImageProcessor(vae_scale_factor=4).preprocess(fit_image(decode_image(data), bucket))
+    with torch.no_grad():
+        return vae.encode(pixels).latent_dist.mode()[0] * vae.config.scaling_factor
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+
+
+SHARDS = [
+    "shards/latents-00000.safetensors",
+    "shards/text1-00001.safetensors",
+    "shards/text2-00000.safetensors",
+]
