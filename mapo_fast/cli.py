@@ -76,8 +76,6 @@ Overrides = Annotated[
     typer.Option("--set", help="Replace one setting: section.key=value (see below). May be repeated."),
 ]
 
-OutFolder = Annotated[Path, typer.Option("--out", help="Folder for the report and what it is made of.")]
-
 
 @app.command(cls=_Configured)
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:

@@ -34,7 +34,7 @@ _PACKAGES: tuple[tuple[str, str], ...] = (
     ("transformers", _TRAIN),
     ("peft", f"{_TRAIN}, for LoRA"),
     ("accelerate", _TRAIN),
-    ("bitsandbytes", f"{_TRAIN}, for optim.name = 'paged_adamw8bit'"),
+    ("bitsandbytes", f"{_TRAIN}, for adapter.base = 'int8', 'nf4' and 'fp8'"),
     ("tensorboard", f"{_TRAIN}; without it figures go to log.jsonl only"),
     ("pyarrow", f"{_TRAIN}, for parquet data"),
     ("datasets", f"{_TRAIN}, for Hugging Face dataset folders"),
@@ -95,7 +95,6 @@ def _choices(device: str) -> list[tuple[str, Callable[[], str]]]:
         ("attention", lambda: _attention(device)),
         ("xformers attention", lambda: _xformers(device)),
         ("8-bit AdamW", lambda: _eight_bit(device)),
-        ("paged 8-bit AdamW", lambda: _paged(device)),
     ]
 
 
@@ -210,33 +209,14 @@ def _eight_bit(device: str) -> str:
     from mapo_kernels.hardware import backend
     from mapo_kernels.ops.adamw8bit import AdamW8bit
 
-    if not _takes_a_step(AdamW8bit, device):
-        return "cannot be used: it took a step without changing the weights as it should"
-    return f"works on this {_place(device)} (optim.name = 'adamw8bit'): {backend(device).reason}"
-
-
-def _paged(device: str) -> str:
-    if device == "cpu":
-        return "no: it needs an NVIDIA GPU; optim.name = 'adamw8bit' does not"
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return f"no: bitsandbytes is not installed ({_TRAIN}); optim.name = 'adamw8bit' needs nothing"
-    import bitsandbytes
-
-    if not _takes_a_step(bitsandbytes.optim.PagedAdamW8bit, device):
-        return "cannot be used: bitsandbytes took a step without changing the weights as it should"
-    return f"works on this {_place(device)} (optim.name = 'paged_adamw8bit')"
-
-
-def _takes_a_step(kind: Callable[..., torch.optim.Optimizer], device: str) -> bool:
     weight = torch.nn.Parameter(torch.zeros(4096, device=device))
     weight.grad = torch.ones_like(weight)
-    optimizer = kind([weight], lr=1e-3)
+    optimizer = AdamW8bit([weight], lr=1e-3)
     optimizer.step()
-    return optimizer.state[weight]["state1"].dtype == torch.uint8 and bool((weight < 0).all())
-
-
-def _place(device: str) -> str:
-    return "GPU" if device == "cuda" else "CPU"
+    if optimizer.state[weight]["state1"].dtype != torch.uint8 or not bool((weight < 0).all()):
+        return "cannot be used: it took a step without changing the weights as it should"
+    place = "GPU" if device == "cuda" else "CPU"
+    return f"works on this {place} (optim.name = 'adamw8bit'): {backend(device).reason}"
 
 
 def _first_line(error: Exception) -> str:

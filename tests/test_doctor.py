@@ -40,7 +40,6 @@ def test_a_machine_without_a_gpu(findings: dict[str, str]) -> None:
     assert findings["loss kernels"].startswith(("eager PyTorch", "Triton's interpreter"))
     assert "math" in findings["attention"]
     assert "works on this CPU" in findings["8-bit AdamW"]
-    assert "needs an NVIDIA GPU" in findings["paged 8-bit AdamW"]
     assert "GiB free" in findings["memory"]
     assert "GiB free" in findings["disk"]
 
@@ -52,7 +51,6 @@ def test_a_machine_with_a_gpu(findings: dict[str, str]) -> None:
     assert findings["loss kernels"].startswith("fused Triton kernels")
     assert "flash" in findings["attention"]
     assert "works on this GPU" in findings["8-bit AdamW"]
-    assert "works on this GPU" in findings["paged 8-bit AdamW"]
 
 
 def test_the_loss_line_is_what_the_kernels_say(findings: dict[str, str]) -> None:
@@ -123,7 +121,6 @@ runpy.run_module("mapo_fast.doctor", run_name="__main__")
     assert run.returncode == 0, run.stderr
     assert 'diffusers:            not installed (pip install "mapo_fast[train]")' in run.stdout
     assert "8-bit AdamW:          works on this" in run.stdout
-    assert "paged 8-bit AdamW:    no: " in run.stdout
     assert "memory:               unknown (psutil is missing" in run.stdout
     assert "loss kernels:         cannot" not in run.stdout
 
@@ -181,12 +178,6 @@ def test_an_optimizer_that_does_nothing_is_found_out(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(sys.modules[adamw8bit.__name__], "_step", lambda *_: None)
     assert module._eight_bit("cpu").startswith("cannot be used")
-
-
-def test_a_missing_bitsandbytes_costs_only_the_paged_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert module._paged("cuda").startswith("no: bitsandbytes is not installed")
-    assert module._paged("cpu").startswith("no: it needs an NVIDIA GPU")
 
 
 def test_xformers_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """Optimizers behind one guard: a step whose gradients are not finite changes nothing and is counted.
 
 The flag stays on the device. torch's fused AdamW and our AdamW8bit take it as `found_inf` and turn the update
-into a no-op without the host ever waiting; bitsandbytes and torch's Adafactor have no such input, so there
-the host reads the flag once per step.
+into a no-op without the host ever waiting; torch's Adafactor has no such input, so there the host reads the
+flag once per step.
 
 `fused_step.FusedStep` has the same interface and takes the step during backward.
 """
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mapo_fast.engine.optim_state import flatten_optimizer_state, restore_optimizer_state
 from mapo_fast.settings.schema import OptimConfig
-from mapo_fast.util.errors import UserError
 from mapo_kernels.ops.adamw8bit import AdamW8bit
 
 
@@ -28,12 +27,7 @@ def build_optimizer(
 
     Adafactor is torch's with its own settings except lr and weight decay: it has no first moment, clips each
     tensor's update to RMS 1, and multiplies lr by the weights' RMS, so it needs a far larger lr than AdamW.
-
-    Raises:
-        UserError: bitsandbytes is chosen and not installed, or a paged optimizer without an NVIDIA GPU.
     """
-    if config.name == "paged_adamw8bit" and parameters[0].device.type != "cuda":
-        raise UserError("optim.name = 'paged_adamw8bit' needs an NVIDIA GPU; use 'adamw8bit' on the CPU")
     settings: dict[str, Any] = {
         "lr": config.lr,
         "betas": config.betas,
@@ -44,16 +38,7 @@ def build_optimizer(
         return torch.optim.AdamW(parameters, fused=True, **settings)
     if config.name == "adamw8bit":
         return AdamW8bit(parameters, seed=seed, max_update_rms=config.max_update_rms, **settings)
-    if config.name == "adafactor":
-        return torch.optim.Adafactor(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise UserError(
-            f"optim.name = {config.name!r} needs bitsandbytes ({error}): "
-            "pip install bitsandbytes, or use 'adamw8bit'"
-        ) from None
-    return bitsandbytes.optim.PagedAdamW8bit(parameters, **settings)  # type: ignore[no-any-return]
+    return torch.optim.Adafactor(parameters, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def norms(gradients: list[Tensor]) -> Tensor:

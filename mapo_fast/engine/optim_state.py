@@ -1,10 +1,9 @@
 """Optimizer states as named tensors plus JSON, and back, without pickle and bit for bit.
 
-Works for torch optimizers, for our AdamW8bit and for bitsandbytes' 8-bit and paged ones; a state of
-bitsandbytes' AdamW8bit goes on in ours. Tensors are named `<parameter index>.<state name>`, the index
-counting through all parameter groups in order; a tensor that several parameters share (the code books) is
-stored once. `load_state_dict` is not used: torch's casts states to the parameter's dtype, bitsandbytes'
-deep-copies them all and forgets that they were paged.
+Works for torch optimizers and for our AdamW8bit, in which a state of bitsandbytes' goes on. Tensors are named
+`<parameter index>.<state name>`, the index counting through all parameter groups in order; a tensor that
+several parameters share (the code books) is stored once. `load_state_dict` is not used: torch's casts states
+to the parameter's dtype.
 """
 
 from __future__ import annotations
@@ -16,14 +15,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mapo_fast.settings.optimizers import REMOVED
 from mapo_fast.util.errors import UserError
 from mapo_kernels.ops.adamw8bit import AdamW8bit, new_state
 
 _IMPLEMENTATION_KEYS = ("params", "fused", "foreach", "capturable", "differentiable", "maximize")
 """Group entries that say how a step is computed: those of the new optimizer count."""
-
-_PAGEABLE = ("state1", "state2")
-"""bitsandbytes' moments, which its paged optimizers keep in memory that CUDA may move to the host."""
 
 
 def initial_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
@@ -52,8 +49,6 @@ def flatten_optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], di
     Returns:
         Tensors by name, and a dict for JSON: class name, shapes, scalars, aliases, strides, group settings.
     """
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # paged states look like CPU tensors but kernels may still write them
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     aliases: dict[str, str] = {}
@@ -95,8 +90,8 @@ def restore_optimizer_state(
 ) -> None:
     """Give a freshly built optimizer the state that `flatten_optimizer_state` took.
 
-    Every tensor is copied into a fresh allocation on its parameter's device (paged where the optimizer
-    pages); a `step` tensor goes where torch's implementation expects it.
+    Every tensor is copied into a fresh allocation on its parameter's device; a `step` tensor goes where
+    torch's implementation expects it.
 
     Args:
         optimizer: just built, over the same parameters in the same groups.
@@ -105,9 +100,11 @@ def restore_optimizer_state(
         place: memory that is there for the state of this name of a parameter; used if shape and dtype fit.
 
     Raises:
-        UserError: made by another optimizer class or for parameters of other shapes.
+        UserError: made by another or a removed optimizer class, or for parameters of other shapes.
     """
     parameters = _parameters(optimizer)
+    if description["class"] == "PagedAdamW8bit":
+        raise UserError(f"the checkpoint was made with 'paged_adamw8bit', and {REMOVED['paged_adamw8bit']}")
     if description["class"] != type(optimizer).__name__:
         raise UserError(
             f"the checkpoint was made with {description['class']}, optim.name gives "
@@ -163,13 +160,12 @@ def _split(name: str) -> tuple[int, str]:
 
 
 def _by_memory_order(optimizer: Optimizer) -> bool:
-    """Whether states belong to the parameter's elements by their order in memory (the 8-bit optimizers).
+    """Whether states belong to the parameter's elements by their order in memory.
 
-    bitsandbytes makes parameters contiguous at each step but lets states keep the strides of the parameter's
-    first day; ours lays a parameter out like its state. Either way these strides are part of the state.
-    torch's states follow the parameter's own layout.
+    AdamW8bit lays a parameter out like its state, so that these strides are part of the state. torch's states
+    follow the parameter's own layout.
     """
-    return isinstance(optimizer, AdamW8bit) or hasattr(optimizer, "get_state_buffer")
+    return isinstance(optimizer, AdamW8bit)
 
 
 def _allocate(
@@ -185,11 +181,6 @@ def _allocate(
     on_device = isinstance(optimizer, AdamW8bit) or group.get("fused") or group.get("capturable")
     if key == "step" and not on_device:
         device = torch.device("cpu")
-    if key in _PAGEABLE and getattr(optimizer, "is_paged", False) and device.type == "cuda":
-        buffer: Tensor = optimizer.get_state_buffer(parameter, dtype=saved.dtype)  # type: ignore[attr-defined]
-        if getattr(buffer, "is_paged", False):  # small ones are not
-            torch.cuda.synchronize()  # it is filled with zeros on the GPU
-            return buffer
     if strides is not None:
         return torch.empty_strided(saved.shape, strides, dtype=saved.dtype, device=device)
     if saved.shape == parameter.shape and not _by_memory_order(optimizer):

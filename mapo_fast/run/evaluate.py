@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from mapo_fast.data.cache import CachedPair, PairBatch, PairCache, SampleBatch
@@ -24,6 +23,7 @@ from mapo_fast.engine.processes import ALONE, Processes
 from mapo_fast.engine.step import pair_inputs, predict, sample_inputs
 from mapo_fast.models.diffusion import Diffusion
 from mapo_fast.util.sealed import WrongFileError, read_sealed, write_sealed
+from mapo_fast.util.students_t import half_width
 
 
 class HeldOutErrors(NamedTuple):
@@ -153,7 +153,7 @@ def paired_change(now: Tensor, start: Tensor) -> PairedChange:
     mean = float(change.mean())
     if len(change) < 2:
         return PairedChange(mean, None, None)
-    half = float(stdtrit(len(change) - 1, 0.975)) * float(change.std()) / math.sqrt(len(change))
+    half = half_width(0.95, len(change) - 1) * float(change.std()) / math.sqrt(len(change))
     return PairedChange(mean, mean - half, mean + half)
 
 

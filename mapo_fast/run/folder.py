@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_jsonable_python
 
 from mapo_fast import __version__
+from mapo_fast.settings.optimizers import REMOVED
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import TABLE, affecting
 from mapo_fast.util.checkpoint import delete, remove_halves
@@ -191,6 +192,8 @@ def _check_same_run(output: Path, before: RunRecord, now: RunRecord) -> None:
         raise UserError(
             f"{output / RECORD} cannot be read as the record of a run: start again with another train.output"
         ) from None
+    if (why := REMOVED.get(str(old.get("optim.name")))) is not None:
+        raise UserError(f"cannot resume {output}: optim.name was {old['optim.name']!r}, and {why}")
     micro_batches = new.pop("train.accumulation") * processes
     if micro_batches != per_step:
         way_out = (

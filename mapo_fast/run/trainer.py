@@ -2,8 +2,7 @@
 
 A step is `train.accumulation` micro-batches. Everything random is a function of (seed, epoch, pair id) and
 the data order a function of (seed, position), so a checkpoint needs weights, optimizer and the step count
-and nothing else to continue bit for bit. The host waits for the device once per logging interval; with
-bitsandbytes' paged optimizer once per step.
+and nothing else to continue bit for bit. The host waits for the device once per logging interval.
 
 Of W processes the r-th takes micro-batches r, r + W, r + 2W, … of the order of one: a step with
 `train.accumulation` A is the step of one process with A · W. Process 0 writes everything; all take part in

@@ -56,11 +56,6 @@ _RULES = (
         "a fused step cannot unscale the gradients of fp16",
     ),
     _Rule(
-        ("train.fused_step", "optim.name"),
-        lambda fused, optimizer: fused and optimizer == "paged_adamw8bit",
-        "bitsandbytes' paged optimizer updates all weights at once, a fused step does not",
-    ),
-    _Rule(
         ("optim.max_update_rms", "optim.name"),
         lambda limit, optimizer: limit is not None and optimizer != "adamw8bit",
         "only 'adamw8bit' limits updates",

@@ -10,9 +10,10 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from mapo_fast.settings.declare import setting
+from mapo_fast.settings.optimizers import REMOVED
 from mapo_kernels.objectives import OBJECTIVES, Objective
 
 _EVERY = 10**9
@@ -177,11 +178,9 @@ class AdapterConfig(Section):
 class OptimConfig(Section):
     """`[optim]`: optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor"] = setting(
-        "adamw", affects="arithmetic", planned="last"
-    )
-    """torch's fused AdamW; AdamW with 8-bit states and stochastic rounding of bf16 weights; bitsandbytes'
-    8-bit AdamW whose states may move to system RAM; or torch's Adafactor."""
+    name: Literal["adamw", "adamw8bit", "adafactor"] = setting("adamw", affects="arithmetic", planned="last")
+    """torch's fused AdamW; AdamW with 8-bit states and stochastic rounding of bf16 weights; or torch's
+    Adafactor."""
     lr: float = setting(1e-5, affects="arithmetic", gt=0.0, lt=1.0)
     """Peak learning rate."""
     betas: tuple[float, float] = setting((0.9, 0.999), affects="arithmetic")
@@ -202,6 +201,13 @@ class OptimConfig(Section):
     max_update_rms: float | None = setting(None, affects="arithmetic", gt=0.0)
     """`adamw8bit` only: largest root mean square of a tensor's update before lr. Needs no other tensor, so it
     is the same with and without train.fused_step."""
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _there(cls, name: object) -> object:
+        if isinstance(name, str) and name in REMOVED:
+            raise ValueError(REMOVED[name])
+        return name
 
     @model_validator(mode="after")
     def _ranges(self) -> OptimConfig:
@@ -269,8 +275,8 @@ class TrainConfig(Section):
     caption_dropout: float = setting(0.0, affects=("arithmetic", "reference"), ge=0.0, le=1.0)
     """Chance that a pair's prompt is dropped, for both halves together."""
     log_every: int = setting(10, affects="bookkeeping", ge=1, le=_EVERY)
-    """Optimizer steps between log lines. The host waits for the GPU only there; `paged_adamw8bit` makes it
-    wait once a step."""
+    """Optimizer steps between log lines. The host waits for the GPU only there; `adafactor` makes it wait in
+    each step."""
     checkpoint_every: int = setting(500, affects="bookkeeping", ge=0, le=_EVERY)
     """Optimizer steps between checkpoints; 0 writes one at the end only."""
     keep_checkpoints: int = setting(2, affects="bookkeeping", ge=1, le=_EVERY)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 
 from mapo_fast.engine.build import learning_rate
 from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
 from mapo_fast.settings.schema import OptimConfig
-from mapo_fast.util.errors import UserError
 
 
 def _guarded(
@@ -57,19 +52,6 @@ def test_the_update_is_clipped_as_configured() -> None:
     p.grad = torch.ones_like(p)
     build_optimizer(OptimConfig(name="adamw8bit", lr=0.5, max_update_rms=0.25), [p]).step()
     torch.testing.assert_close(p.detach(), torch.full_like(p, -0.125))
-
-
-def test_paged_states_need_a_gpu() -> None:
-    with pytest.raises(UserError, match="paged_adamw8bit' needs an NVIDIA GPU"):
-        build_optimizer(OptimConfig(name="paged_adamw8bit"), [torch.nn.Parameter(torch.zeros(3))])
-
-
-def test_a_missing_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    on_a_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
-    with pytest.raises(UserError, match=r"needs bitsandbytes.*or use 'adamw8bit'"):
-        build_optimizer(OptimConfig(name="paged_adamw8bit"), [on_a_gpu])
-    build_optimizer(OptimConfig(name="adamw8bit"), [torch.nn.Parameter(torch.zeros(3))])
 
 
 def test_the_norm_is_the_one_before_clipping_and_zero_means_no_clipping() -> None:

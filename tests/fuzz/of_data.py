@@ -115,7 +115,6 @@ class Source(Kind):
     def __init__(self, folder: Path, model: Path) -> None:
         super().__init__(folder, model)
         self.sources = self._make(folder / "sources")
-        self.scans = 0
 
     def _make(self, folder: Path) -> list[Path]:
         made = [make_pairs(folder / "jsonl", 4, 16, labelled=True), make_images(folder / "single", 3)]

@@ -61,6 +61,21 @@ def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path) -> None:
         check_output(_config(tmp_path / "photo.png"), IDENTITY, resume=False)
 
 
+def test_a_run_with_a_removed_optimizer_says_what_to_do(tmp_path: Path) -> None:
+    claim_output(_config(tmp_path), IDENTITY)
+    record = json.loads((tmp_path / "run.json").read_text())
+    record["config"]["optim"]["name"] = "paged_adamw8bit"
+    write_record(tmp_path / "run.json", {key: value for key, value in record.items() if key != "sha256"})
+    for name in ("adamw", "adamw8bit"):
+        with pytest.raises(
+            UserError, match=r"optim\.name was 'paged_adamw8bit', and it was removed"
+        ) as caught:
+            check_output(_config(tmp_path, optim={"name": name}), IDENTITY, resume=True)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"optim\.name = \"?'?paged_adamw8bit.*it was removed"):
+        _config(tmp_path, optim={"name": "paged_adamw8bit"})
+
+
 def test_a_resume_may_change_what_leaves_the_updates_alone(tmp_path: Path) -> None:
     claim_output(_config(tmp_path), IDENTITY)
     changed = _config(tmp_path, train={"steps": 7, "layout": "joint", "log_every": 3}, preview={"steps": 9})
