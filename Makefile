@@ -9,7 +9,7 @@
 #   make gpu-check PART=memory  likewise: the engine's tests, then the memory table's rows at full size
 #   make gpu-check PART=step    likewise: whole training steps beside other recipes, and every switch
 #   make proof             long campaigns that CI does not run; each appends a row to bench/results
-#   make test-base         the loss in an environment with the base install only
+#   make test-base         the loss with the base install only; patch_unet with diffusers beside it
 #
 # PIP_ARGS is handed to pip, for instance to choose the CPU build of torch:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -80,6 +80,8 @@ test-base:
 	$(PYTHON) -m venv --clear $(VENV)-base
 	$(VENV)-base/bin/python -m pip install --quiet --no-compile $(PIP_ARGS) -c constraints.txt .
 	cd $(VENV)-base && bin/python ../tests/base_install.py
+	$(VENV)-base/bin/python -m pip install --quiet --no-compile $(PIP_ARGS) -c constraints.txt diffusers
+	cd $(VENV)-base && bin/python ../tests/base_and_diffusers.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-base build dist *.egg-info

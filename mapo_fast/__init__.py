@@ -1,7 +1,8 @@
 """mapo_fast: preference fine-tuning of Stable Diffusion XL with MaPO (arXiv 2406.06424) on one GPU.
 
-The base install (torch, safetensors, Triton where it exists) gives the loss; `mapo_fast[train]` adds the
-trainer and `patch_unet`. Importing this package imports neither torch nor diffusers; using a name does.
+The base install (torch, safetensors, Triton where it exists) gives the loss, and `patch_unet` with
+diffusers beside it; `mapo_fast[train]` adds the trainer. Importing this package imports neither torch nor
+diffusers; using a name does.
 """
 
 import logging
