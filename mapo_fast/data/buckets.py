@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from mapo_fast.models import sdxl
 from mapo_fast.util.errors import UserError
 
 MAX_ASPECT = 4.0
@@ -100,12 +101,12 @@ def fit_image(image: Image.Image, bucket: Size) -> Image.Image:
 
 
 def time_ids(size: Size, bucket: Size, conditioning: str) -> tuple[float, ...]:
-    """SDXL's (original_h, original_w, crop_top, crop_left, target_h, target_w) of one image.
+    """What the UNet is told of one image's size: `sdxl.time_ids`.
 
     `shared` is what sampling uses, the same for both images of a pair: original size = target size, no crop.
     `own` is the image's file size and its own crop (a mirrored image keeps its mirror image's).
     """
     if conditioning == "shared":
-        return (*map(float, bucket), 0.0, 0.0, *map(float, bucket))
+        return sdxl.time_ids(bucket, (0, 0), bucket)
     how = fit(size, bucket)
-    return (*map(float, size), float(how.crop_top), float(how.crop_left), *map(float, bucket))
+    return sdxl.time_ids(size, (how.crop_top, how.crop_left), bucket)

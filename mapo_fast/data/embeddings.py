@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import compress
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +18,8 @@ from mapo_fast.data.prompts import EMPTY
 from mapo_fast.data.shards import ShardFamily, pack_keys
 from mapo_fast.hardware import gpu
 from mapo_fast.models.pipeline import PipelineFolder
-from mapo_fast.models.text import BATCH, ENCODERS, TextEncoder, chunk_count, empty_prompt, text_widths
+from mapo_fast.models.sdxl import BOTH, CONTEXT, Which, text_encoder
+from mapo_fast.models.text import BATCH, TextEncoder, chunk_count, empty_prompt, text_widths
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.progress import Callbacks, stage
 
@@ -27,7 +27,7 @@ from mapo_fast.util.progress import Callbacks, stage
 def prompt_bytes(folder: PipelineFolder, max_tokens: int) -> int:
     """Bytes of a prompt's embeddings in the shards of both encoders."""
     (first, second), pooled = text_widths(folder)
-    return 2 * (77 * chunk_count(max_tokens) * (first + second) + pooled)
+    return 2 * (CONTEXT * chunk_count(max_tokens) * (first + second) + pooled)
 
 
 def embed_prompts(
@@ -53,7 +53,7 @@ def embed_prompts(
         UserError: an encoder cannot be loaded, or gives values for the empty prompt that are not finite.
     """
     prompts = {EMPTY: "", **prompts}
-    for which in ENCODERS:
+    for which in BOTH:
         family = families[f"text{which}"]
         if folder.zeros_for_empty_prompt and EMPTY not in family:
             _store_zeros(family, folder, which, max_tokens)
@@ -76,7 +76,7 @@ def _embed(
     prompts: Mapping[bytes, str],
     family: ShardFamily,
     folder: PipelineFolder,
-    which: Literal[1, 2],
+    which: Which,
     max_tokens: int,
     device: torch.device,
     callbacks: Callbacks,
@@ -100,14 +100,14 @@ def _embed(
     encoder.free()
 
 
-def _store_zeros(family: ShardFamily, folder: PipelineFolder, which: Literal[1, 2], max_tokens: int) -> None:
+def _store_zeros(family: ShardFamily, folder: PipelineFolder, which: Which, max_tokens: int) -> None:
     zeros = empty_prompt(folder, max_tokens=max_tokens, device="cpu", dtype=torch.float32)
     hidden = zeros.prompt_embeds[..., : text_widths(folder)[0][which - 1]]
     family.write(_tensors([EMPTY], hidden, zeros.pooled_embeds, which))
 
 
-def _damaged(folder: PipelineFolder, which: Literal[1, 2]) -> str:
-    part = folder.path("text_encoder" if which == 1 else "text_encoder_2")
+def _damaged(folder: PipelineFolder, which: Which) -> str:
+    part = folder.path(text_encoder(which))
     return (
         f"{part} gives values for the empty prompt that are not finite: its weights are damaged; copy it "
         "from the model again"

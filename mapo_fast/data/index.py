@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mapo_fast.models.sdxl import ENCODERS
 from mapo_fast.settings.table import affecting
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import (
@@ -26,14 +27,12 @@ from mapo_fast.util.files import (
 )
 
 if TYPE_CHECKING:
-    from mapo_fast.models.pipeline import Component, PipelineFolder
+    from mapo_fast.models.pipeline import PipelineFolder
     from mapo_fast.settings.schema import DataConfig
 
 FORMAT = 4
 TAKEN_OVER = (2, 3)
 """Formats whose shards are alike: `prepare` only writes the tables of such a cache anew."""
-ENCODERS: tuple[Component, ...] = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-"""The parts of a pipeline by whose files a cache was known before format 4."""
 
 
 def cache_settings(folder: PipelineFolder, data: DataConfig) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from mapo_fast.data.vae_encoder import latent_shape
 from mapo_fast.hardware import gpu
 from mapo_fast.models.fp32 import exact_fp32
 from mapo_fast.models.pipeline import PipelineFolder, open_sdxl, scheduler_overrides
-from mapo_fast.models.text import ENCODERS
+from mapo_fast.models.sdxl import BOTH
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import disk_errors, exclusive, write_json
@@ -140,7 +140,7 @@ class Preparation:
         prompts = (row.prompt for row in rows if not row.reason)
         keys = prompt_keys(self.folder, prompts, self.data.max_tokens)
         for prompt, key in keys.items():
-            for which in ENCODERS:
+            for which in BOTH:
                 self.families[f"text{which}"].alias(key, spelling_key(prompt))
         return keys
 
@@ -154,7 +154,7 @@ class Preparation:
             device=self.device,
             callbacks=self.callbacks,
         )
-        for which in ENCODERS:
+        for which in BOTH:
             failed = self.families[f"text{which}"].failed
             detail = f"text encoder {which} gives values for its prompt that are not finite"
             choice.skip("non-finite embedding", detail, [pair.prompt in failed for pair in choice.pairs])

@@ -14,7 +14,8 @@ from itertools import islice
 
 from mapo_fast.data.scan import content_hash
 from mapo_fast.models.pipeline import PipelineFolder
-from mapo_fast.models.text import ENCODERS, text_ids
+from mapo_fast.models.sdxl import BOTH
+from mapo_fast.models.text import text_ids
 
 _AT_ONCE = 4096
 
@@ -35,7 +36,7 @@ def prompt_keys(folder: PipelineFolder, prompts: Iterable[str], max_tokens: int)
     Raises:
         UserError: a tokenizer cannot be loaded.
     """
-    tokenizers = [folder.load_tokenizer(which) for which in ENCODERS]
+    tokenizers = [folder.load_tokenizer(which) for which in BOTH]
     tokens: dict[str, bytes] = {}
     least: dict[bytes, bytes] = {}
     distinct = iter(dict.fromkeys(prompts))

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mapo_fast.demo import world
+from mapo_fast.models import sdxl
 from mapo_fast.util.files import write_json
 
 WIDTH = 32
@@ -218,7 +219,8 @@ def train_unet(steps: int, seed: int, vae: Any, tokenizer: Any, encoders: list[A
     index = {caption: i for i, caption in enumerate(captions)}
     which = torch.tensor([index[caption] for caption, _ in pairs])
     hidden, pooled = encode_captions(tokenizer, encoders, captions)
-    time_ids = torch.tensor([[world.SIDE, world.SIDE, 0, 0, world.SIDE, world.SIDE]], dtype=torch.float32)
+    side = (world.SIDE, world.SIDE)
+    time_ids = torch.tensor([sdxl.time_ids(side, (0, 0), side)])
 
     scheduler = DDPMScheduler(**SCHEDULER)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3, weight_decay=1e-2)
@@ -233,15 +235,14 @@ def train_unet(steps: int, seed: int, vae: Any, tokenizer: Any, encoders: list[A
         noise = torch.randn(latents[rows].shape, generator=generator)
         timesteps = torch.randint(1000, (64,), generator=generator)
         kept = (torch.rand(64, generator=generator) >= 0.1).float()
-        prediction = unet(
+        prediction = sdxl.predict(
+            unet,
             scheduler.add_noise(latents[rows], noise, timesteps),
             timesteps,
-            encoder_hidden_states=hidden[which[rows]] * kept[:, None, None],
-            added_cond_kwargs={
-                "text_embeds": pooled[which[rows]] * kept[:, None],
-                "time_ids": time_ids.expand(64, -1),
-            },
-        ).sample
+            hidden[which[rows]] * kept[:, None, None],
+            pooled[which[rows]] * kept[:, None],
+            time_ids.expand(64, -1),
+        )
         loss = F.mse_loss(prediction, noise)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -356,8 +357,11 @@ def encode(vae: Any, images: Tensor) -> Tensor:
 def encode_captions(tokenizer: Any, encoders: list[Any], captions: list[str]) -> tuple[Tensor, Tensor]:
     """SDXL's conditioning: both encoders' penultimate states (N, 77, 64), the second's projection (N, 32)."""
     ids = tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
-    outputs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
-    return torch.cat([o.hidden_states[-2] for o in outputs], dim=-1), outputs[1].text_embeds
+    (first, _), (second, pooled) = (
+        sdxl.encode_text(encoder, ids, which) for encoder, which in zip(encoders, sdxl.BOTH, strict=True)
+    )
+    assert pooled is not None
+    return torch.cat([first, second], dim=-1), pooled
 
 
 def _share(values: Any) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mapo_fast.data.cache import CachedPair, PairBatch, PairCache, SampleBatch
 from mapo_fast.engine.draws import pair_drop, pair_flip, pair_noise, pair_timestep
+from mapo_fast.models import sdxl
 from mapo_fast.models.diffusion import Diffusion
 
 
@@ -98,19 +99,9 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def predict(unet: Any, inputs: PairInputs) -> Tensor:
-    """The UNet's prediction for both halves, (2B, C, h, w).
-
-    Time ids stay in fp32: bf16 would round sizes above 512 to multiples of 4. Everything else follows the
-    weights' type.
-    """
-    dtype = unet.conv_in.weight.dtype
-    return unet(  # type: ignore[no-any-return]
-        inputs.noisy.to(dtype),
-        inputs.timesteps,
-        encoder_hidden_states=inputs.prompt_embeds.to(dtype),
-        added_cond_kwargs={"text_embeds": inputs.pooled_embeds.to(dtype), "time_ids": inputs.time_ids},
-        return_dict=False,
-    )[0]
+    """The UNet's prediction for both halves, (2B, C, h, w)."""
+    given = (inputs.noisy, inputs.timesteps, inputs.prompt_embeds, inputs.pooled_embeds, inputs.time_ids)
+    return sdxl.predict(unet, *given)
 
 
 def sample_errors(prediction: Tensor, target: Tensor) -> Tensor:

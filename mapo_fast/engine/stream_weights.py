@@ -23,15 +23,15 @@ them, and whoever updates the weights of a unit calls `updated`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from mapo_fast.engine.transfers import Ticket, Transfers
+from mapo_fast.models.sdxl import execution_order
 
 STREAMED_BYTES = 1 << 20
 """Units with less than this to stream stay on the device."""
@@ -170,29 +170,6 @@ class WeightStreaming:
 
         module.register_forward_pre_hook(before_forward)
         module.register_forward_hook(after_forward)
-
-
-def execution_order(unet: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of a `UNet2DConditionModel` that run once each, in the order in which they run."""
-    names = {module: name for name, module in unet.named_modules()}
-    for module in _execution_order(unet):
-        yield names[module], module
-
-
-def _execution_order(unet: Any) -> Iterator[nn.Module]:
-    yield unet.time_embedding
-    if unet.config.addition_embed_type is not None:
-        yield unet.add_embedding
-    yield unet.conv_in
-    for block in filter(None, (*unet.down_blocks, unet.mid_block, *unet.up_blocks)):
-        attentions = getattr(block, "attentions", ())  # the middle has one less than ResNet blocks
-        for module in itertools.chain.from_iterable(itertools.zip_longest(block.resnets, attentions)):
-            if isinstance(module, Transformer2DModel):
-                yield from (module.norm, module.proj_in, *module.transformer_blocks, module.proj_out)
-            elif module is not None:
-                yield module
-        yield from getattr(block, "downsamplers", None) or getattr(block, "upsamplers", None) or ()
-    yield from (unet.conv_norm_out, unet.conv_out)
 
 
 def _layout(parameters: Sequence[nn.Parameter]) -> tuple[list[tuple[nn.Parameter, int]], int]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mapo_fast.models.sdxl import CONTEXT, TIME_IDS
 from mapo_fast.util.errors import UserError, shown
 
 Width = Annotated[int, Field(gt=0, le=2**20)]
@@ -21,10 +22,6 @@ Depth = Annotated[int, Field(ge=0, le=64)]
 Blocks = Annotated[list[Width], Field(min_length=1, max_length=16)]
 Beta = Annotated[float, Field(gt=0, lt=1)]
 
-TIME_IDS = 6
-"""Original size, crop and target size; the refiner has five: an aesthetic score in place of the last two."""
-CONTEXT = 77
-"""Positions of a text encoder."""
 LEGACY_EOS = 2
 """An `eos_token_id` of old configs, for which CLIP takes the largest id of a prompt instead."""
 

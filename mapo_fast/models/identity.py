@@ -11,9 +11,10 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from mapo_fast.models.pipeline import Component, PipelineFolder, read_header, read_samples
+from mapo_fast.models.pipeline import PipelineFolder, read_header, read_samples
+from mapo_fast.models.sdxl import BOTH, Component, text_encoder
 
 _DECODER_ONLY = {"out_channels", "up_block_types", "use_post_quant_conv"}
 _TOKEN_ONLY = {"eos_token_id"}  # `load_tokenizer` refuses one that is not the tokenizer's
@@ -44,16 +45,12 @@ def encoders_identity(folder: PipelineFolder) -> str:
     """
     vae = folder.vae_config.model_dump(exclude=_DECODER_ONLY)
     parts: dict[str, Any] = {"vae": [vae, *_tensors(folder, "vae")]}
-    for which in _BOTH:
+    for which in BOTH:
         exclude = _TOKEN_ONLY | ({"projection_dim"} if which == 1 else set())
         text = folder.text_config(which).model_dump(exclude=exclude)
-        component: Component = "text_encoder" if which == 1 else "text_encoder_2"
-        parts[f"text{which}"] = [text, *_tensors(folder, component)]
+        parts[f"text{which}"] = [text, *_tensors(folder, text_encoder(which))]
         parts[f"tokenizer{which}"] = _tokenizer(folder.load_tokenizer(which))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-_BOTH: tuple[Literal[1, 2], ...] = (1, 2)
 
 
 def _tensors(folder: PipelineFolder, component: Component) -> list[TensorIdentity]:

@@ -1,15 +1,9 @@
 """LoRA on the UNet through peft, and its two files.
 
-    pytorch_lora_weights.safetensors   for diffusers: `pipe.load_lora_weights(folder)`. The scale alpha / rank
-                                       is in the file's adapter metadata, which diffusers >= 0.35 reads.
-    lora_kohya.safetensors             kohya keys, with the true alpha in every layer: for ComfyUI, A1111 and
-                                       Forge, kohya's own scripts, and diffusers too.
-
-Names in the kohya file. kohya's scripts train SDXL on a UNet with the original block names and match keys
-exactly, so a key must read `lora_unet_input_blocks_4_1_…`, not `lora_unet_down_blocks_1_attentions_0_…`.
-ComfyUI builds its key map from the original names too (and from diffusers'), A1111 replaces `lora_unet` by
-`diffusion_model` and looks the rest up, diffusers maps original names back by the UNet's
-`layers_per_block`. The original names are therefore the ones that load everywhere.
+pytorch_lora_weights.safetensors   for diffusers: `pipe.load_lora_weights(folder)`. The scale alpha / rank
+                                   is in the file's adapter metadata, which diffusers >= 0.35 reads.
+lora_kohya.safetensors             kohya keys, with the true alpha in every layer: for ComfyUI, A1111 and
+                                   Forge, kohya's own scripts, and diffusers too. For its names see `sdxl`.
 """
 
 from __future__ import annotations
@@ -24,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mapo_fast.models.sdxl import KOHYA_METADATA, block_layers, kohya_name, pipeline_class
 from mapo_fast.util.checkpoint import new_folder
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import disk_errors
@@ -31,23 +26,6 @@ from mapo_fast.util.tensorfile import rewrite, write_tensors
 
 ADAPTER = "default"
 """peft's name of the one adapter."""
-
-_RESNET = {
-    "conv1": "in_layers.2",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}
-_OUTSIDE = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
-_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
 def add_lora(
@@ -114,8 +92,6 @@ def save_lora(unet: Any, folder: Path) -> None:
     Raises:
         UserError: disk full or not writable.
     """
-    from diffusers import StableDiffusionXLPipeline
-
     config = unet.peft_config[ADAPTER]
     factors = lora_state_dict(unet)
     with disk_errors(folder):
@@ -123,7 +99,7 @@ def save_lora(unet: Any, folder: Path) -> None:
         with new_folder(folder) as temporary:
             # peft keeps the targets in a set, whose order differs from process to process
             metadata = {**config.to_dict(), "target_modules": sorted(config.target_modules)}
-            StableDiffusionXLPipeline.save_lora_weights(
+            pipeline_class().save_lora_weights(
                 temporary, unet_lora_layers=factors, unet_lora_adapter_metadata=metadata
             )
             for written in list(temporary.iterdir()):
@@ -136,8 +112,7 @@ def save_lora(unet: Any, folder: Path) -> None:
                     "ss_network_module": "networks.lora",
                     "ss_network_dim": str(config.r),
                     "ss_network_alpha": str(config.lora_alpha),
-                    "ss_base_model_version": "sdxl_base_v1-0",
-                    "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+                    **KOHYA_METADATA,
                 },
             )
 
@@ -152,56 +127,6 @@ def kohya_state_dict(factors: dict[str, Tensor], alpha: float, layers: Sequence[
         state[f"{prefix}.{which}"] = factor
         state[f"{prefix}.alpha"] = torch.tensor(float(alpha))
     return state
-
-
-def kohya_name(layer: str, layers: Sequence[int]) -> str:
-    """The kohya name of a layer of diffusers' SDXL UNet, with SDXL's original block numbers.
-
-    The original UNet numbers its blocks through: block 0 is the first convolution, and every diffusers down
-    block is its residual layers and a downsampler; an up block has one layer more and keeps its upsampler in
-    the last.
-
-    Args:
-        layers: residual layers of each down block (`block_layers`); up blocks have them in reverse.
-
-    Raises:
-        KeyError: not a layer of that UNet.
-    """
-    if match := _BLOCK.fullmatch(layer):
-        side, block, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-        before, last = _numbered(layers if side == "down" else layers[::-1], block)
-        first = before + (1 if side == "down" else 0)
-        place = f"{'input' if side == 'down' else 'output'}_blocks"
-        if kind == "resnets":
-            original = f"{place}.{first + index}.0.{_RESNET[rest]}"
-        elif kind == "attentions":
-            original = f"{place}.{first + index}.1.{rest}"
-        elif kind == "downsamplers":
-            original = f"{place}.{first + last}.0.op"
-        else:
-            original = f"{place}.{first + last}.2.{rest}"
-    elif match := _MIDDLE.fullmatch(layer):
-        kind, index, rest = match[1], int(match[2]), match[3]
-        if kind == "resnets":
-            original = f"middle_block.{2 * index}.{_RESNET[rest]}"
-        else:
-            original = f"middle_block.1.{rest}"
-    else:
-        original = _OUTSIDE[layer]
-    return "lora_unet_" + original.replace(".", "_")
-
-
-def block_layers(unet: Any) -> list[int]:
-    """Residual layers of each down block: diffusers' `layers_per_block` is one number for all, or a list."""
-    stated, blocks = unet.config.layers_per_block, len(unet.config.down_block_types)
-    return [stated] * blocks if isinstance(stated, int) else list(stated)
-
-
-def _numbered(layers: Sequence[int], block: int) -> tuple[int, int]:
-    """For a diffusers block: the number of original blocks before it, and that of its own last one."""
-    if block >= len(layers):
-        raise KeyError(block)
-    return sum(count + 1 for count in layers[:block]), layers[block]
 
 
 def _check_targets(unet: Any, targets: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -32,25 +32,11 @@ from mapo_fast.models.configs import (
     check_vae,
     checked,
 )
+from mapo_fast.models.sdxl import CONFIGS, WEIGHTS, Component, Which, text_encoder
 from mapo_fast.models.trial import Shapes, try_text_encoder, try_unet, try_vae
 from mapo_fast.settings.schema import TrainConfig
 from mapo_fast.util.errors import MachineError, UserError
 from mapo_fast.util.files import one_line, os_error, parse_json, read_json, sha256_file, unreadable
-
-Component = Literal["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
-
-_WEIGHTS: dict[str, str] = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-}
-_CONFIGS: dict[str, str] = {
-    **dict.fromkeys(_WEIGHTS, "config.json"),
-    "tokenizer": "tokenizer_config.json",
-    "tokenizer_2": "tokenizer_config.json",
-    "scheduler": "scheduler_config.json",
-}
 
 
 @dataclass(frozen=True)
@@ -68,17 +54,17 @@ class PipelineFolder:
 
     def config(self, component: Component) -> dict[str, Any]:
         """The component's JSON config."""
-        return read_json(self.path(component) / _CONFIGS[component])
+        return read_json(self.path(component) / CONFIGS[component])
 
     @cached_property
     def vae_config(self) -> VaeConfig:
         """The VAE's config, checked."""
-        return check_vae(self.config("vae"), self.path("vae") / _CONFIGS["vae"])
+        return check_vae(self.config("vae"), self.path("vae") / CONFIGS["vae"])
 
-    def text_config(self, which: Literal[1, 2]) -> TextConfig:
+    def text_config(self, which: Which) -> TextConfig:
         """A text encoder's config, checked."""
-        component: Component = "text_encoder" if which == 1 else "text_encoder_2"
-        return check_text(self.config(component), self.path(component) / _CONFIGS[component])
+        component = text_encoder(which)
+        return check_text(self.config(component), self.path(component) / CONFIGS[component])
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
@@ -92,7 +78,7 @@ class PipelineFolder:
 
     def weight_files(self, component: Component) -> list[Path]:
         """The safetensors files of a component, of the variant that `_variant` chooses."""
-        return _weight_files(self.path(component), _WEIGHTS[component])[0]
+        return _weight_files(self.path(component), WEIGHTS[component])[0]
 
     def fingerprint(self, components: tuple[Component, ...]) -> str:
         """SHA-256 over the configs and weights of these components: the identity of what they compute.
@@ -102,8 +88,8 @@ class PipelineFolder:
         """
         digest = hashlib.sha256()
         for component in components:
-            if component in _WEIGHTS:
-                files = [self.path(component) / _CONFIGS[component], *self.weight_files(component)]
+            if component in WEIGHTS:
+                files = [self.path(component) / CONFIGS[component], *self.weight_files(component)]
             else:
                 files = sorted(p for p in self.path(component).iterdir() if p.is_file())
             for file in files:
@@ -123,7 +109,7 @@ class PipelineFolder:
 
         return self._load("vae", AutoencoderKL, dtype).requires_grad_(False)
 
-    def load_text_encoder(self, which: Literal[1, 2], dtype: torch.dtype = torch.float32) -> Any:
+    def load_text_encoder(self, which: Which, dtype: torch.dtype = torch.float32) -> Any:
         """The first (`CLIPTextModel`) or second (`CLIPTextModelWithProjection`) text encoder."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -131,7 +117,7 @@ class PipelineFolder:
             return self._load("text_encoder", CLIPTextModel, dtype).requires_grad_(False)
         return self._load("text_encoder_2", CLIPTextModelWithProjection, dtype).requires_grad_(False)
 
-    def load_tokenizer(self, which: Literal[1, 2]) -> Any:
+    def load_tokenizer(self, which: Which) -> Any:
         """The tokenizer that goes with text encoder 1 or 2."""
         from transformers import CLIPTokenizer
 
@@ -150,13 +136,13 @@ class PipelineFolder:
         self._check_tokens(which, tokenizer)
         return tokenizer
 
-    def _check_tokens(self, which: Literal[1, 2], tokenizer: Any) -> None:
+    def _check_tokens(self, which: Which, tokenizer: Any) -> None:
         """That every prompt can be padded, and that the text encoder knows the tokens."""
         component: Component = "tokenizer" if which == 1 else "tokenizer_2"
         for name in SPECIAL_TOKENS:
             if getattr(tokenizer, f"{name}_id") is None:
                 raise UserError(
-                    f"{self.path(component) / _CONFIGS[component]} has no {name} that is in the vocabulary: "
+                    f"{self.path(component) / CONFIGS[component]} has no {name} that is in the vocabulary: "
                     "prompts cannot be encoded; copy the tokenizer's files from the model again"
                 )
         text = self.text_config(which)
@@ -172,7 +158,7 @@ class PipelineFolder:
             )
 
     def _load(self, component: Component, kind: Any, dtype: torch.dtype) -> Any:
-        files, variant = _weight_files(self.path(component), _WEIGHTS[component])
+        files, variant = _weight_files(self.path(component), WEIGHTS[component])
         try:
             with _quiet():
                 # Wrong shapes are let through here only to be named below: the libraries' own errors differ.
@@ -306,7 +292,7 @@ def open_sdxl(
         with _readable("model.vae", vae):
             if not vae.is_dir():
                 raise UserError(f"model.vae not found: {vae} (it must be a diffusers AutoencoderKL folder)")
-    for component in _CONFIGS:
+    for component in CONFIGS:
         if component == "vae" and vae is not None:
             with _readable("model.vae", vae):
                 try:
@@ -334,13 +320,13 @@ def scheduler_overrides(config: TrainConfig) -> dict[str, Any]:
 def _check_part(folder: PipelineFolder, component: Component, weights: bool) -> None:
     """One component's config, and with `weights` its weights or vocabulary."""
     part = folder.path(component)
-    if not (part / _CONFIGS[component]).is_file():
-        raise UserError(f"{folder.root} is not an SDXL pipeline: {part / _CONFIGS[component]} is missing")
-    config = read_json(part / _CONFIGS[component])
+    if not (part / CONFIGS[component]).is_file():
+        raise UserError(f"{folder.root} is not an SDXL pipeline: {part / CONFIGS[component]} is missing")
+    config = read_json(part / CONFIGS[component])
     if component in ("tokenizer", "tokenizer_2"):
-        check_tokens(config, part / _CONFIGS[component])
-    if component in _WEIGHTS and weights:
-        _weight_files(part, _WEIGHTS[component])
+        check_tokens(config, part / CONFIGS[component])
+    if component in WEIGHTS and weights:
+        _weight_files(part, WEIGHTS[component])
     elif weights and component != "scheduler" and not (part / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             if not (part / name).is_file():
@@ -352,7 +338,7 @@ def _check_configs(folder: PipelineFolder, weights: bool) -> None:
     from mapo_fast.models.diffusion import Diffusion  # imports diffusers
 
     def where(component: Component) -> Path:
-        return folder.path(component) / _CONFIGS[component]
+        return folder.path(component) / CONFIGS[component]
 
     index = folder.root / "model_index.json"
     if checked(PipelineConfig, read_json(index), index).requires_aesthetics_score:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.sdxl import sampling_pipeline
 from mapo_fast.models.vae import from_unet
 from mapo_fast.util.errors import UserError
 
@@ -149,18 +150,7 @@ def sampler(folder: PipelineFolder, steps: int) -> Any:
 
 def _pipeline(folder: PipelineFolder, unet: Any, steps: int) -> Any:
     with _quiet_import():
-        from diffusers import StableDiffusionXLPipeline
-
-    pipeline = StableDiffusionXLPipeline(
-        vae=None,
-        text_encoder=None,
-        text_encoder_2=None,
-        tokenizer=None,
-        tokenizer_2=None,
-        unet=unet,
-        scheduler=sampler(folder, steps),
-        add_watermarker=False,
-    )
+        pipeline = sampling_pipeline(unet, sampler(folder, steps))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.sdxl import BOTH, CHUNK_TOKENS, CONTEXT, Which, encode_text
 
-CHUNK_TOKENS = 75
 BATCH = 16
-ENCODERS: tuple[Literal[1, 2], ...] = (1, 2)
 
 
 class PromptEmbeds(NamedTuple):
@@ -68,7 +67,7 @@ def encode_prompts(
         raise ValueError("encode_prompts needs at least one prompt")
     hidden: list[Tensor] = []
     pooled: list[Tensor] = []
-    for which in ENCODERS:
+    for which in BOTH:
         encoder = TextEncoder(folder, which, chunk_count(max_tokens), device, dtype)
         batches = [encoder(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
         encoder.free()
@@ -84,7 +83,7 @@ def empty_prompt(
     if not folder.zeros_for_empty_prompt:
         return encode_prompts(folder, [""], max_tokens=max_tokens, device=device, dtype=dtype)
     widths, pooled = text_widths(folder)
-    sequence = 77 * chunk_count(max_tokens)
+    sequence = CONTEXT * chunk_count(max_tokens)
     return PromptEmbeds(
         torch.zeros(1, sequence, sum(widths), dtype=dtype), torch.zeros(1, pooled, dtype=dtype)
     )
@@ -106,7 +105,7 @@ class TextEncoder:
     def __init__(
         self,
         folder: PipelineFolder,
-        which: Literal[1, 2],
+        which: Which,
         chunks: int,
         device: torch.device | str,
         dtype: torch.dtype,
@@ -121,10 +120,10 @@ class TextEncoder:
         ids = chunk_ids(self.tokenizer, prompts, self.chunks)  # (n, chunks, 77)
         hidden, pooled = [], torch.empty(0)
         for index in range(self.chunks):
-            out = self.model(ids[:, index].to(self.device), output_hidden_states=True)
-            hidden.append(out.hidden_states[-2].cpu())
-            if index == 0 and self.which == 2:
-                pooled = out[0].cpu()
+            states, pool = encode_text(self.model, ids[:, index].to(self.device), self.which)
+            hidden.append(states.cpu())
+            if index == 0 and pool is not None:
+                pooled = pool.cpu()
         return torch.cat(hidden, dim=1), pooled
 
     def free(self) -> None:
@@ -142,9 +141,9 @@ def chunk_ids(tokenizer: Any, prompts: Sequence[str], chunks: int) -> Tensor:  #
         for index in range(chunks):
             piece = ids[index * CHUNK_TOKENS : (index + 1) * CHUNK_TOKENS]
             piece = [tokenizer.bos_token_id, *piece, tokenizer.eos_token_id]
-            row.append(piece + [tokenizer.pad_token_id] * (CHUNK_TOKENS + 2 - len(piece)))
+            row.append(piece + [tokenizer.pad_token_id] * (CONTEXT - len(piece)))
         rows.append(row)
-    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), chunks, CHUNK_TOKENS + 2)
+    return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), chunks, CONTEXT)
 
 
 def text_ids(tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:

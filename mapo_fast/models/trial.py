@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from mapo_fast.models.configs import CONTEXT
+from mapo_fast.models.sdxl import CONTEXT, TIME_IDS, encode_text, predict
 
 Shapes = dict[str, tuple[int, ...]]
 """Shapes of a model's weights, by name."""
@@ -37,9 +37,8 @@ def try_unet(config: str, text_width: int, pooled_width: int) -> Shapes:
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(fields)
         latents = torch.empty(1, fields.get("in_channels", 4), side, side)
-        conditions = {"text_embeds": torch.empty(1, pooled_width), "time_ids": torch.empty(1, 6)}
-        text = torch.empty(1, 77, text_width)
-        out = unet(latents, torch.zeros(1), text, added_cond_kwargs=conditions).sample
+        text, pooled = torch.empty(1, CONTEXT, text_width), torch.empty(1, pooled_width)
+        out = predict(unet, latents, torch.zeros(1), text, pooled, torch.empty(1, TIME_IDS))
     if out.shape != latents.shape:
         raise ValueError(f"it makes {tuple(out.shape[1:])} of latents {tuple(latents.shape[1:])}")
     return _shapes(unet)
@@ -86,7 +85,7 @@ def try_text_encoder(config: str, which: Literal[1, 2]) -> Shapes:
     kind: Any = CLIPTextModel if which == 1 else CLIPTextModelWithProjection
     with torch.device("meta"):
         encoder = kind(CLIPTextConfig.from_dict(json.loads(config)))
-        encoder(torch.zeros(1, CONTEXT, dtype=torch.long), output_hidden_states=True)
+        encode_text(encoder, torch.zeros(1, CONTEXT, dtype=torch.long), which)
     return _shapes(encoder)
 
 

@@ -28,6 +28,7 @@ from mapo_fast.engine.precision import Precision, choose_precision
 from mapo_fast.engine.step import PairInputs
 from mapo_fast.engine.stream_weights import WeightStreaming
 from mapo_fast.engine.transfers import Ticket, Transfers
+from mapo_fast.models import sdxl
 from mapo_fast.models.text import chunk_count
 from mapo_fast.planner.costs import FETCH, STORE, WAIT, Cost
 from mapo_fast.planner.plan import with_settings
@@ -252,15 +253,14 @@ def _attend_apart(unet: Any) -> None:
 
 
 def pairs_of_zeros(pairs: int, side: int, unet_config: dict[str, Any], *, chunks: int = 1) -> PairInputs:
-    """Inputs of the right shapes: a prompt of 77 tokens a chunk, six time ids."""
+    """Inputs of the right shapes, with prompts of so many chunks."""
     samples, channels = 2 * pairs, unet_config["in_channels"]
-    pooled = unet_config["projection_class_embeddings_input_dim"] - 6 * unet_config["addition_time_embed_dim"]
     return PairInputs(
         noisy=torch.zeros(samples, channels, side, side),
         timesteps=torch.zeros(samples, dtype=torch.int64),
-        prompt_embeds=torch.zeros(samples, 77 * chunks, unet_config["cross_attention_dim"]),
-        pooled_embeds=torch.zeros(samples, pooled),
-        time_ids=torch.zeros(samples, 6),
+        prompt_embeds=torch.zeros(samples, sdxl.CONTEXT * chunks, unet_config["cross_attention_dim"]),
+        pooled_embeds=torch.zeros(samples, sdxl.pooled_width(unet_config)),
+        time_ids=torch.zeros(samples, sdxl.TIME_IDS),
         target=torch.zeros(samples, channels, side, side),
     )
 

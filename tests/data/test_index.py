@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from mapo_fast.data.cache import PairCache
-from mapo_fast.data.index import ENCODERS
 from mapo_fast.data.prepare import prepare
 from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.sdxl import ENCODERS
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.tensorfile import write_tensors
 from tests.data.pair_sources import (

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mapo_fast.engine.layouts import apply_layout
-from mapo_fast.engine.stream_weights import Unit, WeightStreaming, execution_order
+from mapo_fast.engine.stream_weights import Unit, WeightStreaming
 from mapo_fast.engine.transfers import Transfers
 from mapo_fast.models.lora import add_lora
 from mapo_fast.models.patch import FusedTransformerBlock, patch_unet
+from mapo_fast.models.sdxl import execution_order
 from mapo_kernels.weights import views_of_one
 from tests.delayed_transfers import DelayedTransfers
 from tests.unets import inputs, make_unet, run

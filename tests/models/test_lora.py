@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mapo_fast.models.lora import add_lora, kohya_name, lora_state_dict, save_lora
+from mapo_fast.models.lora import add_lora, lora_state_dict, save_lora
+from mapo_fast.models.sdxl import kohya_name
 from mapo_fast.util.checkpoint import CheckpointStore
 from mapo_fast.util.errors import UserError
 

@@ -107,7 +107,7 @@ def test_small_images_stay_whole() -> None:
 def test_prepare_says_what_tiling_changes(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mapo_fast.data.prepare.TILE", 16)
+    monkeypatch.setattr("mapo_fast.data.latents.TILE", 16)
     out = io.StringIO()
     source = jsonl_folder(tmp_path / "s", 3)
     prepare(config(tiny_sdxl, source, tmp_path / "c", vae_tiling=True), callbacks=Terminal(Console(file=out)))
@@ -190,7 +190,7 @@ def test_a_text_encoder_that_does_not_fit_runs_on_the_cpu(
     """And goes on behind what is there."""
     source = jsonl_folder(tmp_path / "s", 5)
     prepare(config(tiny_sdxl, source, tmp_path / "whole"))
-    monkeypatch.setattr("mapo_fast.data.prepare.BATCH", 2)
+    monkeypatch.setattr("mapo_fast.data.embeddings.BATCH", 2)
     monkeypatch.setattr("mapo_fast.data.shards.SHARD_BYTES", 1)
     call, calls = TextEncoder.__call__, []
 
