@@ -61,6 +61,11 @@ SHARED_MEMORY = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100:
 NO_SPILLS_FROM = 80
 
 
+def _no_line_numbers() -> contextlib.AbstractContextManager[Any]:
+    """Triton's key of a function has also the line in its file where the function begins; not so in here."""
+    return mock.patch.object(JITFunction, "starting_line_number", property(lambda _: 0), create=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """One specialisation of one kernel for one card."""
@@ -87,11 +92,10 @@ class Job:
         """Of everything the compiler is given: source with all it calls, specialisation, options, card."""
         names = [name for name, _ in self.options["extern_libs"]]  # their paths depend on the machine
         options = self.options | {"extern_libs": names}
-        parts = (self.signature, self.constants, self.attributes, options)
-        # Triton's own key has also the line in its file where a function begins.
-        with mock.patch.object(JITFunction, "starting_line_number", property(lambda _: 0), create=True):
+        with _no_line_numbers():
             source = self.kernel.cache_key
-        text = repr((source, self.cc, *parts))
+            constants = {at: getattr(value, "cache_key", value) for at, value in self.constants.items()}
+        text = repr((source, self.cc, self.signature, constants, self.attributes, options))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -135,7 +139,7 @@ def launches(selected: Iterable[Case], ccs: Iterable[int] = tuple(CARDS)) -> lis
     ) -> None:
         names = kernel.arg_names
         switches = {names[i]: constants[(i,)] for i, name in enumerate(names) if name.isupper()}
-        shown = " ".join(f"{name}={value}" for name, value in switches.items())
+        shown = " ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in switches.items())
         job = Job(
             kernel,
             f"{label}; {shown} warps={options.num_warps}",
@@ -148,7 +152,11 @@ def launches(selected: Iterable[Case], ccs: Iterable[int] = tuple(CARDS)) -> lis
         jobs.setdefault(job.digest, job)
 
     driver = triton.runtime.driver
-    with mock.patch.object(JITFunction, "_do_compile", record), mock.patch.object(driver, "_active", None):
+    with (
+        _no_line_numbers(),
+        mock.patch.object(JITFunction, "_do_compile", record),
+        mock.patch.object(driver, "_active", None),
+    ):
         for cc in ccs:
             driver.set_active(_AbsentGpu(cc))
             with assume_card(CARDS[cc]), Untouched():

@@ -71,6 +71,7 @@ BY_HAND: dict[str, tuple[dict[str, Any], float, float]] = {  # settings, loss, l
         2 * M,
     ),
     "linear_dpo": ({"beta": 4.0, "eta": 0.125}, (0.5 - 0.8 * M) * (E_W - E_L), 0.8 * M),
+    "npo": ({"beta": 4.0}, log_loss(-2 * M), -2 * M),
     "orpo": ({"beta": 0.5}, E_W + 0.5 * log_loss(E_L - E_W), E_L - E_W),
     "simpo": ({"beta": 4.0, "gamma": 0.5}, log_loss(0.5), 0.5),
     "cpo": ({"beta": 4.0, "gamma": 0.25}, E_W + log_loss(0.75), 0.75),
@@ -88,7 +89,7 @@ def test_values_by_hand(device: str, objective: str) -> None:
     out = paired_loss(column(errors), torch.zeros(2, 1, device=device), objective=objective, **settings)
     assert out.loss.item() == pytest.approx(loss, rel=1e-6)
     assert out.logits.item() == pytest.approx(logit, rel=1e-6)
-    assert out.correct.item()
+    assert out.correct.item() == (logit > 0)
     given = paired_loss_from_errors(*errors.chunk(2), objective=objective, **settings)
     assert given.loss.item() == pytest.approx(loss, rel=1e-6)
 
@@ -396,6 +397,7 @@ def test_default_settings() -> None:
         "kto": {"beta": 1000.0, "desirable_weight": 1.0, "undesirable_weight": 1.0},
         "dmpo": {"beta": 6000.0, "alpha": 0.01},
         "linear_dpo": {"beta": 500.0, "eta": 0.001},
+        "npo": {"beta": 2000.0},
         "orpo": {"beta": 0.1},
         "simpo": {"beta": 250.0, "gamma": 0.5},
         "cpo": {"beta": 250.0, "gamma": 0.0},

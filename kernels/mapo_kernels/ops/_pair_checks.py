@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 
 from mapo_kernels._rows import FLOATING
-from mapo_kernels.objectives import OBJECTIVES
+from mapo_kernels.objectives import MOST_SETTINGS, OBJECTIVES
 from mapo_kernels.ops._noise import NoiseTarget, TensorOrPair
-
-MOST_SETTINGS = 3
-"""What the kernel takes; an objective with fewer gets zeros for the others."""
 
 
 def as_halves(name: str, value: TensorOrPair) -> tuple[Tensor, Tensor | None]:
@@ -107,7 +104,7 @@ def check_settings(objective: str, settings: dict[str, float], reduction: str) -
         if name not in known:
             raise TypeError(f"{name}: {objective!r} has no such setting; it has {', '.join(known)}")
     values = []
-    for name, (default, low, high) in known.items():
+    for name, (default, low, high, *_) in known.items():
         value = settings.get(name, default)
         if not low < value < high:
             wanted = (

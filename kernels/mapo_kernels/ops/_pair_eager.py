@@ -5,10 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mapo_kernels.objectives import pair_terms_torch
+from mapo_kernels.objectives import OBJECTIVES, resolve
 from mapo_kernels.ops._noise import noise_target_torch, normals_torch
 from mapo_kernels.ops._pair_kernels import PairScalars, Terms
 from mapo_kernels.ops._pair_layout import Halves, Operands, Target
+from mapo_kernels.terms import Pairs, PairTerms
+
+
+def _pair_terms(
+    errors: Tensor,  # (2B,)
+    reference_errors: Tensor | None,  # (2B,)
+    scalars: PairScalars,
+) -> PairTerms:
+    """Return loss, logit, dloss/de_w and dloss/de_l, each (B,) fp64."""
+    objective = OBJECTIVES[scalars.objective]
+    e = errors.double()
+    r = torch.zeros_like(e) if reference_errors is None else reference_errors.double()
+    e_w, e_l = e.chunk(2)
+    g_w, g_l = (r - e).chunk(2)
+    labels, baseline = scalars.labels, scalars.baseline
+    pair = Pairs(
+        *((e_l, e_w, g_l, g_w) if objective.swapped else (e_w, e_l, g_w, g_l)),
+        None if labels is None else labels.double(),
+        None if baseline is None else baseline.double().view(()),
+    )
+    settings = scalars.settings[: len(objective.settings)]
+    loss, logit, *slopes = resolve(objective.terms).twin(pair, *settings)
+    d_w, d_l = reversed(slopes) if objective.swapped else slopes
+    broken = (0.0 * e + 0.0 * r).view(2, -1).sum(0)
+    return loss + broken, logit, d_w + broken, d_l + broken
 
 
 def pair_outputs(
@@ -17,9 +42,7 @@ def pair_outputs(
     scalars: PairScalars,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, logits, correct and the fp64 dloss/de_w, dloss/de_l from the errors."""
-    pair_loss, logits, d_w, d_l = pair_terms_torch(
-        errors, reference_errors, scalars.labels, scalars.baseline, scalars.objective, scalars.settings
-    )
+    pair_loss, logits, d_w, d_l = _pair_terms(errors, reference_errors, scalars)
     if scalars.weights is not None:
         weight = scalars.weights.double()
         pair_loss, d_w, d_l = pair_loss * weight, d_w * weight, d_l * weight

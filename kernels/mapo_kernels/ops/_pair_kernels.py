@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mapo_kernels._launch import block_size, completion_counter, on_device
 from mapo_kernels._triton import jit, tl
-from mapo_kernels.objectives import pair_terms
+from mapo_kernels.objectives import OBJECTIVES, resolve
 from mapo_kernels.ops._noise import noise_target, normals
 from mapo_kernels.ops._pair_layout import Halves, Layout, Operands, offsets
 
@@ -44,6 +44,30 @@ def _row_sums(partials, rows, valid, chunks, MOST_CHUNKS: tl.constexpr):  # type
     pointers = partials + rows[:, None] * chunks + chunk[None, :]
     inside = valid[:, None] & (chunk[None, :] < chunks)
     return tl.sum(tl.load(pointers, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64), axis=1)
+
+
+@jit
+def _pair_terms(  # type: ignore[no-untyped-def]
+    e_w,
+    e_l,
+    r_w,  # 0 without a reference
+    r_l,
+    label,  # or None
+    baseline,  # or None
+    a,  # the objective's settings in order
+    b,
+    c,
+    OBJECTIVE: tl.constexpr,  # the kernel of its `Terms`
+    SWAPPED: tl.constexpr,
+):
+    """Return loss, logit, dloss/de_w and dloss/de_l of pairs, all fp64."""
+    if SWAPPED:
+        loss, logit, d_l, d_w = OBJECTIVE(e_l, e_w, r_l, r_w, label, baseline, a, b, c)
+    else:
+        loss, logit, d_w, d_l = OBJECTIVE(e_w, e_l, r_w, r_l, label, baseline, a, b, c)
+    # A saturated sigmoid's slope is 0 at an infinite margin too; 0·∞ = NaN shows it in all of the pair.
+    broken = 0.0 * e_w + 0.0 * e_l + 0.0 * r_w + 0.0 * r_l
+    return loss + broken, logit, d_w + broken, d_l + broken
 
 
 @jit
@@ -133,7 +157,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     ACC: tl.constexpr,
     DIMS: tl.constexpr,
     WIDE: tl.constexpr,  # indices within a sample need 64 bits
-    OBJECTIVE: tl.constexpr,
+    OBJECTIVE: tl.constexpr,  # the kernel of its `Terms`: a function
+    SWAPPED: tl.constexpr,
     PER_PAIR: tl.constexpr,
     BLOCK: tl.constexpr,
     MOST_CHUNKS: tl.constexpr,
@@ -240,8 +265,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
             zero_point = None
             if baseline is not None:
                 zero_point = tl.load(baseline).to(tl.float64)
-            pair_loss, logit, d_w, d_l = pair_terms(
-                e_w, e_l, r_w, r_l, label, zero_point, setting_a, setting_b, setting_c, OBJECTIVE
+            pair_loss, logit, d_w, d_l = _pair_terms(
+                e_w, e_l, r_w, r_l, label, zero_point, setting_a, setting_b, setting_c, OBJECTIVE, SWAPPED
             )
             logit = logit.to(ACC)
             tl.store(logits + i, logit, mask=valid)
@@ -423,6 +448,7 @@ def launch_forward(operands: Operands, scalars: PairScalars, layout: Layout) -> 
     like = prediction.chosen
     pairs, numel = like.shape[0], like[0].numel()
     acc = operands.accumulator
+    objective = OBJECTIVES[scalars.objective]
     given = scalars.reference_errors
     has_reference = reference is not None or given is not None
     out = empty_terms(like, pairs, acc, per_pair=scalars.per_pair, reference=has_reference)
@@ -465,7 +491,8 @@ def launch_forward(operands: Operands, scalars: PairScalars, layout: Layout) -> 
             ACC=triton_dtype(acc),
             DIMS=layout.dims,
             WIDE=numel + chunk >= 2**31,
-            OBJECTIVE=scalars.objective,
+            OBJECTIVE=resolve(objective.terms).kernel,
+            SWAPPED=objective.swapped,
             PER_PAIR=scalars.per_pair,
             BLOCK=block,
             MOST_CHUNKS=MOST_CHUNKS,

@@ -38,7 +38,13 @@ def reference_terms(
     objective: str,
     settings: list[float],
 ) -> tuple[Tensor, Tensor]:
-    """Return each pair's loss and logit."""
+    """Return each pair's loss and logit.
+
+    Raises:
+        ValueError: the objective is from outside this package.
+    """
+    if objective == "npo":
+        return reference_terms(e_l, e_w, r_l, r_w, labels, kto_baseline, "dpo", settings)
     beta, second, third = settings
     delta = (e_w - r_w) - (e_l - r_l)
     u = -beta * delta / 2
@@ -78,6 +84,8 @@ def reference_terms(
         return strength * (e_w - e_l), -0.2 * beta * delta
     if objective == "orpo":
         return e_w + beta * _label_loss(e_l - e_w, labels), e_l - e_w
+    if objective not in ("simpo", "cpo"):
+        raise ValueError(f"objective: {objective!r} has no definition here: write its formula in your test")
     z = beta * (e_l - e_w) - second
     return _label_loss(z, labels) + (e_w if objective == "cpo" else 0), z
 
