@@ -19,17 +19,15 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from bench.environment import environment
 from bench.memory_table import ROWS
 from mapo_fast.demo.run import DemoSize, run_demo
-from mapo_fast.settings.schema import ObjectiveConfig
+from mapo_kernels.objectives import objective_names
 
 RESULTS = Path(__file__).parent / "results"
-OBJECTIVES = tuple(
-    name for name in get_args(ObjectiveConfig.model_fields["name"].annotation) if name != "sft"
-)
+OBJECTIVES = tuple(name for name in objective_names() if name != "sft")
 """All but the control of each run."""
 FEWER = DemoSize(samples=96)
 """Sampling takes most of the demo's time, and intervals half again as wide do for ten runs of it."""

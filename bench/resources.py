@@ -63,7 +63,12 @@ NO_SPILLS_FROM = 80
 
 def _no_line_numbers() -> contextlib.AbstractContextManager[Any]:
     """Triton's key of a function has also the line in its file where the function begins; not so in here."""
-    return mock.patch.object(JITFunction, "starting_line_number", property(lambda _: 0), create=True)
+
+    def keep(function: JITFunction, line: int) -> None:
+        function.__dict__["starting_line_number"] = line
+
+    zero = property(lambda _: 0, keep)
+    return mock.patch.object(JITFunction, "starting_line_number", zero, create=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mapo_kernels import OBJECTIVES, NoiseTarget, PairedLoss, paired_loss, paired_loss_from_errors
+from mapo_kernels import NoiseTarget, PairedLoss, paired_loss, paired_loss_from_errors
+from mapo_kernels.objectives import OBJECTIVES, objective_key, resolve
 from mapo_kernels.ops.paired_loss import check_settings
+from mapo_kernels.terms import Samples
 
 TensorOrPair = Tensor | tuple[Tensor, Tensor]
 
@@ -142,7 +144,7 @@ class MaPOLoss(PairLoss):
             _positive(name, value)
         self.form = form
         self.reading = reading
-        objective = "mapo_code" if form == "code" else f"mapo_paper_{reading}"
+        objective = objective_key("mapo", form=form, reading=reading)
         super().__init__(
             {"objective": objective, "beta": beta, "snr": snr, "num_train_timesteps": num_train_timesteps},
             reduction,
@@ -182,11 +184,8 @@ class PreferenceLoss(PairLoss):
     Same call and same outputs as `MaPOLoss`; objectives that compare with a frozen reference need its errors.
     Names, formulas and sources are in `mapo_kernels.objectives`; defaults in `mapo_kernels.OBJECTIVES`.
 
-    Beside them there is `npo` (Diffusion-NPO): `dpo` with chosen and rejected exchanged, for a model to guide
-    away from. Errors are returned under their own names; logits and correct are of what it is trained for.
-
     Args:
-        objective: a key of `OBJECTIVES`, or `"npo"`.
+        objective: a key of `OBJECTIVES`.
         reduction: `"mean"`, or `"none"` for a (B,) loss.
         **settings: the objective's own; what is left out has its default.
     """
@@ -194,49 +193,13 @@ class PreferenceLoss(PairLoss):
     def __init__(
         self, objective: str, reduction: Literal["mean", "none"] = "mean", **settings: float
     ) -> None:
-        _choice("objective", objective, (*OBJECTIVES, "npo"))
-        self.objective = objective
-        kernel, defaults = ("dpo", {"beta": NPO_BETA}) if objective == "npo" else (objective, {})
-        settings = {**defaults, **settings}
-        check_settings(kernel, settings, reduction)
-        super().__init__({"objective": kernel, **settings}, reduction)
-
-    def forward(
-        self,
-        prediction: TensorOrPair,
-        target: TensorOrPair | NoiseTarget,
-        weights: Tensor | None = None,
-        mask: Tensor | None = None,
-        **given: Any,
-    ) -> PairedLoss:
-        """See `PairLoss.forward`."""
-        if self.objective != "npo":
-            return super().forward(prediction, target, weights, mask, **given)
-        pairs = len(prediction) // 2 if isinstance(prediction, Tensor) else len(prediction[0])
-        if isinstance(target, NoiseTarget):
-            target = target._replace(latents=_exchanged(target.latents, pairs))
-        else:
-            target = _exchanged(target, pairs)
-        given["reference_errors"] = _exchanged(given.get("reference_errors"), pairs)
-        out = super().forward(
-            _exchanged(prediction, pairs), target, weights, _exchanged(mask, pairs), **given
-        )
-        return _named_again(out)
-
-    def from_errors(
-        self, chosen_error: Tensor, rejected_error: Tensor, weights: Tensor | None = None, **given: Any
-    ) -> PairedLoss:
-        """See `PairLoss.from_errors`."""
-        if self.objective != "npo":
-            return super().from_errors(chosen_error, rejected_error, weights, **given)
-        given["reference_errors"] = _exchanged(given.get("reference_errors"), len(chosen_error))
-        return _named_again(super().from_errors(rejected_error, chosen_error, weights, **given))
+        _choice("objective", objective, tuple(OBJECTIVES))
+        check_settings(objective, settings, reduction)
+        super().__init__({"objective": objective, **settings}, reduction)
 
     def extra_repr(self) -> str:
         """Show the settings in `print(module)`."""
-        return ", ".join(
-            f"{name}={value!r}" for name, value in {**self._settings, "objective": self.objective}.items()
-        )
+        return ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
 
 
 class UnpairedLoss(NamedTuple):
@@ -253,8 +216,96 @@ class UnpairedLoss(NamedTuple):
     correct: Tensor
     """(n,) bool, z > 0: the model has improved more than k on a wanted sample, or less on an unwanted one."""
 
+    @property
+    def halves(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Errors of the wanted and of the unwanted samples, (n,) each, 0 for the others; 1 where one is."""
+        wanted = self.wanted.to(self.logits.dtype)
+        return (self.errors * wanted, wanted), (self.errors * (1 - wanted), 1 - wanted)
 
-class KTOLoss(nn.Module):
+    @property
+    def pairs(self) -> float:
+        """What they count as: two samples are a pair."""
+        return len(self.logits) / 2
+
+
+class SampleLoss(nn.Module):
+    """An objective of single samples, each wanted or not, by its name; n scalars in fp64.
+
+    Args:
+        objective: a key of `OBJECTIVES` that has terms of single samples.
+        **settings: the objective's own; what is left out has its default.
+    """
+
+    def __init__(self, objective: str, **settings: float) -> None:
+        super().__init__()
+        _choice("objective", objective, tuple(name for name, known in OBJECTIVES.items() if known.single))
+        self.objective = objective
+        values = check_settings(objective, settings, "mean")
+        self._settings = dict(zip(OBJECTIVES[objective].settings, values, strict=False))
+
+    def forward(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        *,
+        reference_errors: Tensor | None = None,
+        labels: Tensor,
+        baseline: Callable[[Tensor], Tensor] | None = None,
+    ) -> UnpairedLoss:
+        """Return loss, errors and logits of n samples.
+
+        Args:
+            prediction: (n, C, H, W), fp16, bf16, fp32 or fp64.
+            target: as `prediction`, in its own dtype.
+            reference_errors: (n,), a frozen model's mean squared errors on the same samples, for an objective
+                that compares with one.
+            labels: (n,) bool, which are wanted.
+            baseline: gives k, 0-d, from the (n,) detached g; by default that of these samples alone.
+
+        Raises:
+            ValueError: the objective needs reference errors, or has none.
+        """
+        dtype = torch.promote_types(target.dtype, torch.float32)
+        errors = (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
+        return self._of(errors, reference_errors, labels, baseline)
+
+    def from_errors(
+        self,
+        first: Tensor,
+        second: Tensor,
+        *,
+        reference_errors: Tensor | None = None,
+        labels: Tensor,
+        baseline: Callable[[Tensor], Tensor] | None = None,
+    ) -> UnpairedLoss:
+        """Return the same from the mean squared errors of the first and the second half of the samples."""
+        return self._of(torch.cat([first, second]), reference_errors, labels, baseline)
+
+    def _of(
+        self,
+        errors: Tensor,
+        reference_errors: Tensor | None,
+        labels: Tensor,
+        baseline: Callable[[Tensor], Tensor] | None,
+    ) -> UnpairedLoss:
+        known = OBJECTIVES[self.objective]
+        if known.reference != (reference_errors is not None):
+            needs = "needs them" if known.reference else "has no reference model"
+            raise ValueError(f"reference_errors: {self.objective!r} {needs}")
+        e = errors.double()
+        gains = (torch.zeros_like(e) if reference_errors is None else reference_errors.double()) - e
+        k = (baseline or _mean_gain)(gains.detach()) if known.baseline else None
+        terms, z = resolve(known.single)(Samples(e, gains, labels, k), *self._settings.values())
+        terms = terms + 0.0 * z  # a saturated sigmoid would hide an infinite error
+        logits = z.detach().to(errors.dtype)
+        return UnpairedLoss(terms.mean().to(errors.dtype), errors.detach(), labels, logits, logits > 0)
+
+    def extra_repr(self) -> str:
+        """Show the settings in `print(module)`."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
+
+
+class KTOLoss(SampleLoss):
     """Diffusion-KTO on single samples, each wanted or not.
 
     With e a sample's mean squared error, r the same of a frozen reference and g = r − e:
@@ -274,91 +325,15 @@ class KTOLoss(nn.Module):
     def __init__(
         self, beta: float = 1000.0, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
     ) -> None:
-        super().__init__()
-        self._settings = {
-            "beta": beta,
-            "desirable_weight": desirable_weight,
-            "undesirable_weight": undesirable_weight,
-        }
-        check_settings("kto", self._settings, "mean")
-
-    def forward(
-        self,
-        prediction: Tensor,
-        target: Tensor,
-        *,
-        reference_errors: Tensor,
-        labels: Tensor,
-        baseline: Callable[[Tensor], Tensor] | None = None,
-    ) -> UnpairedLoss:
-        """Return loss, errors and logits of n samples.
-
-        Args:
-            prediction: (n, C, H, W), fp16, bf16, fp32 or fp64.
-            target: as `prediction`, in its own dtype.
-            reference_errors: (n,), a frozen model's mean squared errors on the same samples.
-            labels: (n,) bool, which are wanted.
-            baseline: gives k, 0-d, from the (n,) detached g; by default that of these samples alone.
-        """
-        dtype = torch.promote_types(target.dtype, torch.float32)
-        errors = (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
-        return self._of(errors, reference_errors, labels, baseline)
-
-    def from_errors(
-        self,
-        first: Tensor,
-        second: Tensor,
-        *,
-        reference_errors: Tensor,
-        labels: Tensor,
-        baseline: Callable[[Tensor], Tensor] | None = None,
-    ) -> UnpairedLoss:
-        """Return the same from the mean squared errors of the first and the second half of the samples."""
-        return self._of(torch.cat([first, second]), reference_errors, labels, baseline)
-
-    def _of(
-        self,
-        errors: Tensor,
-        reference_errors: Tensor,
-        labels: Tensor,
-        baseline: Callable[[Tensor], Tensor] | None,
-    ) -> UnpairedLoss:
-        gains = reference_errors.double() - errors.double()
-        k = (baseline or _mean_gain)(gains.detach())
-        beta, desirable, undesirable = self._settings.values()
-        distance = beta * (gains - k)
-        z = torch.where(labels, distance, -distance)
-        away = torch.sigmoid(-z)
-        # 0·z: a saturated sigmoid would hide an infinite error
-        terms = torch.where(labels, desirable * away, undesirable * away) + 0.0 * z
-        logits = z.detach().to(errors.dtype)
-        return UnpairedLoss(terms.mean().to(errors.dtype), errors.detach(), labels, logits, logits > 0)
-
-    def extra_repr(self) -> str:
-        """Show the settings in `print(module)`."""
-        return ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
+        super().__init__(
+            "kto", beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
+        )
 
 
 def _mean_gain(gains: Tensor) -> Tensor:
     return gains.mean().clamp(min=0.0)
 
 
-NPO_BETA = 2000.0
-"""β of `npo` as its authors released it."""
-
-
-def _exchanged(value: Any, pairs: int) -> Any:
-    """The rejected half first; what serves both halves as it is."""
-    if isinstance(value, Tensor):
-        return torch.roll(value, pairs, 0) if len(value) == 2 * pairs else value
-    return value if value is None else (value[1], value[0])
-
-
-def _named_again(out: PairedLoss) -> PairedLoss:
-    """Errors of exchanged halves under the names that the data give them."""
-    return out._replace(
-        chosen_error=out.rejected_error,
-        rejected_error=out.chosen_error,
-        chosen_reference_error=out.rejected_reference_error,
-        rejected_reference_error=out.chosen_reference_error,
-    )
+Loss = PairLoss | SampleLoss
+LossOutput = PairedLoss | UnpairedLoss
+"""What a loss returns; `halves` and `pairs` are the same of both."""

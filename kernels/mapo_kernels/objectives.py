@@ -51,7 +51,8 @@ class Setting(NamedTuple):
     symbol: str = ""
     """In the formulas, where that is not its name."""
     advice: str = ""
-    """Of a setting that a config has to state: what is in use. Its default is for callers of the loss."""
+    """Of a setting that a config has to state: for what, and what is in use. Its default is for callers of
+    the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,11 @@ class Objective:
         """What the trainer gives it: pairs, or single images with labels."""
         return "single" if self.single else "pair"
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the trainer gives it labels: soft ones of pairs, or which single images are wanted."""
+        return self.samples == "single" or self.labels == "required"
+
 
 def _mapo(beta: Setting, role: Literal["free", "schedule", "ignored"] | None = None) -> dict[str, Setting]:
     """One set of settings for MaPO's forms and their control `sft`; a form ignores what it does not use."""
@@ -105,8 +111,8 @@ def _mapo(beta: Setting, role: Literal["free", "schedule", "ignored"] | None = N
 
 _PAPER_BETA = Setting(
     0.1,
-    advice="the paper used 8 for general preference, 32 for culture, 64 for safety and style, 1024 for "
-    "personalisation",
+    advice="objective.form = 'paper'; the paper used 8 for general preference, 32 for culture, 64 for safety "
+    "and style, 1024 for personalisation",
 )
 _DIFFUSION_DPO = {"beta": Setting(5000.0)}
 """Of the authors and of diffusers' example, which has one default for all its losses."""
@@ -284,6 +290,8 @@ def resolve(name: str) -> Any:
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _TAKEN = ("name", "form", "reading", "reference")
 """Keys of a config's `[objective]` that are no settings of an objective."""
+_OF_SCHEDULE = "num_train_timesteps"
+"""The setting that a noise schedule states."""
 
 
 def register_objective(name: str, objective: Objective) -> None:
@@ -318,6 +326,8 @@ def register_objective(name: str, objective: Objective) -> None:
     for key, setting in objective.settings.items():
         if not _NAME.fullmatch(key) or key in _TAKEN:
             raise ValueError(f"objective {name!r}: {key!r} cannot be the name of a setting")
+        if setting.role not in ("free", "ignored") and (setting.role, key) != ("schedule", _OF_SCHEDULE):
+            raise ValueError(f"objective {name!r}: the role {setting.role!r} of {key!r} is unknown")
         if not setting.low < setting.default < setting.high:
             raise ValueError(f"objective {name!r}: the default of {key!r} is not between low and high")
     OBJECTIVES[name] = objective

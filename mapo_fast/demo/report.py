@@ -22,6 +22,7 @@ from PIL import Image
 from mapo_fast.demo import world
 from mapo_fast.demo.score import Prompts, Samples
 from mapo_fast.run.log import read_log
+from mapo_fast.settings.schema import ObjectiveConfig
 
 FIGURE_NAMES = {
     "preferred_share": "no colour named: the asked shape, in red",
@@ -121,7 +122,7 @@ def write_html(
     pairs = _pair_examples(run / "pairs" / "images")
     share = result["preferred_share"]
     sees, no_margin = "both images of a pair", ""
-    if objective == "kto":
+    if ObjectiveConfig(name=objective).known.samples == "single":
         sees = "the same images one by one, each with a label"
         no_margin = f" {name}'s images have no partner: there is no such curve, and no held-out accuracy."
     body = f"""

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import diffusers
 import torch
@@ -35,6 +35,7 @@ from mapo_fast.util.console import Terminal, say
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import disk_errors, write_json
 from mapo_fast.util.signals import Interrupted
+from mapo_kernels.objectives import objective_names
 
 TINY_SDXL = Path(__file__).parent / "assets" / "tiny-sdxl"
 """The shipped pipeline folder, built by `mapo_fast.demo.build_tiny_sdxl`."""
@@ -120,7 +121,7 @@ def run_demo(
     Raises:
         UserError: `out` exists and is not an empty folder, or an override is wrong.
     """
-    if objective not in (known := get_args(ObjectiveConfig.model_fields["name"].annotation)):
+    if objective not in (known := objective_names()):
         raise UserError(f"--objective {objective!r} is not known: use one of {', '.join(known)}")
     return _run_demo(out, seed, Terminal(console), size or DemoSize(), objective, overrides)
 
@@ -150,14 +151,15 @@ def _run_demo(
     label = SOFT_LABEL if soft else None
     world.write_preference_set(out / "pairs", world.preference_pairs(size.pairs, seed), label)
     prepare(configs["sft"], callbacks=terminal)
-    if not configs[objective].objective.paired:
+    if configs[objective].objective.known.samples == "single":
         world.write_labelled_images(out / SINGLE, out / "pairs")
         prepare(configs[objective], callbacks=terminal)
 
     stage("train_sft", "2/4  Train the SFT control: the chosen images alone")
     _train(configs["sft"], terminal)
     names = report.model_names(objective)
-    against = "chosen against rejected" if configs[objective].objective.paired else "images one by one"
+    single = configs[objective].objective.known.samples == "single"
+    against = "images one by one" if single else "chosen against rejected"
     stage(f"train_{objective}", f"3/4  Train with {names[objective]}: {against}")
     _train(configs[objective], terminal)
 
@@ -224,7 +226,7 @@ def _write_config(out: Path, objective: str, seed: int, size: DemoSize, override
         "mapo": '\nform = "code"          # as in the MaPO authors\' released code\nbeta = 0.1\nsnr = 0.5',
         "sft": "           # the chosen image's denoising error alone",
     }
-    paired = objective != "kto"
+    paired = ObjectiveConfig(name=objective).known.samples == "pair"
     text = _CONFIG.format(
         source='"pairs"       # pairs.jsonl with prompt, chosen, rejected, and the images'
         if paired

@@ -26,9 +26,8 @@ from mapo_fast.engine.sequential import sequential_backward
 from mapo_fast.engine.shard import ShardedOptimizer
 from mapo_fast.engine.step import PairInputs, predict
 from mapo_fast.engine.stream_states import StateStreaming
-from mapo_fast.loss import KTOLoss, PairLoss, UnpairedLoss
+from mapo_fast.loss import Loss, LossOutput
 from mapo_fast.settings.schema import Config
-from mapo_kernels import PairedLoss
 from mapo_kernels.ops.adamw8bit import AdamW8bit
 
 
@@ -48,7 +47,7 @@ class Engine:
         self,
         config: Config,
         parts: TrainingUnet,
-        loss: PairLoss | KTOLoss,
+        loss: Loss,
         precision: Precision,
         device: torch.device,
         processes: Processes = ALONE,
@@ -62,7 +61,7 @@ class Engine:
         self._sharded = processes.shard(config)
         self._scratch = config.adapter.kind == "lora" or (alone and not self._sharded)
         self.baseline: Baseline | None = None
-        if not config.objective.paired:
+        if config.objective.known.baseline:
             self.baseline = Baseline(config.train.accumulation, device, processes)
             self._scratch = False  # all samples of a micro-batch have a part in each one's coefficient
         self.changing = False
@@ -130,7 +129,7 @@ class Engine:
         *,
         reference_errors: Tensor | None = None,
         labels: Tensor | None = None,
-    ) -> PairedLoss | UnpairedLoss:
+    ) -> LossOutput:
         """Forward and backward of one micro-batch, which is `share` of the step's pairs.
 
         Args:
@@ -150,14 +149,14 @@ class Engine:
             return out  # type: ignore[no-any-return]
         return self._accumulate(inputs, share, reference_errors, labels)
 
-    def _whole_step(self, tensors: Sequence[Tensor | None]) -> tuple[PairedLoss | UnpairedLoss, Tensor]:
+    def _whole_step(self, tensors: Sequence[Tensor | None]) -> tuple[LossOutput, Tensor]:
         *inputs, reference_errors, labels = tensors
         out = self._accumulate(PairInputs(*inputs), 1.0, reference_errors, labels)  # type: ignore[arg-type]
         return out._replace(loss=out.loss.detach()), self._finish()
 
     def _accumulate(
         self, inputs: PairInputs, share: float, reference_errors: Tensor | None, labels: Tensor | None
-    ) -> PairedLoss | UnpairedLoss:
+    ) -> LossOutput:
         if reference_errors is None and self.parts.start is not None:
             reference_errors = self.errors_of(self.parts.start, inputs)
         named = {"reference_errors": reference_errors, "labels": labels, "baseline": self.baseline}
@@ -177,7 +176,7 @@ class Engine:
             )
         with self.precision.context(self.device):
             prediction = predict(self.unet, inputs)
-        out: PairedLoss | UnpairedLoss = self.loss(prediction, inputs.target, **given)
+        out: LossOutput = self.loss(prediction, inputs.target, **given)
         del prediction  # the loss keeps what it needs
         with nullcontext() if self._sums is None else self._sums.adding():
             self.optimizer.backward(out.loss * share)
@@ -188,7 +187,7 @@ class Engine:
         sequential = self.config.train.layout == "sequential"
         at_once = 0 if not sequential else 1 if self._scratch else len(inputs.noisy) // 2
         if self.baseline is not None and not sequential:
-            at_once = len(inputs.noisy)  # reduced as `KTOLoss` does
+            at_once = len(inputs.noisy)  # reduced as the loss does
         return start.errors(inputs, self.precision.context(self.device), at_once)
 
     def finish(self) -> Tensor:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from mapo_fast.loss import KTOLoss, MaPOLoss, PairLoss, PreferenceLoss, SFTLoss
+from mapo_fast.loss import Loss, PreferenceLoss, SampleLoss
 from mapo_fast.settings.schema import ObjectiveConfig
 
 
-def build_loss(config: ObjectiveConfig, num_train_timesteps: int) -> PairLoss | KTOLoss:
+def build_loss(config: ObjectiveConfig, num_train_timesteps: int) -> Loss:
     """The objective as a module, with its stated settings over its defaults.
 
-    It takes (prediction, target), chosen half first, and what the objective needs beside them, and returns
-    `loss`, `chosen_error`, `rejected_error`, `logits` and `correct`. `kto` takes single samples: `KTOLoss`.
+    It takes (prediction, target), chosen half first or single samples, and what the objective needs beside
+    them.
     """
-    if config.name == "kto":
-        return KTOLoss(**config.settings)
-    if config.name == "sft":
-        return SFTLoss()
-    if config.name == "mapo":
-        settings: dict[str, Any] = {"num_train_timesteps": num_train_timesteps, **config.settings}
-        return MaPOLoss(config.form, config.reading, **settings)
-    return PreferenceLoss(config.name, "mean", **config.settings)
+    schedule = {"num_train_timesteps": float(num_train_timesteps)}
+    given = {name: schedule[name] for name, s in config.known.settings.items() if s.role == "schedule"}
+    settings = {**given, **config.settings}
+    if config.known.samples == "single":
+        return SampleLoss(config.kernel, **settings)
+    return PreferenceLoss(config.kernel, "mean", **settings)

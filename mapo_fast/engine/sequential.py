@@ -17,7 +17,7 @@ derivative is linear in it, and there are two ways around it, without any approx
   no recombination gives Σ c_w,i·∇e_w,i + c_l,i·∇e_l,i, since every pair has coefficients of its own.
 - the extra forward: the rejected half's errors come from a forward pass without gradients first. Then the
   chosen half knows its coefficients when it is differentiated, any number of pairs at once. It serves single
-  samples too (`KTOLoss`), whose coefficients depend on all errors: halves are then any two of equal size.
+  samples too, whose coefficients may depend on all errors: halves are then any two of equal size.
 
 Memory. `scratch` has one image's activations at a time, and a second set of gradients wherever there are
 gradients already: with a first and only pair, s becomes the gradient. The extra forward has the activations
@@ -39,14 +39,13 @@ from torch import Tensor
 from mapo_fast.engine.gradient_sums import GradientSums
 from mapo_fast.engine.layouts import has_dropout
 from mapo_fast.engine.step import PairInputs, predict, sample_errors
-from mapo_fast.loss import KTOLoss, PairLoss, UnpairedLoss
-from mapo_kernels import PairedLoss
+from mapo_fast.loss import Loss, LossOutput
 
 
 def sequential_backward(
     unet: Any,
     inputs: PairInputs,
-    loss: PairLoss | KTOLoss,
+    loss: Loss,
     parameters: Sequence[torch.nn.Parameter],
     *,
     weight: float,
@@ -55,7 +54,7 @@ def sequential_backward(
     context: AbstractContextManager[Any] | None = None,
     sums: GradientSums | None = None,
     given: Mapping[str, Any] | None = None,
-) -> PairedLoss | UnpairedLoss:
+) -> LossOutput:
     """Add `weight` times the loss's gradients to `.grad`, with one half in memory at a time.
 
     Args:
@@ -68,7 +67,7 @@ def sequential_backward(
             coefficient, so it may overflow where `joint`'s does not, or the other way round.
         context: autocast of the forward passes, entered anew for each.
         sums: adds gradients of the parameters; None leaves it to autograd.
-        given: what else the loss takes of all pairs: `reference_errors`, `labels`; `baseline` of `KTOLoss`.
+        given: what else the loss takes of all pairs: `reference_errors`, `labels`; `baseline`.
 
     Returns:
         What `loss(prediction, target)` would return, detached.
@@ -81,14 +80,14 @@ def sequential_backward(
 class _Halves:
     unet: Any
     inputs: PairInputs
-    loss: PairLoss | KTOLoss
+    loss: Loss
     weight: float
     scale: torch.amp.GradScaler | None
     context: AbstractContextManager[Any]
     sums: GradientSums | None
     given: Mapping[str, Any]
 
-    def pair_by_pair(self, parameters: Sequence[torch.nn.Parameter]) -> PairedLoss | UnpairedLoss:
+    def pair_by_pair(self, parameters: Sequence[torch.nn.Parameter]) -> LossOutput:
         pairs = len(self.inputs.noisy) // 2
         errors = torch.ones(2, pairs, dtype=self._dtype, device=self.inputs.target.device)
         for i in range(pairs):
@@ -106,7 +105,7 @@ class _Halves:
             self._backward(c_l[i] * rejected)
         return out
 
-    def half_by_half(self) -> PairedLoss | UnpairedLoss:
+    def half_by_half(self) -> LossOutput:
         pairs = len(self.inputs.noisy) // 2
         replay = _replayable(self.inputs.noisy.device) if has_dropout(self.unet) else nullcontext
         with torch.no_grad():
@@ -131,9 +130,7 @@ class _Halves:
             prediction = predict(self.unet, part)
         return sample_errors(prediction, part.target)
 
-    def _coefficients(
-        self, chosen: Tensor, rejected: Tensor
-    ) -> tuple[Tensor, Tensor, PairedLoss | UnpairedLoss]:
+    def _coefficients(self, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, LossOutput]:
         """c_w and c_l of the module's docstring, (B,) each, with the weight; and the loss."""
         leaves = chosen.detach().requires_grad_(), rejected.detach().requires_grad_()
         out = self.loss.from_errors(*leaves, **self.given)

@@ -200,7 +200,7 @@ def _step(engine: Engine, inputs: list[PairInputs], mark: Callable[[str], None] 
     objective, pairs = engine.config.objective, engine.config.train.pairs_per_batch
     known = torch.zeros(2 * pairs) if engine.config.reference == "precomputed" else None
     labels = torch.zeros(pairs) if objective.known.labels == "required" else None
-    if not objective.paired:
+    if objective.known.samples == "single":
         labels = torch.zeros(2 * pairs, dtype=torch.bool)
     engine.start(1e-5)
     for batch in inputs:

@@ -42,7 +42,7 @@ class Feed:
         self.config, self.cache, self.diffusion = config, cache, diffusion
         self.device, self.processes = device, processes
         self.batches = MicroBatches(
-            cache.train, config.train.pairs_per_batch, config.train.seed, paired=config.objective.paired
+            cache.train, config.train.pairs_per_batch, config.train.seed, paired=cache.paired
         )
         self.reference: PrecomputedErrors | None = None
         """The start model's errors, where they were computed before the first step."""
@@ -85,8 +85,7 @@ class Feed:
 
     def _labels(self, pairs: list[CachedPair]) -> Tensor | None:
         """(B,) soft labels on the device, for an objective that needs them; (2B,) of single images."""
-        if not self.config.objective.paired:
-            return upload(self.cache.wanted(pairs), self.device)
-        if self.config.objective.known.labels != "required":
+        if not self.config.objective.known.labelled:
             return None
-        return upload(self.cache.labels(pairs), self.device)
+        read = self.cache.labels if self.cache.paired else self.cache.wanted
+        return upload(read(pairs), self.device)

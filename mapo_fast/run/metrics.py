@@ -11,9 +11,8 @@ from torch import Tensor
 from mapo_fast.engine.fused_step import FusedStep
 from mapo_fast.engine.optim import GuardedOptimizer
 from mapo_fast.engine.processes import ALONE, Processes
-from mapo_fast.loss import UnpairedLoss
+from mapo_fast.loss import LossOutput
 from mapo_fast.run.monitor import SATURATED_BELOW
-from mapo_kernels import PairedLoss
 
 _EVERY = ("loss", "logits", "saturation", "saturated", "accuracy")
 _HALVES = ("chosen_error", "rejected_error")
@@ -61,14 +60,10 @@ class Metrics:
             self._pairs.copy_(torch.tensor(state["pairs"], dtype=torch.float64))
         self._steps.copy_(torch.tensor(state["steps"], dtype=torch.float64))
 
-    def add(self, out: PairedLoss | UnpairedLoss) -> None:
+    def add(self, out: LossOutput) -> None:
         """Add one micro-batch's loss output of B pairs, or 2B single samples."""
         strength, ones = torch.sigmoid(-out.logits), torch.ones_like(out.logits)
-        if isinstance(out, UnpairedLoss):
-            wanted = out.wanted.to(ones.dtype)
-            halves = [out.errors * wanted, wanted, out.errors * (1 - wanted), 1 - wanted]
-        else:
-            halves = [out.chosen_error, ones, out.rejected_error, ones]
+        chosen, rejected = out.halves
         rows = torch.stack(
             [
                 out.loss.detach().expand(len(ones)),
@@ -77,12 +72,13 @@ class Metrics:
                 (strength < SATURATED_BELOW).to(ones.dtype),
                 out.correct.to(ones.dtype),
                 ones,
-                *halves,
+                *chosen,
+                *rejected,
             ]
         )
         sums = rows.double().sum(dim=1)
         self._pairs += torch.where(torch.isfinite(sums).all(), sums, torch.zeros_like(sums))
-        self._timed += len(ones) / 2 if isinstance(out, UnpairedLoss) else len(ones)
+        self._timed += out.pairs
 
     def add_step(self, norm: Tensor) -> None:
         """Add one optimizer step's gradient norm, 0-d; a step that is not finite is left out."""

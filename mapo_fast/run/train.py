@@ -50,6 +50,7 @@ from mapo_fast.util.files import disk_errors, exclusive
 from mapo_fast.util.progress import Callbacks
 from mapo_fast.util.signals import StopNow, StopRequest
 from mapo_kernels import backend
+from mapo_kernels.objectives import OBJECTIVES
 
 
 def train(config: Config, *, resume: bool = False, callbacks: Callbacks | None = None) -> TrainResult:
@@ -126,9 +127,10 @@ def _open_cache(config: Config, folder: PipelineFolder) -> PairCache:
     """
     cache = PairCache.open(config.data.cache)
     cache.check(folder, config.data)
-    if config.objective.paired != cache.paired:
+    if (config.objective.known.samples == "pair") != cache.paired:
         wants, has = "pairs (chosen, rejected)", "single labelled images (image, label)"
-        other = "objective.name = 'kto'"
+        others = [repr(name) for name, known in OBJECTIVES.items() if known.samples == "single"]
+        other = f"objective.name = {' or '.join(others)}"
         if cache.paired:
             wants, has, other = has, wants, "another objective.name"
         raise UserError(
@@ -274,10 +276,11 @@ def _notes(
             "rate never reaches optim.lr"
         )
     samples = 2 * config.train.pairs_per_batch * config.train.accumulation * processes
-    if not config.objective.paired and samples < 8:
+    if config.objective.known.baseline and samples < 8:
         notes.append(
-            f"a step has {samples} images, and 'kto' compares each with their mean: of fewer than 8 that is "
-            "mostly noise. Raise train.pairs_per_batch (2 images each) or train.accumulation"
+            f"a step has {samples} images, and {config.objective.name!r} compares each with their mean: of "
+            "fewer than 8 that is mostly noise. Raise train.pairs_per_batch (2 images each) or "
+            "train.accumulation"
         )
     if not cache.held_out:
         what = (

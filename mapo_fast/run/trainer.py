@@ -81,7 +81,7 @@ class Trainer:
         self.engine = Engine(config, parts, loss, precision, device, processes)
         self.optimizer = self.engine.optimizer
         self.learning_rate = learning_rate(config.optim, config.train.steps)
-        self.metrics = Metrics(device, processes, paired=config.objective.paired)
+        self.metrics = Metrics(device, processes, paired=cache.paired)
         self.feed = Feed(config, cache, diffusion, device, processes)
         self.looks = Looks(
             config, self.unet, cache, diffusion, precision, device, previews, self.poll, processes

@@ -8,6 +8,8 @@ settings takes it from there (`table.py`) and keeps none.
 from __future__ import annotations
 
 import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -55,6 +57,21 @@ def setting(
         "on_cpu": default if on_cpu is _AS_ANYWHERE else on_cpu,
     }
     return Field(default, json_schema_extra={"setting": extra}, **constraints)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The check of a name that a registry has, to stand in an `AfterValidator`."""
+
+    names: Callable[[], Sequence[str]]
+    """Those that are registered now."""
+
+    def __call__(self, name: str) -> str:
+        """Return the name."""
+        if name not in (names := self.names()):
+            *first, last = map(repr, names)
+            raise ValueError(f"Input should be {', '.join(first)} or {last}")
+        return name
 
 
 class Setting(NamedTuple):

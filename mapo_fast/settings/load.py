@@ -157,8 +157,9 @@ _SHAPES = {
 
 def _explain(error: Any) -> str:
     loc = [str(part) for part in error["loc"]][:2]  # what follows names a member of a union
+    loc += [error["ctx"]["key"]] if error["type"] == "unknown_setting" else []
     name = ".".join(loc)
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "unknown_setting"):
         known = list(_fields(loc[:-1]))
         near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
         if near:

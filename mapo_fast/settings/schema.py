@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from mapo_fast.settings.declare import setting
+from mapo_fast.settings.declare import OneOf, setting
 from mapo_fast.settings.optimizers import REMOVED
-from mapo_kernels.objectives import OBJECTIVES, Objective
+from mapo_kernels.objectives import (
+    OBJECTIVES,
+    Objective,
+    objective_key,
+    objective_names,
+    setting_names,
+)
 
 _EVERY = 10**9
 """The largest interval in steps: longer than any run, for people who write «never» as a large number."""
@@ -72,25 +79,15 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """`[objective]`: what is minimised.
 
-    An objective takes the settings that its line in `mapo_kernels.objectives` names; one that is left out has
-    the default in `mapo_kernels.OBJECTIVES`.
+    An objective takes the settings that its entry in `mapo_kernels.OBJECTIVES` names; one that is left out
+    has the default there. What stands below are the settings of this package's objectives; an objective from
+    elsewhere may bring others.
     """
 
-    name: Literal[
-        "mapo",
-        "sft",
-        "dpo",
-        "smpo",
-        "ipo",
-        "hinge",
-        "kto",
-        "dmpo",
-        "linear_dpo",
-        "npo",
-        "orpo",
-        "simpo",
-        "cpo",
-    ] = setting("mapo", affects="arithmetic")
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | None] = Field(init=False)
+
+    name: Annotated[str, AfterValidator(OneOf(objective_names))] = setting("mapo", affects="arithmetic")
     """`mapo`, or `sft` (the chosen image's denoising error alone) as a control; `dpo` (Diffusion-DPO) and the
     others as in `mapo_kernels.objectives`. `smpo` needs soft labels in the data. `kto` (Diffusion-KTO) learns
     from single images, each with a label, and no other does. `npo` is `dpo` with chosen
@@ -123,9 +120,7 @@ class ObjectiveConfig(Section):
     @property
     def kernel(self) -> str:
         """The objective's key in `OBJECTIVES`."""
-        if self.name == "mapo":
-            return "mapo_code" if self.form == "code" else f"mapo_paper_{self.reading}"
-        return "dpo" if self.name == "npo" else self.name
+        return objective_key(self.name, form=self.form, reading=self.reading)
 
     @property
     def known(self) -> Objective:
@@ -134,23 +129,21 @@ class ObjectiveConfig(Section):
 
     @property
     def takes(self) -> list[str]:
-        """Names of the settings that the objective uses, of those here."""
-        unused = {"sft": ("beta", "snr"), "mapo": () if self.form == "code" else ("snr",)}.get(self.name, ())
-        return [
-            name for name in self.known.settings if name in type(self).model_fields and name not in unused
-        ]
+        """Names of the settings that a config may state."""
+        return [name for name, setting in self.known.settings.items() if setting.role == "free"]
 
     @property
     def settings(self) -> dict[str, float]:
         """The objective's settings that are stated."""
-        names = {name for objective in OBJECTIVES.values() for name in objective.settings}
-        stated = {name: getattr(self, name) for name in names & ObjectiveConfig.model_fields.keys()}
+        stated = {name: getattr(self, name, None) for name in setting_names()}
         return {name: float(value) for name, value in stated.items() if value is not None}
 
-    @property
-    def paired(self) -> bool:
-        """Whether it learns from pairs; else from single images with labels."""
-        return self.name != "kto"
+    @model_validator(mode="after")
+    def _no_other_keys(self) -> ObjectiveConfig:
+        for name in self.model_extra or ():
+            if name not in setting_names():
+                raise PydanticCustomError("unknown_setting", "{key} is no setting", {"key": name})
+        return self
 
 
 class AdapterConfig(Section):
@@ -384,7 +377,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _objective(self) -> Config:
         objective, known = self.objective, self.objective.known.settings
-        if objective.form == "paper" and objective.name != "mapo":
+        if objective.form == "paper" and "form" not in objective.known.named:
             raise ValueError(
                 f"objective.form = 'paper' is of objective.name = 'mapo', not {objective.name!r}"
             )
@@ -405,11 +398,9 @@ class Config(Section):
                 raise ValueError(
                     f"objective.{name} = {value:g} must be at most {_LARGEST:g}: the loss's fp32 overflows"
                 )
-        if objective.name == "mapo" and objective.form == "paper" and objective.beta is None:
-            raise ValueError(
-                "objective.beta must be set for objective.form = 'paper'; the paper used 8 for general "
-                "preference, 32 for culture, 64 for safety and style, 1024 for personalisation"
-            )
+        for name, one in known.items():
+            if one.advice and name not in objective.settings:
+                raise ValueError(f"objective.{name} must be set for {one.advice}")
         if objective.reference != "auto" and self.reference is None:
             raise ValueError(
                 f"objective.reference = {objective.reference!r}, but objective.name = {objective.name!r} "

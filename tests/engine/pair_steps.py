@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from mapo_fast.engine.step import PairInputs, predict
-from mapo_kernels import PairedLoss, paired_loss, paired_loss_from_errors
+from mapo_kernels import OBJECTIVES, PairedLoss, paired_loss, paired_loss_from_errors
 
 PAIRS = 3
 SOME_BLOCKS = ("mid_block", "up_blocks.0.attentions")
@@ -55,11 +55,12 @@ class ObjectiveLoss:
             return torch.tensor(values, dtype=torch.float64)
 
         self.settings: dict[str, Any] = {"objective": objective}
-        if objective in ("dpo", "smpo", "ipo", "hinge", "kto", "dmpo", "linear_dpo"):
+        known = OBJECTIVES[objective]
+        if known.reference:
             self.settings["reference_errors"] = some(1.2, 1.3, 0.9), some(1.1, 1.4, 1.0)
-        if objective == "smpo":
+        if known.labels == "required":
             self.settings["labels"] = some(0.9, 0.6, 0.2)
-        if objective == "kto":
+        if known.baseline:
             self.settings["kto_baseline"] = some(0.05)
 
     def __call__(self, prediction: Tensor, target: Tensor) -> PairedLoss:

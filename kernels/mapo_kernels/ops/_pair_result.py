@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -28,3 +29,14 @@ class PairedLoss(NamedTuple):
     """(B,) mean squared error of the reference on the chosen samples, r_w; None without a reference."""
     rejected_reference_error: Tensor | None = None
     """(B,) the same on the rejected samples, r_l."""
+
+    @property
+    def halves(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Errors of the chosen and of the rejected samples, (B,) each, and how often each one counts."""
+        ones = torch.ones_like(self.logits)
+        return (self.chosen_error, ones), (self.rejected_error, ones)
+
+    @property
+    def pairs(self) -> float:
+        """B."""
+        return len(self.logits)
