@@ -289,13 +289,19 @@ def test_a_model_equal_to_its_reference_has_no_margin(device: str) -> None:
 
 
 def test_swapped_halves_are_npo(device: str) -> None:
-    """Diffusion-NPO is dpo with the halves swapped, which no kernel needs to know about."""
+    """Diffusion-NPO is dpo with the halves swapped, to the bit; errors keep the names of the data."""
     p, t = make((6, 3, 5, 7), device)
     chosen, rejected = (h.detach().clone().requires_grad_() for h in p.chunk(2))
     extra = needs("dpo", 3, device)["reference_errors"]
     plain = paired_loss((chosen, rejected), t, objective="dpo", beta=2000.0, reference_errors=extra)
     npo = paired_loss((rejected, chosen), tuple(t.chunk(2)[::-1]), objective="dpo", beta=2000.0,
                       reference_errors=extra[::-1])  # fmt: skip
+    named = paired_loss((chosen, rejected), t, objective="npo", reference_errors=extra)
+    assert torch.equal(named.loss, npo.loss)
+    assert torch.equal(named.logits, npo.logits)
+    assert torch.equal(named.chosen_error, plain.chosen_error)
+    for ours, theirs in zip(gradient(named, chosen, rejected), gradient(npo, chosen, rejected), strict=True):
+        assert torch.equal(ours, theirs)
     torch.testing.assert_close(npo.logits, -plain.logits)
     flipped = paired_loss((chosen, rejected), t, objective="dpo", beta=2000.0, reference_errors=extra,
                           labels=torch.zeros(3, device=device))  # fmt: skip

@@ -147,8 +147,9 @@ def test_numbers_that_are_whole_may_be_written_so(tmp_path: Path) -> None:
 
 def test_settings_of_an_objective_are_its_own_and_have_its_defaults(tmp_path: Path) -> None:
     def settings(*overrides: str) -> dict[str, object]:
-        loss = build_loss(load_config(_write(tmp_path), list(overrides)).objective, 500)
-        return {"beta": None, **loss._settings}
+        objective = load_config(_write(tmp_path), list(overrides)).objective
+        defaults = {name: setting.default for name, setting in objective.known.settings.items()}
+        return {**defaults, **build_loss(objective, 500)._settings}
 
     assert settings() == {
         "objective": "mapo_code",
@@ -157,10 +158,10 @@ def test_settings_of_an_objective_are_its_own_and_have_its_defaults(tmp_path: Pa
         "num_train_timesteps": 500,
         **MEAN,
     }
-    assert settings("objective.name=npo") == {"objective": "dpo", "beta": 2000.0, **MEAN}
+    assert settings("objective.name=npo") == {"objective": "npo", "beta": 2000.0, **MEAN}
     assert settings("objective.name=npo", "objective.beta=3")["beta"] == 3.0
     given = settings("objective.name=simpo", "objective.gamma=-1")
-    assert given == {"objective": "simpo", "beta": None, "gamma": -1.0, **MEAN}
+    assert given == {"objective": "simpo", "beta": 250.0, "gamma": -1.0, **MEAN}
 
 
 def test_the_reference_follows_from_what_is_trained(tmp_path: Path) -> None:
