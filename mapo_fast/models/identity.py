@@ -20,6 +20,8 @@ _DECODER_ONLY = {"out_channels", "up_block_types", "use_post_quant_conv"}
 _TOKEN_ONLY = {"eos_token_id"}  # `load_tokenizer` refuses one that is not the tokenizer's
 _LEGACY = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 """Names in the attention of VAEs that older versions of diffusers wrote."""
+_WITHOUT_EFFECT = ("position_ids", "logit_scale")
+"""0, 1, 2, …, and the scale of CLIP's contrastive loss: not every file has them."""
 
 
 class TensorIdentity(NamedTuple):
@@ -32,7 +34,7 @@ class TensorIdentity(NamedTuple):
     shape: tuple[int, ...]
     """Without trailing ones: a 1 × 1 convolution is a linear layer."""
     values: str
-    """SHA-256 of its first and last `model.SAMPLE` bytes."""
+    """SHA-256 of its first and last `pipeline.SAMPLE` bytes."""
 
 
 def encoders_identity(folder: PipelineFolder) -> str:
@@ -60,7 +62,7 @@ def _tensors(folder: PipelineFolder, component: Component) -> list[TensorIdentit
 def _of_file(file: Path) -> Iterator[TensorIdentity]:
     _, header, start = read_header(file)
     for name, sample in read_samples(file, header, start):
-        if name.endswith("position_ids"):  # 0, 1, 2, …: not every version writes them
+        if name.endswith(_WITHOUT_EFFECT):
             continue
         entry = header[name]
         shape = list(entry["shape"])

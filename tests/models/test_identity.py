@@ -53,6 +53,8 @@ def older_names(model: Path) -> None:
         path,
         metadata={"format": "pt"},
     )
+    path, tensors = weights(model, "text_encoder_2")
+    save_file(tensors | {"logit_scale": torch.tensor(4.6)}, path, metadata={"format": "pt"})
     path, tensors = weights(model, "vae")
     changed = {}
     for name, value in tensors.items():

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mapo_fast.models.lora import add_lora, lora_state_dict, save_lora
-from mapo_fast.models.sdxl import kohya_name
 from mapo_fast.util.checkpoint import CheckpointStore
 from mapo_fast.util.errors import UserError
 
@@ -215,33 +214,6 @@ def test_kohya_file_has_original_names_and_the_true_alpha(tmp_path: Path) -> Non
         assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 3.0
 
 
-# Pairs of SDXL's two UNet namings, from the first, the last and the odd blocks.
-NAMES = {
-    "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (
-        "input_blocks_4_1_transformer_blocks_0_attn1_to_q"
-    ),
-    "down_blocks.2.attentions.1.proj_in": "input_blocks_8_1_proj_in",
-    "down_blocks.0.resnets.1.conv1": "input_blocks_2_0_in_layers_2",
-    "down_blocks.1.downsamplers.0.conv": "input_blocks_6_0_op",
-    "mid_block.attentions.0.transformer_blocks.9.ff.net.2": "middle_block_1_transformer_blocks_9_ff_net_2",
-    "mid_block.resnets.1.time_emb_proj": "middle_block_2_emb_layers_1",
-    "up_blocks.0.attentions.2.transformer_blocks.0.attn2.to_out.0": (
-        "output_blocks_2_1_transformer_blocks_0_attn2_to_out_0"
-    ),
-    "up_blocks.1.upsamplers.0.conv": "output_blocks_5_2_conv",
-    "up_blocks.2.resnets.2.conv_shortcut": "output_blocks_8_0_skip_connection",
-    "conv_in": "input_blocks_0_0",
-    "conv_out": "out_2",
-    "time_embedding.linear_2": "time_embed_2",
-    "add_embedding.linear_1": "label_emb_0_0",
-}
-
-
-@pytest.mark.parametrize("layer", NAMES)
-def test_kohya_names_of_sdxl(layer: str) -> None:
-    assert kohya_name(layer, [2, 2, 2]) == "lora_unet_" + NAMES[layer]
-
-
 @pytest.mark.parametrize(
     ("target", "message"),
     [
@@ -294,22 +266,6 @@ def test_the_same_adapter_gives_the_same_bytes_for_whom_the_umask_says(tmp_path:
         assert len({(tmp_path / name / file).read_bytes() for name in ("one", "two", "three")}) == 1
         if os.name != "nt":
             assert (tmp_path / "one" / file).stat().st_mode & 0o777 == 0o644
-
-
-def test_blocks_of_different_depth_have_names_of_their_own(tmp_path: Path) -> None:
-    """As the original UNet numbers them, whose `num_res_blocks` may be a list too."""
-    down = {"down_blocks.0.resnets.0": 1, "down_blocks.1.attentions.2": 5, "down_blocks.2.resnets.1": 8}
-    up = {"up_blocks.0.attentions.2": 2, "up_blocks.1.resnets.0": 3, "up_blocks.2.resnets.1": 8}
-    for part, number in (down | up).items():
-        side = "input" if part in down else "output"
-        kind, rest = ("0", "conv1") if "resnets" in part else ("1", "proj_in")
-        original = "in_layers.2" if kind == "0" else rest
-        expected = f"{side}_blocks.{number}.{kind}.{original}".replace(".", "_")
-        assert kohya_name(f"{part}.{rest}", [1, 3, 2]) == f"lora_unet_{expected}"
-    assert kohya_name("down_blocks.1.downsamplers.0.conv", [1, 3, 2]) == "lora_unet_input_blocks_6_0_op"
-    assert kohya_name("up_blocks.0.upsamplers.0.conv", [1, 3, 2]) == "lora_unet_output_blocks_2_2_conv"
-    with pytest.raises(KeyError):
-        kohya_name("down_blocks.3.resnets.0.conv1", [1, 3, 2])
 
 
 @pytest.mark.parametrize("layers", [[2, 2, 2], [1, 2, 3]])

@@ -37,7 +37,9 @@ def csv_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Modul
     (tmp_path / "plugin" / "csv_pairs.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path / "plugin")
     monkeypatch.setattr(registry, "_registered", [])
-    yield importlib.import_module("csv_pairs")
+    module = importlib.import_module("csv_pairs")
+    module.register()
+    yield module
     del sys.modules["csv_pairs"]
 
 
