@@ -178,7 +178,7 @@ def test_no_two_files_import_each_other() -> None:
 
 
 def test_the_checks_of_data_need_no_numbers(tmp_path: Path) -> None:
-    """A layout is recognised, and a table of names opened, without the libraries that take seconds."""
+    """A layout is recognised, a table opened, a cache's index checked, and nothing slow is imported."""
     (tmp_path / "parquet").mkdir()
     (tmp_path / "parquet" / "a.parquet").write_bytes(b"not read")
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
@@ -188,6 +188,15 @@ def test_the_checks_of_data_need_no_numbers(tmp_path: Path) -> None:
         f"folder = Path({str(tmp_path)!r})\n"
         "assert find_source(folder / 'parquet').looked_for == '*.parquet'\n"
         "assert len(list(open_source(folder).rows([0]))) == 1\n"
+        "from mapo_fast.data.index import CacheIndex, difference, write_index\n"
+        "settings = {'format': 4, 'flip': True}\n"
+        "counts = {'pairs': 3, 'train': 2, 'held_out': 0.1, 'paired': False}\n"
+        "known = {'settings': settings, 'files': {}, **counts}\n"
+        "write_index(folder, known)\n"
+        "index = CacheIndex.open(folder)\n"
+        "assert (index.flips, index.paired, index.train) == (True, False, 2)\n"
+        "assert len(index.fingerprint) == 64\n"
+        "assert 'data.resolution' in difference(settings, settings | {'resolution': 64})\n"
         f"print([m for m in {NUMBERS!r} if m in sys.modules])"
     )
     assert loaded == "[]"
