@@ -1,6 +1,7 @@
 """A cache's model is known by what it computes, not by how its files are named, cut or described."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,82 @@ def older_names(model: Path) -> None:
     save_file(changed, path, metadata={"format": "pt"})
 
 
+def through_a_single_file(model: Path) -> None:
+    """Named as in the original code (LDM's VAE, OpenCLIP's text encoder), and converted back by diffusers."""
+    from diffusers.loaders import single_file_utils as original
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    path, tensors = weights(model, "vae")
+    file = {f"first_stage_model.{ldm_name(name)}": conv_1x1(name, value) for name, value in tensors.items()}
+    config = json.loads((model / "vae" / "config.json").read_text())
+    save_file(original.convert_ldm_vae_checkpoint(file, config), path)
+
+    path, tensors = weights(model, "text_encoder")
+    file = {f"conditioner.embedders.0.transformer.{with_prefix(name)}": v for name, v in tensors.items()}
+    save_file(original.convert_ldm_clip_checkpoint(file), path)
+
+    path, tensors = weights(model, "text_encoder_2")
+    prefix = "conditioner.embedders.1.model."
+    file = {prefix + name: value for name, value in open_clip(tensors).items()}
+    config = CLIPTextConfig(**json.loads((model / "text_encoder_2" / "config.json").read_text()))
+    encoder = CLIPTextModelWithProjection(config)
+    found = original.convert_open_clip_checkpoint(encoder, file, prefix)
+    save_file({name: value.contiguous() for name, value in found.items()}, path)
+
+
+def with_prefix(name: str) -> str:
+    return f"text_model.{name.removeprefix('text_model.')}"
+
+
+LDM_NAMES = (
+    (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
+    (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"up_blocks\.(\d)\.resnets", lambda m: f"up.{2 - int(m[1])}.block"),
+    (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{2 - int(m[1])}.upsample"),
+    (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"group_norm", "norm"),
+    (r"to_(q|k|v)\.", r"\1."),
+    (r"to_out\.0", "proj_out"),
+    (r"conv_norm_out", "norm_out"),
+    (r"conv_shortcut", "nin_shortcut"),
+)
+
+
+def ldm_name(name: str) -> str:
+    for pattern, replacement in LDM_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def conv_1x1(name: str, value: torch.Tensor) -> torch.Tensor:
+    return value[:, :, None, None] if "attentions" in name and value.ndim == 2 else value
+
+
+def open_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    state = {with_prefix(name) if "text_projection" not in name else name: v for name, v in tensors.items()}
+    names = {
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+        "text_model.final_layer_norm.weight": "ln_final.weight",
+        "text_model.final_layer_norm.bias": "ln_final.bias",
+    }
+    found = {"text_projection": state.pop("text_projection.weight").T.contiguous()}
+    found["logit_scale"] = torch.tensor(4.6)
+    for name in list(state):
+        layer = re.sub(r"text_model\.encoder\.layers", "transformer.resblocks", name)
+        if ".q_proj." in name:
+            joined = [state.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+            kind = name.rpartition(".")[2]
+            found[layer.replace(f"self_attn.q_proj.{kind}", f"attn.in_proj_{kind}")] = torch.cat(joined)
+    for name, value in state.items():
+        layer = names.get(name) or re.sub(r"text_model\.encoder\.layers", "transformer.resblocks", name)
+        for new, old in (("layer_norm", "ln_"), ("fc1", "c_fc"), ("fc2", "c_proj"), ("self_attn", "attn")):
+            layer = layer.replace(new, old) if name not in names else layer
+        found[layer] = value
+    return found
+
+
 def more_config(model: Path) -> None:
     for part in ("vae", "text_encoder"):
         path = model / part / "config.json"
@@ -88,7 +165,16 @@ def one_tokenizer_file(model: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [other_metadata, variant, in_parts, older_names, more_config, without_defaults, one_tokenizer_file],
+    [
+        other_metadata,
+        variant,
+        in_parts,
+        older_names,
+        through_a_single_file,
+        more_config,
+        without_defaults,
+        one_tokenizer_file,
+    ],
 )
 def test_the_same_model_saved_otherwise(tiny_sdxl: Path, model: Path, change: Callable[[Path], None]) -> None:
     change(model)
