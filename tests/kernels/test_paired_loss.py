@@ -17,7 +17,7 @@ from torch import Tensor
 from mapo_kernels import OBJECTIVES, paired_loss, paired_loss_from_errors
 from mapo_kernels import _launch as launch
 from mapo_kernels.ops import _pair_kernels as kernels
-from mapo_kernels.ops._pair_layout import Halves, mask_halves, merge_layout, split_halves
+from mapo_kernels.ops._pair_layout import Given, Halves, mask_halves, merge_layout, split_halves
 from mapo_kernels.reference import paired_loss_reference
 from tests.kernels.pairs import Counting, check, gradient, make, needs, tensors
 
@@ -439,15 +439,15 @@ def test_the_completion_counter_is_zero_again(device: str) -> None:
 # --- The operator ---
 
 
-def op_arguments(prediction: Tensor, target: Tensor | None, **changes: Any) -> tuple[Any, ...]:
-    optional = (
-        "prediction_rejected", "target", "target_rejected", "keys", "alphas", "sigmas", "mask", "reference",
-        "reference_rejected", "reference_error", "reference_error_rejected", "weights", "labels", "baseline",
-    )  # fmt: skip
-    values: dict[str, Any] = dict.fromkeys(optional)
-    values |= {"target_kind": "stored", "objective": "mapo_code", "settings": [0.1, 0.5, 1000.0]}
-    values |= {"per_pair": False, "target": target, **changes}
-    return prediction, *values.values()
+def op_arguments(
+    *prediction: Tensor,
+    target_kind: str = "stored",
+    objective: str = "mapo_code",
+    settings: tuple[float, float, float] = (0.1, 0.5, 1000.0),
+    per_pair: bool = False,
+    **given: Tensor,
+) -> tuple[Any, ...]:
+    return list(prediction), list(Given(**given)), target_kind, objective, list(settings), per_pair
 
 
 @pytest.mark.filterwarnings("ignore:.*inference_mode.*:UserWarning")
@@ -458,14 +458,15 @@ def test_opcheck(device: str) -> None:
     last = p.detach().to(memory_format=torch.channels_last).requires_grad_()
     pairs = torch.rand(2, device=device)
     for arguments in (
-        op_arguments(last, t, weights=pairs, per_pair=True),
-        op_arguments(halves[0], t[:2], prediction_rejected=halves[1], target_rejected=t[2:],
+        op_arguments(last, target=t, weights=pairs, per_pair=True),
+        op_arguments(*halves, target=t[:2], target_rejected=t[2:],
                      mask=torch.rand(2, 1, 4, 4, device=device), reference=t + 0.1, labels=pairs,
-                     objective="dpo", settings=[5000.0, 0.0, 0.0]),
-        op_arguments(p, None, keys=torch.arange(2, device=device), target_kind="epsilon", objective="kto",
-                     reference_error=pairs, reference_error_rejected=pairs, settings=[1000.0, 1.0, 1.0],
+                     objective="dpo", settings=(5000.0, 0.0, 0.0)),
+        op_arguments(p, keys=torch.arange(2, device=device), target_kind="epsilon", objective="kto",
+                     reference_error=pairs, reference_error_rejected=pairs, settings=(1000.0, 1.0, 1.0),
                      baseline=torch.zeros((), device=device)),
-        op_arguments(p, t, keys=torch.arange(2, device=device), alphas=pairs, sigmas=pairs, target_kind="v"),
+        op_arguments(p, target=t, keys=torch.arange(2, device=device), alphas=pairs, sigmas=pairs,
+                     target_kind="v"),
     ):  # fmt: skip
         torch.library.opcheck(torch.ops.mapo.paired_loss.default, arguments)
     errors = [torch.rand(3, device=device, requires_grad=True) for _ in range(2)]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mapo_kernels.objectives import OBJECTIVES, resolve
 from mapo_kernels.ops._noise import noise_target_torch, normals_torch
-from mapo_kernels.ops._pair_kernels import PairScalars, Terms
+from mapo_kernels.ops._pair_kernels import Outputs, PairScalars
 from mapo_kernels.ops._pair_layout import Halves, Operands, Target
 from mapo_kernels.terms import Pairs, PairTerms
 
@@ -78,7 +78,7 @@ def _square_sums(prediction: Halves, targets: tuple[Tensor, Tensor], mask: Halve
     return torch.cat(sums)
 
 
-def eager_forward(operands: Operands, scalars: PairScalars) -> Terms:
+def eager_forward(operands: Operands, scalars: PairScalars) -> Outputs:
     """What `launch_forward` returns."""
     prediction, target, mask, reference = operands
     acc = operands.accumulator
@@ -98,7 +98,7 @@ def eager_forward(operands: Operands, scalars: PairScalars) -> Terms:
     elif scalars.reference_errors is not None:
         reference_errors = torch.cat([r.to(acc) for r in scalars.reference_errors])
     loss, logits, correct, d_w, d_l = pair_outputs(errors, reference_errors, scalars)
-    return Terms(
+    return Outputs(
         loss=loss,
         errors=errors,
         reference_errors=errors.new_empty(0) if reference_errors is None else reference_errors,

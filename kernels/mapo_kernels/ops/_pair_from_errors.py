@@ -15,7 +15,7 @@ from mapo_kernels.ops._pair_checks import (
     check_settings,
 )
 from mapo_kernels.ops._pair_eager import pair_outputs
-from mapo_kernels.ops._pair_kernels import PairScalars, accumulator, empty_terms
+from mapo_kernels.ops._pair_kernels import PairScalars, accumulator, empty_outputs
 from mapo_kernels.ops._pair_result import PairedLoss
 
 
@@ -62,7 +62,7 @@ def _(
     per_pair: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     acc = accumulator(chosen_error, rejected_error)
-    out = empty_terms(chosen_error, chosen_error.shape[0], acc, per_pair=per_pair, reference=False)
+    out = empty_outputs(chosen_error, chosen_error.shape[0], acc, per_pair=per_pair, reference=False)
     return out.loss, out.logits, out.correct, out.coefficients
 
 

@@ -389,7 +389,7 @@ class PairScalars(NamedTuple):
     per_pair: bool
 
 
-class Terms(NamedTuple):
+class Outputs(NamedTuple):
     """What the forward operator returns."""
 
     loss: Tensor  # () or (B,)
@@ -407,13 +407,13 @@ def accumulator(*tensors: Tensor | None) -> torch.dtype:
     )
 
 
-def empty_terms(like: Tensor, pairs: int, acc: torch.dtype, *, per_pair: bool, reference: bool) -> Terms:
+def empty_outputs(like: Tensor, pairs: int, acc: torch.dtype, *, per_pair: bool, reference: bool) -> Outputs:
     """The outputs, not yet filled."""
 
     def new(*shape: int, dtype: torch.dtype = acc) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=like.device)
 
-    return Terms(
+    return Outputs(
         loss=new(pairs) if per_pair else new(),
         errors=new(2 * pairs),
         reference_errors=new(2 * pairs if reference else 0),
@@ -442,7 +442,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 _NO_HALVES = (None, None)
 
 
-def launch_forward(operands: Operands, scalars: PairScalars, layout: Layout) -> Terms:
+def launch_forward(operands: Operands, scalars: PairScalars, layout: Layout) -> Outputs:
     """Run the forward kernel on operands that `layout` describes, in `Operands.walked`'s order."""
     prediction, target, mask, reference = operands
     like = prediction.chosen
@@ -451,7 +451,7 @@ def launch_forward(operands: Operands, scalars: PairScalars, layout: Layout) -> 
     objective = OBJECTIVES[scalars.objective]
     given = scalars.reference_errors
     has_reference = reference is not None or given is not None
-    out = empty_terms(like, pairs, acc, per_pair=scalars.per_pair, reference=has_reference)
+    out = empty_outputs(like, pairs, acc, per_pair=scalars.per_pair, reference=has_reference)
     block, chunk, chunks = chunking(numel, acc)
     programs = 2 * pairs * chunks
     partials = torch.empty(3 * programs, dtype=acc, device=like.device)

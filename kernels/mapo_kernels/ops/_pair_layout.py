@@ -69,7 +69,51 @@ class Layout(NamedTuple):
     rows: list[int]  # elements between samples
 
 
-def split_halves(first: Tensor, second: Tensor | None) -> Halves:
+class Given(NamedTuple):
+    """The tensors that the operators take besides the prediction, in their order; they get no gradient.
+
+    A target and a reference are (2B, …) in the first of their two fields, or a half in each.
+    """
+
+    target: Tensor | None = None  # stored, or the clean latents
+    target_rejected: Tensor | None = None
+    keys: Tensor | None = None
+    alphas: Tensor | None = None
+    sigmas: Tensor | None = None
+    mask: Tensor | None = None
+    reference: Tensor | None = None  # its prediction
+    reference_rejected: Tensor | None = None
+    reference_error: Tensor | None = None  # or its errors, (B,)
+    reference_error_rejected: Tensor | None = None
+    weights: Tensor | None = None
+    labels: Tensor | None = None
+    baseline: Tensor | None = None
+
+    @property
+    def kept(self) -> tuple[Tensor | None, ...]:
+        """What the backward pass needs; the reference has no gradient."""
+        return self[:6]
+
+    @property
+    def reference_errors(self) -> tuple[Tensor, Tensor] | None:
+        if self.reference_error is None or self.reference_error_rejected is None:
+            return None
+        return self.reference_error, self.reference_error_rejected
+
+    def operands(self, prediction: list[Tensor], target_kind: str) -> Operands:
+        """These and the prediction, one tensor or two, as halves."""
+        predictions = split_halves(*prediction)
+        target = None if self.target is None else split_halves(self.target, self.target_rejected)
+        reference = self.reference
+        return Operands(
+            predictions,
+            Target(target_kind, target, self.keys, self.alphas, self.sigmas),
+            mask_halves(self.mask, predictions.chosen),
+            None if reference is None else split_halves(reference, self.reference_rejected),
+        )
+
+
+def split_halves(first: Tensor, second: Tensor | None = None) -> Halves:
     if second is not None:
         return Halves(first, second)
     pairs = first.shape[0] // 2

@@ -44,11 +44,11 @@ from mapo_kernels.ops._pair_from_errors import paired_loss_from_errors
 from mapo_kernels.ops._pair_kernels import (
     PairScalars,
     accumulator,
-    empty_terms,
+    empty_outputs,
     launch_backward,
     launch_forward,
 )
-from mapo_kernels.ops._pair_layout import Operands, Target, mask_halves, split_halves
+from mapo_kernels.ops._pair_layout import Given, split_halves
 from mapo_kernels.ops._pair_reference import paired_loss_reference
 from mapo_kernels.ops._pair_result import PairedLoss
 
@@ -65,78 +65,27 @@ __all__ = [
 # --- Operators ---
 
 
-def _operands(
-    prediction: Tensor,
-    prediction_rejected: Tensor | None,
-    target: Tensor | None,
-    target_rejected: Tensor | None,
-    keys: Tensor | None,
-    alphas: Tensor | None,
-    sigmas: Tensor | None,
-    mask: Tensor | None,
-    target_kind: str,
-    reference: Tensor | None = None,
-    reference_rejected: Tensor | None = None,
-) -> Operands:
-    predictions = split_halves(prediction, prediction_rejected)
-    targets = None if target is None else split_halves(target, target_rejected)
-    return Operands(
-        predictions,
-        Target(target_kind, targets, keys, alphas, sigmas),
-        mask_halves(mask, predictions.chosen),
-        None if reference is None else split_halves(reference, reference_rejected),
-    )
-
-
 @torch.library.custom_op(
     "mapo::paired_loss",
     mutates_args=(),
-    schema="(Tensor prediction, Tensor? prediction_rejected, Tensor? target, Tensor? target_rejected, "
-    "Tensor? keys, Tensor? alphas, Tensor? sigmas, Tensor? mask, Tensor? reference, "
-    "Tensor? reference_rejected, Tensor? reference_error, Tensor? reference_error_rejected, "
-    "Tensor? weights, Tensor? labels, Tensor? baseline, str target_kind, str objective, float[] settings, "
+    schema="(Tensor[] prediction, Tensor?[] given, str target_kind, str objective, float[] settings, "
     "bool per_pair) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.cudagraph_unsafe,),  # see completion_counter
 )
 def _paired_loss_op(
-    prediction: Tensor,
-    prediction_rejected: Tensor | None,
-    target: Tensor | None,
-    target_rejected: Tensor | None,
-    keys: Tensor | None,
-    alphas: Tensor | None,
-    sigmas: Tensor | None,
-    mask: Tensor | None,
-    reference: Tensor | None,
-    reference_rejected: Tensor | None,
-    reference_error: Tensor | None,
-    reference_error_rejected: Tensor | None,
-    weights: Tensor | None,
-    labels: Tensor | None,
-    baseline: Tensor | None,
+    prediction: list[Tensor],  # (2B, …), or the two halves
+    given: list[Tensor | None],  # `Given`
     target_kind: str,
     objective: str,
     settings: list[float],
     per_pair: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    operands = _operands(
-        prediction,
-        prediction_rejected,
-        target,
-        target_rejected,
-        keys,
-        alphas,
-        sigmas,
-        mask,
-        target_kind,
-        reference,
-        reference_rejected,
+    parts = Given(*given)
+    operands = parts.operands(prediction, target_kind)
+    scalars = PairScalars(
+        parts.weights, parts.labels, parts.reference_errors, parts.baseline, objective, settings, per_pair
     )
-    given = None
-    if reference_error is not None and reference_error_rejected is not None:
-        given = (reference_error, reference_error_rejected)
-    scalars = PairScalars(weights, labels, given, baseline, objective, settings, per_pair)
-    layout = operands.layout() if backend(prediction.device).name != "eager" else None
+    layout = operands.layout() if backend(prediction[0].device).name != "eager" else None
     if layout is None:
         return eager_forward(operands, scalars)
     return launch_forward(operands, scalars, layout)
@@ -144,69 +93,40 @@ def _paired_loss_op(
 
 @_paired_loss_op.register_fake
 def _(
-    prediction: Tensor,
-    prediction_rejected: Tensor | None,
-    target: Tensor | None,
-    target_rejected: Tensor | None,
-    keys: Tensor | None,
-    alphas: Tensor | None,
-    sigmas: Tensor | None,
-    mask: Tensor | None,
-    reference: Tensor | None,
-    reference_rejected: Tensor | None,
-    reference_error: Tensor | None,
-    reference_error_rejected: Tensor | None,
-    weights: Tensor | None,
-    labels: Tensor | None,
-    baseline: Tensor | None,
+    prediction: list[Tensor],
+    given: list[Tensor | None],
     target_kind: str,
     objective: str,
     settings: list[float],
     per_pair: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return empty_terms(
-        prediction,
-        prediction.shape[0] if prediction_rejected is not None else prediction.shape[0] // 2,
-        accumulator(prediction, target, reference),
+    parts = Given(*given)
+    return empty_outputs(
+        prediction[0],
+        prediction[0].shape[0] // (3 - len(prediction)),
+        accumulator(prediction[0], parts.target, parts.reference),
         per_pair=per_pair,
-        reference=reference is not None or reference_error is not None,
+        reference=parts.reference is not None or parts.reference_error is not None,
     )
 
 
 @torch.library.custom_op(
     "mapo::paired_loss_backward",
     mutates_args=(),
-    schema="(Tensor grad_loss, Tensor coefficients, Tensor prediction, Tensor? prediction_rejected, "
-    "Tensor? target, Tensor? target_rejected, Tensor? keys, Tensor? alphas, Tensor? sigmas, Tensor? mask, "
-    "str target_kind) -> Tensor[]",
+    schema="(Tensor grad_loss, Tensor coefficients, Tensor[] prediction, Tensor?[] given, str target_kind) "
+    "-> Tensor[]",
 )
 def _paired_loss_backward_op(
     grad_loss: Tensor,
     coefficients: Tensor,
-    prediction: Tensor,
-    prediction_rejected: Tensor | None,
-    target: Tensor | None,
-    target_rejected: Tensor | None,
-    keys: Tensor | None,
-    alphas: Tensor | None,
-    sigmas: Tensor | None,
-    mask: Tensor | None,
+    prediction: list[Tensor],
+    given: list[Tensor | None],  # `Given` as far as `Given.kept`
     target_kind: str,
 ) -> list[Tensor]:
-    operands = _operands(
-        prediction,
-        prediction_rejected,
-        target,
-        target_rejected,
-        keys,
-        alphas,
-        sigmas,
-        mask,
-        target_kind,
-    )
-    results = [torch.empty_like(p) for p in (prediction, prediction_rejected) if p is not None]
-    grads = split_halves(results[0], results[1] if len(results) > 1 else None)
-    layout = operands.layout(grads) if backend(prediction.device).name != "eager" else None
+    operands = Given(*given).operands(prediction, target_kind)
+    results = [torch.empty_like(p) for p in prediction]
+    grads = split_halves(*results)
+    layout = operands.layout(grads) if backend(prediction[0].device).name != "eager" else None
     if layout is None:
         eager_backward(grad_loss, coefficients, operands, grads)
     else:
@@ -218,30 +138,27 @@ def _paired_loss_backward_op(
 def _(
     grad_loss: Tensor,
     coefficients: Tensor,
-    prediction: Tensor,
-    prediction_rejected: Tensor | None,
-    target: Tensor | None,
-    target_rejected: Tensor | None,
-    keys: Tensor | None,
-    alphas: Tensor | None,
-    sigmas: Tensor | None,
-    mask: Tensor | None,
+    prediction: list[Tensor],
+    given: list[Tensor | None],
     target_kind: str,
 ) -> list[Tensor]:
-    return [torch.empty_like(p) for p in (prediction, prediction_rejected) if p is not None]
+    return [torch.empty_like(p) for p in prediction]
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[5], *inputs[:8])  # not the reference, which has no gradient
-    ctx.target_kind = inputs[15]
+    prediction, given, ctx.target_kind, *_ = inputs
+    ctx.halves = len(prediction)
+    ctx.save_for_backward(output[5], *prediction, *Given(*given).kept)
     ctx.set_materialize_grads(False)  # else zeros are made for the outputs that carry no gradient
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if grad_loss is None:
-        return (None,) * 19
-    grads = _paired_loss_backward_op(grad_loss, *ctx.saved_tensors, ctx.target_kind)
-    return (grads[0], grads[1] if len(grads) > 1 else None, *[None] * 17)
+    coefficients, *rest = ctx.saved_tensors
+    prediction, given = rest[: ctx.halves], rest[ctx.halves :]
+    grads: list[Tensor | None] = [None] * ctx.halves
+    if grad_loss is not None:
+        grads = _paired_loss_backward_op(grad_loss, coefficients, prediction, given, ctx.target_kind)
+    return (grads, *[None] * 5)
 
 
 _paired_loss_op.register_autograd(_backward, setup_context=_save_for_backward)
@@ -306,16 +223,11 @@ def paired_loss(
     has_reference = reference_prediction is not None or given is not None
     check_scalars(objective, pairs, device, weights, labels, kto_baseline, has_reference=has_reference)
     check_mask(mask, pairs, sample, device)
+    scalars = weights, labels, kto_baseline
+    parts = Given._make((*target_parts, mask, *reference, *(given or (None, None)), *scalars))
     loss, errors, reference_out, logits, correct, _ = _paired_loss_op(
-        chosen,
-        rejected,
-        *target_parts,
-        mask,
-        *reference,
-        *(given or (None, None)),
-        weights,
-        labels,
-        kto_baseline,
+        [chosen] if rejected is None else [chosen, rejected],
+        list(parts),
         kind,
         objective,
         values,
