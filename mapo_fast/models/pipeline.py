@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from mapo_fast.models.configs import (
     LEGACY_EOS,
@@ -111,11 +112,13 @@ class PipelineFolder:
 
     def load_text_encoder(self, which: Which, dtype: torch.dtype = torch.float32) -> Any:
         """The first (`CLIPTextModel`) or second (`CLIPTextModelWithProjection`) text encoder."""
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-        if which == 1:
-            return self._load("text_encoder", CLIPTextModel, dtype).requires_grad_(False)
-        return self._load("text_encoder_2", CLIPTextModelWithProjection, dtype).requires_grad_(False)
+        # transformers also follows adapters, quantisation, kernels and other weights that a folder names.
+        component: Component = "text_encoder" if which == 1 else "text_encoder_2"
+        config = CLIPTextConfig(**self.text_config(which).model_dump())
+        kind = CLIPTextModel if which == 1 else CLIPTextModelWithProjection
+        return self._load(component, kind, dtype, config).requires_grad_(False)
 
     def load_tokenizer(self, which: Which) -> Any:
         """The tokenizer that goes with text encoder 1 or 2."""
@@ -157,15 +160,22 @@ class PipelineFolder:
                 f"tokenizer {tokenizer.eos_token_id}: the pooled embedding would be of another token"
             )
 
-    def _load(self, component: Component, kind: Any, dtype: torch.dtype) -> Any:
+    def _load(self, component: Component, kind: Any, dtype: torch.dtype, config: Any = None) -> Any:
+        """A part in `dtype`; with a `config` nothing is read from its folder but the weights."""
         files, variant = _weight_files(self.path(component), WEIGHTS[component])
         try:
+            where: dict[str, Any] = {
+                "pretrained_model_name_or_path": self.path(component),
+                "variant": variant,
+            }
+            if config is not None:
+                weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+                where = {"pretrained_model_name_or_path": None, "config": config, "state_dict": weights}
             with _quiet():
                 # Wrong shapes are let through here only to be named below: the libraries' own errors differ.
                 model, info = kind.from_pretrained(
-                    self.path(component),
+                    **where,
                     torch_dtype=dtype,
-                    variant=variant,
                     use_safetensors=True,
                     local_files_only=True,
                     output_loading_info=True,
@@ -325,6 +335,11 @@ def _check_part(folder: PipelineFolder, component: Component, weights: bool) -> 
     config = read_json(part / CONFIGS[component])
     if component in ("tokenizer", "tokenizer_2"):
         check_tokens(config, part / CONFIGS[component])
+    if component in WEIGHTS and config.get("quantization_config") is not None:  # chooses code to load with
+        raise UserError(
+            f"{part / CONFIGS[component]} has a quantization_config: take the model's plain weights, and "
+            "adapter.base to quantise them here"
+        )
     if component in WEIGHTS and weights:
         _weight_files(part, WEIGHTS[component])
     elif weights and component != "scheduler" and not (part / "tokenizer.json").is_file():
@@ -364,8 +379,8 @@ def _check_configs(folder: PipelineFolder, weights: bool) -> None:
     trials: dict[Component, Callable[[str], Shapes]] = {
         "vae": try_vae,
         "unet": lambda config: try_unet(config, width, texts[1].projection_dim),
-        "text_encoder": lambda config: try_text_encoder(config, 1),
-        "text_encoder_2": lambda config: try_text_encoder(config, 2),
+        "text_encoder": lambda _: try_text_encoder(texts[0].model_dump_json(), 1),
+        "text_encoder_2": lambda _: try_text_encoder(texts[1].model_dump_json(), 2),
     }
     for component, trial in trials.items():
         shapes = _try(folder, component, trial)
@@ -436,14 +451,19 @@ def _weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
     variant = _variant(folder, stem)
     dotted = f".{variant}" if variant else ""
     single = folder / f"{stem}{dotted}.safetensors"
+    index = folder / f"{stem}.safetensors.index{dotted}.json"
     if single.is_file():
+        if os.path.lexists(index):  # diffusers would load what the index names, unchecked
+            raise UserError(f"{folder} has both {single.name} and {index.name}: remove one of them")
         return [single], variant
     if os.path.lexists(single):
         raise UserError(f"{single} is no regular file, or a link to nothing: copy it from the model again")
-    index = folder / f"{stem}.safetensors.index{dotted}.json"
     named = read_json(index).get("weight_map")
-    if not isinstance(named, dict) or not all(_is_name(name) for name in named.values()):
-        raise UserError(f"{index} has no weight_map from tensors to file names: copy it from the model again")
+    if not isinstance(named, dict) or not all(_is_weights(name) for name in named.values()):
+        raise UserError(
+            f"{index} has no weight_map from tensors to names of .safetensors files: copy it "
+            "from the model again"
+        )
     names = sorted(set(named.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
@@ -482,5 +502,5 @@ def _variant(folder: Path, stem: str) -> str | None:
     raise UserError(f"{folder} has no weights: {stem}.safetensors is missing")
 
 
-def _is_name(name: object) -> bool:
-    return isinstance(name, str) and bool(name) and Path(name).name == name
+def _is_weights(name: object) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name

@@ -74,7 +74,7 @@ def try_text_encoder(config: str, which: Literal[1, 2]) -> Shapes:
     """Build a text encoder and encode a prompt; returns its weights' shapes.
 
     Args:
-        config: its config as JSON.
+        config: the fields of `configs.TextConfig` as JSON.
         which: 1 is a `CLIPTextModel`, 2 a `CLIPTextModelWithProjection`.
 
     Raises:
@@ -84,7 +84,7 @@ def try_text_encoder(config: str, which: Literal[1, 2]) -> Shapes:
 
     kind: Any = CLIPTextModel if which == 1 else CLIPTextModelWithProjection
     with torch.device("meta"):
-        encoder = kind(CLIPTextConfig.from_dict(json.loads(config)))
+        encoder = kind(CLIPTextConfig(**json.loads(config)))
         encode_text(encoder, torch.zeros(1, CONTEXT, dtype=torch.long), which)
     return _shapes(encoder)
 
