@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+from mapo_fast.util import extensions
 from mapo_fast.util.console import Terminal, encode_anything, output_may_fail, say
 from mapo_fast.util.errors import printable
 from mapo_fast.util.files import one_line
@@ -75,15 +76,24 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Replace one setting: section.key=value (see below). May be repeated."),
 ]
+Code = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-code",
+        help="Call module:function of an installed package, which adds objectives, optimizers or data "
+        "sources. May be repeated.",
+    ),
+]
 
 
 @app.command(cls=_Configured)
-def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
+def prepare(config: ConfigFile, overrides: Overrides = None, code: Code = None) -> None:
     """Encode images and prompts once into a cache; continues where it stopped."""
     from mapo_fast.data.prepare import prepare as run
     from mapo_fast.settings.load import load_config
 
     output_may_fail()
+    _allow(code, config)
     try:
         run(load_config(config, overrides), callbacks=Terminal())
     except KeyboardInterrupt as signal:
@@ -96,12 +106,14 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in train.output.")] = False,
+    code: Code = None,
 ) -> None:
     """Fine-tune on a prepared cache; under accelerate launch or torchrun, on one GPU per process."""
     from mapo_fast.run.train import train as run
     from mapo_fast.settings.load import load_config
 
     output_may_fail()
+    _allow(code, config)
     settings = load_config(config, overrides)
     result = run(settings, resume=resume, callbacks=Terminal())
     main = _main()
@@ -137,6 +149,7 @@ def plan(
     picture: Annotated[
         Path | None, typer.Option("--plot", help="Draw memory over the step into this file.")
     ] = None,
+    code: Code = None,
 ) -> None:
     """Predict memory and time of training; choose the fastest settings that fit. No GPU, no weights."""
     from mapo_fast.planner import report
@@ -144,6 +157,7 @@ def plan(
 
     if picture is not None:
         report.check_picture(picture)
+    _allow(code, config)
     with Console(stderr=True).status("tracing training steps; the first time this takes a minute or two"):
         outcome = ask(
             config,
@@ -189,6 +203,11 @@ def doctor() -> None:
     from mapo_fast.doctor import doctor as run
 
     run(Console())
+
+
+def _allow(code: list[str] | None, config: Path | None) -> None:
+    for one in code or []:
+        extensions.allow(one, lambda line: typer.echo(printable(line), err=True), config)
 
 
 def _main() -> bool:

@@ -78,7 +78,9 @@ class Tracing:
                         futures.pop(here, None)
                         found[here] = _record(work[here])
                         continue
-                    with suppress(BrokenProcessPool):
+                    with suppress(
+                        Exception
+                    ):  # it may not know what was registered here; what fails fails here too
                         found[i] = futures.pop(i).result()
                 yield found.pop(i)
         finally:

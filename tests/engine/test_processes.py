@@ -489,7 +489,7 @@ def test_accelerate_launch_trains_and_writes_once(tiny_sdxl: Path, cache: Path, 
     (tmp_path / "config.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", "0", "-m", "mapo_fast.cli", "train", str(tmp_path / "config.toml")]
+    launch += ["--main_process_port", "0", "-m", "mapo_fast", "train", str(tmp_path / "config.toml")]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("training on 2 × cpu") == 1

@@ -1,7 +1,7 @@
 """All layouts that are known, and the one that a path is kept in.
 
 They are asked in order, and the first that recognises the path opens it: those that were registered, the last
-one first, then the built-in ones. Of those,
+one first, then the built-in ones, then those of installed packages (`util.extensions`). Of the built-in ones,
 
 1. `pairs.jsonl` wins over twin folders, which may hold its images;
 2. twin folders, `chosen/` + `rejected/` or `w/` + `l/`, win over tables that lie in them;
@@ -21,6 +21,7 @@ from mapo_fast.data.sources.folders import TwinFolderPairs
 from mapo_fast.data.sources.jsonl import JsonlPairs
 from mapo_fast.data.sources.parquet import ParquetPairs
 from mapo_fast.util.errors import UserError
+from mapo_fast.util.extensions import load_installed
 from mapo_fast.util.files import check_regular
 
 _BUILT_IN: tuple[type[PreferencePairs], ...] = (JsonlPairs, TwinFolderPairs, DatasetPairs, ParquetPairs)
@@ -67,11 +68,18 @@ def find_source(path: Path) -> type[PreferencePairs]:
             next(path.iterdir(), None)  # a folder without permission raises here, and would look empty below
         else:
             check_regular(path, path.stat().st_mode)
-        for source in known_sources():
-            if source.recognises(path):
-                return source
+        if (found := _recognised(path)) is not None:
+            return found
+        problems = load_installed()
+        if (found := _recognised(path)) is not None:
+            return found
     looked_for = ", ".join(dict.fromkeys(source.looked_for for source in known_sources()))
-    raise UserError(f"data.source {path} has no layout that is known here; looked for {looked_for}")
+    unknown = f"data.source {path} has no layout that is known here; looked for {looked_for}"
+    raise UserError("; ".join([unknown, *problems]))
+
+
+def _recognised(path: Path) -> type[PreferencePairs] | None:
+    return next((source for source in known_sources() if source.recognises(path)), None)
 
 
 def open_source(path: Path) -> PreferencePairs:
