@@ -1,4 +1,4 @@
-"""The READMEs' tables, made from the results files: `python -m bench.readme` rewrites them in place.
+"""The READMEs' tables, from the results files and the registry: `python -m bench.readme` rewrites them.
 
 Between `<!-- results: NAME -->` and `<!-- end -->` nothing is typed by hand; a test compares the two.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import plot, step_tables
+from bench import objective_tables, plot, step_tables
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -188,6 +188,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     README: {
         "demo": demo,
         "photographs": photographs,
+        "objective_settings": objective_tables.named,
         "objectives": objectives,
         "memory": memory,
         "providers": step_tables.providers,
@@ -196,7 +197,12 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "dataset": step_tables.dataset,
         "saved_memory": saved_memory,
     },
-    README.parent / "kernels" / "README.md": {"ops": ops, "traffic": traffic, "resources": resources},
+    README.parent / "kernels" / "README.md": {
+        "ops": ops,
+        "traffic": traffic,
+        "resources": resources,
+        "formulas": objective_tables.formulas,
+    },
 }
 """Which sections stand on which page."""
 

@@ -129,6 +129,7 @@ OBJECTIVES: dict[str, Objective] = {
         named={"name": "mapo", "form": "code"},
         loss="e_w + β·L(z)",
         logit="T·(s(e_w) − s(e_l)), s(x) = λx/(exp(λx) − 1)",
+        about=' (`form = "paper"`: no default of beta)',
     ),
     "mapo_paper_power": Objective(
         terms=f"{_TERMS}:MAPO_PAPER_POWER",

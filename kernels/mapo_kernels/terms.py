@@ -199,7 +199,7 @@ def log_score_torch(z: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(small, kept.log(), far), torch.where(small, slope / kept, far_slope)
 
 
-def log_loss_torch(z: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+def log_loss_torch(z: Tensor, labels: Tensor | float | None) -> tuple[Tensor, Tensor]:
     """Return −log σ(z), or with labels p·(−log σ(z)) + (1 − p)·(−log σ(−z)), and the derivative."""
     log_sigma = torch.nn.functional.logsigmoid
     if labels is None:
