@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +47,7 @@ from mapo_fast.settings.table import TABLE
 from mapo_fast.util import extensions
 from mapo_fast.util.checkpoint import CheckpointStore
 from mapo_fast.util.errors import UserError
+from mapo_kernels.objectives import OBJECTIVES
 from tests.data.pair_sources import config as pairs_config
 from tests.data.pair_sources import pickapic_rows, png
 from tests.training import make_cache, make_config, settings
@@ -714,3 +716,26 @@ def test_a_layout_of_an_installed_package_is_found(tmp_path: Path, monkeypatch: 
         open_source(tmp_path / "data")
     (tmp_path / "data" / "notes.txt").touch()
     assert type(open_source(tmp_path / "data")).__name__ == "Notes"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_an_objective_of_an_installed_package_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a config names one that is not built in, with its settings; its terms are not imported yet."""
+    source = (
+        "from mapo_kernels.objectives import Objective, Setting, register_objective\n"
+        "def register():\n"
+        "    settings = {'slope': Setting(1.0)}\n"
+        "    register_objective('sloped', Objective(terms='absent_terms:TERMS', settings=settings))\n"
+    )
+    install(tmp_path / "site", "sloped_extension", source, "sloped_extension:register")
+    install(
+        tmp_path / "site", "broken_extension", "raise RuntimeError('broken')\n", "broken_extension:register"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    with patch.dict(OBJECTIVES):
+        with pytest.raises(UserError, match=r"objective\.name.* or 'sloped'; broken_extension .*: broken"):
+            make_config(tmp_path, tmp_path, tmp_path, objective={"name": "sloping"})
+        config = make_config(tmp_path, tmp_path, tmp_path, objective={"name": "sloped", "slope": 0.5})
+        assert config.objective.settings == {"slope": 0.5}

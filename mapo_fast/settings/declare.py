@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
+from mapo_fast.util.extensions import load_installed
+
 Affects = Literal["inputs", "cache", "arithmetic", "reference", "execution", "bookkeeping"]
 """What another value of a setting makes another one of:
 
@@ -61,17 +63,23 @@ def setting(
 
 @dataclass(frozen=True)
 class OneOf:
-    """The check of a name that a registry has, to stand in an `AfterValidator`."""
+    """The check of a name that a registry has, to stand in an `AfterValidator`.
+
+    For a name that it has not, installed packages are asked (`util.extensions`).
+    """
 
     names: Callable[[], Sequence[str]]
     """Those that are registered now."""
 
     def __call__(self, name: str) -> str:
         """Return the name."""
-        if name not in (names := self.names()):
-            *first, last = map(repr, names)
-            raise ValueError(f"Input should be {', '.join(first)} or {last}")
-        return name
+        if name in self.names():
+            return name
+        problems = load_installed()
+        if name in (names := self.names()):
+            return name
+        *first, last = map(repr, names)
+        raise ValueError("; ".join([f"Input should be {', '.join(first)} or {last}", *problems]))
 
 
 class Setting(NamedTuple):

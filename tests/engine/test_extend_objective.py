@@ -1,4 +1,4 @@
-"""The objective of `docs/extend/objective.md`, from a file outside the package, in configs and the trainer."""
+"""The objective of `docs/extend/objective.md`, from a file outside the package: configs and trainer."""
 
 from __future__ import annotations
 
