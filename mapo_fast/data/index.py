@@ -57,6 +57,12 @@ def difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
     for name in (row.key for row in affecting("cache")):
         if have.get(name) != want[name]:
             return f"was made for data.{name} = {have.get(name)}, the config says {want[name]}"
+    zeros = [settings.get("zeros_for_empty_prompt") for settings in (have, want)]
+    if zeros[0] != zeros[1]:
+        return (
+            f"was made for force_zeros_for_empty_prompt = {zeros[0]}, model_index.json in model.path says "
+            f"{zeros[1]}"
+        )
     if have != want:
         return "was made with another VAE, text encoder or tokenizer than model.path has"
     return None

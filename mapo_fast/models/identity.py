@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,20 +62,26 @@ def _tensors(folder: PipelineFolder, component: Component) -> list[TensorIdentit
 def _of_file(file: Path) -> Iterator[TensorIdentity]:
     _, header, start = read_header(file)
     for name, sample in read_samples(file, header, start):
-        if name.endswith(_WITHOUT_EFFECT):
-            continue
-        entry = header[name]
-        shape = list(entry["shape"])
-        while shape and shape[-1] == 1:
-            shape.pop()
-        for old, new in _LEGACY.items():
-            name = name.replace(old, new)
-        yield TensorIdentity(
-            name.removeprefix("text_model."),
-            str(entry["dtype"]),
-            tuple(shape),
-            hashlib.sha256(sample).hexdigest(),
-        )
+        if not name.endswith(_WITHOUT_EFFECT):
+            yield tensor_identity(name, header[name]["dtype"], header[name]["shape"], sample)
+
+
+def tensor_identity(name: str, dtype: str, shape: Sequence[int], sample: bytes) -> TensorIdentity:
+    """A tensor's identity, wherever it comes from.
+
+    Args:
+        name: as diffusers and transformers call it, today or in an older version.
+        dtype: as safetensors writes it.
+        shape: in elements.
+        sample: its first and last `pipeline.SAMPLE` bytes.
+    """
+    for old, new in _LEGACY.items():
+        name = name.replace(old, new)
+    sizes = list(shape)
+    while sizes and sizes[-1] == 1:
+        sizes.pop()
+    values = hashlib.sha256(sample).hexdigest()
+    return TensorIdentity(name.removeprefix("text_model."), str(dtype), tuple(sizes), values)
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:

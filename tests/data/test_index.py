@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mapo_fast.data import prepare as prepare_module
 from mapo_fast.data.cache import PairCache
 from mapo_fast.data.prepare import prepare
 from mapo_fast.models.pipeline import open_sdxl
@@ -69,6 +70,17 @@ def test_cache_of_another_model_is_refused(prepared: Path, other_model: Callable
             prepare(run)
         with pytest.raises(UserError, match="another VAE, text encoder or tokenizer"):
             PairCache.open(prepared).check(open_sdxl(model), run.data)
+
+
+def test_cache_of_a_pipeline_with_another_empty_prompt_is_refused(
+    tiny_sdxl: Path, tmp_path: Path, prepared: Path
+) -> None:
+    model = shutil.copytree(tiny_sdxl, tmp_path / "m")
+    path = model / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"force_zeros_for_empty_prompt": False}))
+    run = config(model, prepared.parent / "s", prepared)
+    with pytest.raises(UserError, match=r"force_zeros_for_empty_prompt = True, model_index\.json .* False:"):
+        PairCache.open(prepared).check(open_sdxl(model), run.data)
 
 
 def test_another_unet_may_use_the_cache(prepared: Path, other_model: Callable[[str], Path]) -> None:
@@ -162,6 +174,10 @@ def test_fingerprint_is_of_the_content(tiny_sdxl: Path, prepared: Path, copy: Pa
     assert PairCache.open(copy).fingerprint != first
 
 
+def interrupt(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def as_format(cache: Path, number: int, model: Path) -> None:
     """Turn a cache into what the version with this format wrote."""
     known = open_sdxl(model).fingerprint(ENCODERS)
@@ -173,17 +189,28 @@ def as_format(cache: Path, number: int, model: Path) -> None:
     (cache / "pairs.npy").write_bytes(b"as that format had it")
 
 
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize(("number", "interrupted"), [(2, False), (3, True)])
 def test_an_earlier_format_is_taken_over_without_encoding(
-    tiny_sdxl: Path, prepared: Path, copy: Path, number: int
+    tiny_sdxl: Path,
+    prepared: Path,
+    copy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    interrupted: bool,
 ) -> None:
     run = config(tiny_sdxl, prepared.parent / "s", copy)
     as_format(copy, number, tiny_sdxl)
     index = json.loads((copy / "index.json").read_text())
     known = {name: index[name] for name in ("settings", "train", "files")}  # as runs of then know it
+    before = {path: path.stat().st_mtime_ns for path in (copy / "shards").iterdir()}
+    if interrupted:  # when its settings are those of this format already, its index is not
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare_module, "scan", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(run)
+        assert json.loads((copy / "settings.json").read_text())["format"] == 4
     with pytest.raises(UserError, match="of an earlier version whose latents can be kept: run mapo-fast"):
         PairCache.open(copy)
-    before = {path: path.stat().st_mtime_ns for path in (copy / "shards").iterdir()}
     prepare(run)
     assert {path: path.stat().st_mtime_ns for path in (copy / "shards").iterdir()} == before
     have, want = contents(copy), contents(prepared)

@@ -142,9 +142,13 @@ def open_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def more_config(model: Path) -> None:
+    """Notes of the libraries, and fields that only decoding and sampling look at."""
+    notes = {"_diffusers_version": "0.19.0", "_name_or_path": "somewhere/else", "torch_dtype": "float16"}
     for part in ("vae", "text_encoder"):
         path = model / part / "config.json"
-        settings = json.loads(path.read_text()) | {"_diffusers_version": "0.19.0", "torch_dtype": "float16"}
+        settings = json.loads(path.read_text()) | notes
+        if part == "vae":
+            settings |= {"sample_size": 1024, "force_upcast": not settings["force_upcast"]}
         path.write_text(json.dumps(settings, indent=7, sort_keys=True))
 
 
