@@ -1,9 +1,7 @@
 """Layouts are found by name alone, and one from outside the package is as good as ours."""
 
 import csv
-import importlib
-import re
-import sys
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,27 +18,22 @@ from mapo_fast.data.sources.folders import TwinFolderPairs
 from mapo_fast.data.sources.jsonl import JsonlPairs
 from mapo_fast.data.sources.parquet import ParquetPairs
 from mapo_fast.data.sources.registry import find_source, known_sources, open_source, register_source
+from mapo_fast.run.log import read_log
 from mapo_fast.run.train import train
-from mapo_fast.settings.load import parse_config
 from mapo_fast.util.errors import UserError
 from tests.data.pair_sources import png, skipped
-from tests.training import settings
-
-PAGE = Path(__file__).parents[3] / "docs" / "extend" / "data_source.md"
+from tests.pages import imported
+from tests.training import make_config
 
 
 @pytest.fixture
 def csv_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The source that the page defines, imported from a file outside the package."""
-    (code,) = re.findall(r"```python\n(\"\"\".*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    """The source of `docs/extend/data_source.md`, from a file outside the package."""
     (tmp_path / "plugin").mkdir()
-    (tmp_path / "plugin" / "csv_pairs.py").write_text(code, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path / "plugin")
     monkeypatch.setattr(registry, "_registered", [])
-    module = importlib.import_module("csv_pairs")
-    module.register()
-    yield module
-    del sys.modules["csv_pairs"]
+    with imported("data_source", tmp_path / "plugin") as module:
+        module.register()
+        yield module
 
 
 def csv_folder(
@@ -60,9 +53,8 @@ def csv_folder(
 
 
 def run(model: Path, tmp_path: Path, **data: Any) -> Any:
-    made = settings(model, tmp_path / "c", tmp_path / "run", train={"steps": 3})
-    made["data"] |= {"source": str(tmp_path / "s"), **data}
-    return parse_config(made)
+    data = {"source": str(tmp_path / "s"), **data}
+    return make_config(model, tmp_path / "c", tmp_path / "run", data=data, train={"steps": 2, "log_every": 1})
 
 
 def test_a_source_from_outside_trains(tiny_sdxl: Path, tmp_path: Path, csv_pairs: ModuleType) -> None:
@@ -81,8 +73,10 @@ def test_a_source_from_outside_trains(tiny_sdxl: Path, tmp_path: Path, csv_pairs
     }
     cache = PairCache.open(tmp_path / "c")
     assert {row.prompt for row in cache.rows([*cache.train])} < {f"thing {i}" for i in range(12)}
-    train(config)
-    assert (tmp_path / "run").is_dir()
+    assert train(config).finished
+    steps = [entry for entry in read_log(tmp_path / "run" / "log.jsonl") if entry["event"] == "step"]
+    assert len(steps) == 2
+    assert all(math.isfinite(step["loss"]) for step in steps)
     before = open_source(tmp_path / "s").identity()
     (tmp_path / "s" / "3w.png").write_bytes(png(1234))
     assert open_source(tmp_path / "s").identity() != before
