@@ -178,22 +178,34 @@ def test_no_two_files_import_each_other() -> None:
 
 
 def test_the_checks_of_data_need_no_numbers(tmp_path: Path) -> None:
-    """A layout is recognised, a table opened, a cache's index checked, and nothing slow is imported."""
-    (tmp_path / "parquet").mkdir()
-    (tmp_path / "parquet" / "a.parquet").write_bytes(b"not read")
+    """Layouts are recognised and opened, a cache is claimed and checked, and nothing slow is imported."""
+    for file in ("parquet/a.parquet", "arrow/state.json", "twins/chosen/a.png", "twins/rejected/a.png"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(b"not read")
+    (tmp_path / "twins" / "chosen" / "a.txt").write_text("p")
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
     loaded = _python(
         "from pathlib import Path\n"
-        "from mapo_fast.data.sources.registry import find_source, open_source\n"
+        "from mapo_fast.data.sources import find_source, open_source\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "assert find_source(folder / 'parquet').looked_for == '*.parquet'\n"
-        "assert len(list(open_source(folder).rows([0]))) == 1\n"
-        "from mapo_fast.data.index import CacheIndex, difference, write_index\n"
+        "assert 'Hugging Face' in find_source(folder / 'arrow').looked_for\n"
+        "for path, kind in ((folder, 'SkippedRow'), (folder / 'twins', 'PairRecord')):\n"
+        "    source = open_source(path)\n"
+        "    assert len(source.identity()) == 64\n"
+        "    assert [type(row).__name__ for row in source.rows([0])] == [kind]\n"
+        "from mapo_fast.data.index import CacheIndex, claim, difference, is_whole, write_index\n"
         "settings = {'format': 4, 'flip': True}\n"
+        "assert claim(folder / 'cache', settings, None) == settings\n"
+        "from mapo_fast.util.files import sha256_file\n"
+        "table = folder / 'pairs.jsonl'\n"
+        "files = {table.name: {'bytes': table.stat().st_size, 'sha256': sha256_file(table)}}\n"
         "counts = {'pairs': 3, 'train': 2, 'held_out': 0.1, 'paired': False}\n"
-        "known = {'settings': settings, 'files': {}, **counts}\n"
+        "known = {'settings': settings, 'files': files, **counts}\n"
         "write_index(folder, known)\n"
         "index = CacheIndex.open(folder)\n"
+        "index.verify_all()\n"
+        "assert is_whole(folder, index.content)\n"
         "assert (index.flips, index.paired, index.train) == (True, False, 2)\n"
         "assert len(index.fingerprint) == 64\n"
         "assert 'data.resolution' in difference(settings, settings | {'resolution': 64})\n"
@@ -202,7 +214,7 @@ def test_the_checks_of_data_need_no_numbers(tmp_path: Path) -> None:
     assert loaded == "[]"
 
 
-NUMBERS = ("torch", "numpy", "triton", "pyarrow", "datasets", "diffusers", "transformers")
+NUMBERS = ("torch", "numpy", "triton", "pyarrow", "datasets", "diffusers", "transformers", "PIL")
 
 
 def test_the_training_script_stays_readable() -> None:
