@@ -9,12 +9,16 @@ from PIL import Image
 
 from mapo_fast.data import vae_encoder
 from mapo_fast.data.cache import PairCache
+from mapo_fast.data.choose import image_key
 from mapo_fast.data.prepare import prepare
+from mapo_fast.data.scan import content_hash
+from tests.data.images.test_colour import profile
 from tests.data.pair_sources import (
     config,
     encoded,
     jsonl_folder,
     pickapic_rows,
+    picture,
     png,
     skipped,
     write_jsonl,
@@ -95,3 +99,13 @@ def test_one_bucket_per_pair_and_upscaled_counted(tiny_sdxl: Path, tmp_path: Pat
     assert batch.time_ids_chosen[0, :2].tolist() == [64, 32]
     assert batch.time_ids_rejected[0, :2].tolist() == [24, 14]
     assert batch.time_ids_rejected[0, 4:].tolist() == [height, width]
+
+
+def test_latents_of_an_earlier_version_are_not_taken_for_converted_ones(
+    tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    source = jsonl_folder(tmp_path / "s", 3)
+    prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0))
+    (source / "0w.png").write_bytes(data := encoded(picture(0), icc_profile=profile("wide")))
+    assert image_key(content_hash(data), (32, 32), "converted") != image_key(content_hash(data), (32, 32))
+    assert prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0)).converted == 1

@@ -10,10 +10,13 @@ from mapo_fast.data.cache import PairCache
 from mapo_fast.data.prepare import prepare
 from mapo_fast.models.pipeline import PipelineFolder, open_sdxl
 from mapo_fast.util.errors import UserError
+from tests.data.images.test_colour import profile
 from tests.data.pair_sources import (
     config,
+    encoded,
     jsonl_folder,
     pickapic_rows,
+    picture,
     png,
     write_jsonl,
     write_parquet,
@@ -82,3 +85,14 @@ def test_another_held_out_share_encodes_nothing(
     monkeypatch.setattr(PipelineFolder, "load_vae", None)
     monkeypatch.setattr(PipelineFolder, "load_text_encoder", None)
     assert prepare(run).held_out == 3
+
+
+def test_converted_profiles_are_counted_and_a_leak_is_said(tiny_sdxl: Path, tmp_path: Path) -> None:
+    source = jsonl_folder(tmp_path / "s", 6)
+    for i in range(6):
+        (source / f"{i}w.png").write_bytes(encoded(picture(2 * i), icc_profile=profile("wide")))
+    (source / "0l.png").write_bytes(encoded(picture(1), icc_profile=b"nonsense"))
+    (source / "1l.png").write_bytes(encoded(picture(3), icc_profile=profile("srgb")))
+    summary = prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0))
+    assert (summary.converted, summary.ignored_profiles) == (6, 1)
+    assert [text for text in summary.warnings if "100% of the chosen and 0% of the rejected images" in text]

@@ -115,12 +115,19 @@ def test_a_reader_that_is_no_longer_wanted_ends(jobs: list[ImageJob], source: Pr
     assert threading.active_count() == before
 
 
-def test_what_goes_wrong_in_a_thread_is_raised_in_its_place(
-    jobs: list[ImageJob], source: PreferencePairs
+@pytest.mark.parametrize("change", ["written", "removed"])
+def test_a_source_that_changed_since_the_scan_is_named_in_its_place(
+    jobs: list[ImageJob], tmp_path: Path, change: str
 ) -> None:
-    jobs[5] = ImageJob(jobs[5].row, jobs[5].chosen, b"other", b"other", jobs[5].bucket)
+    folder = jsonl_folder(tmp_path / "s", COUNT // 2)
+    path = folder / "2l.png"
+    source = open_source(folder)
+    if change == "written":
+        path.write_bytes(png(99))
+    else:
+        path.unlink()
     seen = []
-    with pytest.raises(UserError, match=r"pairs\.jsonl:3 in data\.source changed"):
+    with pytest.raises(UserError, match=r"pairs\.jsonl:3 in data\.source changed during prepare: run"):
         seen.extend(job for job, _ in images(jobs, source))
     assert seen == jobs[:5]
 
