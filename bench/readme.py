@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import objective_tables, plot, step_tables
+from bench import objective_tables, op_tables, step_tables
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -180,7 +180,7 @@ def resources() -> str:
 
 def ops() -> str:
     """The microbenchmarks on a GPU, or that there are none yet."""
-    return plot.table(plot.rows())
+    return op_tables.table(op_tables.rows())
 
 
 README = Path(__file__).parents[1] / "README.md"

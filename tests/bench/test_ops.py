@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_check, gpu_step, ops, plot
+from bench import gpu_check, gpu_step, op_tables, ops, plot
 from bench.cases import CASES, New, cases, differentiable, least_bytes, tensors
 from bench.dispatch import Untouched
 
@@ -247,8 +247,8 @@ def measured_row(provider: str, milliseconds: float, **changes: Any) -> dict[str
 
 
 def test_without_a_gpu_nothing_is_claimed(tmp_path: Path) -> None:
-    assert plot.table([]) == "not measured yet"
-    assert plot.table([{"op": "geglu", "wall_ms": [1, 2, 3]}]) == "not measured yet"
+    assert op_tables.table([]) == "not measured yet"
+    assert op_tables.table([{"op": "geglu", "wall_ms": [1, 2, 3]}]) == "not measured yet"
     assert plot.plot([], tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -262,13 +262,13 @@ def test_tables_compare_with_the_newest_row_of_each_provider(tmp_path: Path) -> 
         measured_row("liger", 1.5),
         measured_row("ours", 3.0, shape="a sweep", headline=False),
     ]
-    lines = plot.table(measured).splitlines()
+    lines = op_tables.table(measured).splitlines()
     assert lines[0] == "Test Card 1:"
     assert lines[-1] == (
         "| `geglu` | 4×4096×5120 bf16 | forward | 1.0000 (0.9000, 1.1000) | 900 | 90 % | 2.50 × | 1.25 × "
         "| liger 1.50 × |"
     )
-    assert "a sweep" in plot.table(measured, headlines=False)
+    assert "a sweep" in op_tables.table(measured, headlines=False)
     (path,) = plot.plot(measured, tmp_path)
     assert path.name == "ops_Test_Card_1.png"
     assert path.stat().st_size > 0
