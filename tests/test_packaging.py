@@ -131,6 +131,18 @@ def test_dependencies_point_one_way() -> None:
         assert "tests" not in _imports(file), file
 
 
+def test_kernels_take_nothing_private_from_each_other() -> None:
+    """Modules with an underscore are theirs; names with one are a module's own."""
+    package = ROOT / "kernels" / "mapo_kernels"
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mapo_kernels"):
+                where = (ROOT / "kernels").joinpath(*str(node.module).split("."))
+                taken = [alias.name for alias in node.names if alias.name.startswith("_")]
+                private = [name for name in taken if not (where / f"{name}.py").is_file()]
+                assert not private, f"{file.relative_to(ROOT)} imports {private} from {node.module}"
+
+
 def test_nothing_private_is_taken_from_the_kernels() -> None:
     for folder in ("mapo_fast", "bench"):
         for file in (ROOT / folder).rglob("*.py"):

@@ -4,7 +4,6 @@ This file runs in every implementation: see conftest.py.
 """
 
 import itertools
-import sys
 from typing import Any
 
 import bitsandbytes as bnb
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mapo_kernels.ops import _projections
+from mapo_kernels.ops import _linear, _projections
 from mapo_kernels.ops._projections import Lora, Projection, pack, unpack
 from mapo_kernels.ops.lora_linear import lora_linear
 from mapo_kernels.reference import lora_linear_reference
@@ -40,7 +39,6 @@ from tests.kernels.linear_cases import (
 )
 from tests.saved import compiled, saved_bytes
 
-op = sys.modules["mapo_kernels.ops.lora_linear"]
 pytestmark = [pytest.mark.usefixtures("_nan_in_fresh_memory"), *COMPILER_WARNS]
 
 
@@ -148,10 +146,10 @@ def test_only_needed_gradients(device: str, wanted: tuple[bool, ...]) -> None:
     products += True * out * rank + of_a * rank * features + of_b * out * rank
     t = x @ p.lora.a.t()  # type: ignore[union-attr]
     tensors, formats, scales = pack([p])
-    flops = matrix_flops(op._lora_linear_backward_op, y, x, t, tensors, formats, scales, list(wanted))
+    flops = matrix_flops(_linear.linear_backward_op, y, x, t, tensors, formats, scales, list(wanted))
     unneeded = 0 if of_x or of_a else out * rank
     assert flops == 2 * rows * (products - unneeded)
-    forward = matrix_flops(op._lora_linear_op, x, tensors, formats, scales)
+    forward = matrix_flops(_linear.linear_op, x, tensors, formats, scales)
     assert forward == 2 * rows * (out * features + rank * (out + features))
 
 
@@ -172,9 +170,9 @@ def test_no_fp32_copy_of_the_activations(device: str) -> None:
     p = projection(48, 80, device, torch.bfloat16, rank=4, factors=torch.float32, trainable=False)
     tensors, formats, scales = pack([p])
     with torch.no_grad(), Largest() as largest:
-        y, t = op._lora_linear_op._init_fn(x, tensors, formats, scales)
+        y, t = _linear.linear_op._init_fn(x, tensors, formats, scales)
         needed = [True, False, False, True, True]
-        op._lora_linear_backward_op._init_fn(y, x, t, tensors, formats, scales, needed)
+        _linear.linear_backward_op._init_fn(y, x, t, tensors, formats, scales, needed)
     assert largest.elements <= 4 * 80  # the factors
     with Largest() as largest:
         plain(x, p)
@@ -337,13 +335,13 @@ def test_opcheck(device: str, kind: str) -> None:
     p = projection(8, 64, device, torch.float32, rank=2)
     if kind != "dense":
         p = frozen_projection(kind, 8, 64, device, torch.float32)
-    torch.library.opcheck(op._lora_linear_op, (x, *pack([p])))
+    torch.library.opcheck(_linear.linear_op, (x, *pack([p])))
     tensors, formats, scales = pack([p])
     with torch.no_grad():
-        y, t = op._lora_linear_op(x, tensors, formats, scales)
+        y, t = _linear.linear_op(x, tensors, formats, scales)
     needed = [tensor.requires_grad for tensor in (x, *tensors)]
     tensors = [tensor.detach() for tensor in tensors]
-    torch.library.opcheck(op._lora_linear_backward_op, (y, x.detach(), t, tensors, formats, scales, needed))
+    torch.library.opcheck(_linear.linear_backward_op, (y, x.detach(), t, tensors, formats, scales, needed))
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4 nested", "int8"])

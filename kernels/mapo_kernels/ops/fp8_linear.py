@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mapo_kernels.ops._projections import Projection, check_input, check_projection, pack, product_dtype
-from mapo_kernels.ops.lora_linear import _lora_linear_op
+from mapo_kernels.ops._linear import linear
+from mapo_kernels.ops._projections import Projection
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -33,8 +33,4 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit; the message names it.
     """
-    check_input("x", x, "(…, C)")
-    projection = Projection(weight, bias, fp8=True)
-    check_projection("projection", projection, x.shape[-1], x)
-    y: Tensor = _lora_linear_op(x.to(product_dtype(x)), *pack([projection]))[0]
-    return y
+    return linear(x, Projection(weight, bias, fp8=True))

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from mapo_kernels._autocast import autocast_off
-from mapo_kernels.ops._projections import Projection, check_input, check_projection, pack, product_dtype
-from mapo_kernels.ops.lora_linear import _lora_linear_op
+from mapo_kernels.ops._linear import linear
+from mapo_kernels.ops._projections import Projection, check_input, product_dtype
 from mapo_kernels.weights import FrozenWeight, from_int8
 
 # --- Operators ---
@@ -133,11 +133,7 @@ def frozen_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None) -
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit; the message names it.
     """
-    check_input("x", x, "(…, C)")
-    projection = Projection(weight, bias)
-    check_projection("projection", projection, x.shape[-1], x)
-    y: Tensor = _lora_linear_op(x.to(product_dtype(x)), *pack([projection]))[0]
-    return y
+    return linear(x, Projection(weight, bias))
 
 
 def frozen_conv2d(

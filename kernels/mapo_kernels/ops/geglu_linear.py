@@ -16,13 +16,11 @@ backward 5·M·F·b and M·F·b for g. That is what the kernels move.
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mapo_kernels._autocast import autocast_off
+from mapo_kernels.ops._projection_ops import differentiate, empty_gradients, empty_outputs
 from mapo_kernels.ops._projections import (
     Projection,
     check_input,
@@ -33,9 +31,7 @@ from mapo_kernels.ops._projections import (
     parameter_gradients,
     product_dtype,
     project,
-    total_rank,
     unpack,
-    widths,
 )
 from mapo_kernels.ops.geglu import geglu_backward, geglu_forward
 
@@ -61,10 +57,7 @@ def _geglu_linear_op(
 def _(
     projected: Tensor, dtype: torch.dtype, tensors: list[Tensor], formats: list[str], scales: list[float]
 ) -> tuple[Tensor, Tensor]:
-    projections = unpack(tensors, formats, scales)
-    batch = projected.shape[:-1]  # batch.numel() would fix a symbolic size
-    y = projected.new_empty((*batch, *widths(projections)), dtype=dtype)
-    return y, projected.new_empty((math.prod(batch), total_rank(projections)), dtype=dtype)
+    return empty_outputs(projected, dtype, tensors, formats, scales)
 
 
 @torch.library.custom_op(
@@ -112,30 +105,10 @@ def _(
     scales: list[float],
     needed: list[bool],
 ) -> list[Tensor]:
-    inputs = zip([projected, *tensors], needed, strict=True)
-    return [i.new_empty(i.shape) for i, need in inputs if need]
+    return empty_gradients([projected, *tensors], needed)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    projected, _, tensors, formats, scales = inputs
-    _, t = output
-    ctx.save_for_backward(projected, t, *tensors)
-    ctx.mark_non_differentiable(t)
-    ctx.set_materialize_grads(False)  # else zeros are made for t
-    ctx.formats, ctx.scales = formats, scales
-
-
-def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
-    if grad is None:
-        return None, None, [None] * len(ctx.needs_input_grad[2]), None, None
-    projected, t, *tensors = ctx.saved_tensors
-    needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2]]
-    found = iter(_geglu_linear_backward_op(grad, projected, t, tensors, ctx.formats, ctx.scales, needed))
-    grad_projected, *rest = [next(found) if need else None for need in needed]
-    return grad_projected, None, rest, None, None
-
-
-_geglu_linear_op.register_autograd(_backward, setup_context=_save_for_backward)
+differentiate(_geglu_linear_op, _geglu_linear_backward_op, keeps_input=lambda *_: True)
 
 
 # --- Public functions ---

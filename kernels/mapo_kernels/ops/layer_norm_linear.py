@@ -23,7 +23,6 @@ M·C·b each for the gradient that arrives at s and for n.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from mapo_kernels._autocast import autocast_off
 from mapo_kernels._rows import accumulator
+from mapo_kernels.ops._projection_ops import empty_gradients, empty_outputs
 from mapo_kernels.ops._projections import (
     Projection,
     check_input,
@@ -42,7 +42,6 @@ from mapo_kernels.ops._projections import (
     parameter_gradients,
     product_dtype,
     project,
-    total_rank,
     unpack,
     widths,
 )
@@ -88,16 +87,10 @@ def _(
     formats: list[str],
     scales: list[float],
 ) -> list[Tensor]:
-    projections = unpack(tensors, formats, scales)
-    rows = math.prod(x.shape[:-1])  # Size.numel() would fix a symbolic size
+    y, t = empty_outputs(x, dtype, tensors, formats, scales)
     acc = accumulator(x, norm_weight, norm_bias, residual)
-    return [
-        x.new_empty((*x.shape[:-1], sum(widths(projections))), dtype=dtype),
-        x.new_empty((rows, total_rank(projections)), dtype=dtype),
-        x.new_empty(rows, dtype=acc),
-        x.new_empty(rows, dtype=acc),
-        *([] if residual is None else [x.new_empty(x.shape)]),
-    ]
+    mean, rstd = (x.new_empty(t.shape[0], dtype=acc) for _ in range(2))
+    return [y, t, mean, rstd, *([] if residual is None else [x.new_empty(x.shape)])]
 
 
 @torch.library.custom_op(
@@ -162,8 +155,7 @@ def _(
     scales: list[float],
     needed: list[bool],
 ) -> list[Tensor]:
-    inputs = zip([x, norm_weight, norm_bias, *tensors], needed, strict=True)
-    return [i.new_empty(i.shape) for i, need in inputs if need and i is not None]
+    return empty_gradients([x, norm_weight, norm_bias, *tensors], needed)
 
 
 class _LayerNormLinear(torch.autograd.Function):
