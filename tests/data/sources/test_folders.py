@@ -1,5 +1,6 @@
 """Files in twin folders: whatever has a caption or a twin is a row, whichever suffix it has."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from PIL import features
 from mapo_fast.data.images.decode import ImageProblemError, decode_image
 from mapo_fast.data.sources.base import SkippedRow
 from mapo_fast.data.sources.registry import open_source
+from mapo_fast.util.errors import UserError
 from tests.data.pair_sources import encoded, picture, png
+from tests.data.sources.reading import good, read, reasons
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
 
@@ -119,3 +122,60 @@ def test_details_name_the_files_that_were_looked_for(tmp_path: Path) -> None:
     assert isinstance(second, SkippedRow)
     assert first.detail == "no a.txt next to chosen/a.png or rejected/a.jpg"
     assert second.detail == "no image b.* in chosen/"
+
+
+@pytest.mark.parametrize("names", [("chosen", "rejected"), ("w", "l")])
+def test_twin_folders(tmp_path: Path, names: tuple[str, str]) -> None:
+    for side, folder in enumerate(names):
+        for i, stem in enumerate(("a", "sub/b", "c", "d", "e", "g")):
+            path = tmp_path / folder / f"{stem}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(2 * i + side))
+    first, second = (tmp_path / name for name in names)
+    (first / "a.txt").write_text("thing a\n", encoding="utf-8")
+    (second / "sub" / "b.txt").write_text("thing b", encoding="utf-8")
+    (first / "c.txt").write_text("  ", encoding="utf-8")
+    (first / "e.txt").write_text("thing e", encoding="utf-8")
+    (second / "e.png").unlink()
+    (second / "f.webp").write_bytes(png(1))
+    (first / "g.jpg").write_bytes(png(1))
+    (first / "Thumbs.db").write_bytes(b"x")
+    (first / ".hidden.png").write_bytes(b"x")
+    rows = {row.name: row for row in read(tmp_path)}
+    assert good(rows[f"{names[0]}/a"]) == ("thing a", png(0), png(1))
+    assert good(rows[f"{names[0]}/sub/b"]) == ("thing b", png(2), png(3))
+    assert {name.rpartition("/")[2]: r.reason for name, r in rows.items() if isinstance(r, SkippedRow)} == {
+        "c": "empty caption",
+        "d": "missing caption",
+        "e": "missing counterpart",
+        "f": "missing counterpart",
+        "g": "ambiguous name",
+    }
+
+
+def test_twin_folders_with_different_suffixes(tmp_path: Path) -> None:
+    for name, suffix in (("chosen", "png"), ("rejected", "JPG")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"a.{suffix}").write_bytes(png(0))
+    (tmp_path / "chosen" / "a.txt").write_bytes("caf\xe9".encode("latin-1"))
+    assert reasons(tmp_path) == ["unreadable caption"]
+    (tmp_path / "chosen" / "a.txt").write_bytes(b"\xef\xbb\xbfcat")
+    assert good(read(tmp_path)[0])[0] == "cat"
+
+
+def test_subfolder_without_permission_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for side in ("chosen", "rejected"):
+        (tmp_path / side / "deep").mkdir(parents=True)
+        (tmp_path / side / "1.png").write_bytes(png(1))
+    scandir = os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"^data\.source .* cannot be read: Permission denied .*deep"):
+        open_source(tmp_path)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mapo_fast.data.sources import parquet as parquet_pairs
+from mapo_fast.data.sources.base import MissingImageError, PairRecord
 from mapo_fast.data.sources.registry import open_source
 from mapo_fast.util.errors import UserError
-from tests.data.pair_sources import pickapic_rows, write_parquet
+from tests.data.pair_sources import pickapic_rows, png, write_parquet
+from tests.data.sources.reading import good, read, reasons
 
 READ = """
 import os
@@ -115,3 +118,108 @@ def test_names_of_columns_and_splits_are_printed_as_they_are(tmp_path: Path) -> 
         with pytest.raises(UserError, match="mixes") as error:
             open_source(tmp_path)
         assert "\x1b" not in str(error.value)
+
+
+def test_pickapic_file(tmp_path: Path) -> None:
+    rows = read(write_parquet(tmp_path / "a.parquet", pickapic_rows(10)))
+    assert good(rows[0]) == ("a blue thing 0", png(0), png(1))
+    assert good(rows[1]) == ("a blue thing 1", png(3), png(2)), "label_0 = 0: jpg_1 is chosen"
+    assert rows[9].name == "a.parquet:9"
+
+
+def test_pickapic_rows_that_are_no_pairs(tmp_path: Path) -> None:
+    ok = pickapic_rows(1)[0]
+    table = [
+        ok,
+        ok | {"label_0": 0.5, "label_1": 0.5},
+        ok | {"has_label": False},
+        ok | {"label_0": None, "label_1": None},
+        ok | {"caption": "  \n"},
+        ok | {"caption": None},
+        ok | {"label_0": 1.0, "label_1": 1.0},
+        ok | {"label_0": 0.7, "label_1": 0.7},
+    ]
+    assert reasons(write_parquet(tmp_path / "a.parquet", table)) == [
+        "", "tie", "no label", "no label", "empty caption", "missing caption", "bad label", "bad label",
+    ]  # fmt: skip
+
+
+def test_pickapic_without_bytes(tmp_path: Path) -> None:
+    rows = [*pickapic_rows(1), pickapic_rows(1)[0] | {"jpg_0": None}]
+    pairs = open_source(write_parquet(tmp_path / "a.parquet", rows))
+    (broken,) = pairs.read([1])
+    assert isinstance(broken, PairRecord)
+    with pytest.raises(MissingImageError, match="no bytes"):
+        broken.chosen()
+
+
+def test_parquet_folder_any_rows_in_ascending_order(tmp_path: Path) -> None:
+    table = pickapic_rows(11)
+    write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", table[:6])
+    write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", table[6:])
+    pairs = open_source(tmp_path)
+    assert len(pairs) == 11
+    found = {}
+    for row in pairs.read([1, 2, 5, 6, 10]):
+        found[row.index] = good(row)
+    assert found == {
+        i: (f"a blue thing {i}", png(2 * i + i % 2), png(2 * i + 1 - i % 2)) for i in (1, 2, 5, 6, 10)
+    }
+
+
+def test_only_needed_columns_and_row_groups_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pickapic_rows(4) + pickapic_rows(4, label_0=0.5, label_1=0.5) + pickapic_rows(4)
+    path = write_parquet(tmp_path / "a.parquet", [row | {"extra": "x" * 1000} for row in table])
+    seen: list[tuple[int, tuple[str, ...]]] = []
+    real = pq.ParquetFile.iter_batches
+
+    def watched(self: Any, size: int, *, row_groups: list[int], columns: list[str]) -> Any:
+        seen.append((row_groups[0], tuple(columns)))
+        return real(self, size, row_groups=row_groups, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
+    assert Counter(type(row).__name__ for row in read(path)) == {"PairRecord": 8, "SkippedRow": 4}
+    images = [(group, columns) for group, columns in seen if "jpg_0" in columns]
+    assert images == [(0, ("jpg_0", "jpg_1")), (2, ("jpg_0", "jpg_1"))], "no images of ties"
+    assert not any("extra" in columns for _, columns in seen)
+
+
+def test_train_split_is_taken_and_said(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-00000-of-00001.parquet", pickapic_rows(3))
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", pickapic_rows(5))
+    pairs = open_source(tmp_path)
+    assert len(pairs) == 3
+    assert "train is used" in pairs.note
+
+
+@pytest.mark.parametrize(
+    "names", [("train.parquet", "test.parquet"), ("a/train/0.parquet", "a/test/0.parquet")]
+)
+def test_splits_told_apart_by_files_and_folders(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name, rows in zip(names, (3, 5), strict=True):
+        write_parquet(tmp_path / name, pickapic_rows(rows))
+    pairs = open_source(tmp_path)
+    assert len(pairs) == 3, "held-out rows are not trained on"
+    assert "has the splits test, train; train is used" in pairs.note
+
+
+def test_splits_without_train_are_refused(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "validation-00000-of-00001.parquet", pickapic_rows(3))
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", pickapic_rows(5))
+    with pytest.raises(UserError, match=r"mixes test-\*, validation-\*"):
+        open_source(tmp_path)
+
+
+def test_parquet_with_other_columns_names_them(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [{"text": "x", "picture": b"y"}])
+    with pytest.raises(
+        UserError, match=r"a\.parquet has the columns picture, text; needed are jpg_0, .* rejected"
+    ):
+        open_source(path)
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 nothing PAR1")
+    with pytest.raises(UserError, match=r"a\.parquet is not a readable parquet file"):
+        open_source(path)

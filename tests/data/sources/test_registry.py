@@ -135,3 +135,33 @@ def test_which_layout_wins(tmp_path: Path, names: tuple[str, ...], kind: type[Pr
         if not name.endswith("/"):
             path.write_bytes(b"not read")
     assert find_source(tmp_path) is kind
+
+
+def test_missing_and_unknown_sources(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.source not found: .*nowhere"):
+        open_source(tmp_path / "nowhere")
+    (tmp_path / "chosen").mkdir()
+    for source in (tmp_path, _text(tmp_path / "notes.txt")):
+        with pytest.raises(UserError) as error:
+            open_source(source)
+        for part in ("pairs.jsonl", "chosen/ + rejected/", "w/ + l/", "Hugging Face", "*.parquet"):
+            assert part in str(error.value)
+        assert "\n" not in str(error.value)
+    (tmp_path / "rejected").mkdir()
+    with pytest.raises(UserError, match="hold no images"):
+        open_source(tmp_path)
+
+
+def _text(path: Path) -> Path:
+    path.write_text("x")
+    return path
+
+
+def test_source_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tests may run as root, whom no permission stops: the system's answer is put in its place.
+    def refusing(self: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refusing)
+    with pytest.raises(UserError, match=r"^data\.source .* cannot be read: Permission denied$"):
+        open_source(tmp_path)
