@@ -37,12 +37,9 @@ from mapo_fast.settings.schema import DataConfig
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.progress import Callbacks, stage
 
-
-def latent_bytes(folder: PipelineFolder, data: DataConfig, bucket: Size) -> int:
-    """Bytes of an image's latents in a shard, its mirror image's included."""
-    channels, height, width = latent_shape(folder, bucket)
-    size = channels * height * width * DTYPES[data.vae_dtype].itemsize
-    return size * 2 if data.flip else size
+DECODERS = min(4, os.cpu_count() or 1)
+"""Threads that decode: each may hold an image of `images.MAX_PIXELS` pixels."""
+AHEAD = 2 * DECODERS
 
 
 def encode_images(
@@ -99,7 +96,7 @@ def _encode(
     if tiles is not None:
         _report_tiling(encoder, jobs, source, callbacks)
     with stage(callbacks, "images", len(jobs)) as advance:
-        for part in plan(jobs, lambda bucket: latent_bytes(folder, data, bucket)):
+        for part in _cut(jobs, lambda bucket: latent_bytes(folder, data, bucket)):
             before = encoder.retries
             tensors = encode_shard(
                 part, source, encoder, batch_size=data.batch_size, flip=data.flip, progress=advance
@@ -107,31 +104,7 @@ def _encode(
             family.write(tensors, encoder.retries - before)
 
 
-def _report_tiling(
-    encoder: LatentEncoder, jobs: Sequence[ImageJob], source: PreferencePairs, callbacks: Callbacks
-) -> None:
-    """What tiling changes in the first image that is tiled at all."""
-    large = [job for job in jobs if max(job.bucket) > TILE][:1]
-    with closing(images(large, source)) as found:
-        for _, image in found:
-            error = encoder.tiling_error(image)
-            callbacks.message(f"data.vae_tiling changes latents by {error:.2%} (first image)")
-
-
-def _too_large(data: DataConfig, vram: str | None) -> str:
-    """What to do where encoding images runs out of the GPU's memory."""
-    less = next(iter(encoding_with_less(data)), {})
-    elsewhere = " and another data.cache, as tiles change the latents" if "vae_tiling" in less else ""
-    change = f"set {setting_text(less)}{elsewhere}, or " if less else ""
-    change += f"raise train.vram = {vram!r}, or " if vram else ""
-    return (
-        f"out of GPU memory while encoding {data.batch_size} image(s) at once: {change}close what "
-        "else uses the GPU, or hide it (CUDA_VISIBLE_DEVICES=) to encode on the CPU; what has been "
-        "encoded stays"
-    )
-
-
-def plan(jobs: Sequence[ImageJob], bytes_of: Callable[[Size], int]) -> list[list[ImageJob]]:
+def _cut(jobs: Sequence[ImageJob], bytes_of: Callable[[Size], int]) -> list[list[ImageJob]]:
     """Cut the jobs, in order, into shards of at most `SHARD_BYTES` (at least one image each)."""
     cut: list[list[ImageJob]] = []
     filled = 0
@@ -143,14 +116,6 @@ def plan(jobs: Sequence[ImageJob], bytes_of: Callable[[Size], int]) -> list[list
         cut[-1].append(job)
         filled += size
     return cut
-
-
-@dataclass
-class _Filling:
-    """The part of a shard that belongs to one bucket."""
-
-    waiting: list[tuple[ImageJob, Image.Image]] = field(default_factory=list)
-    latents: dict[bytes, Tensor] = field(default_factory=dict)
 
 
 def encode_shard(
@@ -167,55 +132,83 @@ def encode_shard(
     Raises:
         UserError: the source changed since it was scanned.
     """
-    buckets: dict[Size, _Filling] = {}
-    failed: list[bytes] = []
-    started: deque[tuple[_Filling, list[ImageJob], list[Encoding]]] = deque()
+    shard = _Shard(encoder, batch_size, flip, progress)
+    with warnings.catch_warnings(), closing(read_images(jobs, source)) as coming:
+        warnings.simplefilter("ignore")  # decoders do so too, but several at a time put back what others set
+        for job, image in coming:
+            shard.add(job, image)
+        return shard.complete()
 
-    def start(filling: _Filling) -> None:
+
+@dataclass
+class _Filling:
+    """The part of a shard that belongs to one bucket."""
+
+    waiting: list[tuple[ImageJob, Image.Image]] = field(default_factory=list)
+    latents: dict[bytes, Tensor] = field(default_factory=dict)
+
+
+class _Shard:
+    """A shard that is being encoded: a batch per bucket waits until it is full.
+
+    The latents of a started batch are fetched when the next one has been started.
+    """
+
+    def __init__(
+        self, encoder: LatentEncoder, batch_size: int, flip: bool, progress: Callable[[int], None]
+    ) -> None:
+        self._encoder, self._batch_size, self._flip, self._progress = encoder, batch_size, flip, progress
+        self._buckets: dict[Size, _Filling] = {}
+        self._failed: list[bytes] = []
+        self._started: deque[tuple[_Filling, list[ImageJob], list[Encoding]]] = deque()
+
+    def add(self, job: ImageJob, image: Image.Image) -> None:
+        """One image more."""
+        filling = self._buckets.setdefault(job.bucket, _Filling())
+        filling.waiting.append((job, image))
+        if len(filling.waiting) == self._batch_size:
+            self._start(filling)
+
+    def complete(self) -> dict[str, Tensor]:
+        """Encode what still waits; the shard's tensors."""
+        for filling in self._buckets.values():
+            if filling.waiting:
+                self._start(filling)
+        while self._started:
+            self._fetch()
+        tensors: dict[str, Tensor] = {}
+        for (height, width), filling in self._buckets.items():
+            if filling.latents:
+                tensors[f"latents_{height}x{width}"] = torch.stack(list(filling.latents.values()))
+                tensors[f"keys_{height}x{width}"] = shards.pack_keys(list(filling.latents))
+        if self._failed:
+            tensors["failed"] = shards.pack_keys(self._failed)
+        return tensors
+
+    def _start(self, filling: _Filling) -> None:
         batch = [image for _, image in filling.waiting]
-        views = [encoder.start(batch)]
-        if flip:
-            views.append(encoder.start([image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in batch]))
-        started.append((filling, [job for job, _ in filling.waiting], views))
+        views = [self._encoder.start(batch)]
+        if self._flip:
+            mirrored = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in batch]
+            views.append(self._encoder.start(mirrored))
+        self._started.append((filling, [job for job, _ in filling.waiting], views))
         filling.waiting.clear()
-        if len(started) > 1:
-            finish()
+        if len(self._started) > 1:
+            self._fetch()
 
-    def finish() -> None:
-        filling, batch, views = started.popleft()
-        found = [encoder.finish(view) for view in views]
+    def _fetch(self) -> None:
+        filling, batch, views = self._started.popleft()
+        found = [self._encoder.finish(view) for view in views]
         for job, *halves in zip(batch, *found, strict=True):
             latents = [latent for latent in halves if latent is not None]
             if len(latents) < len(halves):
-                failed.append(job.key)
+                self._failed.append(job.key)
             else:
-                filling.latents[job.key] = torch.stack(latents) if flip else latents[0]
-        progress(len(batch))
-
-    with warnings.catch_warnings(), closing(images(jobs, source)) as coming:
-        warnings.simplefilter("ignore")  # decoders do so too, but several at a time put back what others set
-        for job, image in coming:
-            filling = buckets.setdefault(job.bucket, _Filling())
-            filling.waiting.append((job, image))
-            if len(filling.waiting) == batch_size:
-                start(filling)
-        for filling in buckets.values():
-            if filling.waiting:
-                start(filling)
-        while started:
-            finish()
-
-    tensors: dict[str, Tensor] = {}
-    for (height, width), filling in buckets.items():
-        if filling.latents:
-            tensors[f"latents_{height}x{width}"] = torch.stack(list(filling.latents.values()))
-            tensors[f"keys_{height}x{width}"] = shards.pack_keys(list(filling.latents))
-    if failed:
-        tensors["failed"] = shards.pack_keys(failed)
-    return tensors
+                filling.latents[job.key] = torch.stack(latents) if self._flip else latents[0]
+        self._progress(len(batch))
 
 
-def images(
+def read_images(
     jobs: Sequence[ImageJob], source: PreferencePairs
 ) -> Generator[tuple[ImageJob, Image.Image], None, None]:
     """The jobs' images in source order, cropped and scaled to their buckets.
@@ -245,11 +238,6 @@ def images(
         decoders.shutdown(cancel_futures=True)
 
 
-DECODERS = min(4, os.cpu_count() or 1)
-"""Threads that decode: each may hold an image of `images.MAX_PIXELS` pixels."""
-AHEAD = 2 * DECODERS
-
-
 def _files(jobs: Sequence[ImageJob], source: PreferencePairs) -> Iterator[tuple[ImageJob, bytes]]:
     """The jobs' image files, in source order."""
     by_row: dict[int, list[ImageJob]] = {}
@@ -268,3 +256,34 @@ def _files(jobs: Sequence[ImageJob], source: PreferencePairs) -> Iterator[tuple[
                         f"{row.name} in data.source changed during prepare: run the command again"
                     )
                 yield job, data
+
+
+def _report_tiling(
+    encoder: LatentEncoder, jobs: Sequence[ImageJob], source: PreferencePairs, callbacks: Callbacks
+) -> None:
+    """What tiling changes in the first image that is tiled at all."""
+    large = [job for job in jobs if max(job.bucket) > TILE][:1]
+    with closing(read_images(large, source)) as found:
+        for _, image in found:
+            error = encoder.tiling_error(image)
+            callbacks.message(f"data.vae_tiling changes latents by {error:.2%} (first image)")
+
+
+def _too_large(data: DataConfig, vram: str | None) -> str:
+    """What to do where encoding images runs out of the GPU's memory."""
+    less = next(iter(encoding_with_less(data)), {})
+    elsewhere = " and another data.cache, as tiles change the latents" if "vae_tiling" in less else ""
+    change = f"set {setting_text(less)}{elsewhere}, or " if less else ""
+    change += f"raise train.vram = {vram!r}, or " if vram else ""
+    return (
+        f"out of GPU memory while encoding {data.batch_size} image(s) at once: {change}close what "
+        "else uses the GPU, or hide it (CUDA_VISIBLE_DEVICES=) to encode on the CPU; what has been "
+        "encoded stays"
+    )
+
+
+def latent_bytes(folder: PipelineFolder, data: DataConfig, bucket: Size) -> int:
+    """Bytes of an image's latents in a shard, its mirror image's included."""
+    channels, height, width = latent_shape(folder, bucket)
+    size = channels * height * width * DTYPES[data.vae_dtype].itemsize
+    return size * 2 if data.flip else size

@@ -85,7 +85,7 @@ def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareSum
     vram = None if config.train.vram is None else parse_size(config.train.vram, "train.vram")
     with exclusive(data.cache), gpu.capped(vram):
         settings = claim(data.cache, settings, folder)  # again: another process may have been here
-        write_json(data.cache / "settings.json", settings)  # of an earlier format: its shards are kept
+        write_json(data.cache / "settings.json", settings)  # also over an earlier format's, whose shards stay
         known = {"settings": settings, "source": identity, "paired": source.paired}
         index = Preparation(config, folder, source, buckets, callbacks).run(known)
     summary = summary_of(index, time.perf_counter() - started)

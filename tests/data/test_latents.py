@@ -16,7 +16,7 @@ from mapo_fast.data import latents
 from mapo_fast.data.buckets import make_buckets
 from mapo_fast.data.choose import ImageJob
 from mapo_fast.data.images.decode import decode_image
-from mapo_fast.data.latents import encode_shard, images
+from mapo_fast.data.latents import encode_shard, read_images
 from mapo_fast.data.scan import content_hash
 from mapo_fast.data.sources.base import PreferencePairs
 from mapo_fast.data.sources.registry import open_source
@@ -109,7 +109,7 @@ def test_images_are_decoded_while_others_are_encoded_and_not_far_ahead(
 
 def test_a_reader_that_is_no_longer_wanted_ends(jobs: list[ImageJob], source: PreferencePairs) -> None:
     before = threading.active_count()
-    coming = images(jobs, source)
+    coming = read_images(jobs, source)
     next(coming)
     coming.close()
     assert threading.active_count() == before
@@ -128,7 +128,7 @@ def test_a_source_that_changed_since_the_scan_is_named_in_its_place(
         path.unlink()
     seen = []
     with pytest.raises(UserError, match=r"pairs\.jsonl:3 in data\.source changed during prepare: run"):
-        seen.extend(job for job, _ in images(jobs, source))
+        seen.extend(job for job, _ in read_images(jobs, source))
     assert seen == jobs[:good]
 
 
