@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,26 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
     }
+
+
+def write_table(folder: Path, table: pa.Table, kind: str) -> None:
+    """A folder with a table in a `parquet` or an `arrow` file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "parquet":
+        pq.write_table(table, folder / "a.parquet")
+    else:
+        with (
+            pa.OSFile(str(folder / "a.arrow"), "wb") as file,
+            pa.ipc.new_stream(file, table.schema) as stream,
+        ):
+            stream.write_table(table)
+
+
+def snapshot(folder: Path) -> Path:
+    """Make a folder what the Hub's cache makes of it: files are links to blobs without suffix."""
+    for number, file in enumerate(sorted(p for p in folder.rglob("*") if p.is_file())):
+        blob = folder.parent / "blobs" / f"{number:040x}"
+        blob.parent.mkdir(exist_ok=True)
+        file.rename(blob)
+        file.symlink_to(os.path.relpath(blob, file.parent))
+    return folder

@@ -1,8 +1,11 @@
 """What several tests of `prepare` share."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -10,6 +13,7 @@ from rich.console import Console
 from mapo_fast.data.buckets import fit_image
 from mapo_fast.data.images.decode import decode_image
 from mapo_fast.data.prepare import prepare
+from mapo_fast.data.vae_encoder import LatentEncoder
 from mapo_fast.models.pipeline import open_sdxl
 from mapo_fast.util.console import Terminal
 from tests.data.pair_sources import (
@@ -22,6 +26,20 @@ def said(run: Any) -> tuple[Any, str]:
     out = io.StringIO()
     result = prepare(run, callbacks=Terminal(Console(file=out, width=200)))
     return result, out.getvalue()
+
+
+@contextmanager
+def counting_images() -> Iterator[list[int]]:
+    """Within, the number of images in every batch that is encoded."""
+    counts: list[int] = []
+    start = LatentEncoder.start
+
+    def counted(self: LatentEncoder, images: Any) -> Any:
+        counts.append(len(images))
+        return start(self, images)
+
+    with patch.object(LatentEncoder, "start", counted):
+        yield counts
 
 
 def one_pair(folder: Path, chosen: bytes, rejected: bytes, prompt: str = "a red cat") -> Path:

@@ -2,12 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-import pytest
 from PIL import Image
 
-from mapo_fast.data import vae_encoder
 from mapo_fast.data.cache import PairCache
 from mapo_fast.data.choose import image_key
 from mapo_fast.data.prepare import prepare
@@ -24,12 +21,10 @@ from tests.data.pair_sources import (
     write_jsonl,
     write_parquet,
 )
-from tests.data.preparing import one_pair, said
+from tests.data.preparing import counting_images, one_pair, said
 
 
-def test_each_distinct_prompt_and_image_is_stored_once(
-    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_distinct_prompt_and_image_is_stored_once(tiny_sdxl: Path, tmp_path: Path) -> None:
     source = tmp_path / "s"
     for name in "abc":
         source.mkdir(exist_ok=True)
@@ -40,18 +35,10 @@ def test_each_distinct_prompt_and_image_is_stored_once(
         source,
         [row, row, row | {"chosen": "copy.png"}, row | {"rejected": "c.png"}, row | {"prompt": "blue"}],
     )
-    count = 0
-    start = vae_encoder.LatentEncoder.start
-
-    def counted(self: Any, images: Any) -> Any:
-        nonlocal count
-        count += len(images)
-        return start(self, images)
-
-    monkeypatch.setattr(vae_encoder.LatentEncoder, "start", counted)
-    summary = prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0))
+    with counting_images() as counts:
+        summary = prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0))
     assert (summary.pairs, summary.images, summary.prompts, summary.duplicates) == (3, 3, 2, 2)
-    assert count == 3
+    assert sum(counts) == 3
 
 
 def test_contradicting_rows_are_both_skipped(tiny_sdxl: Path, tmp_path: Path) -> None:

@@ -24,11 +24,11 @@ from tests.data.pair_sources import (
     pickapic_rows,
     png,
     skipped,
+    snapshot,
     write_jsonl,
     write_parquet,
 )
-from tests.data.preparing import said
-from tests.data.sources.test_listing import snapshot
+from tests.data.preparing import counting_images, said
 
 
 def test_every_layout_gives_the_same_pairs(tiny_sdxl: Path, tmp_path: Path) -> None:
@@ -120,9 +120,7 @@ def test_source_is_needed(tiny_sdxl: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
-def test_new_pairs_reuse_what_is_encoded(
-    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_new_pairs_reuse_what_is_encoded(tiny_sdxl: Path, tmp_path: Path) -> None:
     source = jsonl_folder(tmp_path / "s", 6)
     run = config(tiny_sdxl, source, tmp_path / "c")
     prepare(run)
@@ -131,17 +129,9 @@ def test_new_pairs_reuse_what_is_encoded(
     for name in "xy":
         (source / f"{name}.png").write_bytes(png(ord(name)))
     write_jsonl(source, [{"prompt": "new", "chosen": "x.png", "rejected": "y.png"}, *rows[::-1]])
-    encoded_images = 0
-    start = vae_encoder.LatentEncoder.start
-
-    def counted(self: Any, images: Any) -> Any:
-        nonlocal encoded_images
-        encoded_images += len(images)
-        return start(self, images)
-
-    monkeypatch.setattr(vae_encoder.LatentEncoder, "start", counted)
-    assert prepare(run).pairs == 7
-    assert encoded_images == 2
+    with counting_images() as counts:
+        assert prepare(run).pairs == 7
+    assert sum(counts) == 2
     after = contents(tmp_path / "c" / "shards")
     assert {name: after[name] for name in before} == before
     cache = PairCache.open(tmp_path / "c")

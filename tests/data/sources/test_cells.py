@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from mapo_fast.data.sources.base import PairRecord, SkippedRow
 from mapo_fast.data.sources.cells import clean_prompt, soft_label, wanted
 from mapo_fast.data.sources.registry import open_source
 from mapo_fast.util.errors import shown
-from tests.data.pair_sources import pickapic_rows, png, write_jsonl
+from tests.data.pair_sources import pickapic_rows, png, write_jsonl, write_table
 
 NO_LABELS = [
     "yes", "2", "-1", "nan", "inf", "1_0", "0x1", "9" * 500, b"\xff", float("nan"), float("inf"), 10**400, -1,
@@ -140,18 +139,6 @@ def test_labels_of_every_type_in_a_table(
     )
     write_table(tmp_path / "d", table, kind)
     assert outcomes(tmp_path / "d") == expected
-
-
-def write_table(folder: Path, table: pa.Table, kind: str) -> None:
-    folder.mkdir()
-    if kind == "parquet":
-        pq.write_table(table, folder / "a.parquet")
-    else:
-        with (
-            pa.OSFile(str(folder / "a.arrow"), "wb") as file,
-            pa.ipc.new_stream(file, table.schema) as stream,
-        ):
-            stream.write_table(table)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mapo_fast.data.sources.base import MissingImageError, PairRecord, SkippedRo
 from mapo_fast.data.sources.listing import Folder, list_files
 from mapo_fast.data.sources.registry import open_source
 from mapo_fast.util.errors import MachineError, UserError
-from tests.data.pair_sources import pickapic_rows, png, write_jsonl, write_parquet
+from tests.data.pair_sources import pickapic_rows, png, snapshot, write_jsonl, write_parquet, write_table
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
 
@@ -35,16 +35,6 @@ def outcomes(source: Path) -> dict[str, Any]:
             found[row.name] = error.reason, str(error)
     pairs.identity()
     return found
-
-
-def snapshot(folder: Path) -> Path:
-    """Make a folder what the Hub's cache makes of it: files are links to blobs without suffix."""
-    for number, file in enumerate(sorted(p for p in folder.rglob("*") if p.is_file())):
-        blob = folder.parent / "blobs" / f"{number:040x}"
-        blob.parent.mkdir(exist_ok=True)
-        file.rename(blob)
-        file.symlink_to(os.path.relpath(blob, file.parent))
-    return folder
 
 
 def twins(folder: Path, count: int = 2) -> Path:
@@ -260,14 +250,7 @@ def test_paths_in_a_table_stay_inside_the_folder(tmp_path: Path, column: str, ki
         ),
     }.get(column, texts)
     table = pa.table({"prompt": ["a"] * len(paths), "chosen": cells, "rejected": [png(1)] * len(paths)})
-    if kind == "parquet":
-        pq.write_table(table, folder / "a.parquet")
-    else:
-        with (
-            pa.OSFile(str(folder / "a.arrow"), "wb") as file,
-            pa.ipc.new_stream(file, table.schema) as stream,
-        ):
-            stream.write_table(table)
+    write_table(folder, table, kind)
     found = [row if isinstance(row, bytes) else row[0] for row in outcomes(folder).values()]
     assert found == list(paths.values())
     before = open_source(folder).identity()
