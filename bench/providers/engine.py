@@ -16,7 +16,7 @@ from mapo_fast.engine.objectives import build_loss
 from mapo_fast.engine.precision import choose_precision
 from mapo_fast.engine.prefetch import MicroBatch, Prefetch
 from mapo_fast.engine.step import PairInputs
-from mapo_fast.planner.plan import with_settings
+from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import on_cpu
 

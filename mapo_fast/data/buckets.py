@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from mapo_fast.models import sdxl
-from mapo_fast.util.errors import UserError
 
 MAX_ASPECT = 4.0
 MIN_AREA = 0.8
@@ -25,16 +24,7 @@ Size = tuple[int, int]
 
 
 def make_buckets(resolution: int, step: int) -> list[Size]:
-    """All buckets, sorted; mirrored shapes come in pairs.
-
-    Raises:
-        UserError: the step is larger than the resolution.
-    """
-    if step > resolution:
-        raise UserError(
-            f"data.bucket_step = {step} is larger than data.resolution = {resolution}: "
-            f"set data.bucket_step to {resolution} or a divisor of it"
-        )
+    """All buckets, sorted; mirrored shapes come in pairs. The step is no larger than the resolution."""
     area = resolution**2
     found: set[Size] = set()
     for side in range(step, int(resolution * MAX_ASPECT) + 1, step):

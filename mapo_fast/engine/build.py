@@ -131,7 +131,7 @@ def _choose_kernels(unet: Any, config: Config) -> None:
     if config.speed.fused_ops:
         patch_unet(unet)
     if config.train.attention == "flash":
-        use_flash(unet, config.train.precision)
+        use_flash(unet)
     elif config.train.attention == "xformers":
         try:
             unet.enable_xformers_memory_efficient_attention()

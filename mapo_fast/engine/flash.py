@@ -29,11 +29,11 @@ class FlashProcessor:
         return attn.to_out[1](attn.to_out[0](mixed.flatten(2)))  # type: ignore[no-any-return]
 
 
-def use_flash(unet: Any, precision: str) -> None:
+def use_flash(unet: Any) -> None:
     """Let all attention of a UNet run through flash-attn.
 
     Raises:
-        UserError: it is not installed, or the run computes in fp32, which it does not know.
+        UserError: it is not installed.
     """
     try:
         from flash_attn import flash_attn_func
@@ -42,9 +42,4 @@ def use_flash(unet: Any, precision: str) -> None:
             f"train.attention = 'flash' needs the flash-attn package ({error}); use 'sdpa', which has flash "
             "kernels of torch's own"
         ) from None
-    if precision == "fp32":
-        raise UserError(
-            "train.attention = 'flash' computes in fp16 or bf16, not as train.precision = 'fp32' says: use "
-            "'bf16', or train.attention = 'sdpa'"
-        )
     unet.set_attn_processor(FlashProcessor(flash_attn_func))

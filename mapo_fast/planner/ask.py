@@ -61,7 +61,6 @@ def ask(
     chosen = found or card_with(nbytes, _capability(settings))
     _refuse_without_bf16(settings, chosen)
     refuse_card_without_fp8(settings, chosen.name, chosen.capability)
-    check_capture(settings, torch.device("cuda"))
     unet, vae = parts_of(model, settings)
     return search(settings, unet, chosen, nbytes, limits, vae=vae, rules=planned_rules())
 

@@ -16,16 +16,16 @@ from mapo_fast.engine.layouts import below
 from mapo_fast.hardware.allocator import EXPANDABLE, Rules
 from mapo_fast.hardware.cards import Card
 from mapo_fast.hardware.host import highest
-from mapo_fast.planner.plan import GRAPHS, Plan, with_settings
+from mapo_fast.planner.plan import GRAPHS, Plan
 from mapo_fast.planner.replay import Allocator, cublas_workspace, least, needed
 from mapo_fast.planner.store import Tracing
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import Trace
 from mapo_fast.planner.windows import Mode, compose, cut, savings
+from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.rules import NAMES, work
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import planned, value_of
-from mapo_fast.settings.table import stated as all_stated
 
 BLOCKS = "train.gradient_checkpointing"
 CHOICES = {name: values for name, values in planned("exact").items() if name != BLOCKS}
@@ -36,7 +36,7 @@ SLACK = 1 / 256
 
 def stated(config: Config) -> dict[str, Any]:
     """The settings of a plan that the config states, with their values."""
-    names = all_stated(config)
+    names = config.stated
     return {name: value_of(config, name) for name in planned("exact") if name in names}
 
 

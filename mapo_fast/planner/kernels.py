@@ -28,8 +28,8 @@ from mapo_fast.engine.build import prepare_unet, with_start_model
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.objectives import build_loss
 from mapo_fast.planner import store, trace
-from mapo_fast.planner.plan import with_settings
 from mapo_fast.planner.recorder import Recorder
+from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.schema import Config
 from mapo_kernels import hardware
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, NamedTuple
 
-from mapo_fast.settings.load import parse_config
+from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.schema import Config
 
 GIB = 2**30
@@ -70,16 +69,3 @@ class Plan(NamedTuple):
             words.append(f"{' and '.join(offloaded)} in system RAM")
         words += self.changes
         return ", ".join(word for word in words if word)
-
-
-def with_settings(config: Config, settings: dict[str, Any]) -> Config:
-    """The config with some values replaced, checked again.
-
-    Raises:
-        UserError: they cannot be combined.
-    """
-    table = json.loads(config.model_dump_json(exclude_unset=True))
-    for name, value in settings.items():
-        section, key = name.split(".")
-        table.setdefault(section, {})[key] = value
-    return parse_config(table, where="plan")

@@ -22,11 +22,11 @@ from mapo_fast.hardware.allocator import EXPANDABLE, Rules
 from mapo_fast.hardware.cards import Card, usable_bytes, vram_for
 from mapo_fast.hardware.host import Host
 from mapo_fast.planner.family import BLOCKS, Family, stated
-from mapo_fast.planner.plan import Plan, with_settings
+from mapo_fast.planner.plan import Plan
 from mapo_fast.planner.stages import SDXL_VAE, Vae, how_to_prepare, preparing, previewing
 from mapo_fast.planner.store import Tracing
 from mapo_fast.planner.trace import Trace
-from mapo_fast.settings.load import parse_config
+from mapo_fast.settings.load import parse_config, with_settings
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.sizes import GIB, size_text
 
@@ -228,7 +228,7 @@ class _Search:
             one = with_settings(config, {"train.accumulation": 1})
             yield one, "train.accumulation = 1, which the fused step needs,"
         for side in (768, 512):
-            if side < config.data.resolution:
+            if config.data.bucket_step <= side < config.data.resolution:
                 yield with_settings(config, {"data.resolution": side}), f"data.resolution = {side}"
 
 

@@ -18,7 +18,8 @@ import torch
 
 from mapo_fast.models.pipeline import PipelineFolder
 from mapo_fast.models.vae import TILE, decode_bytes, encode_bytes, encoding_with_less, setting_text
-from mapo_fast.planner.plan import GRAPHS, Plan, with_settings
+from mapo_fast.planner.plan import GRAPHS, Plan
+from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.sizes import GIB
 

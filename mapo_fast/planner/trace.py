@@ -31,8 +31,8 @@ from mapo_fast.engine.transfers import Ticket, Transfers
 from mapo_fast.models import sdxl
 from mapo_fast.models.text import chunk_count
 from mapo_fast.planner.costs import FETCH, STORE, WAIT, Cost
-from mapo_fast.planner.plan import with_settings
 from mapo_fast.planner.recorder import Recorder, card_path
+from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.schema import Config
 from mapo_kernels.hardware import Card
 

@@ -20,10 +20,11 @@ from mapo_fast.hardware import gpu
 from mapo_fast.hardware.cards import CONTEXT_GIB, vram_for
 from mapo_fast.models.pipeline import PipelineFolder
 from mapo_fast.planner.ask import plan_run, refusal
-from mapo_fast.planner.plan import Plan, with_settings
+from mapo_fast.planner.plan import Plan
 from mapo_fast.planner.search import Outcome
+from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.schema import Config
-from mapo_fast.settings.table import kept_at_resume, stated
+from mapo_fast.settings.table import kept_at_resume
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.sizes import GIB, parse_size, size_text
 
@@ -184,7 +185,7 @@ def planned(
 def _open(config: Config, recorded: dict[str, Any]) -> dict[str, Any]:
     """What the config leaves to the planner and the run to resume has to keep, as the run had it."""
     known = {f"{section}.{key}": value for section, part in recorded.items() for key, value in part.items()}
-    left_open = set(kept_at_resume()) - stated(config)
+    left_open = set(kept_at_resume()) - config.stated
     return {name: known[name] for name in sorted(left_open & known.keys())}  # one may be younger than the run
 
 

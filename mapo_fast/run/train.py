@@ -24,7 +24,6 @@ from mapo_fast.hardware.driver import why_no_gpu
 from mapo_fast.models.diffusion import Diffusion
 from mapo_fast.models.pipeline import PipelineFolder, open_sdxl, scheduler_overrides
 from mapo_fast.planner.kernels import compiling
-from mapo_fast.planner.plan import with_settings
 from mapo_fast.run.adopt import adopt
 from mapo_fast.run.budget import planned
 from mapo_fast.run.folder import (
@@ -42,8 +41,9 @@ from mapo_fast.run.mirrors import find_wandb
 from mapo_fast.run.precompute import precompute
 from mapo_fast.run.preview import Previews
 from mapo_fast.run.trainer import Trainer
+from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.schema import Config
-from mapo_fast.settings.table import on_cpu, stated
+from mapo_fast.settings.table import on_cpu
 from mapo_fast.util.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import disk_errors, exclusive
@@ -82,7 +82,7 @@ def _train(
     if device.type == "cuda" or config.train.vram is not None:
         callbacks.message("planning memory; the first time on a machine this takes a minute or two")
     if device.type == "cpu":
-        left_open = on_cpu().keys() - stated(config)
+        left_open = on_cpu().keys() - config.stated
         config = with_settings(config, {name: on_cpu()[name] for name in sorted(left_open)})
     recorded = recorded_settings(config.train.output) if resume else None
     config, budget = planned(config, folder, device, recorded, processes)

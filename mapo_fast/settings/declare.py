@@ -7,6 +7,7 @@ settings takes it from there (`table.py`) and keeps none.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ class Setting(NamedTuple):
         return tuple(found)
 
 
+@functools.cache
 def rows(config: type[BaseModel]) -> tuple[Setting, ...]:
     """The table of a config's settings, in the order of their declaration.
 

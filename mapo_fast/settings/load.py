@@ -14,9 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mapo_fast.settings.rules import NAMES, completed
 from mapo_fast.settings.schema import Config
-from mapo_fast.settings.table import TABLE, paths, stated, value_of
+from mapo_fast.settings.table import paths
 from mapo_fast.util.errors import UserError, shown
 from mapo_fast.util.files import os_error, read_bytes
 
@@ -71,7 +70,7 @@ def parse_config(table: dict[str, Any], where: str = "config") -> Config:
     """Validate a nested dict of settings. Raises `UserError` as `load_config` does."""
     try:
         # Strict, as JSON: paths are strings and tuples are lists there, but true is not 1 and "2" is not 2.
-        return _complete(Config.model_validate_json(json.dumps(table, default=_no_date), strict=True))
+        return Config.model_validate_json(json.dumps(table, default=_no_date), strict=True)
     except ValidationError as error:
         mistakes = dict.fromkeys(_explain(e) for e in error.errors()[:3])
         raise UserError(f"{where}: {'; '.join(mistakes)}") from None
@@ -88,19 +87,17 @@ def _no_date(value: Any) -> Any:
     raise ValueError(f"{value} is a date or a time here: put it in quotes where it is meant as text")
 
 
-def _complete(config: Config) -> Config:
-    """The config whose open settings work with the stated ones; they stay unstated.
+def with_settings(config: Config, settings: dict[str, Any]) -> Config:
+    """The config with some values (`section.key`) replaced, checked again; they are stated then.
 
     Raises:
-        ValueError: the stated ones contradict each other.
+        UserError: they cannot be combined.
     """
-    values = {name: value_of(config, name) for name in NAMES}
-    sections: dict[str, Any] = dict(config)
-    for name, section, key in _split(found := completed(values, stated(config), TABLE)):
-        part = sections[section]
-        fields = {**dict(part), key: found[name]}
-        sections[section] = type(part).model_construct(_fields_set=part.model_fields_set, **fields)
-    return Config.model_construct(_fields_set=config.model_fields_set, **sections)
+    table = json.loads(config.model_dump_json(exclude_unset=True))
+    for name, value in settings.items():
+        section, key = name.split(".")
+        table.setdefault(section, {})[key] = value
+    return parse_config(table, where="plan")
 
 
 def _split(names: Iterable[str]) -> list[tuple[str, str, str]]:
@@ -168,6 +165,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         few = f"{name} = {shown(error['input'])} has too few values"
         return few if len(error["loc"]) > 2 else f"{name} is missing"
+    if error["type"] == "whole_message":
+        return str(error["msg"])
     message = _SHAPES.get(name) or error["msg"].removeprefix("Value error, ")
     if error["type"] == "multiple_of":
         step = error["ctx"]["multiple_of"]

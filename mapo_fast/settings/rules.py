@@ -129,6 +129,21 @@ _RULES = (
         for part in ("optimizer", "weights", "activations")
     ),
     _Rule(
+        ("speed.cuda_graph", "train.accumulation"),
+        lambda captured, micro_batches: captured and micro_batches > 1,
+        "a CUDA graph holds a step of one micro-batch",
+    ),
+    _Rule(
+        ("speed.cuda_graph", "optim.name"),
+        lambda captured, optimizer: captured and optimizer not in ("adamw", "adamw8bit"),
+        "a CUDA graph cannot hold an optimizer that reads numbers on the host",
+    ),
+    _Rule(
+        ("speed.cuda_graph", "train.precision"),
+        lambda captured, precision: captured and precision == "fp16",
+        "a CUDA graph cannot hold the gradient scaler of fp16",
+    ),
+    _Rule(
         ("speed.fp8", "adapter.kind"),
         lambda fp8, kind: fp8 and kind == "lora",
         "what a LoRA leaves frozen is multiplied in fp8 with adapter.base = 'fp8'",
@@ -137,6 +152,11 @@ _RULES = (
         ("speed.compile", "train.attention"),
         lambda compile, attention: compile and attention != "sdpa",
         "compiled blocks have torch's own attention",
+    ),
+    _Rule(
+        ("train.attention", "train.precision"),
+        lambda attention, precision: attention == "flash" and precision == "fp32",
+        "flash-attn computes in fp16 or bf16",
     ),
 )
 

@@ -1,20 +1,27 @@
 """The configuration of `mapo-fast prepare` and `mapo-fast train`: one TOML file serves both commands.
 
-Each section is a frozen pydantic model; the text under a field is its documentation. Unknown keys, wrong
-types and values out of range become one `UserError` that names the key and the nearest valid one.
+Each section is a frozen pydantic model; the text under a field is its documentation. However a `Config` is
+made (the constructor, `model_validate`, `model_copy`), its values are in range and work together: what is
+stated and contradicts itself raises pydantic's `ValidationError`, and open settings are completed
+(`rules.py`). From a file (`load.py`) every such mistake becomes one `UserError` that names the key and the
+nearest valid one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from mapo_fast.settings.declare import OneOf, setting
+from mapo_fast.settings.declare import OneOf, rows, setting
 from mapo_fast.settings.optimizers import REMOVED
+from mapo_fast.settings.rules import NAMES, completed
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.sizes import parse_size
 from mapo_kernels.objectives import (
     OBJECTIVES,
     Objective,
@@ -23,6 +30,9 @@ from mapo_kernels.objectives import (
     setting_names,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _EVERY = 10**9
 """The largest interval in steps: longer than any run, for people who write «never» as a large number."""
 
@@ -30,7 +40,27 @@ _EVERY = 10**9
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys, values validated."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        revalidate_instances="always",
+    )
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """The section with some values replaced, checked again; `deep` changes nothing, as all is immutable.
+
+        Raises:
+            pydantic.ValidationError: the values do not work.
+        """
+        stated = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**{**stated, **(update or {})})
+
+
+def _mistake(text: str) -> PydanticCustomError:
+    """An error whose text names its settings itself."""
+    return PydanticCustomError("whole_message", "{text}", {"text": text})
 
 
 class ModelConfig(Section):
@@ -75,6 +105,15 @@ class DataConfig(Section):
     batch_size: int = setting(1, affects="execution", ge=1, le=1024)
     """Images per VAE call; at 1024² in fp32 each one needs 2.5 GiB."""
 
+    @model_validator(mode="after")
+    def _bucket(self) -> DataConfig:
+        if self.bucket_step > self.resolution:
+            raise _mistake(
+                f"data.bucket_step = {self.bucket_step} is larger than data.resolution = {self.resolution}: "
+                f"set data.bucket_step to {self.resolution} or a divisor of it"
+            )
+        return self
+
 
 class ObjectiveConfig(Section):
     """`[objective]`: what is minimised.
@@ -85,7 +124,7 @@ class ObjectiveConfig(Section):
     """
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, float | None] = Field(init=False)
+    __pydantic_extra__: dict[str, float | None]
 
     name: Annotated[str, AfterValidator(OneOf(objective_names))] = setting("mapo", affects="arithmetic")
     """`mapo`, or `sft` (the chosen image's denoising error alone) as a control; `dpo` (Diffusion-DPO) and the
@@ -289,6 +328,16 @@ class TrainConfig(Section):
     )
     """Weights & Biases project that mirrors the TensorBoard figures; needs the `wandb` extra."""
 
+    @field_validator("vram")
+    @classmethod
+    def _size(cls, text: str | None) -> str | None:
+        try:
+            if text is not None:
+                parse_size(text, "train.vram")
+        except UserError as error:
+            raise _mistake(str(error)) from None
+        return text
+
 
 class OffloadConfig(Section):
     """`[offload]`: what lives in pinned system memory and visits the GPU while it is needed."""
@@ -366,6 +415,11 @@ class Config(Section):
     preview: PreviewConfig = PreviewConfig()
 
     @property
+    def stated(self) -> set[str]:
+        """Names (`section.key`) of the settings that are stated; others have defaults or were completed."""
+        return {f"{section}.{key}" for section, part in self for key in part.model_fields_set}
+
+    @property
     def reference(self) -> Literal["adapter", "copy", "precomputed"] | None:
         """Where the reference's errors come from; None for an objective without one."""
         if not self.objective.known.reference:
@@ -423,4 +477,18 @@ class Config(Section):
                 "objective.reference = 'copy' keeps what a LoRA without its factors is already: with "
                 "adapter.kind = 'lora' use 'adapter' or 'precomputed'"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _complete(self) -> Config:
+        """Let the open settings take what works with the stated ones; they stay unstated."""
+        values = {name: getattr(getattr(self, name.split(".")[0]), name.split(".")[1]) for name in NAMES}
+        for name, value in completed(values, self.stated, rows(type(self))).items():
+            section, key = name.split(".")
+            part = getattr(self, section)
+            if getattr(part, key) != value:
+                fields = {**dict(part), key: value}
+                # Not validated, as it would then be stated; in place, as this is the object being made.
+                changed = type(part).model_construct(_fields_set=part.model_fields_set, **fields)
+                self.__dict__[section] = changed
         return self

@@ -42,11 +42,6 @@ def value_of(config: Config, name: str) -> Any:
     return getattr(getattr(config, section), key)
 
 
-def stated(config: Config) -> set[str]:
-    """Names of the settings that the config states; the others have defaults or were completed."""
-    return {f"{section}.{key}" for section, part in config for key in part.model_fields_set}
-
-
 def flat(config: Config) -> dict[str, Any]:
     """`section.key` → value, of all settings."""
     return {row.name: value_of(config, row.name) for row in TABLE}

@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mapo_fast.data.buckets import choose_bucket, fit, fit_image, make_buckets, time_ids
-from mapo_fast.util.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -27,11 +26,6 @@ def test_bucket_list(resolution: int, step: int) -> None:
 
 def test_sdxl_buckets() -> None:
     assert {(1024, 1024), (832, 1216), (768, 1344), (1536, 640)} <= set(make_buckets(1024, 64))
-
-
-def test_step_above_resolution_is_refused() -> None:
-    with pytest.raises(UserError, match=r"data\.bucket_step = 64 .* data\.resolution = 32"):
-        make_buckets(32, 64)
 
 
 def crop(size: tuple[int, int], bucket: tuple[int, int]) -> float:

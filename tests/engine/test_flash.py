@@ -29,19 +29,17 @@ def test_it_is_the_same_attention(monkeypatch: pytest.MonkeyPatch, patched: bool
     if patched:
         patch_unet(unet)
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func))
-    use_flash(unet, "bf16")
+    use_flash(unet)
     processors: Any = unet.attn_processors.values()
     assert all(isinstance(p, FlashProcessor) for p in processors)
     found = run(unet, "sdxl", torch.float64)
     assert found.keys() == wanted.keys()
     for name, expected in wanted.items():
         assert (found[name] - expected).norm() <= 1e-10 * expected.norm(), name
-    with pytest.raises(UserError, match=r"train\.attention = 'flash' computes in fp16 or bf16"):
-        use_flash(unet, "fp32")
 
 
 def test_without_the_package_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(UserError, match=r"needs the flash-attn package \(.*\); use 'sdpa'") as caught:
-        use_flash(make_unet("sdxl"), "bf16")
+        use_flash(make_unet("sdxl"))
     assert "\n" not in str(caught.value)

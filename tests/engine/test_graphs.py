@@ -208,20 +208,9 @@ def captured(config: Config, **sections: dict[str, Any]) -> Config:
     )
 
 
-@pytest.mark.parametrize(
-    ("device", "sections", "message"),
-    [
-        ("cpu", {}, "needs an NVIDIA GPU"),
-        ("cuda", {"train": {"accumulation": 2}}, r"not train\.accumulation = 2"),
-        ("cuda", {"optim": {"name": "adafactor"}}, r"optim\.name = 'adafactor'.*use 'adamw'"),
-        ("cuda", {"train": {"precision": "fp16"}}, "gradient scaler"),
-    ],
-)
-def test_what_cannot_be_captured_is_refused(device: str, sections: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        check_capture(captured(settings(), **sections), torch.device(device))
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).endswith("or set speed.cuda_graph = false")
+def test_a_capture_needs_a_gpu() -> None:
+    with pytest.raises(UserError, match=r"needs an NVIDIA GPU; or set speed\.cuda_graph = false$"):
+        check_capture(captured(settings()), torch.device("cpu"))
 
 
 def test_every_other_plan_can_be_captured() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mapo_fast.engine.build import prepare_unet
 from mapo_fast.models.fp8 import Fp8Linear, use_fp8
 from mapo_fast.models.patch import patch_unet, unpatch_unet
-from mapo_fast.planner.plan import with_settings
+from mapo_fast.settings.load import with_settings
 from mapo_fast.util.errors import UserError
 from mapo_kernels.hardware import Card
 from mapo_kernels.weights import views_of_one

@@ -22,7 +22,7 @@ from mapo_fast.models.vae import decode_bytes
 from mapo_fast.planner import search as planner_search
 from mapo_fast.planner import store
 from mapo_fast.planner.family import BLOCKS, Family, prefixes, stated
-from mapo_fast.planner.plan import Plan, with_settings
+from mapo_fast.planner.plan import Plan
 from mapo_fast.planner.replay import Allocator, cublas_workspace, reserved
 from mapo_fast.planner.report import check_picture
 from mapo_fast.planner.search import search
@@ -30,6 +30,7 @@ from mapo_fast.planner.stages import Vae
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import record_step
 from mapo_fast.planner.windows import compose, cut
+from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import planned
 from mapo_fast.util.errors import UserError

@@ -87,13 +87,6 @@ def test_what_cannot_fit_is_refused_before_weights_are_loaded(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("text", ["lots", "0GiB", "-1GiB", "24"])
-def test_a_size_is_checked(tiny_sdxl: Path, tmp_path: Path, text: str) -> None:
-    config = make_config(tiny_sdxl, tmp_path, tmp_path, train={"vram": text})
-    with pytest.raises(UserError, match=r"train\.vram = '.*' is not a size; .*\"24GiB\""):
-        planned(config, open_sdxl(tiny_sdxl), CPU)
-
-
 def test_the_first_line_names_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """And where it is not the GPU's kernels, why."""
     monkeypatch.setattr(

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from mapo_fast.planner.plan import with_settings
-from mapo_fast.settings.load import parse_config
+from mapo_fast.settings.load import parse_config, with_settings
 from mapo_fast.settings.rules import NAMES, work
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import planned
