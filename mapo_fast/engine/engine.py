@@ -19,6 +19,7 @@ from mapo_fast.engine.fused_step import FusedStep
 from mapo_fast.engine.gradient_sums import GradientSums
 from mapo_fast.engine.graphs import StepGraphs, check_capture
 from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
+from mapo_fast.engine.optimizers import Fusable
 from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.processes import ALONE, Processes
 from mapo_fast.engine.reference import StartModel
@@ -28,7 +29,6 @@ from mapo_fast.engine.step import PairInputs, predict
 from mapo_fast.engine.stream_states import StateStreaming
 from mapo_fast.loss import Loss, LossOutput
 from mapo_fast.settings.schema import Config
-from mapo_kernels.ops.adamw8bit import AdamW8bit
 
 
 class Engine:
@@ -75,6 +75,7 @@ class Engine:
             )
         elif config.train.fused_step:
             optimizer = build(self.parameters)
+            assert isinstance(optimizer, Fusable)  # a rule says so
             states = StateStreaming(optimizer, parts.transfers) if config.offload.optimizer == "cpu" else None
             self.optimizer = FusedStep(
                 optimizer,
@@ -103,12 +104,11 @@ class Engine:
     def _capture_steps(self, graphs: type[StepGraphs]) -> None:
         """From now on run whole steps as CUDA graphs."""
         optimizer = self.optimizer.optimizer
-        eight_bit = isinstance(optimizer, AdamW8bit)
         for group in optimizer.param_groups:
             group["capturable"] = True  # torch's own optimizers ask for it
-        self._lr = torch.zeros((), dtype=torch.float64 if eight_bit else torch.float32, device=self.device)
+        self._lr = torch.zeros((), dtype=getattr(optimizer, "lr_dtype", torch.float32), device=self.device)
         self._norm: Tensor | None = None
-        keep = optimizer.take_captured if isinstance(optimizer, AdamW8bit) else lambda: None
+        keep = getattr(optimizer, "take_captured", lambda: None)
         self._graphs = graphs(self._whole_step, self.device, keep)
 
     def start(self, lr: float, step: int = 0) -> None:

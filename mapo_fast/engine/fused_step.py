@@ -16,9 +16,7 @@ What differs from a step after backward:
   and a gradient is not, its tensor is skipped and the others are updated. Both are counted on the device.
 
 Everything else is equal bit by bit: AdamW8bit's random bits depend on the parameter's number and its step.
-
-The host waits for nothing with AdamW8bit and AdamW. torch's Adafactor reads norms of every tensor on the host
-by itself; the flags are read there too.
+How an optimizer updates a group of tensors is its own business (`optimizers.Fusable`).
 """
 
 from __future__ import annotations
@@ -29,12 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from mapo_fast.engine.optim import norms
-from mapo_fast.engine.optim_state import flatten_optimizer_state, initial_state, restore_optimizer_state
+from mapo_fast.engine.optim_state import flatten_optimizer_state, restore_optimizer_state
+from mapo_fast.engine.optimizers import Fusable
 from mapo_fast.engine.stream_states import GROUP_BYTES, StateStreaming
-from mapo_kernels.ops.adamw8bit import AdamW8bit
 
 if TYPE_CHECKING:
     from mapo_fast.engine.stream_weights import WeightStreaming
@@ -47,7 +44,7 @@ class FusedStep:
     `skipped_in_a_row` the newest steps in a row with either: 0-d fp32 tensors on the device.
 
     Args:
-        optimizer: AdamW8bit, torch's fused AdamW or Adafactor, just built.
+        optimizer: just built.
         parameters: the optimizer's, on one device.
         max_grad_norm: see the top of this file; 0 is no clipping.
         states: where the optimizer's states are streamed from.
@@ -57,7 +54,7 @@ class FusedStep:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Fusable,
         parameters: Iterable[torch.nn.Parameter],
         *,
         max_grad_norm: float,
@@ -68,12 +65,11 @@ class FusedStep:
         self.optimizer, self.states, self.weights = optimizer, states, weights
         self.max_grad_norm, self.group_bytes = max_grad_norm, group_bytes
         self.parameters = list(parameters)
-        self._settings = {p: group for group in optimizer.param_groups for p in group["params"]}
         self._bytes: dict[Tensor, int] = {p: p.numel() * p.element_size() for p in self.parameters}
         self._unit: dict[Tensor, Any] = {}
         for p in self.parameters:
             if states is None:
-                optimizer.state[p].update(initial_state(optimizer, p))
+                optimizer.state[p].update(optimizer.initial_state(p))
             else:
                 self._bytes[p] = max(self._bytes[p], states.nbytes(p))
             if weights is not None and (unit := weights.unit_of(p)) is not None:
@@ -162,7 +158,7 @@ class FusedStep:
             restore_optimizer_state(self.optimizer, tensors, state["optimizer"])
             for p in self.parameters:
                 if not self.optimizer.state[p]:  # without fusing, it had no gradient yet
-                    self.optimizer.state[p].update(initial_state(self.optimizer, p))
+                    self.optimizer.state[p].update(self.optimizer.initial_state(p))
         self.skipped.fill_(state["skipped"])
         self.skipped_tensors.fill_(state.get("skipped_tensors", 0.0))
         self._norm.fill_(state.get("norm", 0.0))
@@ -208,45 +204,6 @@ class FusedStep:
         self._bad_tensors += bad.sum()
         skip = (bad | self._bad_loss).float()
         with self.states.visiting(group) if self.states is not None else nullcontext():
-            self._update(group, gradients, skip)
+            self.optimizer.update_group(group, skip, self._scale)
         for p in group:
             p.grad = None
-
-    def _update(self, group: list[Tensor], gradients: list[Tensor], skip: Tensor) -> None:
-        """Step with the gradients whose `skip` is 0."""
-        if isinstance(self.optimizer, AdamW8bit):
-            self.optimizer.found_inf, self.optimizer.grad_scale = skip, self._scale  # type: ignore[assignment]
-            self.optimizer.step_part(group)
-        elif isinstance(self.optimizer, torch.optim.AdamW):
-            self._adamw(group, gradients, skip)
-        else:
-            if self._scale is not None:
-                torch._foreach_div_(gradients, self._scale)
-            for p, skipped in zip(group, skip.tolist(), strict=True):
-                if skipped:
-                    p.grad = None
-            self.optimizer.step()
-
-    def _adamw(self, group: list[Tensor], gradients: list[Tensor], skip: Tensor) -> None:
-        """What torch's fused AdamW does, tensor by tensor, as it takes one flag for all that it is given."""
-        states = [self.optimizer.state[p] for p in group]
-        torch._foreach_add_([state["step"] for state in states], list((1 - skip).unbind()))
-        for p, gradient, state, flag in zip(group, gradients, states, skip.unbind(), strict=True):
-            settings = self._settings[p]
-            torch._fused_adamw_(
-                [p],
-                [gradient],
-                [state["exp_avg"]],
-                [state["exp_avg_sq"]],
-                [],
-                [state["step"]],
-                lr=settings["lr"],
-                beta1=settings["betas"][0],
-                beta2=settings["betas"][1],
-                weight_decay=settings["weight_decay"],
-                eps=settings["eps"],
-                amsgrad=False,
-                maximize=False,
-                grad_scale=self._scale,
-                found_inf=flag,
-            )

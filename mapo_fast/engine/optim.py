@@ -1,8 +1,8 @@
 """Optimizers behind one guard: a step whose gradients are not finite changes nothing and is counted.
 
-The flag stays on the device. torch's fused AdamW and our AdamW8bit take it as `found_inf` and turn the update
-into a no-op without the host ever waiting; torch's Adafactor has no such input, so there the host reads the
-flag once per step.
+The flag stays on the device. An optimizer that supports torch's gradient scalers by itself (torch's fused
+ones, our AdamW8bit) takes it as `found_inf` and turns the update into a no-op without the host ever waiting;
+others, such as torch's Adafactor, have no such input, so there the host reads the flag once per step.
 
 `fused_step.FusedStep` has the same interface and takes the step during backward.
 """
@@ -16,29 +16,30 @@ import torch
 from torch import Tensor
 
 from mapo_fast.engine.optim_state import flatten_optimizer_state, restore_optimizer_state
+from mapo_fast.engine.optimizers import Fusable
+from mapo_fast.settings.optimizers import OPTIMIZERS
 from mapo_fast.settings.schema import OptimConfig
-from mapo_kernels.ops.adamw8bit import AdamW8bit
+from mapo_kernels.objectives import resolve
 
 
 def build_optimizer(
     config: OptimConfig, parameters: list[torch.nn.Parameter], *, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """The optimizer of a config over these parameters; `seed` is for stochastic rounding.
+    """The optimizer that a config names, over these parameters; `seed` is for stochastic rounding.
 
-    Adafactor is torch's with its own settings except lr and weight decay: it has no first moment, clips each
-    tensor's update to RMS 1, and multiplies lr by the weights' RMS, so it needs a far larger lr than AdamW.
+    Raises:
+        TypeError: it is not what its entry says.
     """
-    settings: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": config.betas,
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
-    if config.name == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **settings)
-    if config.name == "adamw8bit":
-        return AdamW8bit(parameters, seed=seed, max_update_rms=config.max_update_rms, **settings)
-    return torch.optim.Adafactor(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    known = OPTIMIZERS[config.name]
+    optimizer = resolve(known.build)(parameters, config, seed)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"{known.build} returned no torch.optim.Optimizer but {type(optimizer).__name__}")
+    if known.fused_step and not isinstance(optimizer, Fusable):
+        raise TypeError(
+            f"{type(optimizer).__name__} is no mapo_fast.engine.optimizers.Fusable, which the entry of "
+            f"{config.name!r} promises by fused_step = True"
+        )
+    return optimizer
 
 
 def norms(gradients: list[Tensor]) -> Tensor:
@@ -65,12 +66,12 @@ class GuardedOptimizer:
         self.parameters = list(parameters)
         self.max_grad_norm = max_grad_norm if max_grad_norm > 0 else float("inf")
         self.scaler = scaler
+        self._takes_flags = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         # It divides as it reads the gradients: no pass over them, no rounding of what is clipped. torch's has
         # that for gradient scalers, which use it themselves, and reads an fp64 divisor wrongly on the CPU.
-        self._divides = isinstance(optimizer, AdamW8bit) or (
-            isinstance(optimizer, torch.optim.AdamW)
-            and scaler is None
-            and all(p.dtype != torch.float64 for p in self.parameters)
+        self._divides = self._takes_flags and (
+            getattr(optimizer, "divides_always", False)
+            or (scaler is None and all(p.dtype != torch.float64 for p in self.parameters))
         )
         device = self.parameters[0].device
         self.skipped = torch.zeros((), device=device)
@@ -96,8 +97,8 @@ class GuardedOptimizer:
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        elif isinstance(self.optimizer, (torch.optim.AdamW, AdamW8bit)):
-            self.optimizer.found_inf = bad  # type: ignore[union-attr]
+        elif self._takes_flags:
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not bad.item():
             self.optimizer.step()

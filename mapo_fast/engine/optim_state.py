@@ -1,6 +1,6 @@
 """Optimizer states as named tensors plus JSON, and back, without pickle and bit for bit.
 
-Works for torch optimizers and for our AdamW8bit, in which a state of bitsandbytes' goes on. Tensors are named
+Works for any `torch.optim.Optimizer`; in our AdamW8bit a state of bitsandbytes' goes on. Tensors are named
 `<parameter index>.<state name>`, the index counting through all parameter groups in order; a tensor that
 several parameters share (the code books) is stored once. `load_state_dict` is not used: torch's casts states
 to the parameter's dtype.
@@ -17,30 +17,9 @@ from torch.optim import Optimizer
 
 from mapo_fast.settings.optimizers import REMOVED
 from mapo_fast.util.errors import UserError
-from mapo_kernels.ops.adamw8bit import AdamW8bit, new_state
 
 _IMPLEMENTATION_KEYS = ("params", "fused", "foreach", "capturable", "differentiable", "maximize")
 """Group entries that say how a step is computed: those of the new optimizer count."""
-
-
-def initial_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """The state that the first step would make for a parameter: what a run needs is allocated before it runs.
-
-    Empty for optimizers that `build_optimizer` does not build with the step fused into backward.
-    """
-    if isinstance(optimizer, AdamW8bit):
-        return new_state(parameter)
-    zeros = parameter.detach().new_zeros
-    if isinstance(optimizer, torch.optim.AdamW):
-        moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-        return {"step": zeros((), dtype=torch.float32), **moments}
-    if isinstance(optimizer, torch.optim.Adafactor):
-        step = torch.tensor(0.0)  # torch reads it on the host
-        if parameter.dim() < 2:
-            return {"step": step, "variance": torch.zeros_like(parameter, requires_grad=False)}
-        *others, rows, columns = parameter.shape
-        return {"step": step, "row_var": zeros((*others, rows, 1)), "col_var": zeros((*others, 1, columns))}
-    return {}
 
 
 def flatten_optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -165,7 +144,7 @@ def _by_memory_order(optimizer: Optimizer) -> bool:
     AdamW8bit lays a parameter out like its state, so that these strides are part of the state. torch's states
     follow the parameter's own layout.
     """
-    return isinstance(optimizer, AdamW8bit)
+    return bool(getattr(optimizer, "states_by_memory_order", False))
 
 
 def _allocate(
@@ -178,8 +157,8 @@ def _allocate(
 ) -> Tensor:
     """An uninitialised tensor for one state, where the optimizer would have made it."""
     device = parameter.device
-    on_device = isinstance(optimizer, AdamW8bit) or group.get("fused") or group.get("capturable")
-    if key == "step" and not on_device:
+    flagged = getattr(optimizer, "_step_supports_amp_scaling", False)  # it counts where it reads the flag
+    if key == "step" and not (flagged or group.get("fused") or group.get("capturable")):
         device = torch.device("cpu")
     if strides is not None:
         return torch.empty_strided(saved.shape, strides, dtype=saved.dtype, device=device)

@@ -2,8 +2,8 @@
 
 Each block gathers its weights before it runs, forward and backward, and its gradients are summed and split
 behind its backward, beside the blocks around it. Parameters are DTensors, of which a process holds one part
-and trains it as if it were all: AdamW has no use for the rest. (torch's foreach and fused functions take
-DTensors too, but look at every pair of a list's tensors first: minutes for SDXL's 1,680.)
+and trains it as if it were all: the optimizer has no use for the rest. (torch's foreach and fused functions
+take DTensors too, but look at every pair of a list's tensors first: minutes for SDXL's 1,680.)
 
 Checkpoints and results hold whole tensors, so that a run goes on with any number of processes.
 """
@@ -43,7 +43,7 @@ class ShardedOptimizer(GuardedOptimizer):
     """The optimizer of this process's part of each parameter; its `state` is that of whole ones.
 
     Args:
-        build: makes the optimizer of a list of parameters, element by element: AdamW.
+        build: makes the optimizer of a list of parameters, one that can `shard`.
         parameters: DTensors.
         max_grad_norm: of all parts together.
         processes: that have the other parts.

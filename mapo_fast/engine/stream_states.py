@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from mapo_fast.engine.optim_state import initial_state, restore_optimizer_state
+from mapo_fast.engine.optim_state import restore_optimizer_state
+from mapo_fast.engine.optimizers import Fusable
 from mapo_fast.engine.transfers import Ticket, Transfers
 
 GROUP_BYTES = 64_000_000
@@ -62,12 +62,12 @@ class StateStreaming:
         group_bytes: most bytes of states in one group; a parameter with more is a group of its own.
     """
 
-    def __init__(self, optimizer: Optimizer, transfers: Transfers, *, group_bytes: int = GROUP_BYTES) -> None:
+    def __init__(self, optimizer: Fusable, transfers: Transfers, *, group_bytes: int = GROUP_BYTES) -> None:
         self.optimizer, self.transfers = optimizer, transfers
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._homes: dict[Tensor, _Home] = {}
         for p in self._parameters:
-            optimizer.state[p].update(initial_state(optimizer, p))
+            optimizer.state[p].update(optimizer.initial_state(p))
             self._move_out(p)
         sizes = [self.nbytes(p) for p in self._parameters]
         self.group_bytes = min(max([group_bytes, *sizes]), sum(sizes))
@@ -129,7 +129,7 @@ class StateStreaming:
         restore_optimizer_state(self.optimizer, tensors, description, place=place)
         for p in self._parameters:
             if not self.optimizer.state[p]:  # it never had a gradient
-                self.optimizer.state[p].update(initial_state(self.optimizer, p))
+                self.optimizer.state[p].update(self.optimizer.initial_state(p))
             self._move_out(p)
 
     def _prefetch(self, number: int) -> None:
@@ -157,7 +157,7 @@ class StateStreaming:
     def _move_out(self, p: Tensor) -> None:
         """Put a parameter's states, wherever they are, into host memory; what is there already stays."""
         state = self.optimizer.state[p]
-        large = {key: value for key, value in sorted(state.items()) if _streams(key, value)}
+        large = {key: value for key, value in sorted(state.items()) if self._streams(key, value)}
         nbytes = sum(map(_padded, large.values()))
         old = self._homes.pop(p, None)
         if nbytes < _SMALLEST:
@@ -170,10 +170,9 @@ class StateStreaming:
             home.tensors[key].copy_(tensor)
         state.update(home.tensors)
 
-
-def _streams(key: str, value: Any) -> bool:
-    """Whether this is a state of each element: not a count, nor a code book that all share."""
-    return isinstance(value, Tensor) and value.numel() > 1 and not key.startswith("qmap")
+    def _streams(self, key: str, value: Any) -> bool:
+        """Whether this is a state of one parameter's elements: not a count, nor what all share."""
+        return isinstance(value, Tensor) and value.numel() > 1 and key not in self.optimizer.shared_states
 
 
 def _shares_memory(a: Tensor, b: Tensor) -> bool:

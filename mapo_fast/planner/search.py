@@ -27,6 +27,7 @@ from mapo_fast.planner.stages import SDXL_VAE, Vae, how_to_prepare, preparing, p
 from mapo_fast.planner.store import Tracing
 from mapo_fast.planner.trace import Trace
 from mapo_fast.settings.load import parse_config, with_settings
+from mapo_fast.settings.optimizers import OPTIMIZERS
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.sizes import GIB, size_text
 
@@ -220,8 +221,9 @@ class _Search:
             yield with_settings(config, {"speed.cuda_graph": False}), "speed.cuda_graph = false"
         for name, value in stated(config).items():
             yield _without(config, name), f"without {name} = {json.dumps(value)}"
-        if config.adapter.kind == "full" and config.optim.name != "adamw8bit":
-            yield with_settings(config, {"optim.name": "adamw8bit"}), 'optim.name = "adamw8bit"'
+        smaller = OPTIMIZERS[config.optim.name].smaller
+        if config.adapter.kind == "full" and smaller is not None:
+            yield with_settings(config, {"optim.name": smaller}), f"optim.name = {json.dumps(smaller)}"
         if train.pairs_per_batch > 1:
             yield with_settings(config, {"train.pairs_per_batch": 1}), "train.pairs_per_batch = 1"
         if train.accumulation > 1 and config.adapter.kind == "full":
@@ -267,9 +269,10 @@ def _variants(config: Config) -> Iterator[dict[str, Any]]:
             yield {"adapter.base": "nf4"}
         return
     changes: dict[str, Any] = {}
-    if config.optim.name != "adamw8bit" and "name" not in config.optim.model_fields_set:
-        changes["optim.name"] = "adamw8bit"
+    smaller = OPTIMIZERS[config.optim.name].smaller
+    if smaller is not None and "name" not in config.optim.model_fields_set:
+        changes["optim.name"] = smaller
         yield dict(changes)
-    eight_bit = config.optim.name == "adamw8bit" or changes
-    if eight_bit and config.train.precision == "bf16" and "precision" not in config.train.model_fields_set:
+    rounds = OPTIMIZERS[changes.get("optim.name", config.optim.name)].rounds_stochastically
+    if rounds and config.train.precision == "bf16" and "precision" not in config.train.model_fields_set:
         yield changes | {"train.precision": "pure_bf16"}

@@ -42,6 +42,7 @@ from mapo_fast.run.precompute import precompute
 from mapo_fast.run.preview import Previews
 from mapo_fast.run.trainer import Trainer
 from mapo_fast.settings.load import with_settings
+from mapo_fast.settings.optimizers import OPTIMIZERS
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import on_cpu
 from mapo_fast.util.checkpoint import Checkpoint, CheckpointStore
@@ -257,10 +258,11 @@ def _notes(
             f"checkpoint {path.name} cannot be used ({reason}): falling back to {checkpoint.path.name}"
             for path, reason in checkpoint.passed_over
         ]
-    if config.train.precision == "pure_bf16" and config.optim.name != "adamw8bit":
+    if config.train.precision == "pure_bf16" and not OPTIMIZERS[config.optim.name].rounds_stochastically:
+        others = " or ".join(repr(name) for name, known in OPTIMIZERS.items() if known.rounds_stochastically)
         notes.append(
             f"train.precision = 'pure_bf16' rounds updates to bf16: at lr {config.optim.lr:g} many are lost; "
-            "optim.name = 'adamw8bit' rounds stochastically and keeps them on average"
+            f"optim.name = {others} rounds stochastically and keeps them on average"
         )
     accumulation = config.train.accumulation
     split = config.train.shard and processes > 1

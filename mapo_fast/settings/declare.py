@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 from pydantic.fields import FieldInfo
 
 from mapo_fast.util.extensions import load_installed
@@ -108,6 +108,12 @@ class Setting(NamedTuple):
         return f"{self.section}.{self.key}"
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Those that a registry has for it now; none where no registry says what it may be."""
+        checks = (limit.func for limit in self.limits if isinstance(limit, AfterValidator))
+        return next((tuple(check.names()) for check in checks if isinstance(check, OneOf)), ())
+
+    @property
     def is_path(self) -> bool:
         """Whether its value names a file or folder."""
         return Path in _members(self.type)
@@ -115,7 +121,7 @@ class Setting(NamedTuple):
     @property
     def choices(self) -> tuple[Any, ...]:
         """All its values where these are names or truth values, the default first; else the default alone."""
-        found = [self.default]
+        found = [self.default, *(name for name in self.names if name != self.default)]
         for member in _members(self.type):
             values = (True, False) if member is bool else get_args(member) if _is_literal(member) else ()
             found += [value for value in values if value != self.default]

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MultipleOf
-from pydantic import AfterValidator, BaseModel
+from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-from mapo_fast.settings.declare import OneOf, Setting, rows
+from mapo_fast.settings.declare import Setting, rows
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import TABLE
 
@@ -86,9 +86,8 @@ _WORDS = {bool: "true or false", int: "integer", float: "number", str: "string",
 
 
 def _kind(row: Setting) -> str:
-    for limit in row.limits:
-        if isinstance(limit, AfterValidator) and isinstance(limit.func, OneOf):
-            return _either(f"`{written(name)}`" for name in limit.func.names())
+    if row.names:
+        return _either(f"`{written(name)}`" for name in row.names)
     limits = " and ".join(filter(None, map(_limit, row.limits)))
     return " ".join(filter(None, [_type(row.type), limits]))
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mapo_fast.settings.declare import Setting
+from mapo_fast.settings.optimizers import OPTIMIZERS
 
 
 class _Rule(NamedTuple):
@@ -56,9 +57,14 @@ _RULES = (
         "a fused step cannot unscale the gradients of fp16",
     ),
     _Rule(
+        ("train.fused_step", "optim.name"),
+        lambda fused, optimizer: fused and not OPTIMIZERS[optimizer].fused_step,
+        "this optimizer updates all tensors at once, a fused step updates a few at a time",
+    ),
+    _Rule(
         ("optim.max_update_rms", "optim.name"),
-        lambda limit, optimizer: limit is not None and optimizer != "adamw8bit",
-        "only 'adamw8bit' limits updates",
+        lambda limit, optimizer: limit is not None and not OPTIMIZERS[optimizer].limits_updates,
+        "this optimizer does not limit its updates",
     ),
     _Rule(
         ("adapter.base", "adapter.kind"),
@@ -77,8 +83,8 @@ _RULES = (
     ),
     _Rule(
         ("train.shard", "optim.name"),
-        lambda shard, optimizer: shard and optimizer != "adamw",
-        "only 'adamw' updates a part of a tensor as it would the whole",
+        lambda shard, optimizer: shard and not OPTIMIZERS[optimizer].shard,
+        "this optimizer does not update a part of a tensor as it would the whole",
     ),
     _Rule(
         ("train.shard", "train.fused_step"),
@@ -135,7 +141,7 @@ _RULES = (
     ),
     _Rule(
         ("speed.cuda_graph", "optim.name"),
-        lambda captured, optimizer: captured and optimizer not in ("adamw", "adamw8bit"),
+        lambda captured, optimizer: captured and not OPTIMIZERS[optimizer].cuda_graph,
         "a CUDA graph cannot hold an optimizer that reads numbers on the host",
     ),
     _Rule(

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator, mod
 from pydantic_core import PydanticCustomError
 
 from mapo_fast.settings.declare import OneOf, rows, setting
-from mapo_fast.settings.optimizers import REMOVED
+from mapo_fast.settings.optimizers import REMOVED, optimizer_names
 from mapo_fast.settings.rules import NAMES, completed
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.sizes import parse_size
@@ -210,7 +210,9 @@ class AdapterConfig(Section):
 class OptimConfig(Section):
     """`[optim]`: optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "adamw8bit", "adafactor"] = setting("adamw", affects="arithmetic", planned="last")
+    name: Annotated[str, AfterValidator(OneOf(optimizer_names))] = setting(
+        "adamw", affects="arithmetic", planned="last"
+    )
     """torch's fused AdamW; AdamW with 8-bit states and stochastic rounding of bf16 weights; or torch's
     Adafactor."""
     lr: float = setting(1e-5, affects="arithmetic", gt=0.0, lt=1.0)

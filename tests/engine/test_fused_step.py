@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -133,8 +133,13 @@ def test_gradients_never_exist_at_once() -> None:
         p.register_post_accumulate_grad_hook(look)
     step = fused("adamw", parameters)
     groups = []
-    update = step._update
-    step._update = lambda group, *rest: (groups.append(sum(p.nbytes for p in group)), update(group, *rest))[1]  # type: ignore[method-assign,func-returns-value]
+    update = step.optimizer.update_group
+
+    def noted(group: Sequence[Tensor], *rest: Any) -> None:
+        groups.append(sum(p.nbytes for p in group))
+        update(group, *rest)
+
+    step.optimizer.update_group = noted  # type: ignore[method-assign]
     step.backward(loss_of(unet, 0))
     step.step()
     largest = max(p.nbytes for p in parameters)

@@ -112,13 +112,13 @@ def test_next_groups_are_on_their_way_during_an_update() -> None:
     states = step.states
     assert states is not None
     seen: list[int] = []
-    update = step._update
+    update = step.optimizer.update_group
 
     def look(group: Any, *rest: Any) -> None:
         seen.append(sum(copy.inwards for copy in transfers.pending))
         update(group, *rest)
 
-    step._update = look  # type: ignore[method-assign]
+    step.optimizer.update_group = look  # type: ignore[method-assign]
     take(step, weights, 0)
     assert set(seen) == {0}
     groups = len(seen)

@@ -10,6 +10,7 @@ import torch
 
 from mapo_fast.engine.fused_step import FusedStep
 from mapo_fast.engine.optim import GuardedOptimizer
+from mapo_fast.engine.optimizers import AdamW
 from mapo_fast.engine.step import PairInputs
 from mapo_fast.run.health import is_healthy, made_finite, mostly_skipped
 from mapo_fast.util.checkpoint import CheckpointStore
@@ -80,7 +81,7 @@ def test_half_of_the_steps_is_not_most_of_them(tmp_path: Path) -> None:
 def test_a_tensor_that_was_skipped_is_its_share_of_a_step(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=1)
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(4)]
-    optimizer = FusedStep(torch.optim.AdamW(weights, fused=True), weights, max_grad_norm=0.0)
+    optimizer = FusedStep(AdamW(weights, fused=True), weights, max_grad_norm=0.0)
     optimizer.skipped.fill_(2)
     optimizer.skipped_tensors.fill_(12)
     assert mostly_skipped(optimizer, 10, store) is None
