@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mapo_fast.data import prepare as prepare_module
-from mapo_fast.data import scan, shards, vae_encoder
+from mapo_fast.data import shards, vae_encoder
 from mapo_fast.data.cache import PairCache
 from mapo_fast.data.prepare import prepare
 from mapo_fast.util.errors import UserError
@@ -291,14 +291,15 @@ warnings.simplefilter("ignore")
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from diffusers import AutoencoderKL  # imported once for all children: they are forked
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from mapo_fast.data import prepare, scan, shards
 from tests.data import test_prepare
 from tests.data.pair_sources import config
 
-run = config(*map(Path, sys.argv[1:4]), **test_prepare.SETTINGS)
+model, source, whole, cut = map(Path, sys.argv[1:])
 shards.SHARD_BYTES, scan.PART_ROWS = test_prepare.SHARD_BYTES, test_prepare.PART_ROWS
+prepare.prepare(config(model, source, whole, **test_prepare.SETTINGS))
+# All imports are done, once for all children: they are forked.
+run = config(model, source, cut, **test_prepare.SETTINGS)
 replace, count, kill_at, status = Path.replace, 0, 0, signal.SIGKILL
 
 def passing_a_moment():
@@ -329,18 +330,18 @@ while status == signal.SIGKILL:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL and no fork")
-def test_killed_at_any_moment_it_continues(
-    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = jsonl_folder(tmp_path / "s", 14, prompts=12)
-    monkeypatch.setattr(shards, "SHARD_BYTES", SHARD_BYTES)
-    monkeypatch.setattr(scan, "PART_ROWS", PART_ROWS)
-    prepare(config(tiny_sdxl, source, tmp_path / "whole", **SETTINGS))
-    expected = contents(tmp_path / "whole")
-    assert len([name for name in expected if name.startswith("shards/latents")]) >= 3
-
-    # The n-th start is killed at its n-th moment, until one gets through.
-    command = [sys.executable, "-c", SCRIPT, tiny_sdxl, source, tmp_path / "cut"]
+def test_killed_at_any_moment_it_continues(tiny_sdxl: Path, tmp_path: Path) -> None:
+    """The n-th start is killed at its n-th moment, until one gets through."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        tiny_sdxl,
+        jsonl_folder(tmp_path / "s", 14, prompts=12),
+        whole,
+        cut,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([".", "kernels"])}
     done = subprocess.run(
         command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
@@ -349,5 +350,7 @@ def test_killed_at_any_moment_it_continues(
     assert last == 0, done.stderr
     assert killed == [signal.SIGKILL] * len(killed)
     assert len(killed) >= 8
-    assert contents(tmp_path / "cut") == expected
-    PairCache.open(tmp_path / "cut")
+    expected = contents(whole)
+    assert len([name for name in expected if name.startswith("shards/latents")]) >= 3
+    assert contents(cut) == expected
+    PairCache.open(cut)
