@@ -21,6 +21,7 @@ from bench.providers.task import Pairs, Task, adapt, fill_factors, load_unet
 from mapo_fast.engine.step import PairInputs, predict
 from mapo_fast.models.fp8 import use_fp8
 from mapo_fast.models.quantise import quantise_base
+from mapo_fast.settings.schema import ObjectiveConfig
 
 MOST = 4096
 """Entries of each gradient that are compared, evenly spread over it."""
@@ -108,7 +109,7 @@ def plain_outcome(task: Task, objective: Objective, arithmetic: Arithmetic) -> O
     if task.kind == "lora":
         adapt(unet, arithmetic.factors or arithmetic.weights)
         fill_factors(unet)
-    if objective == "dpo":
+    if ObjectiveConfig(name=objective).known.reference:
         if task.kind == "lora":
             unet.disable_adapters()
         with torch.no_grad(), arithmetic.context(task.device):

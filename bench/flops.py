@@ -16,6 +16,7 @@ from bench.providers.task import Task, adapt
 from bench.sdxl import make_fake
 from mapo_fast.engine.step import predict
 from mapo_fast.planner.trace import pairs_of_zeros
+from mapo_fast.settings.schema import ObjectiveConfig
 
 SIDES = {"cuda": 8192, "cpu": 1024}
 """Sides of the matrices whose product is timed."""
@@ -38,11 +39,11 @@ _ON_CPU = {  # which the counter does not know
 def model_flops(task: Task, objective: str) -> float:
     """Operations that a step needs, one multiply-add being two: of the plain UNet, nothing recomputed.
 
-    Diffusion-DPO's reference is another forward pass.
+    A reference is another forward pass.
     """
     forward, backward = _count(json.dumps(task.unet_config), task.kind, task.side)
-    references = 1 if objective == "dpo" else 0
-    return task.pairs * (forward * (1 + references) + backward)
+    forwards = 2 if ObjectiveConfig(name=objective).known.reference else 1
+    return task.pairs * (forward * forwards + backward)
 
 
 @functools.cache

@@ -117,12 +117,13 @@ def write_html(
     """
     objective = result["objective"]
     name = model_names(objective)[objective]
-    without = " and needs no reference model" if objective == "mapo" else ""
+    known = ObjectiveConfig(name=objective).known
+    without = "" if known.reference else " and needs no reference model"
     logs = {model: read_log(run / model / "log.jsonl") for model in ("sft", objective)}
     pairs = _pair_examples(run / "pairs" / "images")
     share = result["preferred_share"]
     sees, no_margin = "both images of a pair", ""
-    if ObjectiveConfig(name=objective).known.samples == "single":
+    if known.samples == "single":
         sees = "the same images one by one, each with a label"
         no_margin = f" {name}'s images have no partner: there is no such curve, and no held-out accuracy."
     body = f"""
