@@ -18,7 +18,7 @@ from mapo_kernels import _launch as launch
 from mapo_kernels._triton import jit, tl
 from mapo_kernels.hardware import Card, assume_card
 from mapo_kernels.ops import _group_norm_launch as cutting
-from mapo_kernels.ops._group_norm_kernels import _offsets
+from mapo_kernels.ops._group_norm_kernels import _tile
 from mapo_kernels.ops.group_norm_silu import (
     GroupNormSilu,
     group_norm_silu,
@@ -367,8 +367,8 @@ def test_launches(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @jit
 def _corner_kernel(out, channels, positions, LAST: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where the last channel and the last position lie."""
-    first = tl.zeros([1], dtype=tl.int32)
-    offset = _offsets(first + channels - 1, first + positions - 1, channels, positions, LAST, WIDE)
+    channel = tl.zeros([1], dtype=tl.int32) + channels - 1
+    offset, _ = _tile(positions - 1, channel, channel >= 0, channels, positions, 1, LAST, WIDE)
     tl.store(out + tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :], offset)
 
 

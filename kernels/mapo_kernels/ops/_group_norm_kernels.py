@@ -23,6 +23,7 @@ SIZES = ("channels", "positions", "chunks", "splits", "group_size", "span_size",
 @jit
 def _region(  # type: ignore[no-untyped-def]
     channels,
+    positions,
     chunks,
     group_size,
     span_size,
@@ -32,10 +33,16 @@ def _region(  # type: ignore[no-untyped-def]
     UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ):
-    """This program's sample, chunk of positions, region within its groups, first group, and channels."""
+    """This program's sample, chunk of positions, region within its groups, first group, and channels.
+
+    The sizes come first, the innermost as a multiple of UNIT that the compiler sees: loads may be as wide.
+    """
     if CHANNELS_LAST:
+        channels = channels // UNIT * UNIT
         span_size = span_size // UNIT * UNIT
         used = used // UNIT * UNIT
+    else:
+        positions = positions // UNIT * UNIT
     program = tl.program_id(0)
     blocks = tl.cdiv(channels, span_size) * parts
     sample = program // (blocks * chunks)
@@ -50,12 +57,24 @@ def _region(  # type: ignore[no-untyped-def]
     channel = span * span_size + part * used + tl.arange(0, CHANNELS)
     present = (channel < channels) & (tl.arange(0, CHANNELS) < used)
     present = present & (channel < span * span_size + span_size)
-    return sample, chunk, part * chunks + chunk, span * (span_size // group_size), channel, present
+    split = part * chunks + chunk
+    return channels, positions, sample, chunk, split, span * (span_size // group_size), channel, present
 
 
 @jit
-def _offsets(channel, position, channels, positions, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Element offsets of a tile within its sample."""
+def _tile(  # type: ignore[no-untyped-def]
+    first,  # position
+    channel,
+    present,
+    channels,
+    positions,
+    POSITIONS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Element offsets of a tile within its sample, and which of them are in it."""
+    position = first + tl.arange(0, POSITIONS)
+    inside = present[:, None] & (position < positions)[None, :]
     if WIDE:
         channel = channel.to(tl.int64)
         position = position.to(tl.int64)
@@ -63,7 +82,38 @@ def _offsets(channel, position, channels, positions, CHANNELS_LAST: tl.constexpr
         offset = channel[:, None] + position[None, :] * channels
     else:
         offset = channel[:, None] * positions + position[None, :]
-    return offset
+    return offset, inside
+
+
+@jit
+def _groups(channels, first_group, group_size, span_size, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The groups of a region, and which of them exist."""
+    group = first_group + tl.arange(0, GROUPS)
+    return group, (tl.arange(0, GROUPS) < span_size // group_size) & (group < channels // group_size)
+
+
+@jit
+def _members(channel, group, group_size):  # type: ignore[no-untyped-def]
+    """Which channels are a group's, [GROUPS, CHANNELS]."""
+    return channel // group_size == group[:, None]
+
+
+@jit
+def _of_groups(values, member):  # type: ignore[no-untyped-def]
+    """[GROUPS] sums of a value per channel."""
+    return tl.sum(tl.where(member, values[None, :], 0.0), axis=1)
+
+
+@jit
+def _to_channels(values, member):  # type: ignore[no-untyped-def]
+    """A value per group as a column of its channels."""
+    return tl.sum(tl.where(member, values[:, None], 0.0), axis=0)[:, None]
+
+
+@jit
+def _normed(x, offset, inside, mean, rstd, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x̂, in every kernel by the same operations: y made again in backward has the bits of forward's."""
+    return (tl.load(x + offset, mask=inside, other=0.0).to(ACC) - mean) * rstd
 
 
 @jit
@@ -112,24 +162,19 @@ def statistics_kernel(  # type: ignore[no-untyped-def]
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within a sample need 64 bits
 ):
-    if CHANNELS_LAST:
-        channels = channels // UNIT * UNIT
-    else:
-        positions = positions // UNIT * UNIT
-    sample, chunk, split, first_group, channel, present = _region(
-        channels, chunks, group_size, span_size, parts, used, CHANNELS, UNIT, CHANNELS_LAST
+    channels, positions, sample, chunk, split, first_group, channel, present = _region(
+        channels, positions, chunks, group_size, span_size, parts, used, CHANNELS, UNIT, CHANNELS_LAST
     )
     x += sample.to(tl.int64) * channels * positions
     first = chunk * (steps * POSITIONS)
-    lane = tl.arange(0, POSITIONS)
 
     mean = tl.zeros([CHANNELS, POSITIONS], dtype=ACC)
     deviation = tl.zeros([CHANNELS, POSITIONS], dtype=ACC)
     number = tl.zeros([1, 1], dtype=ACC)
     for step in range(steps):
-        position = first + step * POSITIONS + lane
-        inside = present[:, None] & (position < positions)[None, :]
-        offset = _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
+        offset, inside = _tile(
+            first + step * POSITIONS, channel, present, channels, positions, POSITIONS, CHANNELS_LAST, WIDE
+        )
         value = tl.load(x + offset, mask=inside, other=0.0).to(ACC)
         number += 1.0
         difference = tl.where(inside, value - mean, 0.0)
@@ -137,23 +182,31 @@ def statistics_kernel(  # type: ignore[no-untyped-def]
         deviation += tl.where(inside, difference * (value - mean), 0.0)
 
     # Lanes into channels, channels into groups.
-    done = tl.minimum((positions - first - lane + POSITIONS - 1) // POSITIONS, steps)
+    done = tl.minimum((positions - first - tl.arange(0, POSITIONS) + POSITIONS - 1) // POSITIONS, steps)
     count = tl.where(present[:, None], tl.maximum(done, 0)[None, :], 0).to(ACC)
     channel_count = tl.sum(count, axis=1)
     channel_mean = tl.sum(count * mean, axis=1) / channel_count
     distance = mean - channel_mean[:, None]
     channel_deviation = tl.sum(deviation + count * distance * distance, axis=1)
     group = first_group + tl.arange(0, GROUPS)
-    member = (channel // group_size == group[:, None]) & present[None, :]
-    group_count = tl.sum(tl.where(member, channel_count[None, :], 0.0), axis=1)
-    total = tl.sum(tl.where(member, (channel_count * channel_mean)[None, :], 0.0), axis=1)
-    group_mean = total / group_count
+    member = _members(channel, group, group_size) & present[None, :]
+    group_count = _of_groups(channel_count, member)
+    group_mean = _of_groups(channel_count * channel_mean, member) / group_count
     distance = channel_mean[None, :] - group_mean[:, None]
     deviations_of = channel_deviation[None, :] + channel_count[None, :] * distance * distance
     group_deviation = tl.sum(tl.where(member, deviations_of, 0.0), axis=1)
     slot = (sample * (channels // group_size) + group).to(tl.int64) * splits + split
     tl.store(means + slot, group_mean, mask=group_count > 0)
     tl.store(deviations + slot, group_deviation, mask=group_count > 0)
+
+
+@jit
+def _load_statistics(mean, rstd, sample, channels, channel, present, group_size):  # type: ignore[no-untyped-def]
+    """Mean and rstd of the channels' groups, as columns."""
+    row = sample * (channels // group_size) + channel // group_size
+    m = tl.load(mean + row, mask=present, other=0.0)
+    r = tl.load(rstd + row, mask=present, other=0.0)
+    return m[:, None], r[:, None]
 
 
 @jit
@@ -227,22 +280,14 @@ def apply_kernel(  # type: ignore[no-untyped-def]
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    if CHANNELS_LAST:
-        channels = channels // UNIT * UNIT
-    else:
-        positions = positions // UNIT * UNIT
-    sample, chunk, split, first_group, channel, present = _region(
-        channels, chunks, group_size, span_size, parts, used, CHANNELS, UNIT, CHANNELS_LAST
+    channels, positions, sample, chunk, split, first_group, channel, present = _region(
+        channels, positions, chunks, group_size, span_size, parts, used, CHANNELS, UNIT, CHANNELS_LAST
     )
-    groups = channels // group_size
     if means is None:
-        row = sample * groups + channel // group_size
-        m = tl.load(mean + row, mask=present, other=0.0)
-        r = tl.load(rstd + row, mask=present, other=0.0)
+        m, r = _load_statistics(mean, rstd, sample, channels, channel, present, group_size)
     else:
-        group = first_group + tl.arange(0, GROUPS)
-        exists = (tl.arange(0, GROUPS) < span_size // group_size) & (group < groups)
-        row = sample * groups + group
+        group, exists = _groups(channels, first_group, group_size, span_size, GROUPS)
+        row = sample * (channels // group_size) + group
         group_mean, group_rstd = _merge_statistics(
             means, deviations, row, exists, positions, chunks, splits, eps,
             group_size, used, steps * POSITIONS, ACC, SPLITS,
@@ -250,11 +295,9 @@ def apply_kernel(  # type: ignore[no-untyped-def]
         if split == 0:
             tl.store(mean + row, group_mean, mask=exists)
             tl.store(rstd + row, group_rstd, mask=exists)
-        member = channel // group_size == group[:, None]
-        m = tl.sum(tl.where(member, group_mean[:, None], 0.0), axis=0)
-        r = tl.sum(tl.where(member, group_rstd[:, None], 0.0), axis=0)
-    m = m[:, None]
-    r = r[:, None]
+        member = _members(channel, group, group_size)
+        m = _to_channels(group_mean, member)
+        r = _to_channels(group_rstd, member)
     scale = _per_channel(weight, channel, present, 1.0, ACC)
     shift = _per_channel(bias, channel, present, 0.0, ACC)
 
@@ -262,12 +305,9 @@ def apply_kernel(  # type: ignore[no-untyped-def]
     x += start
     y += start
     for step in range(steps):
-        position = (chunk * steps + step) * POSITIONS + tl.arange(0, POSITIONS)
-        inside = present[:, None] & (position < positions)[None, :]
-        offset = _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
-        # As in the first pass of backward, so that y comes out there with the same bits.
-        normed = (tl.load(x + offset, mask=inside, other=0.0).to(ACC) - m) * r
-        result = _activation(normed * scale + shift, SILU)
+        first = (chunk * steps + step) * POSITIONS
+        offset, inside = _tile(first, channel, present, channels, positions, POSITIONS, CHANNELS_LAST, WIDE)
+        result = _activation(_normed(x, offset, inside, m, r, ACC) * scale + shift, SILU)
         tl.store(y + offset, result.to(y.dtype.element_ty), mask=inside)
 
 
@@ -302,17 +342,10 @@ def gradient_sums_kernel(  # type: ignore[no-untyped-def]
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    if CHANNELS_LAST:
-        channels = channels // UNIT * UNIT
-    else:
-        positions = positions // UNIT * UNIT
-    sample, chunk, split, first_group, channel, present = _region(
-        channels, chunks, group_size, span_size, parts, used, CHANNELS, UNIT, CHANNELS_LAST
+    channels, positions, sample, chunk, split, first_group, channel, present = _region(
+        channels, positions, chunks, group_size, span_size, parts, used, CHANNELS, UNIT, CHANNELS_LAST
     )
-    groups = channels // group_size
-    row = sample * groups + channel // group_size
-    m = tl.load(mean + row, mask=present, other=0.0)[:, None]
-    r = tl.load(rstd + row, mask=present, other=0.0)[:, None]
+    m, r = _load_statistics(mean, rstd, sample, channels, channel, present, group_size)
     scale = _per_channel(weight, channel, present, 1.0, ACC)
     shift = _per_channel(bias, channel, present, 0.0, ACC)
 
@@ -324,10 +357,9 @@ def gradient_sums_kernel(  # type: ignore[no-untyped-def]
     sum_g = tl.zeros([CHANNELS, POSITIONS], dtype=ACC)
     sum_gx = tl.zeros([CHANNELS, POSITIONS], dtype=ACC)
     for step in range(steps):
-        position = (chunk * steps + step) * POSITIONS + tl.arange(0, POSITIONS)
-        inside = present[:, None] & (position < positions)[None, :]
-        offset = _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
-        normed = (tl.load(x + offset, mask=inside, other=0.0).to(ACC) - m) * r
+        first = (chunk * steps + step) * POSITIONS
+        offset, inside = _tile(first, channel, present, channels, positions, POSITIONS, CHANNELS_LAST, WIDE)
+        normed = _normed(x, offset, inside, m, r, ACC)
         z = normed * scale + shift
         g = _before_activation(tl.load(grad_y + offset, mask=inside, other=0.0).to(ACC), z, SILU)
         if y is not None:
@@ -341,13 +373,12 @@ def gradient_sums_kernel(  # type: ignore[no-untyped-def]
         slot = (sample * chunks + chunk).to(tl.int64) * channels + channel
         tl.store(weight_sums + slot, channel_gx, mask=present)
         tl.store(bias_sums + slot, channel_g, mask=present)
-    group = first_group + tl.arange(0, GROUPS)
-    exists = (tl.arange(0, GROUPS) < span_size // group_size) & (group < groups)
-    member = (channel // group_size == group[:, None]) & present[None, :]
+    group, exists = _groups(channels, first_group, group_size, span_size, GROUPS)
+    member = _members(channel, group, group_size) & present[None, :]
     scale = tl.sum(scale, axis=1)
-    group_g = tl.sum(tl.where(member, (scale * channel_g)[None, :], 0.0), axis=1)
-    group_gx = tl.sum(tl.where(member, (scale * channel_gx)[None, :], 0.0), axis=1)
-    slot = (sample * groups + group).to(tl.int64) * splits + split
+    group_g = _of_groups(scale * channel_g, member)
+    group_gx = _of_groups(scale * channel_gx, member)
+    slot = (sample * (channels // group_size) + group).to(tl.int64) * splits + split
     tl.store(sums + slot, group_g, mask=exists)
     tl.store(products + slot, group_gx, mask=exists)
 
@@ -395,36 +426,28 @@ def input_gradient_kernel(  # type: ignore[no-untyped-def]
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    if CHANNELS_LAST:
-        channels = channels // UNIT * UNIT
-    else:
-        positions = positions // UNIT * UNIT
-    sample, chunk, _, first_group, channel, present = _region(
-        channels, chunks, group_size, span_size, parts, used, CHANNELS, UNIT, CHANNELS_LAST
+    channels, positions, sample, chunk, _, first_group, channel, present = _region(
+        channels, positions, chunks, group_size, span_size, parts, used, CHANNELS, UNIT, CHANNELS_LAST
     )
-    groups = channels // group_size
-    row = sample * groups + channel // group_size
-    m = tl.load(mean + row, mask=present, other=0.0)[:, None]
-    r = tl.load(rstd + row, mask=present, other=0.0)[:, None]
+    m, r = _load_statistics(mean, rstd, sample, channels, channel, present, group_size)
     scale = _per_channel(weight, channel, present, 1.0, ACC)
     shift = _per_channel(bias, channel, present, 0.0, ACC)
-    group = first_group + tl.arange(0, GROUPS)
-    exists = (tl.arange(0, GROUPS) < span_size // group_size) & (group < groups)
-    member = channel // group_size == group[:, None]
-    mean_g = _mean_of_splits(sums, sample * groups + group, exists, splits, size, SPLITS, ACC)
-    mean_gx = _mean_of_splits(products, sample * groups + group, exists, splits, size, SPLITS, ACC)
-    mean_g = tl.sum(tl.where(member, mean_g[:, None], 0.0), axis=0)[:, None]
-    mean_gx = tl.sum(tl.where(member, mean_gx[:, None], 0.0), axis=0)[:, None]
+    group, exists = _groups(channels, first_group, group_size, span_size, GROUPS)
+    member = _members(channel, group, group_size)
+    row = sample * (channels // group_size) + group
+    mean_g = _mean_of_splits(sums, row, exists, splits, size, SPLITS, ACC)
+    mean_gx = _mean_of_splits(products, row, exists, splits, size, SPLITS, ACC)
+    mean_g = _to_channels(mean_g, member)
+    mean_gx = _to_channels(mean_gx, member)
 
     start = sample.to(tl.int64) * channels * positions
     x += start
     grad_y += start
     grad_x += start
     for step in range(steps):
-        position = (chunk * steps + step) * POSITIONS + tl.arange(0, POSITIONS)
-        inside = present[:, None] & (position < positions)[None, :]
-        offset = _offsets(channel, position, channels, positions, CHANNELS_LAST, WIDE)
-        normed = (tl.load(x + offset, mask=inside, other=0.0).to(ACC) - m) * r
+        first = (chunk * steps + step) * POSITIONS
+        offset, inside = _tile(first, channel, present, channels, positions, POSITIONS, CHANNELS_LAST, WIDE)
+        normed = _normed(x, offset, inside, m, r, ACC)
         grad = tl.load(grad_y + offset, mask=inside, other=0.0).to(ACC)
         g = _before_activation(grad, normed * scale + shift, SILU) * scale
         result = r * (g - mean_g - normed * mean_gx)
