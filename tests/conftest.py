@@ -1,5 +1,6 @@
 """Shared fixtures: one tiny SDXL pipeline per session, fixed seeds, one CPU thread."""
 
+import gc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,18 @@ import torch
 from tests.tiny import make_tiny_sdxl
 
 torch.set_num_threads(1)
+gc.disable()  # until all is imported: nothing of it is garbage, and looking takes a third of the time
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: later collections, which tests and libraries ask for, leave it out."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Libraries in C++ complain about what is left when the process ends."""
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

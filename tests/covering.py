@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
 
 
@@ -20,3 +20,13 @@ def covering(rows: Sequence[tuple[Hashable, ...]], strength: int = 3) -> list[in
         missing -= meets[best]
         chosen.append(best)
     return sorted(chosen)
+
+
+def covering_plans(plans: Sequence[Mapping[str, Hashable]]) -> list[int]:
+    """Numbers of plans in which every value stands that a setting has in any of them.
+
+    Args:
+        plans: values by the settings' names; a name that is missing counts as a value.
+    """
+    names = sorted({name for plan in plans for name in plan})
+    return covering([tuple(plan.get(name) for name in names) for plan in plans], strength=1)

@@ -36,14 +36,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_unet(family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
-    """A UNet in training mode whose norm weights are not the trivial ones."""
+def make_unet(family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> Any:
+    """A UNet in training mode whose norm weights are not the trivial ones; `changes` are of its config."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # third-party deprecations at import are not what is tested
         from diffusers import UNet2DConditionModel
 
     torch.manual_seed(seed)
-    unet: Any = UNet2DConditionModel(**_COMMON, **FAMILIES[family])
+    unet: Any = UNet2DConditionModel(**_COMMON | FAMILIES[family] | changes)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if "norm" in name:

@@ -97,7 +97,8 @@ def gradients(kind: str, layout: str, step: int, accumulation: int = 3) -> dict[
         }
     )
     precision = choose_precision(config, CPU)
-    parts = prepare_unet(make_unet("sdxl", dtype=precision.base), config, precision, CPU)
+    unet = make_unet("sdxl", dtype=precision.base, transformer_layers_per_block=1)
+    parts = prepare_unet(unet, config, precision, CPU)
     engine = Engine(config, parts, MaPOLoss(), precision, CPU)
     engine.start(1e-3, step)
     for _ in range(accumulation):
