@@ -84,8 +84,10 @@ def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareSum
         data.cache.mkdir(parents=True, exist_ok=True)
     vram = None if config.train.vram is None else parse_size(config.train.vram, "train.vram")
     with exclusive(data.cache), gpu.capped(vram):
-        settings = claim(data.cache, settings, folder)  # again: another process may have been here
-        write_json(data.cache / "settings.json", settings)  # also over an earlier format's, whose shards stay
+        # Checked again: another process may have been here. A cache of an earlier format is taken over by
+        # this: its shards stay, and only its tables are written anew.
+        settings = claim(data.cache, settings, folder)
+        write_json(data.cache / "settings.json", settings)
         known = {"settings": settings, "source": identity, "paired": source.paired}
         index = Preparation(config, folder, source, buckets, callbacks).run(known)
     summary = summary_of(index, time.perf_counter() - started)

@@ -54,7 +54,7 @@ def summary_of(index: dict[str, Any], seconds: float) -> PrepareSummary:
 
 
 def report(summary: PrepareSummary, cache: Path, callbacks: Callbacks) -> None:
-    """Tell it."""
+    """Tell the callbacks what the cache holds, what was left out, and what to look at."""
     callbacks.message(
         f"{cache}: {summary.train} {'pairs' if summary.paired else 'labelled images'} for training, "
         f"{summary.held_out} held out; {summary.images} images "
