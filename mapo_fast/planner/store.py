@@ -7,10 +7,12 @@ versions of torch, diffusers, peft and bitsandbytes, the UNet's config and the s
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
 import sys
+import uuid
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -25,6 +27,7 @@ import numpy as np
 
 import mapo_kernels
 from mapo_fast.planner.trace import Mark, Trace, record_step
+from mapo_fast.settings.optimizers import OPTIMIZERS
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.files import open_regular, parse_json
 
@@ -163,8 +166,18 @@ def _digest(config: Config, unet_config: dict[str, Any], kernels: bool) -> str:
         [config.data.resolution, config.data.max_tokens],
         sorted(unet_config.items(), key=str),
         _sources(),
+        _source_of(OPTIMIZERS[config.optim.name].build),
     ]
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]
+
+
+_THIS_PROCESS = uuid.uuid4().hex
+
+
+def _source_of(entry: str) -> str:
+    """Digest of the file that a registry's "module:NAME" lies in; without one it is known in this process."""
+    file = getattr(importlib.import_module(entry.partition(":")[0]), "__file__", None)
+    return _THIS_PROCESS if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 _MODEL_SOURCES = ("fp8.py", "lora.py", "patch.py", "quantise.py")

@@ -1,4 +1,4 @@
-"""The optimizer of `docs/extend/optimizer.md`, from a file outside the package: configs and trainer."""
+"""The optimizer of `docs/extend/optimizer.md`, from a file outside the package: configs, trainer, plans."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mapo_fast.engine.fused_step import FusedStep
 from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
 from mapo_fast.engine.stream_states import StateStreaming
 from mapo_fast.engine.transfers import Transfers
+from mapo_fast.planner.trace import record_step
 from mapo_fast.run.train import train
 from mapo_fast.settings.load import parse_config
 from mapo_fast.settings.optimizers import OPTIMIZERS, Optimizer, register_optimizer
@@ -24,6 +25,8 @@ from mapo_fast.settings.schema import Config, OptimConfig
 from mapo_fast.util.errors import UserError
 from mapo_kernels.objectives import resolve
 from tests.pages import imported
+from tests.planner.test_recorder import REDUCED
+from tests.planner.test_recorder import settings as reduced
 from tests.training import make_cache, settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -106,6 +109,17 @@ def test_a_step_is_the_published_formula(how: str) -> None:
             averages[i] = BETAS[1] * averages[i] + (1 - BETAS[1]) * gradient
     for p, value in zip(parameters, expected, strict=True):
         torch.testing.assert_close(p.detach(), value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("_lion")
+def test_a_plan_knows_its_states() -> None:
+    """One number for each trained one."""
+    trace = record_step(reduced(optim={"name": "lion"}, train={"fused_step": True}), REDUCED)
+    assert (
+        trace.row("states").max()
+        == trace.row("parameters").max()
+        == pytest.approx(4 * trace.trainable, rel=0.1)
+    )
 
 
 @pytest.mark.usefixtures("_lion")

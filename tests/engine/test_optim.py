@@ -7,6 +7,7 @@ import torch
 
 from mapo_fast.engine.build import learning_rate
 from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
+from mapo_fast.settings.optimizers import OPTIMIZERS
 from mapo_fast.settings.schema import OptimConfig
 
 
@@ -14,12 +15,12 @@ def _guarded(
     name: str, max_grad_norm: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> tuple[GuardedOptimizer, list[torch.nn.Parameter]]:
     parameters = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in (5000, 7)]
-    optimizer = build_optimizer(OptimConfig(name=name, lr=1e-2), parameters)  # type: ignore[arg-type]
+    optimizer = build_optimizer(OptimConfig(name=name, lr=1e-2), parameters)
     return GuardedOptimizer(optimizer, parameters, max_grad_norm=max_grad_norm, scaler=None), parameters
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_bad_step_is_skipped_and_counted(name: str) -> None:
     guarded, parameters = _guarded(name)
 

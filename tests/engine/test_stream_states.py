@@ -14,9 +14,8 @@ from mapo_fast.engine.fused_step import FusedStep
 from mapo_fast.engine.stream_states import StateStreaming
 from mapo_fast.engine.transfers import Transfers
 from tests.delayed_transfers import DelayedTransfers
-from tests.engine.test_fused_step import equal, fused, optimizer_of, simple_loss, values
+from tests.engine.test_fused_step import FUSABLE, equal, fused, optimizer_of, simple_loss, values
 
-OPTIMIZERS = ["adamw", "adamw8bit", "adafactor"]
 SHAPES = [(96, 64), (7,), (16, 8, 9, 9), (70, 60), (33,), (4100,)]
 """8-bit states from 4,096 elements on; the last group of these is a small one."""
 GROUP = 30_000
@@ -52,7 +51,7 @@ def take(step: FusedStep, weights: list[nn.Parameter], number: int, left_out: in
 
 
 @pytest.mark.parametrize("kind", [Transfers, DelayedTransfers])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", FUSABLE)
 def test_bitwise_the_steps_with_states_on_the_device(name: str, kind: type[Transfers]) -> None:
     """Also where the groups change, and whatever is left in the buffers between steps."""
     resident, moving = parameters(), parameters()
@@ -139,7 +138,7 @@ def test_small_states_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("target", ["streamed", "resident"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", FUSABLE)
 def test_resumed_equals_uninterrupted(name: str, target: str) -> None:
     """From host memory into host memory, and into a run with the states on the device."""
     straight = parameters()

@@ -6,12 +6,16 @@ import os
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 from mapo_fast.planner import store
 from mapo_fast.planner.trace import Trace
+from mapo_fast.settings.optimizers import OPTIMIZERS
+from tests.pages import imported
+from tests.planner.test_recorder import settings
 
 
 def _trace() -> Trace:
@@ -55,3 +59,15 @@ def test_what_is_no_file_is_no_trace(tmp_path: Path) -> None:
     (tmp_path / "b.npz").symlink_to("b.npz")
     for path in (tmp_path, tmp_path / "a.npz", tmp_path / "b.npz", tmp_path / "none.npz"):
         assert store._read(path) is None
+
+
+def test_a_trace_is_made_again_when_the_file_of_its_optimizer_changes(tmp_path: Path) -> None:
+    with imported("optimizer", tmp_path) as module, patch.dict(OPTIMIZERS):
+        module.register()
+        ours, theirs = (settings(optim={"name": name}) for name in ("adamw", "lion"))
+        before = [store._digest(config, {}, True) for config in (ours, theirs)]
+        assert module.__file__ is not None
+        with Path(module.__file__).open("a") as file:
+            file.write("# another line\n")
+        assert store._digest(ours, {}, True) == before[0]
+        assert store._digest(theirs, {}, True) != before[1]
