@@ -226,6 +226,31 @@ def test_the_checks_of_data_need_no_numbers(tmp_path: Path) -> None:
     assert loaded == "[]"
 
 
+def test_settings_and_a_runs_folder_need_no_numbers(tmp_path: Path) -> None:
+    """Settings are read and checked, an output folder is claimed, and nothing slow is imported."""
+    (tmp_path / "config.toml").write_text(
+        "model.path = 'sdxl'\ndata.cache = 'cache'\ntrain.output = 'run'\noptim.name = 'adamw8bit'\n"
+    )
+    loaded = _python(
+        "from pathlib import Path\n"
+        "import mapo_fast.settings.page\n"
+        "from mapo_fast.run import folder\n"
+        "from mapo_fast.settings.load import load_config\n"
+        f"config = load_config(Path({str(tmp_path / 'config.toml')!r}), ['objective.name=npo'])\n"
+        "assert mapo_fast.settings.page.help_text()\n"
+        "made_from = {'cache': 'a', 'start model': 'b', 'noise schedule': 'c'}\n"
+        "folder.check_output(config, made_from, resume=False)\n"
+        "config.train.output.mkdir()\n"
+        "assert folder.claim_output(config, made_from)\n"
+        "folder.remove_leftovers(config.train.output)\n"
+        "folder.check_results(config.train.output)\n"
+        "folder.check_output(config, made_from, resume=True)\n"
+        "assert folder.recorded_settings(config.train.output)\n"
+        f"print([m for m in {NUMBERS!r} if m in sys.modules])"
+    )
+    assert loaded == "[]"
+
+
 NUMBERS = ("torch", "numpy", "triton", "pyarrow", "datasets", "diffusers", "transformers", "PIL")
 
 

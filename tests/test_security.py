@@ -533,7 +533,7 @@ def test_a_cache_unpickles_nothing(tmp_path: Path, trap: Trap, cache: Path) -> N
 
 def test_a_run_folder_names_no_code(tmp_path: Path, trap: Trap, tiny_sdxl: Path, cache: Path) -> None:
     """Records, logs and checkpoints of a run that someone else has made."""
-    from mapo_fast.util.sealed import write_record
+    from mapo_fast.util.records import write_record
 
     run = tmp_path / "run"
     assert train(make_config(tiny_sdxl, cache, run, train={"steps": 2})).finished

@@ -27,7 +27,8 @@ from mapo_fast.engine.batches import MicroBatches
 from mapo_fast.engine.processes import ALONE, Processes
 from mapo_fast.engine.step import PairInputs, predict, sample_errors
 from mapo_fast.engine.stream_weights import WeightStreaming
-from mapo_fast.util.sealed import WrongFileError, read_sealed, write_sealed
+from mapo_fast.util.records import WrongFileError
+from mapo_fast.util.sealed import read_sealed, write_sealed
 from mapo_kernels import paired_loss
 
 PART = 256

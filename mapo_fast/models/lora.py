@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from mapo_fast.models.sdxl import KOHYA_METADATA, block_layers, kohya_name, pipeline_class
-from mapo_fast.util.checkpoint import new_folder
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import disk_errors
+from mapo_fast.util.folders import new_folder
 from mapo_fast.util.tensorfile import rewrite, write_tensors
 
 ADAPTER = "default"

@@ -21,7 +21,8 @@ from mapo_fast.settings.schema import Config
 from mapo_fast.util.checkpoint import CheckpointStore, Record
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import parse_json, read_json, sha256_file
-from mapo_fast.util.sealed import WrongFileError, open_tensors, write_record, write_sealed
+from mapo_fast.util.records import WrongFileError, write_record
+from mapo_fast.util.sealed import open_tensors, write_sealed
 
 
 def adopt(config: Config, identity: dict[str, str], store: CheckpointStore) -> list[str]:

@@ -22,7 +22,8 @@ from mapo_fast.engine.draws import pair_noise, stratified_timesteps
 from mapo_fast.engine.processes import ALONE, Processes
 from mapo_fast.engine.step import pair_inputs, predict, sample_inputs
 from mapo_fast.models.diffusion import Diffusion
-from mapo_fast.util.sealed import WrongFileError, read_sealed, write_sealed
+from mapo_fast.util.records import WrongFileError
+from mapo_fast.util.sealed import read_sealed, write_sealed
 from mapo_fast.util.students_t import half_width
 
 

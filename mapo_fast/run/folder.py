@@ -20,10 +20,10 @@ from mapo_fast import __version__
 from mapo_fast.settings.optimizers import REMOVED
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import TABLE, affecting
-from mapo_fast.util.checkpoint import delete, remove_halves
 from mapo_fast.util.errors import MachineError, UserError
 from mapo_fast.util.files import disk_errors, read_json
-from mapo_fast.util.sealed import WrongFileError, unsealed, write_record
+from mapo_fast.util.folders import delete, remove_halves
+from mapo_fast.util.records import WrongFileError, unsealed, write_record
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +30,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mapo_fast.util.errors import UserError
-from mapo_fast.util.files import disk_errors, fsync, os_error, read_json, sha256_file
-from mapo_fast.util.sealed import WrongFileError, unsealed, write_record
+from mapo_fast.util.files import disk_errors, os_error, read_json, sha256_file
+from mapo_fast.util.folders import delete, new_folder
+from mapo_fast.util.records import WrongFileError, unsealed, write_record
 from mapo_fast.util.tensorfile import write_tensors
 from mapo_fast.util.tensorparts import fill
 
@@ -317,56 +316,6 @@ def save_unet(unet: Any, folder: Path, tensors: Mapping[str, Tensor] | None = No
             unet.save_config(temporary)
             weights = unet.state_dict() if tensors is None else tensors
             write_tensors(temporary / "diffusion_pytorch_model.safetensors", weights, {"format": "pt"})
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Give an empty temporary folder beside `target`; on success fsync all of it and rename it to `target`.
-
-    A folder that stands at `target` is moved aside just before and deleted just after. On any error the
-    temporary folder is removed and `target` stays. Where `target` is a link to a folder, that folder is
-    replaced.
-    """
-    target = target.resolve() if target.is_dir() else target
-    temporary, aside = _beside(target)
-    remove_halves(target)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in sorted(temporary.iterdir()):
-            fsync(path)
-        fsync(temporary)
-        if os.path.lexists(target):
-            target.rename(aside)
-        temporary.rename(target)
-        fsync(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if os.path.lexists(aside) and not os.path.lexists(target):
-            aside.rename(target)
-        raise
-    delete(aside)
-
-
-def remove_halves(target: Path) -> None:
-    """Remove what a kill in `new_folder` left beside `target`; what it had moved aside comes back."""
-    temporary, aside = _beside(target)
-    delete(temporary)
-    if os.path.lexists(aside) and not os.path.lexists(target):
-        aside.rename(target)
-    delete(aside)
-
-
-def _beside(target: Path) -> tuple[Path, Path]:
-    return target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
-
-
-def delete(path: Path) -> None:
-    """Delete a folder with all in it, a file, or a link but not what it leads to; absent is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -1,14 +1,12 @@
-"""Files that say what they are and are checked as they are read: against damage and mix-ups, not attackers.
+"""Files of tensors that say what they are and are checked as they are read: the tensors' `records.py`.
 
-JSON        an object; its entry `sha256` is that of all other entries (written without spaces, keys sorted)
-tensors     a safetensors file; of its metadata, `is` is JSON of what the file is (whose, which step, which
-            position), and `sha256` that of `is` and of every tensor's name, dtype, shape and bytes
+A safetensors file; of its metadata, `is` is JSON of what the file is (whose, which step, which position), and
+`sha256` that of `is` and of every tensor's name, dtype, shape and bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,37 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mapo_fast.util.files import atomic_path, disk_errors, write_json
+from mapo_fast.util.files import atomic_path, disk_errors
+from mapo_fast.util.records import WrongFileError, plain
 from mapo_fast.util.tensorfile import write_tensors
-
-
-class WrongFileError(ValueError):
-    """A file that is not what it should be. The text says why and follows the file's name."""
-
-
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON object with its checksum, atomically.
-
-    Raises:
-        UserError: as `files.disk_errors`.
-    """
-    write_json(path, {**record, "sha256": _checksum(record)})
-
-
-def unsealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The object that was given to `write_record`, from what stands in the file.
-
-    Raises:
-        WrongFileError: it is another one.
-    """
-    given = {name: value for name, value in record.items() if name != "sha256"}
-    try:
-        whole = record.get("sha256") == _checksum(given)
-    except RecursionError:
-        whole = False
-    if not whole:
-        raise WrongFileError("does not match its checksum")
-    return given
 
 
 def write_sealed(path: Path, what: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -57,7 +27,7 @@ def write_sealed(path: Path, what: Mapping[str, Any], tensors: Mapping[str, Tens
     Raises:
         UserError: as `files.disk_errors`.
     """
-    is_ = _plain(what)
+    is_ = plain(what)
     metadata = {"is": is_, "sha256": _digest(is_, tensors)}
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +46,7 @@ def read_sealed(path: Path, what: Mapping[str, Any]) -> dict[str, Tensor] | None
     metadata, tensors = open_tensors(path)
     if "is" not in metadata or metadata.get("sha256") != _digest(metadata["is"], tensors):
         raise WrongFileError("does not match its checksum")
-    if metadata["is"] != _plain(what):
+    if metadata["is"] != plain(what):
         raise WrongFileError(f"is another file under this name: {metadata['is']}")
     return tensors
 
@@ -98,15 +68,6 @@ def open_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise WrongFileError(f"cannot be read ({error.strerror or error})") from None
     except SafetensorError as error:
         raise WrongFileError(f"is not a safetensors file ({error})") from None
-
-
-def _plain(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def _checksum(record: Mapping[str, Any]) -> str:
-    """SHA-256 of what the record is after it was written and read."""
-    return hashlib.sha256(_plain(json.loads(json.dumps(record))).encode()).hexdigest()
 
 
 def _digest(is_: str, tensors: Mapping[str, Tensor]) -> str:

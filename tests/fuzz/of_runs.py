@@ -15,7 +15,7 @@ from mapo_fast.engine.reference import PrecomputedErrors
 from mapo_fast.run.evaluate import HeldOutErrors, load_errors, save_errors
 from mapo_fast.run.folder import check_output, recorded_settings
 from mapo_fast.run.log import RunLog, read_log
-from mapo_fast.util.sealed import WrongFileError
+from mapo_fast.util.records import WrongFileError
 from tests.fuzz import mutations
 from tests.fuzz.judge import FoundError, judge
 from tests.fuzz.kind import Kind

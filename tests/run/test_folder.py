@@ -20,7 +20,7 @@ from mapo_fast.settings.load import parse_config
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import TABLE
 from mapo_fast.util.errors import UserError
-from mapo_fast.util.sealed import write_record
+from mapo_fast.util.records import write_record
 
 IDENTITY = {"cache": "a", "start model": "b"}
 

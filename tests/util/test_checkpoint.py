@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mapo_fast.util import checkpoint as checkpoint_module
-from mapo_fast.util import tensorfile
-from mapo_fast.util.checkpoint import CheckpointStore, new_folder, remove_halves, save_unet
+from mapo_fast.util import folders, tensorfile
+from mapo_fast.util.checkpoint import CheckpointStore, save_unet
 from mapo_fast.util.errors import UserError
+from mapo_fast.util.folders import new_folder, remove_halves
 from mapo_fast.util.tensorfile import write_tensors
 
 
@@ -389,7 +389,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_ones(
     if failing == "write":
         monkeypatch.setattr(tensorfile, "_write", full)
     elif failing == "fsync":
-        monkeypatch.setattr(checkpoint_module, "fsync", full)
+        monkeypatch.setattr(folders, "fsync", full)
     else:
         monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(UserError, match=r"cannot write .*step-00000002"):
