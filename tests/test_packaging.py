@@ -51,10 +51,21 @@ def test_a_public_name_of_the_kernels_is_never_a_module() -> None:
     assert _python(code) == "[]"
 
 
-def test_cards_are_plain_data() -> None:
-    heavy = ("torch", "numpy", "triton")
-    code = "from mapo_fast.hardware.cards import find_card\nfind_card('RTX 4090')\n"
-    assert _python(f"{code}print([m for m in {heavy!r} if m in sys.modules])") == "[]"
+PLAIN = (
+    "mapo_fast.hardware.cards",
+    "mapo_fast.settings.optimizers",
+    "mapo_kernels.objectives",
+    "mapo_kernels.capability",
+)
+"""Cards, optimizers and objectives: names, settings and needs."""
+
+
+@pytest.mark.parametrize("module", PLAIN)
+def test_names_and_needs_are_of_the_standard_library_alone(module: str) -> None:
+    code = f"before = {{*sys.modules}}\nimport {module}\n"
+    code += "new = {name.partition('.')[0] for name in {*sys.modules} - before}\n"
+    code += "print(sorted(new - {*sys.stdlib_module_names, 'mapo_fast', 'mapo_kernels'}))"
+    assert _python(code) == "[]"
 
 
 def test_the_loss_needs_torch_only() -> None:
@@ -143,16 +154,62 @@ def test_kernels_take_nothing_private_from_each_other() -> None:
                 assert not private, f"{file.relative_to(ROOT)} imports {private} from {node.module}"
 
 
-def test_nothing_private_is_taken_from_the_kernels() -> None:
-    for folder in ("mapo_fast", "bench"):
+def _ours(name: str) -> bool:
+    return name.partition(".")[0] in ("mapo_fast", "mapo_kernels")
+
+
+def _taken(tree: ast.AST) -> set[str]:
+    """Dotted names of what a file takes from our packages: imported, read from a module, or patched in it."""
+    modules: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            named = {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            named = {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        else:
+            continue
+        modules |= {name: full for name, full in named.items() if _ours(full)}
+    found = {*modules.values()}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            module, name = ast.unparse(node.value), node.attr
+        elif isinstance(node, ast.Call) and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
+            module, name = ast.unparse(node.args[0]), str(node.args[1].value)
+        else:
+            continue
+        if module in modules:
+            found.add(f"{modules[module]}.{name}")
+    return found
+
+
+def _is_private(name: str) -> bool:
+    return any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
+
+
+def test_nothing_private_is_taken_from_another_file() -> None:
+    """From the kernels by nothing but their own tests; and `mapo_fast` and bench keep to public names."""
+    for folder in ("mapo_fast", "bench", "tests"):
         for file in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                if isinstance(node, ast.ImportFrom):
-                    names = [f"{node.module}.{alias.name}" for alias in node.names]
-                for name in names:
-                    if name.partition(".")[0] == "mapo_kernels":
-                        assert "._" not in name, f"{file.relative_to(ROOT)} imports {name}"
+            if file.is_relative_to(ROOT / "tests" / "kernels"):
+                continue
+            for name in _taken(ast.parse(file.read_text(encoding="utf-8"))):
+                theirs = folder == "tests" and not name.startswith("mapo_kernels.")
+                assert theirs or not _is_private(name), f"{file.relative_to(ROOT)} takes {name}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from mapo_kernels._launch import block_size",
+        "from mapo_kernels.ops import _linear",
+        "import mapo_kernels._launch as launch",
+        "from mapo_kernels.ops import adamw8bit\nadamw8bit._plans",
+        "import mapo_kernels.ops.geglu\nmapo_kernels.ops.geglu._rows",
+        "from mapo_fast.planner import store\nmock.patch.object(store, '_read', None)",
+    ],
+)
+def test_what_is_private_is_noticed(code: str) -> None:
+    assert [name for name in _taken(ast.parse(code)) if _is_private(name)]
 
 
 ROOMS = ("util", "hardware", "settings", "models", "data", "engine", "planner", "run", "demo")

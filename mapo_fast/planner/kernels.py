@@ -108,9 +108,9 @@ def kernels_of(
         found.setdefault(known, Kernel(function, signature, constants, attributes, options))
 
     config, unet_config = _smaller(config, unet_config)
-    precision = trace._precision(config)
+    precision = trace.traced_precision(config)
     unets = [
-        trace._untouched_unet(unet_config, precision.base) for _ in range(1 + (config.reference == "copy"))
+        trace.untouched_unet(unet_config, precision.base) for _ in range(1 + (config.reference == "copy"))
     ]
     driver = triton.runtime.driver
     with (
@@ -127,7 +127,7 @@ def kernels_of(
             inputs = trace.pairs_of_zeros(config.train.pairs_per_batch, 8, unet_config)
             shape = (*inputs.noisy.shape[:2], height // 8, width // 8)
             inputs = inputs._replace(noisy=torch.zeros(shape), target=torch.zeros(shape))
-            trace._step(engine, [inputs] * min(2, config.train.accumulation))
+            trace.take_step(engine, [inputs] * min(2, config.train.accumulation))
     return found
 
 
@@ -135,7 +135,7 @@ def _smaller(config: Config, unet_config: dict[str, Any]) -> tuple[Config, dict[
     """Settings and a UNet that launch the same kernels, sooner."""
     changes = {f"offload.{what}": "gpu" for what in ("optimizer", "weights", "activations")}
     checkpointing = bool(config.train.gradient_checkpointing)  # blocks by name may not be there
-    config = with_settings(config, trace._EAGER | changes | {"train.gradient_checkpointing": checkpointing})
+    config = with_settings(config, trace.EAGER | changes | {"train.gradient_checkpointing": checkpointing})
     if "transformer_layers_per_block" in unet_config:
         unet_config = {**unet_config, "transformer_layers_per_block": 1}
         unet_config["reverse_transformer_layers_per_block"] = None
@@ -174,5 +174,5 @@ def compiling(
 
 
 def _marker(config: Config, unet_config: dict[str, Any], buckets: Iterable[Bucket], target: Any) -> Path:
-    parts = [store._digest(config, unet_config, True), sorted(buckets), str(target), triton.__version__]
+    parts = [store.digest(config, unet_config, True), sorted(buckets), str(target), triton.__version__]
     return store.folder() / f"kernels-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}"

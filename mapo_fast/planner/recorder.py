@@ -266,7 +266,7 @@ def card_path(card: hardware.Card | None, recorder: Recorder) -> Iterator[None]:
 
     None is a card on which no kernel runs.
     """
-    real_step = adamw8bit._step
+    real_step = adamw8bit.take_step
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         recorder.launched([*args, *kwargs.values()])
@@ -280,7 +280,7 @@ def card_path(card: hardware.Card | None, recorder: Recorder) -> Iterator[None]:
         return
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(adamw8bit, "_step", step),
+        mock.patch.object(adamw8bit, "take_step", step),
         hardware.assume_card(card),
     ):
         yield

@@ -64,7 +64,7 @@ class Tracing:
 
     def traces(self, configs: Sequence[Config], unet_config: dict[str, Any]) -> Generator[Trace, None, None]:
         """One after the other; those behind a trace that is not asked for any more are not made."""
-        paths = [folder() / f"{_digest(config, unet_config, self.kernels)}.npz" for config in configs]
+        paths = [folder() / f"{digest(config, unet_config, self.kernels)}.npz" for config in configs]
         found = {i: trace for i, path in enumerate(paths) if (trace := _read(path)) is not None}
         work = {
             i: (path, configs[i].model_dump_json(), unet_config, self.kernels)
@@ -149,7 +149,8 @@ def _record(work: _Work) -> Trace:
     return trace
 
 
-def _digest(config: Config, unet_config: dict[str, Any], kernels: bool) -> str:
+def digest(config: Config, unet_config: dict[str, Any], kernels: bool) -> str:
+    """A name for a trace: of all that it depends on."""
     table = config.model_dump(mode="json", include={"adapter", "objective", "offload", "optim"})
     table["train"] = config.train.model_dump(
         mode="json",

@@ -37,7 +37,7 @@ from mapo_fast.settings.schema import Config
 from mapo_kernels.hardware import Card
 
 CPU = torch.device("cpu")
-_EAGER = {"train.attention": "sdpa", "speed.compile": False, "speed.cuda_graph": False}
+EAGER = {"train.attention": "sdpa", "speed.compile": False, "speed.cuda_graph": False}
 """What a recorder can look into. A compiled block saves what it saves eagerly, or less where its
 partitioner finds less to do. What CUDA graphs keep reserved is added afterwards (`family.py`)."""
 CARD = Card(89, 128)
@@ -144,15 +144,15 @@ def record_step(config: Config, unet_config: dict[str, Any], *, kernels: bool = 
         unet_config: of a diffusers `UNet2DConditionModel`.
         kernels: as on a card that our Triton kernels run on; else as in eager PyTorch.
     """
-    precision = _precision(config)
-    unets = [_untouched_unet(unet_config, precision.base) for _ in range(1 + (config.reference == "copy"))]
+    precision = traced_precision(config)
+    unets = [untouched_unet(unet_config, precision.base) for _ in range(1 + (config.reference == "copy"))]
     unet = unets[0]
     recorder = Recorder([p for one in unets for p in one.parameters()])
     with ExitStack() as stack:
         stack.enter_context(card_path(CARD if kernels else None, recorder))
         stack.enter_context(recorder)
         links = stack.enter_context(_transfers(recorder))
-        plain = with_settings(config, _EAGER)
+        plain = with_settings(config, EAGER)
         parts = prepare_unet(unet, plain, precision, CPU)
         parts = with_start_model(parts, plain, lambda: unets[1])
         if config.train.attention != "sdpa":
@@ -176,11 +176,11 @@ def record_step(config: Config, unet_config: dict[str, Any], *, kernels: bool = 
             for _ in range(_micro_batches(config))
         ]
         begins = [len(recorder.events)]
-        _step(engine, inputs)
+        take_step(engine, inputs)
         begins.append(len(recorder.events))
         recorder.restart()
         marks = stack.enter_context(_marks(recorder, unet))
-        _step(engine, inputs, lambda name: marks.append(Mark(len(recorder.operations), name)))
+        take_step(engine, inputs, lambda name: marks.append(Mark(len(recorder.operations), name)))
         _tag_persistent(recorder, engine)
         slots = {
             id(a): a.nbytes
@@ -196,7 +196,10 @@ def record_step(config: Config, unet_config: dict[str, Any], *, kernels: bool = 
     )
 
 
-def _step(engine: Engine, inputs: list[PairInputs], mark: Callable[[str], None] = lambda name: None) -> None:
+def take_step(
+    engine: Engine, inputs: list[PairInputs], mark: Callable[[str], None] = lambda name: None
+) -> None:
+    """A step of as many micro-batches as there are inputs; `mark` is told where each of its parts begins."""
     objective, pairs = engine.config.objective, engine.config.train.pairs_per_batch
     known = torch.zeros(2 * pairs) if engine.config.reference == "precomputed" else None
     labels = torch.zeros(pairs) if objective.known.labels == "required" else None
@@ -225,13 +228,15 @@ def _micro_batches(config: Config) -> int:
     return min(2, config.train.accumulation)
 
 
-def _precision(config: Config) -> Precision:
+def traced_precision(config: Config) -> Precision:
+    """The precision of a config on its card, though the trace runs on the CPU."""
     if config.train.precision == "fp16":  # refused on the CPU, which computes nothing here
         return Precision(torch.float16, torch.float32, torch.float16, scaled=True)
     return choose_precision(config, CPU)
 
 
-def _untouched_unet(unet_config: dict[str, Any], dtype: torch.dtype) -> Any:
+def untouched_unet(unet_config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A UNet of this config on memory that nobody has written to."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):

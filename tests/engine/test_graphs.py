@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from mapo_fast.engine.objectives import build_loss
 from mapo_fast.engine.precision import Precision
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
+from mapo_kernels.ops import adamw8bit
 from tests.engine.pair_steps import pair_of_inputs
 from tests.engine.test_engine import CPU, settings
 from tests.unets import make_unet
@@ -74,8 +74,7 @@ class Tape(TorchDispatchMode):  # type: ignore[misc]
 @pytest.fixture(autouse=True)
 def eight_bit_steps_are_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     """In plain torch they read numbers on the host; on a GPU they are kernels on the same tensors."""
-    module = sys.modules["mapo_kernels.ops.adamw8bit"]
-    step = module.eager_step
+    step = adamw8bit.eager_step
 
     def recorded(*args: Any) -> None:
         tape = torch.utils._python_dispatch._get_current_dispatch_mode()
@@ -84,7 +83,7 @@ def eight_bit_steps_are_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
         if isinstance(tape, Tape):
             tape.operations.append((step, args, {}, None))
 
-    monkeypatch.setattr(module, "eager_step", recorded)
+    monkeypatch.setattr(adamw8bit, "eager_step", recorded)
 
 
 class PlayedGraphs(StepGraphs):

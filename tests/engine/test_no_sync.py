@@ -5,7 +5,6 @@ Nor does what it compares with: a reference, labels, the baseline of Diffusion-K
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from mapo_fast.run.metrics import Metrics
 from mapo_fast.run.train import train
 from mapo_fast.run.trainer import Trainer
 from mapo_fast.settings.schema import Config
-from mapo_kernels.ops._dynamic_code import both_books
+from mapo_kernels.ops import adamw8bit
 from tests.training import make_cache, make_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -86,7 +85,7 @@ def caches(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bo
 @pytest.fixture
 def inputs_and_steps_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs on the CPU anyway, or on a GPU as a kernel, may read; and what is made once in a process."""
-    both_books(torch.device("cpu"))
+    adamw8bit.new_state(torch.empty(4096))  # its code books
 
     def unwatched(function: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -99,8 +98,7 @@ def inputs_and_steps_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("batch", "samples", "labels", "wanted"):
         monkeypatch.setattr(PairCache, name, unwatched(getattr(PairCache, name)))
-    eight_bit = sys.modules["mapo_kernels.ops.adamw8bit"]
-    monkeypatch.setattr(eight_bit, "eager_step", unwatched(eight_bit.eager_step))
+    monkeypatch.setattr(adamw8bit, "eager_step", unwatched(adamw8bit.eager_step))
 
 
 ORIGINAL = {name: getattr(Tensor, name) for name in ("cpu", "tolist", "numpy", "__array__")}

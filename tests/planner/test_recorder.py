@@ -273,11 +273,11 @@ def test_what_only_a_first_step_does_is_in_no_other(
     """States and tables of addresses are made once; a step is as long as the one that follows it."""
     config = settings(**some)
     second = record_step(config, REDUCED)
-    real = planner_trace._step
+    real = planner_trace.take_step
 
     def twice(engine: Engine, inputs: Any, *mark: Any) -> None:
         real(engine, inputs)
         real(engine, inputs, *mark)
 
-    monkeypatch.setattr(planner_trace, "_step", twice)
+    monkeypatch.setattr(planner_trace, "take_step", twice)
     assert len(record_step(config, REDUCED).kinds) == 2 * len(second.kinds)

@@ -65,9 +65,9 @@ def test_a_trace_is_made_again_when_the_file_of_its_optimizer_changes(tmp_path: 
     with imported("optimizer", tmp_path) as module, patch.dict(OPTIMIZERS):
         module.register()
         ours, theirs = (settings(optim={"name": name}) for name in ("adamw", "lion"))
-        before = [store._digest(config, {}, True) for config in (ours, theirs)]
+        before = [store.digest(config, {}, True) for config in (ours, theirs)]
         assert module.__file__ is not None
         with Path(module.__file__).open("a") as file:
             file.write("# another line\n")
-        assert store._digest(ours, {}, True) == before[0]
-        assert store._digest(theirs, {}, True) != before[1]
+        assert store.digest(ours, {}, True) == before[0]
+        assert store.digest(theirs, {}, True) != before[1]

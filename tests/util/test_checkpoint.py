@@ -28,7 +28,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mapo_fast.util import folders, tensorfile
 from mapo_fast.util.checkpoint import CheckpointStore, save_unet
 from mapo_fast.util.errors import UserError
-from mapo_fast.util.folders import new_folder, remove_halves
 from mapo_fast.util.tensorfile import write_tensors
 
 
@@ -353,27 +352,6 @@ def test_leftover_temporary_folders_are_removed_and_nothing_else(tmp_path: Path)
         (tmp_path / name).mkdir()
     store.save(8, {"model": {"a": torch.ones(2)}}, {})
     assert steps_in(tmp_path) == [".step-notes.tmp", "previews", "step-00000008"]
-
-
-@pytest.mark.parametrize("link", ["to a folder", "to nothing"])
-def test_a_linked_result_folder_is_written_again_and_again(tmp_path: Path, link: str) -> None:
-    (tmp_path / "unet").symlink_to(tmp_path / "moved")
-    if link == "to a folder":
-        (tmp_path / "moved").mkdir()
-    for text in ("one", "two"):
-        with new_folder(tmp_path / "unet") as folder:
-            (folder / "a").write_text(text)
-        assert (tmp_path / "unet" / "a").read_text() == text
-    assert steps_in(tmp_path) == (["moved", "unet"] if link == "to a folder" else ["unet"])
-
-
-def test_a_kill_between_the_two_renames_loses_no_folder(tmp_path: Path) -> None:
-    (tmp_path / ".unet.old").mkdir()
-    (tmp_path / ".unet.old" / "a").touch()
-    (tmp_path / ".unet.tmp").mkdir()
-    remove_halves(tmp_path / "unet")
-    assert steps_in(tmp_path) == ["unet"]
-    assert steps_in(tmp_path / "unet") == ["a"]
 
 
 @pytest.mark.parametrize("failing", ["write", "fsync", "rename"])

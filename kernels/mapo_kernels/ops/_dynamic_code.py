@@ -30,10 +30,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from mapo_kernels._triton import jit, tl
 
-SIGNED_FINEST = 64
-UNSIGNED_FINEST = 128
-"""Values in the highest decade."""
-
 # --- In kernels ---
 
 

@@ -96,7 +96,7 @@ def _adamw8bit_op(
     weight_decay: float,
     max_update_rms: float | None,
 ) -> None:
-    _step(
+    take_step(
         Tensors(params, grads, state1, state2, absmax1, absmax2, steps, ids),
         Settings(lr, seed, found_inf, grad_scale, beta1, beta2, eps, weight_decay, max_update_rms),
         make_plan,
@@ -108,7 +108,7 @@ def _(*_: Any) -> None:
     return None
 
 
-def _step(tensors: Tensors, settings: Settings, plan: Callable[[Tensors], Plan]) -> None:
+def take_step(tensors: Tensors, settings: Settings, plan: Callable[[Tensors], Plan]) -> None:
     """One step: fp64 parameters and everything without Triton in plain torch, the rest by kernels.
 
     Of fake tensors nothing: they have no addresses, and tables and partial sums are small.
@@ -368,7 +368,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 self._captured.append(last)  # a graph needs its tables as long as it lives
             return last
 
-        _step(tensors, settings, plan)
+        take_step(tensors, settings, plan)
 
     def _scalar(
         self, index: int, group: dict[str, Any], key: str, dtype: torch.dtype, device: torch.device
