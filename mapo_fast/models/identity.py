@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mapo_fast.models.pipeline import PipelineFolder, read_header, read_samples
+from mapo_fast.models.pipeline import PipelineFolder
 from mapo_fast.models.sdxl import BOTH, Component, text_encoder
+from mapo_fast.util.tensorheader import read_header, samples
 
 _DECODER_ONLY = {"out_channels", "up_block_types", "use_post_quant_conv"}
 _TOKEN_ONLY = {"eos_token_id"}  # `load_tokenizer` refuses one that is not the tokenizer's
@@ -34,7 +35,7 @@ class TensorIdentity(NamedTuple):
     shape: tuple[int, ...]
     """Without trailing ones: a 1 × 1 convolution is a linear layer."""
     values: str
-    """SHA-256 of its first and last `pipeline.SAMPLE` bytes."""
+    """SHA-256 of its first and last `tensorheader.SAMPLE` bytes."""
 
 
 def encoders_identity(folder: PipelineFolder) -> str:
@@ -60,10 +61,10 @@ def _tensors(folder: PipelineFolder, component: Component) -> list[TensorIdentit
 
 
 def _of_file(file: Path) -> Iterator[TensorIdentity]:
-    _, header, start = read_header(file)
-    for name, sample in read_samples(file, header, start):
+    header = read_header(file)
+    for name, sample in samples(header):
         if not name.endswith(_WITHOUT_EFFECT):
-            yield tensor_identity(name, header[name]["dtype"], header[name]["shape"], sample)
+            yield tensor_identity(name, header.tensors[name].dtype, header.tensors[name].shape, sample)
 
 
 def tensor_identity(name: str, dtype: str, shape: Sequence[int], sample: bytes) -> TensorIdentity:
@@ -73,7 +74,7 @@ def tensor_identity(name: str, dtype: str, shape: Sequence[int], sample: bytes) 
         name: as diffusers and transformers call it, today or in an older version.
         dtype: as safetensors writes it.
         shape: in elements.
-        sample: its first and last `pipeline.SAMPLE` bytes.
+        sample: its first and last `tensorheader.SAMPLE` bytes.
     """
     for old, new in _LEGACY.items():
         name = name.replace(old, new)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mapo_fast.models.sdxl import KOHYA_METADATA, block_layers, kohya_name, pipeline_class
+from mapo_fast.models.sdxl import KOHYA_METADATA, kohya_name, pipeline_class, residual_layers
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import disk_errors
 from mapo_fast.util.folders import new_folder
@@ -106,7 +106,7 @@ def save_lora(unet: Any, folder: Path) -> None:
                 rewrite(written)
             write_tensors(
                 temporary / "lora_kohya.safetensors",
-                kohya_state_dict(factors, config.lora_alpha, block_layers(unet)),
+                kohya_state_dict(factors, config.lora_alpha, residual_layers(unet.config)),
                 {
                     "format": "pt",
                     "ss_network_module": "networks.lora",
@@ -143,7 +143,7 @@ def _check_targets(unet: Any, targets: Sequence[str]) -> None:
             raise UserError(f"adapter.targets: {target!r} {what} of the UNet; {hint}")
         for name in matched:
             try:
-                kohya_name(name, block_layers(unet))
+                kohya_name(name, residual_layers(unet.config))
             except KeyError:
                 raise UserError(
                     f"adapter.targets: {target!r} matches {name}, which SDXL's UNet does not have"

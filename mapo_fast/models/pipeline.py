@@ -37,7 +37,8 @@ from mapo_fast.models.sdxl import CONFIGS, WEIGHTS, Component, Which, text_encod
 from mapo_fast.models.trial import Shapes, try_text_encoder, try_unet, try_vae
 from mapo_fast.settings.schema import TrainConfig
 from mapo_fast.util.errors import MachineError, UserError
-from mapo_fast.util.files import one_line, os_error, parse_json, read_json, sha256_file, unreadable
+from mapo_fast.util.files import one_line, read_json, sha256_file, unreadable
+from mapo_fast.util.tensorheader import read_header, weights_digest
 
 
 @dataclass(frozen=True)
@@ -203,73 +204,6 @@ def _refuse(files: list[Path], problem: str, tensors: Iterable[str]) -> None:
         )
 
 
-HEADER_BYTES = 100_000_000
-"""safetensors itself reads no longer headers."""
-
-
-def read_header(path: Path) -> tuple[bytes, dict[str, Any], int]:
-    """The header of a safetensors file: its bytes, what they say of each tensor, and where the data begin.
-
-    Raises:
-        UserError: the file cannot be read as safetensors.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, HEADER_BYTES):
-                raise ValueError("its header is longer than the file or than 100 MB")
-            text = file.read(length)
-        header = parse_json(text)
-        if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            _ = entry["dtype"], tuple(entry["shape"])
-            if not (type(begin) is type(end) is int and 0 <= begin <= end <= size - 8 - length):
-                raise ValueError(f"the tensor {name} lies outside the file")
-    except OSError as error:
-        raise os_error(error, f"read {path}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
-    return text, header, 8 + length
-
-
-def weights_digest(path: Path) -> str:
-    """SHA-256 of a safetensors file's size, header, and the first and last 4 KiB of every tensor.
-
-    Raises:
-        UserError: the file cannot be read as safetensors.
-    """
-    text, header, start = read_header(path)
-    digest = hashlib.sha256(str(path.stat().st_size).encode() + text)
-    for _, sample in read_samples(path, header, start):
-        digest.update(sample)
-    return digest.hexdigest()
-
-
-def read_samples(path: Path, header: dict[str, Any], start: int) -> Iterator[tuple[str, bytes]]:
-    """The first and the last `SAMPLE` bytes of every tensor, by name.
-
-    Args:
-        path: a safetensors file.
-        header: what `read_header` gives.
-        start: where its tensors begin, from there too.
-    """
-    with path.open("rb") as file:
-        for name, entry in sorted(header.items()):
-            begin, end = entry["data_offsets"]
-            sample = b""
-            for offset in (begin, max(begin, end - SAMPLE)):
-                file.seek(start + offset)
-                sample += file.read(min(SAMPLE, end - offset))
-            yield name, sample
-
-
-SAMPLE = 4096
-
-
 def open_sdxl(
     path: Path,
     vae: Path | None = None,
@@ -402,9 +336,9 @@ def _check_shapes(folder: PipelineFolder, component: Component, shapes: Shapes) 
     Names that differ are judged of the UNet only: the libraries rename those of other parts as they load.
     """
     files = folder.weight_files(component)
-    stated = {name: entry["shape"] for file in files for name, entry in read_header(file)[1].items()}
+    stated = {name: entry.shape for file in files for name, entry in read_header(file).tensors.items()}
     shared = shapes.keys() & stated.keys()
-    _refuse(files, _OTHER_SHAPE, [name for name in shared if tuple(stated[name]) != shapes[name]])
+    _refuse(files, _OTHER_SHAPE, [name for name in shared if stated[name] != shapes[name]])
     if component == "unet":
         _refuse(files, _LACKS, shapes.keys() - stated.keys())
         _refuse(files, _MORE, stated.keys() - shapes.keys())

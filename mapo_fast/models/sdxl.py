@@ -5,7 +5,7 @@ Text       a prompt's embedding is the penultimate hidden state of both encoders
            embedding is the second one's.
 Sizes      six numbers beside the prompt tell the UNet an image's size, crop and target size.
 UNet       which inputs it takes, and in which order its modules run.
-LoRA       what the original code calls the UNet's layers.
+Originals  what Stability AI's own code, and with it single files and LoRAs, call the UNet's layers.
 
 Names in kohya's LoRA files: kohya's scripts train SDXL on a UNet with the original block names and match keys
 exactly, so a key must read `lora_unet_input_blocks_4_1_…`, not `lora_unet_down_blocks_1_attentions_0_…`.
@@ -177,13 +177,16 @@ KOHYA_METADATA = {
 """How a LoRA file says what it is for."""
 
 _RESNET = {
+    "norm1": "in_layers.0",
     "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
 _OUTSIDE = {
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -197,12 +200,26 @@ _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 def kohya_name(layer: str, layers: Sequence[int]) -> str:
     """The kohya name of a layer of diffusers' SDXL UNet, with SDXL's original block numbers.
 
+    Args:
+        layer: as diffusers names the module.
+        layers: as `original_layer`.
+
+    Raises:
+        KeyError: not a layer of that UNet.
+    """
+    return "lora_unet_" + original_layer(layer, layers).replace(".", "_")
+
+
+def original_layer(layer: str, layers: Sequence[int]) -> str:
+    """What the original code calls a layer of diffusers' SDXL UNet.
+
     The original UNet numbers its blocks through: block 0 is the first convolution, and every diffusers down
     block is its residual layers and a downsampler; an up block has one layer more and keeps its upsampler in
     the last.
 
     Args:
-        layers: residual layers of each down block (`block_layers`); up blocks have them in reverse.
+        layer: as diffusers names the module.
+        layers: residual layers of each down block (`residual_layers`); up blocks have them in reverse.
 
     Raises:
         KeyError: not a layer of that UNet.
@@ -213,27 +230,27 @@ def kohya_name(layer: str, layers: Sequence[int]) -> str:
         first = before + (1 if side == "down" else 0)
         place = f"{'input' if side == 'down' else 'output'}_blocks"
         if kind == "resnets":
-            original = f"{place}.{first + index}.0.{_RESNET[rest]}"
-        elif kind == "attentions":
-            original = f"{place}.{first + index}.1.{rest}"
-        elif kind == "downsamplers":
-            original = f"{place}.{first + last}.0.op"
-        else:
-            original = f"{place}.{first + last}.2.{rest}"
-    elif match := _MIDDLE.fullmatch(layer):
+            return f"{place}.{first + index}.0.{_RESNET[rest]}"
+        if kind == "attentions":
+            return f"{place}.{first + index}.1.{rest}"
+        if kind == "downsamplers":
+            return f"{place}.{first + last}.0.op"
+        return f"{place}.{first + last}.2.{rest}"
+    if match := _MIDDLE.fullmatch(layer):
         kind, index, rest = match[1], int(match[2]), match[3]
         if kind == "resnets":
-            original = f"middle_block.{2 * index}.{_RESNET[rest]}"
-        else:
-            original = f"middle_block.1.{rest}"
-    else:
-        original = _OUTSIDE[layer]
-    return "lora_unet_" + original.replace(".", "_")
+            return f"middle_block.{2 * index}.{_RESNET[rest]}"
+        return f"middle_block.1.{rest}"
+    return _OUTSIDE[layer]
 
 
-def block_layers(unet: Any) -> list[int]:
-    """Residual layers of each down block: diffusers' `layers_per_block` is one number for all, or a list."""
-    stated, blocks = unet.config.layers_per_block, len(unet.config.down_block_types)
+def residual_layers(config: Mapping[str, Any]) -> list[int]:
+    """Residual layers of each down block: diffusers' `layers_per_block` is one number for all, or a list.
+
+    Args:
+        config: the UNet's.
+    """
+    stated, blocks = config.get("layers_per_block", 2), len(config["down_block_types"])
     return [stated] * blocks if isinstance(stated, int) else list(stated)
 
 
