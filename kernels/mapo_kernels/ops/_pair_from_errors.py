@@ -69,9 +69,12 @@ def _(
 def _save_slopes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[3])
     ctx.dtypes = (inputs[0].dtype, inputs[1].dtype)
+    ctx.set_materialize_grads(False)  # else zeros are made for the outputs that carry no gradient
 
 
-def _from_errors_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+def _from_errors_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return (None,) * 10
     chosen, rejected = ctx.saved_tensors[0].chunk(2)
     return (
         (grad_loss * chosen).to(ctx.dtypes[0]),

@@ -283,6 +283,11 @@ def walkable(x: Tensor) -> Tensor:
     return x if x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
+def dense(parameter: Tensor | None) -> Tensor | None:
+    """A channel's values as the kernels walk them: one beside the other."""
+    return None if parameter is None else parameter.contiguous()
+
+
 def check_group_norm(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, prefix: str = ""
 ) -> None:
@@ -322,7 +327,7 @@ def group_norm_silu(
         x: (N, C, …), fp16, bf16, fp32 or fp64. Contiguous and channels_last tensors are walked where they
             lie; anything else is copied first.
         num_groups: divides C.
-        weight: (C,), or None for 1; its dtype may differ from x's.
+        weight: (C,), or None for 1; its dtype may differ from x's, its strides are any.
         bias: (C,), or None for 0.
         eps: added to the biased variance.
         silu: False for group normalisation alone.
@@ -334,7 +339,7 @@ def group_norm_silu(
         ValueError, TypeError: a shape, dtype or device does not fit; the message names it.
     """
     check_group_norm(x, num_groups, weight, bias)
-    y: Tensor = _group_norm_silu_op(walkable(x), num_groups, weight, bias, float(eps), silu)[0]
+    y: Tensor = _group_norm_silu_op(walkable(x), num_groups, dense(weight), dense(bias), float(eps), silu)[0]
     return y
 
 

@@ -37,6 +37,7 @@ from mapo_kernels._autocast import autocast_dtype, autocast_off
 from mapo_kernels._rows import FLOATING, accumulator
 from mapo_kernels.ops.group_norm_silu import (
     check_group_norm,
+    dense,
     group_norm_silu_apply,
     group_norm_silu_backward,
     group_norm_silu_forward,
@@ -293,6 +294,6 @@ def group_norm_silu_conv(
     geometry = (_pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1))
     if dtype != torch.float64:
         dtype = autocast_dtype(x.device) or dtype
-    norm = (walkable(x), num_groups, norm_weight, norm_bias)
+    norm = (walkable(x), num_groups, dense(norm_weight), dense(norm_bias))
     out: Tensor = _group_norm_silu_conv_op(*norm, weight, conv_bias, absmax, float(eps), dtype, *geometry)[0]
     return out

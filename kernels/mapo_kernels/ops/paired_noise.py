@@ -226,8 +226,8 @@ def paired_noise_epsilon(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # (B, *shape), on the keys' device
     """The noise itself, in plain torch: what `paired_noise` adds under these keys, to a few ulps."""
-    if keys.ndim != 1:
-        raise ValueError(f"keys: shape {tuple(keys.shape)} is not (B,)")
+    if keys.ndim != 1 or not len(keys):
+        raise ValueError(f"keys: shape {tuple(keys.shape)} is not (B,) with B >= 1")
     check_keys(keys, len(keys), keys.device)
     return normals_torch(keys, tuple(shape)).to(dtype)
 
