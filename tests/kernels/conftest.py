@@ -19,7 +19,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NO_KERNEL = "launches kernels, which a CPU does in Triton's interpreter only"
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest) -> str:
+    """The device's name where the kernels do not matter: nothing is run in the interpreter."""
+    return str(request.param)
+
+
+@pytest.fixture(params=PLACES)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The device's name; cuDNN's convolutions in fp32 are that there, not TF32, its default."""
     expected = "triton" if request.param == "cuda" else "interpreter" if INTERPRETED else "eager"

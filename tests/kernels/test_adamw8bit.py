@@ -793,53 +793,6 @@ def test_a_copy_goes_on_by_itself(device: str) -> None:
 # --- Registration ---
 
 
-def operands(device: str) -> tuple[Any, ...]:
-    sizes = (4100, 6)
-    kinds = (torch.uint8, torch.float32)
-    return (
-        [torch.randn(n, device=device).bfloat16() for n in sizes],
-        [torch.randn(n, device=device) for n in sizes],
-        [torch.zeros(n, dtype=k, device=device) for n, k in zip(sizes, kinds, strict=True)],
-        [torch.zeros(n, dtype=k, device=device) for n, k in zip(sizes, kinds, strict=True)],
-        [torch.zeros(17, device=device), torch.zeros(0, device=device)],
-        [torch.zeros(17, device=device), torch.zeros(0, device=device)],
-        [torch.zeros((), dtype=torch.int64, device=device) for _ in sizes],
-        [0, 1],
-        torch.tensor(1e-3, dtype=torch.float64, device=device),
-        torch.tensor(3, device=device),
-        torch.zeros((), device=device),
-        None,
-        0.9,
-        0.999,
-        1e-8,
-        0.01,
-        None,
-    )
-
-
-def test_opcheck(device: str) -> None:
-    torch.use_deterministic_algorithms(False)
-    torch.library.opcheck(op._adamw8bit_op, operands(device))
-
-
-def test_compiles_into_one_graph(device: str) -> None:
-    torch.use_deterministic_algorithms(False)
-
-    def step(params: list[Tensor], *rest: Any) -> Tensor:
-        op._adamw8bit_op([params[0], params[1]], *rest)
-        return params[0] * 2
-
-    torch.manual_seed(0)
-    plain = operands(device)
-    torch.manual_seed(0)
-    compiled = operands(device)
-    want = step(*plain)
-    assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(*compiled), want)
-    for a, b in zip(plain[2] + plain[6], compiled[2] + compiled[6], strict=True):
-        assert torch.equal(a, b)
-    assert int(compiled[6][0]) == 1
-
-
 def test_a_gradient_scaler_needs_no_host_read(device: str) -> None:
     """`torch.amp.GradScaler` leaves the decision to the optimizer, which takes it on the device."""
     p = torch.nn.Parameter(torch.ones(5000, device=device))
@@ -896,8 +849,18 @@ def test_a_cuda_graph_replays_the_schedule() -> None:
 
 
 def broken(**changes: Any) -> dict[str, Any]:
-    names = ("params", "grads", "state1", "state2", "absmax1", "absmax2", "steps")
-    return dict(zip(names, operands("cpu")[:7], strict=True)) | changes
+    sizes, kinds = (4100, 6), (torch.uint8, torch.float32)
+    moments = {
+        name: [torch.zeros(n, dtype=k) for n, k in zip(sizes, kinds, strict=True)]
+        for name in ("state1", "state2")
+    }
+    maxima = {name: [torch.zeros(17), torch.zeros(0)] for name in ("absmax1", "absmax2")}
+    good = {
+        "params": [torch.randn(n).bfloat16() for n in sizes],
+        "grads": [torch.randn(n) for n in sizes],
+        "steps": [torch.zeros((), dtype=torch.int64) for _ in sizes],
+    }
+    return good | moments | maxima | changes
 
 
 @pytest.mark.parametrize(

@@ -250,14 +250,6 @@ def test_behind_a_norm_with_an_adapter(device: str) -> None:
     torch.testing.assert_close(y, want, rtol=1e-9, atol=1e-9)
 
 
-def test_opcheck(device: str) -> None:
-    torch.use_deterministic_algorithms(False)  # opcheck compares with its own fresh tensors
-    frozen = weight(16, 32, device)
-    x = torch.randn(3, 32, device=device, requires_grad=True)
-    arguments = (x, [*frozen.tensors], [frozen.format], [0.0])
-    torch.library.opcheck(torch.ops.mapo.lora_linear.default, arguments)
-
-
 def test_where_fp8_is_multiplied() -> None:
     assert not in_fp8(torch.device("cpu"))
 

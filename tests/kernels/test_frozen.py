@@ -156,36 +156,6 @@ def test_behind_a_norm_it_is_the_dense_twin(device: str, dtype: torch.dtype, x_l
     assert saved[0] == saved[1] == x.nbytes + 2 * (2 * 2) * 4
 
 
-@pytest.mark.filterwarnings("ignore:.*inference_mode.*:UserWarning")
-@pytest.mark.parametrize("last", [False, True])
-def test_opcheck(device: str, last: bool) -> None:
-    torch.use_deterministic_algorithms(False)  # opcheck compares with its own fresh tensors
-    x, weight = image(device, torch.float32, last), kernel(device, last=last)
-    bias = parameter(device, torch.float32)
-    torch.library.opcheck(
-        torch.ops.mapo.frozen_conv2d.default, (x, *weight.tensors, bias, [2, 1], [1, 0], [1, 1])
-    )
-    norm = [parameter(device, torch.float32, 8) for _ in range(2)]
-    codes, absmax = weight.tensors
-    torch.library.opcheck(
-        torch.ops.mapo.group_norm_silu_conv.default,
-        (x, 2, *norm, codes, bias, absmax, 1e-5, x.dtype, [1, 1], [1, 1], [1, 1]),
-    )
-
-
-def test_compiles_into_one_graph(device: str) -> None:
-    torch.use_deterministic_algorithms(False)
-    x, weight = image(device, torch.float32), kernel(device)
-
-    def step(x: Tensor) -> Tensor:
-        return frozen_conv2d(x * 1.5, weight, padding=(1, 1)).square()
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    got, want = compiled(x), step(x)
-    assert torch.equal(got, want)
-    assert torch.equal(*(torch.autograd.grad(t.sum(), x)[0] for t in (got, want)))
-
-
 def test_gradcheck(device: str) -> None:
     x, weight = image(device, torch.float64), kernel(device)
     assert torch.autograd.gradcheck(lambda x: frozen_conv2d(x, weight, stride=(2, 2)), x, fast_mode=True)

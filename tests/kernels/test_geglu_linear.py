@@ -89,28 +89,6 @@ def test_hypothesis_shapes(rows: int, features: int, out: int, rank: int) -> Non
     check_layer(projected, projection(out, features, "cpu", torch.float32, rank=rank))
 
 
-def test_not_contiguous(device: str) -> None:
-    """A slice of the last dimension is read where it lies; input and gradient may have any strides."""
-    p = projection(24, 40, device, torch.float32, rank=4)
-    wide = torch.randn(5, 6, 100, device=device)
-    check_layer(wide[..., 10:90].requires_grad_(), p)
-    projected = torch.randn(80, 5, 6, device=device).permute(1, 2, 0).requires_grad_()
-    check_layer(projected, p)
-    grad = torch.randn(24, 5, 6, device=device).permute(1, 2, 0)
-    ys = geglu_linear(projected, p), geglu_linear(projected.contiguous(), p)
-    got, want = (gradients([y], leaves(projected, p), [grad]) for y in ys)
-    torch.testing.assert_close(got, want)
-
-
-def test_same_bits_on_repeats(device: str) -> None:
-    p = projection(24, 40, device, torch.bfloat16, rank=4)
-    x = leaf(3, 37, 80, device=device, dtype=torch.bfloat16)
-    runs = [
-        [y, *gradients([y], leaves(x, p), [y.detach()])] for y in (geglu_linear(x, p), geglu_linear(x, p))
-    ]
-    same_bits(*runs)
-
-
 def test_gradcheck(device: str) -> None:
     projected = leaf(2, 3, 10, device=device, dtype=torch.float64)
     p = projection(4, 5, device, torch.float64, rank=2)
@@ -205,21 +183,6 @@ def test_under_autocast(device: str, dtype: torch.dtype, rank: int) -> None:
 
 
 # --- torch ---
-
-
-@pytest.mark.parametrize("kind", ["dense", "nf4 nested"])
-def test_opcheck(device: str, kind: str) -> None:
-    x = leaf(2, 3, 128, device=device, dtype=torch.float32)
-    p = projection(8, 64, device, torch.float32, rank=2)
-    if kind != "dense":
-        p = frozen_projection(kind, 8, 64, device, torch.float32)
-    tensors, formats, scales = pack([p])
-    torch.library.opcheck(op._geglu_linear_op, (x, torch.float32, tensors, formats, scales))
-    with torch.no_grad():
-        y, t = op._geglu_linear_op(x, torch.float32, tensors, formats, scales)
-    needed = [tensor.requires_grad for tensor in (x, *tensors)]
-    tensors = [tensor.detach() for tensor in tensors]
-    torch.library.opcheck(op._geglu_linear_backward_op, (y, x.detach(), t, tensors, formats, scales, needed))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager_decomp_partition", "inductor"])

@@ -272,45 +272,14 @@ def test_constant_rows(device: str, dtype: torch.dtype, value: float) -> None:
     assert gradient(y.sum(), x)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (3, 0), (0,)])
-def test_empty(device: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(3, 0), (0,)])
+def test_no_channels(device: str, shape: tuple[int, ...]) -> None:
     tensors = make(shape, device)
     x, weight, bias, residual = tensors
     y, summed = layer_norm(x, weight, bias, residual=residual)
     assert y.shape == summed.shape == layer_norm(x, weight, bias).shape == shape
     for grad, tensor in zip(gradient(y.sum() + summed.sum(), tensors), tensors, strict=True):
         assert torch.equal(grad, torch.zeros_like(tensor))
-
-
-@pytest.mark.parametrize(
-    "layout", ["slice", "every second row", "transposed", "expanded", "every second column"]
-)
-def test_any_strides(device: str, layout: str) -> None:
-    def lay_out(base: Tensor) -> Tensor:
-        return {
-            "slice": base[..., 3:17],
-            "every second row": base[:, ::2],
-            "transposed": base.transpose(0, 2),
-            "expanded": base[:1].expand(4, 5, 48),
-            "every second column": base[..., ::2],
-        }[layout].requires_grad_()
-
-    x, residual = (lay_out(torch.randn(6, 5, 48, device=device)) for _ in range(2))
-    _, weight, bias, _ = make(tuple(x.shape[-1:]), device)
-    check(x, weight, bias)
-    check(x, weight, bias, residual=residual)
-    spread = torch.randn(2, 2 * x.shape[-1], device=device)[:, ::2]
-    check(x, spread[0].requires_grad_(), spread[1].requires_grad_())
-
-
-def test_gradients_that_are_not_contiguous(device: str) -> None:
-    tensors = make((6, 20), device)
-    out = layer_norm(*tensors[:3], residual=tensors[3])
-    grads = [torch.randn(20, 6, device=device).t(), torch.randn(20, device=device).expand(6, 20)]
-    got = gradient(out, tensors, grads, retain_graph=True)
-    want = gradient(out, tensors, [g.contiguous() for g in grads])
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("used", ["y", "sum"])
@@ -370,16 +339,6 @@ def test_rows_beyond_32_bits(device: str) -> None:
         results.append((y, mean, rstd, summed, backward[0]))
     for got, want in zip(*results, strict=True):
         assert_same(got, want)
-
-
-def test_bitwise_reproducible(device: str) -> None:
-    tensors = make((67, 33), device, torch.bfloat16)
-    first = None
-    for _ in range(3):
-        out = layer_norm(*tensors[:3], residual=tensors[3])
-        results = (*out, *gradient((out[0] * out[1]).sum(), tensors))
-        first = first or results
-        assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True))
 
 
 # --- Launches ---
@@ -461,30 +420,6 @@ def test_gradcheck(device: str) -> None:
     for function in (layer_norm, layer_norm_reference):
         assert torch.autograd.gradcheck(lambda x, w, b, f=function: f(x, w, b), tensors[:3])
         assert torch.autograd.gradcheck(lambda x, w, b, r, f=function: f(x, w, b, residual=r), tensors)
-
-
-@pytest.mark.filterwarnings("ignore:.*inference_mode.*:UserWarning")
-def test_opcheck(device: str) -> None:
-    torch.use_deterministic_algorithms(False)  # opcheck compares with its own fresh tensors
-    x, weight, bias, residual = make((4, 6), device)
-    transposed = make((6, 4), device)[0].detach().t().requires_grad_()
-    torch.library.opcheck(torch.ops.mapo.layer_norm.default, (x, weight, bias, 1e-5))
-    torch.library.opcheck(torch.ops.mapo.layer_norm.default, (transposed, None, bias.detach(), 1e-5))
-    torch.library.opcheck(torch.ops.mapo.add_layer_norm.default, (x, residual, weight, bias, 1e-5))
-
-
-def test_compiles_into_one_graph(device: str) -> None:
-    torch.use_deterministic_algorithms(False)
-    tensors = make((4, 6, 16), device)
-
-    def block(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        y, summed = layer_norm(x * 1.5, weight, bias, residual=residual)
-        return layer_norm(y + summed, None, bias).sin()
-
-    got, want = torch.compile(block, fullgraph=True, backend="aot_eager")(*tensors), block(*tensors)
-    torch.testing.assert_close(got, want)
-    for a, b in zip(gradient(got.sum(), tensors), gradient(want.sum(), tensors), strict=True):
-        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("affine", [False, True])

@@ -177,29 +177,6 @@ def test_without_norm_parameters(device: str) -> None:
         check_layer(x, n, [projection(48, 80, device, torch.float32)])
 
 
-def test_not_contiguous(device: str) -> None:
-    """Inputs and gradients may have any strides."""
-    n, projections = norm(80, device, torch.float32), joined([48, 48], 80, device, torch.float32)
-    x = torch.randn(80, 5, 6, device=device).permute(1, 2, 0).requires_grad_()
-    residual = torch.randn(5, 6, 100, device=device)[..., 10:90].requires_grad_()
-    check_layer(x, n, projections, residual)
-    grads = [torch.randn(size, 5, 6, device=device).permute(1, 2, 0) for size in (48, 48, 80)]
-    inputs = leaves(x, n, projections, residual)
-    got = gradients(apply(x, n, projections, residual), inputs, grads)
-    want = gradients(apply(x.contiguous(), n, projections, residual), inputs, grads)
-    torch.testing.assert_close(got, want)
-
-
-def test_same_bits_on_repeats(device: str) -> None:
-    n, projections = norm(80, device, torch.bfloat16), joined([48, 48], 80, device, torch.bfloat16, rank=4)
-    x, residual = (leaf(3, 37, 80, device=device, dtype=torch.bfloat16) for _ in range(2))
-    inputs = leaves(x, n, projections, residual)
-    runs = []
-    for outputs in (apply(x, n, projections, residual), apply(x, n, projections, residual)):
-        runs.append([*outputs, *gradients(outputs, inputs, [y.detach() for y in outputs])])
-    same_bits(*runs)
-
-
 def test_gradcheck(device: str) -> None:
     x, residual = (leaf(2, 5, device=device, dtype=torch.float64) for _ in range(2))
     q, k = joined([3, 2], 5, device, torch.float64, rank=2)
@@ -348,26 +325,6 @@ def test_under_autocast(device: str, dtype: torch.dtype, rank: int) -> None:
 
 
 # --- torch ---
-
-
-@pytest.mark.parametrize("kind", ["dense", "nf4 nested"])
-def test_opcheck(device: str, kind: str) -> None:
-    """The operators carry no autograd of their own: see `_LayerNormLinear`."""
-    x, residual = (torch.randn(2, 3, 64, device=device) for _ in range(2))
-    projections = [projection(8, 64, device, torch.float32, rank=2) for _ in range(2)]
-    if kind != "dense":
-        projections[0] = frozen_projection(kind, 8, 64, device, torch.float32)
-    tensors, formats, scales = pack(projections)
-    needed = [True, True, True, *(tensor.requires_grad for tensor in tensors)]
-    packed = ([tensor.detach() for tensor in tensors], formats, scales)
-    weight, bias = (p.detach() for p in norm(64, device, torch.float32) if p is not None)
-    for extra in (None, residual):
-        args = (x, extra, weight, bias, 1e-5, torch.float32, *packed)
-        torch.library.opcheck(op._layer_norm_linear_op, args)
-        y, t, mean, rstd, *summed = op._layer_norm_linear_op(*args)
-        grads = [part.contiguous() for part in y.chunk(2, -1)]
-        back = (grads, extra, summed[0] if summed else x, weight, bias, mean, rstd, t, *packed, needed)
-        torch.library.opcheck(op._layer_norm_linear_backward_op, back)
 
 
 def test_compiles_in_one_graph(device: str) -> None:

@@ -92,26 +92,6 @@ def test_hypothesis_shapes(rows: int, features: int, out: int, rank: int) -> Non
     check_layer(x, projection(out, features, "cpu", torch.float32, rank=rank))
 
 
-def test_not_contiguous(device: str) -> None:
-    """Input and gradient may have any strides, and so may the weights."""
-    x = leaf(80, 5, 6, device=device, dtype=torch.float32).detach().permute(1, 2, 0).requires_grad_()
-    weight, bias, lora, _ = projection(48, 80, device, torch.float32, rank=8)
-    assert isinstance(weight, Tensor)
-    turned = weight.detach().t().contiguous().t().requires_grad_()
-    p = Projection(turned, bias, lora)
-    check_layer(x, p)
-    grad = torch.randn(48, 5, 6, device=device).permute(1, 2, 0)
-    got, want = (gradients([y], leaves(x, p), [grad]) for y in (apply(x, p), apply(x.contiguous(), p)))
-    torch.testing.assert_close(got, want)
-
-
-def test_same_bits_on_repeats(device: str) -> None:
-    p = projection(48, 80, device, torch.bfloat16, rank=8)
-    x = leaf(3, 37, 80, device=device, dtype=torch.bfloat16)
-    runs = [[y, *gradients([y], leaves(x, p), [y.detach()])] for y in (apply(x, p), apply(x, p))]
-    same_bits(*runs)
-
-
 def test_gradcheck(device: str) -> None:
     x = leaf(2, 3, 5, device=device, dtype=torch.float64)
     p = projection(4, 5, device, torch.float64, rank=2)
@@ -327,39 +307,6 @@ def test_no_worse_than_peft_under_autocast(device: str, base: torch.dtype) -> No
 
 
 # --- torch ---
-
-
-@pytest.mark.parametrize("kind", ["dense", "nf4 nested"])
-def test_opcheck(device: str, kind: str) -> None:
-    x = leaf(2, 3, 64, device=device, dtype=torch.float32)
-    p = projection(8, 64, device, torch.float32, rank=2)
-    if kind != "dense":
-        p = frozen_projection(kind, 8, 64, device, torch.float32)
-    torch.library.opcheck(_linear.linear_op, (x, *pack([p])))
-    tensors, formats, scales = pack([p])
-    with torch.no_grad():
-        y, t = _linear.linear_op(x, tensors, formats, scales)
-    needed = [tensor.requires_grad for tensor in (x, *tensors)]
-    tensors = [tensor.detach() for tensor in tensors]
-    torch.library.opcheck(_linear.linear_backward_op, (y, x.detach(), t, tensors, formats, scales, needed))
-
-
-@pytest.mark.parametrize("kind", ["dense", "nf4 nested", "int8"])
-def test_compiles_in_one_graph(device: str, kind: str) -> None:
-    layer = quantised(kind, 64, 128, device) if kind != "dense" else nn.Linear(128, 64, device=device)
-    x = leaf(4, 128, device=device, dtype=torch.float32)
-    lora = projection(64, 128, device, torch.float32, rank=2).lora
-    assert lora is not None
-
-    def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return lora_linear(x.sin(), frozen_or_dense(layer), layer.bias, a, b, 0.5)
-
-    inputs = [x, lora.a, lora.b]
-    runs = []
-    for f in (function, compiled(function)):
-        y = f(*inputs)
-        runs.append([y, *gradients([y], inputs, [y.detach()])])
-    same_bits(*runs)
 
 
 # --- Packing and joining ---

@@ -4,7 +4,6 @@ This file runs in every implementation: see conftest.py.
 """
 
 import math
-import shutil
 from typing import Any
 
 import hypothesis
@@ -17,7 +16,7 @@ from torch import Tensor
 from mapo_kernels import OBJECTIVES, paired_loss, paired_loss_from_errors
 from mapo_kernels import _launch as launch
 from mapo_kernels.ops import _pair_kernels as kernels
-from mapo_kernels.ops._pair_layout import Given, Halves, mask_halves, merge_layout, split_halves
+from mapo_kernels.ops._pair_layout import Halves, mask_halves, merge_layout, split_halves
 from mapo_kernels.reference import paired_loss_reference
 from tests.kernels.pairs import Counting, check, gradient, make, needs, tensors
 
@@ -124,16 +123,14 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("target_layout", ["contiguous", "channels_last", "every second"])
 @pytest.mark.parametrize(
     "layout",
     ["contiguous", "channels_last", "every second", "transposed", "batch inside", "flipped rows, offset"],
 )
-def test_any_strides(device: str, layout: str, target_layout: str) -> None:
+def test_any_strides(device: str, layout: str) -> None:
     p, t = make((6, 3, 5, 7), device)
     prediction = layouts(p.detach())[layout].requires_grad_()
-    target = layouts(t)[target_layout]
-    check(prediction, target)
+    target = layouts(t)["channels_last"]
     check(prediction, target, mask=torch.rand(3, 1, 5, 7, device=device))
     (grad,) = gradient(paired_loss(prediction, target), prediction)
     assert grad.stride() == torch.empty_like(prediction).stride()
@@ -391,16 +388,6 @@ def test_nan_and_inf_stay_in_their_pair_and_show(
 # --- Reproducibility and launches ---
 
 
-def test_bitwise_reproducible(device: str) -> None:
-    p, t = make((6, 4, 33, 31), device)
-    first = paired_loss(p, t)
-    (first_grad,) = gradient(first, p)
-    for _ in range(5):
-        out = paired_loss(p, t)
-        assert all(torch.equal(a, b) for a, b in zip(tensors(out), tensors(first), strict=True))
-        assert torch.equal(gradient(out, p)[0], first_grad)
-
-
 @pytest.mark.usefixtures("_launches")
 def test_an_error_does_not_depend_on_the_rest_of_the_batch(device: str) -> None:
     p, t = make((6, 4, 33, 31), device)
@@ -439,43 +426,6 @@ def test_the_completion_counter_is_zero_again(device: str) -> None:
 # --- The operator ---
 
 
-def op_arguments(
-    *prediction: Tensor,
-    target_kind: str = "stored",
-    objective: str = "mapo_code",
-    settings: tuple[float, float, float] = (0.1, 0.5, 1000.0),
-    per_pair: bool = False,
-    **given: Tensor,
-) -> tuple[Any, ...]:
-    return list(prediction), list(Given(**given)), target_kind, objective, list(settings), per_pair
-
-
-@pytest.mark.filterwarnings("ignore:.*inference_mode.*:UserWarning")
-def test_opcheck(device: str) -> None:
-    torch.use_deterministic_algorithms(False)  # opcheck compares with its own fresh tensors
-    p, t = make((4, 3, 4, 4), device)
-    halves = [h.detach().clone().requires_grad_() for h in p.chunk(2)]
-    last = p.detach().to(memory_format=torch.channels_last).requires_grad_()
-    pairs = torch.rand(2, device=device)
-    for arguments in (
-        op_arguments(last, target=t, weights=pairs, per_pair=True),
-        op_arguments(*halves, target=t[:2], target_rejected=t[2:],
-                     mask=torch.rand(2, 1, 4, 4, device=device), reference=t + 0.1, labels=pairs,
-                     objective="dpo", settings=(5000.0, 0.0, 0.0)),
-        op_arguments(p, keys=torch.arange(2, device=device), target_kind="epsilon", objective="kto",
-                     reference_error=pairs, reference_error_rejected=pairs, settings=(1000.0, 1.0, 1.0),
-                     baseline=torch.zeros((), device=device)),
-        op_arguments(p, target=t, keys=torch.arange(2, device=device), alphas=pairs, sigmas=pairs,
-                     target_kind="v"),
-    ):  # fmt: skip
-        torch.library.opcheck(torch.ops.mapo.paired_loss.default, arguments)
-    errors = [torch.rand(3, device=device, requires_grad=True) for _ in range(2)]
-    torch.library.opcheck(
-        torch.ops.mapo.paired_loss_from_errors.default,
-        (*errors, None, None, None, None, None, "mapo_code", [0.1, 0.5, 1000.0], False),
-    )
-
-
 @pytest.mark.parametrize("objective", MAPO)
 def test_gradcheck(device: str, objective: str) -> None:
     def loss(prediction: Tensor) -> Tensor:
@@ -496,30 +446,6 @@ def test_gradcheck_from_errors(device: str, objective: str) -> None:
     e_w = torch.tensor([0.2, 1.0, 30.0, 0.99], device=device).double().requires_grad_()
     e_l = torch.tensor([0.3, 0.1, 25.0, 1.01], device=device).double().requires_grad_()
     assert torch.autograd.gradcheck(loss, (e_w, e_l))
-
-
-HAS_CXX = any(map(shutil.which, ("g++", "clang++", "cl")))
-INDUCTOR = pytest.param(
-    "inductor", marks=pytest.mark.skipif(not HAS_CXX, reason="Inductor needs a C++ compiler for the CPU")
-)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")  # inside Inductor
-@pytest.mark.parametrize("compiler", ["aot_eager", INDUCTOR])
-def test_compiles_into_one_graph(device: str, compiler: str) -> None:
-    torch.use_deterministic_algorithms(False)
-
-    def step(prediction: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        out = paired_loss(prediction * 1.5, target, weights=weights)
-        errors = paired_loss_from_errors(out.chosen_error, out.rejected_error)
-        return out.loss + 0 * errors.loss, out.logits
-
-    p, t = make((4, 3, 4, 4), device)
-    weights = torch.rand(2, device=device)
-    compiled = torch.compile(step, fullgraph=True, backend=compiler)
-    got, want = compiled(p, t, weights), step(p, t, weights)
-    assert torch.equal(got[1], want[1])
-    torch.testing.assert_close(torch.autograd.grad(got[0], p), torch.autograd.grad(want[0], p))
 
 
 def test_one_dynamic_graph_serves_every_batch(device: str) -> None:

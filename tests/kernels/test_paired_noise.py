@@ -399,30 +399,6 @@ def test_only_keys_are_saved_for_epsilon(device: str) -> None:
 # --- The operators ---
 
 
-@pytest.mark.filterwarnings("ignore:.*inference_mode.*:UserWarning")
-def test_opcheck(device: str) -> None:
-    torch.use_deterministic_algorithms(False)  # opcheck compares with its own fresh tensors
-    chosen, rejected, *rest = batch((3, 4, 4), 2, device)
-    torch.library.opcheck(torch.ops.mapo.paired_noise.default, (chosen, rejected, *rest, torch.bfloat16))
-    last = chosen.to(memory_format=torch.channels_last)
-    torch.library.opcheck(torch.ops.mapo.paired_noise.default, (last, rejected, *rest, torch.float32))
-
-
-def test_compiles_into_one_graph(device: str) -> None:
-    torch.use_deterministic_algorithms(False)
-
-    def step(chosen: Tensor, rejected: Tensor, keys: Tensor, alphas: Tensor, sigmas: Tensor) -> Tensor:
-        noisy = paired_noise(chosen, rejected, keys, alphas, sigmas, out_dtype=torch.bfloat16)
-        target = NoiseTarget(keys, "v", (chosen, rejected), alphas, sigmas)
-        return paired_loss(noisy * weight, target).loss
-
-    weight = torch.tensor(0.5, device=device, requires_grad=True)
-    arguments = batch((3, 4, 4), 2, device)
-    got, want = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments), step(*arguments)
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(torch.autograd.grad(got, weight), torch.autograd.grad(want, weight))
-
-
 def test_nothing_but_the_noise_is_cast_by_autocast(device: str) -> None:
     arguments = batch((3, 4, 4), 2, device)
     with torch.autocast(device, dtype=torch.bfloat16):
