@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mapo_kernels.objectives import OBJECTIVES
 from mapo_kernels.ops._noise import NoiseTarget, TensorOrPair, normals_torch
 from mapo_kernels.ops._pair_checks import check_settings
 from mapo_kernels.ops._pair_result import PairedLoss
@@ -28,6 +30,100 @@ def _label_loss(z: Tensor, labels: Tensor | None) -> Tensor:
     return torch.lerp(-F.logsigmoid(-z), -F.logsigmoid(z), labels.to(z.dtype))
 
 
+class _Errors(NamedTuple):
+    """What a definition is given, (B,) each."""
+
+    e_w: Tensor
+    e_l: Tensor
+    r_w: Tensor  # 0 without a reference
+    r_l: Tensor
+    labels: Tensor | None
+    baseline: Tensor | None
+
+    @property
+    def delta(self) -> Tensor:
+        return (self.e_w - self.r_w) - (self.e_l - self.r_l)
+
+    @property
+    def exchanged(self) -> _Errors:
+        return self._replace(e_w=self.e_l, e_l=self.e_w, r_w=self.r_l, r_l=self.r_w)
+
+
+_Terms = tuple[Tensor, Tensor]
+"""Loss and logit."""
+
+
+def _mapo_code(x: _Errors, beta: float, snr: float, timesteps: float) -> _Terms:
+    s_w, s_l = (_log_score(snr * e).exp() for e in (x.e_w, x.e_l))
+    logits = timesteps * (s_w - s_l)
+    return x.e_w + beta * _label_loss(logits, x.labels), logits
+
+
+def _mapo_paper(x: _Errors, beta: float, phi: Callable[[Tensor], Tensor]) -> _Terms:
+    logits = phi(x.e_w) - phi(x.e_l)
+    return x.e_w + _label_loss(logits, x.labels) / beta, logits
+
+
+def _dpo(x: _Errors, beta: float) -> _Terms:
+    u = -beta * x.delta / 2
+    return _label_loss(u, x.labels), u
+
+
+def _smpo(x: _Errors, beta: float) -> _Terms:
+    assert x.labels is not None
+    z = -beta * x.delta / 2 * 10 * (2 * x.labels.to(x.delta.dtype) - 1)
+    return -F.logsigmoid(z), z
+
+
+def _kto(x: _Errors, beta: float, desirable: float, undesirable: float) -> _Terms:
+    assert x.baseline is not None
+    k = x.baseline.to(x.e_w.dtype).view(())
+    chosen = desirable * (1 - torch.sigmoid(beta * (x.r_w - x.e_w - k)))
+    rejected = undesirable * (1 - torch.sigmoid(-beta * (x.r_l - x.e_l - k)))
+    return torch.stack([chosen, rejected]).mean(0), -beta * x.delta
+
+
+def _dmpo(x: _Errors, beta: float, alpha: float) -> _Terms:
+    u = -beta * x.delta / 2
+    model = torch.stack([F.logsigmoid(u), F.logsigmoid(-u)])
+    wanted = torch.tensor([1 - alpha, alpha], dtype=u.dtype, device=u.device).log()
+    return F.kl_div(wanted[:, None].expand_as(model), model, reduction="none", log_target=True).sum(0), u
+
+
+def _linear_dpo(x: _Errors, beta: float, eta: float) -> _Terms:
+    strength = (0.2 * beta * x.delta + 0.5).clamp(eta, 1 - eta).detach()
+    return strength * (x.e_w - x.e_l), -0.2 * beta * x.delta
+
+
+def _simpo(x: _Errors, beta: float, gamma: float) -> _Terms:
+    z = beta * (x.e_l - x.e_w) - gamma
+    return _label_loss(z, x.labels), z
+
+
+def _cpo(x: _Errors, beta: float, gamma: float) -> _Terms:
+    loss, z = _simpo(x, beta, gamma)
+    return loss + x.e_w, z
+
+
+_DEFINITIONS: dict[str, Callable[..., _Terms]] = {
+    "mapo_code": _mapo_code,
+    "mapo_paper_power": lambda x, b, *_: _mapo_paper(x, b, lambda e: (b * _log_score(e)).exp()),
+    "mapo_paper_scale": lambda x, b, *_: _mapo_paper(x, b, lambda e: b * _log_score(e).exp()),
+    "sft": lambda x, *_: (x.e_w, x.e_l - x.e_w),
+    "dpo": _dpo,
+    "smpo": _smpo,
+    "ipo": lambda x, beta: ((-x.delta - 1 / (2 * beta)) ** 2, -x.delta),
+    "hinge": lambda x, beta: (F.relu(1 + beta * x.delta), -beta * x.delta),
+    "kto": _kto,
+    "dmpo": _dmpo,
+    "linear_dpo": _linear_dpo,
+    "npo": lambda x, beta: _dpo(x.exchanged, beta),
+    "orpo": lambda x, beta: (x.e_w + beta * _label_loss(x.e_l - x.e_w, x.labels), x.e_l - x.e_w),
+    "simpo": _simpo,
+    "cpo": _cpo,
+}
+
+
 def reference_terms(
     e_w: Tensor,
     e_l: Tensor,
@@ -43,51 +139,10 @@ def reference_terms(
     Raises:
         ValueError: the objective is from outside this package.
     """
-    if objective == "npo":
-        return reference_terms(e_l, e_w, r_l, r_w, labels, kto_baseline, "dpo", settings)
-    beta, second, third = settings
-    delta = (e_w - r_w) - (e_l - r_l)
-    u = -beta * delta / 2
-    if objective == "sft":
-        return e_w, e_l - e_w
-    if objective == "mapo_code":
-        s_w, s_l = (_log_score(second * e).exp() for e in (e_w, e_l))
-        logits = third * (s_w - s_l)
-        return e_w + beta * _label_loss(logits, labels), logits
-    if objective.startswith("mapo_paper"):
-        if objective == "mapo_paper_power":
-            phi_w, phi_l = ((beta * _log_score(e)).exp() for e in (e_w, e_l))
-        else:
-            phi_w, phi_l = (beta * _log_score(e).exp() for e in (e_w, e_l))
-        return e_w + _label_loss(phi_w - phi_l, labels) / beta, phi_w - phi_l
-    if objective == "dpo":
-        return _label_loss(u, labels), u
-    if objective == "smpo":
-        assert labels is not None
-        z = u * 10 * (2 * labels.to(u.dtype) - 1)
-        return -F.logsigmoid(z), z
-    if objective == "ipo":
-        return (-delta - 1 / (2 * beta)) ** 2, -delta
-    if objective == "hinge":
-        return F.relu(1 + beta * delta), -beta * delta
-    if objective == "kto":
-        assert kto_baseline is not None
-        chosen, rejected = (r - e - kto_baseline.to(e.dtype).view(()) for e, r in ((e_w, r_w), (e_l, r_l)))
-        values = second * (1 - torch.sigmoid(beta * chosen)), third * (1 - torch.sigmoid(-beta * rejected))
-        return torch.stack(values).mean(0), -beta * delta
-    if objective == "dmpo":
-        model = torch.stack([F.logsigmoid(u), F.logsigmoid(-u)])
-        wanted = torch.tensor([1 - second, second], dtype=u.dtype, device=u.device).log()
-        return F.kl_div(wanted[:, None].expand_as(model), model, reduction="none", log_target=True).sum(0), u
-    if objective == "linear_dpo":
-        strength = (0.2 * beta * delta + 0.5).clamp(second, 1 - second).detach()
-        return strength * (e_w - e_l), -0.2 * beta * delta
-    if objective == "orpo":
-        return e_w + beta * _label_loss(e_l - e_w, labels), e_l - e_w
-    if objective not in ("simpo", "cpo"):
+    if objective not in _DEFINITIONS:
         raise ValueError(f"objective: {objective!r} has no definition here: write its formula in your test")
-    z = beta * (e_l - e_w) - second
-    return _label_loss(z, labels) + (e_w if objective == "cpo" else 0), z
+    errors = _Errors(e_w, e_l, r_w, r_l, labels, kto_baseline)
+    return _DEFINITIONS[objective](errors, *settings[: len(OBJECTIVES[objective].settings)])
 
 
 def _stack(value: TensorOrPair) -> Tensor:
