@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mapo_fast.models.pipeline import PipelineFolder
-from mapo_fast.models.sdxl import sampling_pipeline
+from mapo_fast.models.sdxl import LATENT, sampling_pipeline
 from mapo_fast.models.vae import from_unet
 from mapo_fast.util.errors import UserError
 
@@ -69,8 +69,8 @@ def sample_latents(
     count = prompts.prompt_embeds.shape[0]
     if len(seeds) != count:
         raise ValueError(f"{count} prompts need {count} seeds, got {len(seeds)}")
-    if height % 8 or width % 8:
-        raise ValueError(f"height and width must be multiples of 8, got {height}×{width}")
+    if height % LATENT or width % LATENT:
+        raise ValueError(f"height and width must be multiples of {LATENT}, got {height}×{width}")
     scale = 2 ** (len(folder.config("vae")["block_out_channels"]) - 1)
     shape = (unet.config.in_channels, height // scale, width // scale)
     pipeline = _pipeline(folder, unet, steps)

@@ -3,7 +3,8 @@
 Parts      a pipeline folder has one UNet, one VAE, two text encoders with a tokenizer each, and a scheduler.
 Text       a prompt's embedding is the penultimate hidden state of both encoders, side by side; the pooled
            embedding is the second one's.
-Sizes      six numbers beside the prompt tell the UNet an image's size, crop and target size.
+Sizes      a latent stands for 8 × 8 pixels; six numbers beside the prompt tell the UNet an image's size, crop
+           and target size.
 UNet       which inputs it takes, and in which order its modules run.
 Originals  what Stability AI's own code, and with it single files and LoRAs, call the UNet's layers.
 
@@ -99,6 +100,8 @@ def encode_text(encoder: Any, ids: Tensor, which: Which) -> tuple[Tensor, Tensor
 
 # Sizes
 
+LATENT = 8
+"""Pixels, each way, that one latent stands for."""
 TIME_IDS = 6
 """Original size, crop and target size; the refiner has five: an aesthetic score in place of the last two."""
 

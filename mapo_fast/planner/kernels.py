@@ -27,6 +27,7 @@ import torch
 from mapo_fast.engine.build import prepare_unet, with_start_model
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.objectives import build_loss
+from mapo_fast.models import sdxl
 from mapo_fast.planner import store, trace
 from mapo_fast.planner.recorder import Recorder
 from mapo_fast.settings.load import with_settings
@@ -83,7 +84,8 @@ def kinds_of_shapes(buckets: Iterable[Bucket], levels: int) -> list[Bucket]:
     """One bucket for each way in which the sizes of a UNet's maps can be divided, largest first."""
     found: dict[tuple[int, ...], Bucket] = {}
     for height, width in sorted(buckets, key=lambda size: -size[0] * size[1]):
-        maps = [-(-height // 8 // 2**level) * -(-width // 8 // 2**level) for level in range(levels)]
+        steps = [sdxl.LATENT * 2**level for level in range(levels)]
+        maps = [-(-height // step) * -(-width // step) for step in steps]
         loads = [math.gcd(positions, 8) for positions in maps]
         found.setdefault((*loads, -(-maps[0] * 4 // PROGRAM) % 16 == 0), (height, width))
     return list(found.values())
@@ -125,7 +127,7 @@ def kernels_of(
         engine = Engine(config, parts, build_loss(config.objective, 1000), precision, trace.CPU)
         for height, width in kinds_of_shapes(buckets, len(unet_config["block_out_channels"])):
             inputs = trace.pairs_of_zeros(config.train.pairs_per_batch, 8, unet_config)
-            shape = (*inputs.noisy.shape[:2], height // 8, width // 8)
+            shape = (*inputs.noisy.shape[:2], height // sdxl.LATENT, width // sdxl.LATENT)
             inputs = inputs._replace(noisy=torch.zeros(shape), target=torch.zeros(shape))
             trace.take_step(engine, [inputs] * min(2, config.train.accumulation))
     return found

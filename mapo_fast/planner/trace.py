@@ -170,7 +170,7 @@ def record_step(config: Config, unet_config: dict[str, Any], *, kernels: bool = 
         engine = Engine(plain, parts, loss, precision, CPU)
         if not config.train.fused_step:
             tag_gradients()
-        side, chunks = config.data.resolution // 8, chunk_count(config.data.max_tokens)
+        side, chunks = config.data.resolution // sdxl.LATENT, chunk_count(config.data.max_tokens)
         inputs = [
             pairs_of_zeros(config.train.pairs_per_batch, side, unet_config, chunks=chunks)
             for _ in range(_micro_batches(config))
