@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from mapo_fast.planner import store
+from mapo_fast.settings.optimizers import OPTIMIZERS
+from mapo_kernels.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
 
@@ -210,6 +212,23 @@ def test_nothing_private_is_taken_from_another_file() -> None:
 )
 def test_what_is_private_is_noticed(code: str) -> None:
     assert [name for name in _taken(ast.parse(code)) if _is_private(name)]
+
+
+def _compared(tree: ast.AST) -> set[object]:
+    """The constants that a file compares something with."""
+    compared = [side for node in ast.walk(tree) if isinstance(node, ast.Compare) for side in node.comparators]
+    return {part.value for side in compared for part in ast.walk(side) if isinstance(part, ast.Constant)}
+
+
+def test_nothing_asks_for_the_name_of_an_objective_or_an_optimizer() -> None:
+    """Their entries say what they need and can; the demo alone knows that `sft` is its control."""
+    names = {*OBJECTIVES, *OPTIMIZERS}
+    for folder in (ROOT / "mapo_fast", ROOT / "kernels"):
+        for file in folder.rglob("*.py"):
+            if file.parent.name != "demo":
+                found = _compared(ast.parse(file.read_text(encoding="utf-8"))) & names
+                assert not found, f"{file.relative_to(ROOT)} compares with {found}"
+    assert _compared(ast.parse("config.objective.name in ('kto', 'npo')")) & names == {"kto", "npo"}
 
 
 ROOMS = ("util", "hardware", "settings", "models", "data", "engine", "planner", "run", "demo")

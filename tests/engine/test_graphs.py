@@ -149,7 +149,7 @@ def steps_of(engine: Engine) -> list[Tensor]:
         given: dict[str, Tensor] = {}
         if engine.config.reference == "precomputed":
             given["reference_errors"] = 1 + 0.1 * number * torch.arange(2.0 * pairs)
-        if objective.name == "kto":
+        if objective.known.samples == "single":
             given["labels"] = torch.arange(2 * pairs) % (2 + number) == 0
         engine.start(2.0**-10 / (1 + number % 2))
         out = engine.accumulate(

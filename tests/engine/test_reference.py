@@ -137,7 +137,7 @@ def named_gradients(parts: TrainingUnet) -> dict[str, Tensor]:
 
 
 def labels_of(config: Config) -> Tensor | None:
-    return LABELS if config.objective.name == "smpo" else None
+    return LABELS if config.objective.known.labels == "required" else None
 
 
 @pytest.mark.parametrize(
