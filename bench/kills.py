@@ -209,11 +209,11 @@ def of_a_run(folder: Path) -> dict[str, str]:
             del made[name]
         elif name == "run.json":
             made[name] = "there"
-        elif name.endswith("/state.json"):
+        elif path.name in ("state.json", "settings.json"):
             record = json.loads(path.read_text(encoding="utf-8"))
             assert record.pop("run") == run, path
             del record["sha256"]
-            made[name] = _digest(json.dumps(record, sort_keys=True).encode())
+            made[name] = _digest(json.dumps(record, sort_keys=True).replace(str(folder), "").encode())
         elif name.endswith("/README.txt"):
             made[name] = _digest(path.read_text(encoding="utf-8").replace(str(folder), "").encode())
         elif name == "log.jsonl":

@@ -6,6 +6,7 @@ Exit codes: 0 done · 1 the machine failed (disk, I/O, memory) · 2 wrong input 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -177,6 +178,33 @@ def plan(
         raise typer.Exit(3)
     if picture is not None:
         report.plot(outcome, picture)
+
+
+@app.command(cls=_Configured)
+def show(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    code: Code = None,
+) -> None:
+    """Print the settings as a new run on this machine has them, each with where it comes from."""
+    from mapo_fast.run.settings import look
+    from mapo_fast.settings import view
+    from mapo_fast.settings.load import load_config
+
+    _allow(code, config)
+    settings = load_config(config, overrides)
+    with Console(stderr=True).status("planning memory; the first time this takes a minute or two"):
+        seen = look(settings)
+    if as_json:
+        typer.echo(json.dumps(view.as_json(seen.settings), indent=1))
+    console = Console()
+    for line, style in () if as_json else view.as_text(seen.settings):
+        say(console, line, style)
+    if seen.unplanned:
+        typer.echo(printable(f"no memory plan yet: {seen.unplanned}"), err=True)
+    if seen.refused is not None:
+        raise seen.refused
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 import tomli_w
 
 from mapo_fast import cli
+from mapo_fast.run.settings import Shown
 from mapo_fast.settings.page import help_text
+from mapo_fast.settings.view import Known
+from mapo_fast.util.errors import UserError
 from tests.training import make_cache, make_pairs, settings
 
 
@@ -36,10 +40,10 @@ def _write(path: Path, table: dict[str, Any]) -> str:
 
 def test_the_surface() -> None:
     names = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
-    assert names == {"prepare", "plan", "train", "demo", "doctor"}
+    assert names == {"prepare", "plan", "train", "show", "demo", "doctor"}
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "plan"])
+@pytest.mark.parametrize("command", ["prepare", "train", "plan", "show"])
 def test_help_of_a_command_that_reads_a_config_has_all_settings(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,6 +68,50 @@ def test_prepare_then_train_then_resume(
     assert _run(monkeypatch, "train", config, "--resume", "--set", "train.steps=4") == 0
     assert "step 4/4" in capsys.readouterr().out
     assert (tmp_path / "run" / "unet" / "config.json").is_file()
+    for start, steps in enumerate(("train.steps=2", "train.steps=4")):
+        assert _run(monkeypatch, "show", config, "--json", "--set", steps) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert shown["train.steps"] == {"value": 2 + 2 * start, "from": "command line"}
+        assert shown["train.output"] == {"value": str(tmp_path / "run"), "from": "file"}
+        assert shown["speed.fused_ops"] == {"value": False, "from": "device"}
+        kept = json.loads((tmp_path / "run" / "settings.json").read_text())["starts"][start]
+        assert (kept["step"], kept["settings"]) == (2 * start, shown)
+
+
+def test_show_prints_what_is_known(
+    tmp_path: Path, tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    table = settings(
+        tmp_path / "none", tmp_path / "cache", tmp_path / "run", preview={"prompts": ["\u202eé"]}
+    )
+    config = _write(tmp_path / "config.toml", table)
+    assert _run(monkeypatch, "show", config) == 0
+    out, error = capsys.readouterr()
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert error == ""
+    assert {"[train]", 'layout "split" default', 'device "cpu" device'} <= {*lines}
+    assert 'prompts ["\\u202eé"] file' in lines
+    assert _run(monkeypatch, "show", config, "--set", "train.vram=1GiB") == 0
+    out, error = capsys.readouterr()
+    assert "layout chosen when the run starts plan" in [" ".join(line.split()) for line in out.splitlines()]
+    assert error.startswith(f"no memory plan yet: model folder not found: {tmp_path / 'none'}")
+    assert error.count("\n") == 1
+    assert _run(monkeypatch, "show", config, "--set", "train.stps=1") == 2
+    assert "did you mean train.steps?" in capsys.readouterr().err
+
+
+def test_show_ends_with_what_a_run_would_end_with(
+    tmp_path: Path, tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _write(tmp_path / "config.toml", settings(tiny_sdxl, tmp_path / "cache", tmp_path / "run"))
+    found = Shown({"train.layout": Known(None, "plan")}, refused=UserError("no plan fits"))
+    monkeypatch.setattr("mapo_fast.run.settings.look", lambda _: found)
+    assert _run(monkeypatch, "show", config) == 2
+    assert capsys.readouterr() == (
+        "[train]\n  layout  chosen when the run starts  plan\n",
+        "mapo-fast: no plan fits\n",
+    )
 
 
 @pytest.mark.parametrize(("rank", "ended", "code"), [("0", True, 2), ("1", True, -15), ("1", False, 2)])

@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import FailedRunError, MachineError, UserError, shown
 from mapo_fast.util.files import one_line
@@ -195,8 +196,7 @@ def in_processes(config: Config, processes: Processes) -> Config:
             "train.vram plans for a whole model on each GPU and train.shard = true splits it: leave "
             "train.vram out, or set train.shard = false"
         )
-    train = config.train.model_copy(update={"fused_step": False})  # stated: no plan changes it
-    return config.model_copy(update={"train": train})
+    return with_settings(config, {"train.fused_step": False}, "device")  # stated: no plan changes it
 
 
 def _fusing(config: Config) -> list[tuple[str, str, str]]:

@@ -37,7 +37,7 @@ class Plan(NamedTuple):
 
     def apply(self, config: Config) -> Config:
         """The config with this plan's settings."""
-        return with_settings(config, self.settings)
+        return with_settings(config, self.settings, "plan")
 
     @property
     def time(self) -> str:

@@ -8,7 +8,7 @@ figures side by side.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -132,9 +132,14 @@ ENOUGH_FOR_A_LIBRARY = GIB // 2
 """Free bytes on the card with which no library's own allocation fails."""
 
 
+def is_planned(config: Config, device: torch.device, processes: Processes = ALONE) -> bool:
+    """Whether a run has a memory plan: on a GPU, and where train.vram asks for one; not of a split model."""
+    return not processes.shard(config) and (device.type == "cuda" or config.train.vram is not None)
+
+
 def planned(
     config: Config,
-    folder: PipelineFolder,
+    model: Callable[[], PipelineFolder],
     device: torch.device,
     recorded: dict[str, Any] | None = None,
     processes: Processes = ALONE,
@@ -144,23 +149,23 @@ def planned(
     Several processes take the plan of the GPU with the least free memory; process 0 makes it.
 
     Args:
+        model: opens the model's folder, where there is something to plan.
         recorded: settings of the run to resume, section by section: what the updates depend on is kept.
 
     Returns:
-        The config as it is and None on the CPU without train.vram, and where the model is split.
+        The config as it is and None where nothing is planned (`is_planned`).
 
     Raises:
         UserError: train.vram is no size, or nothing fits; the message names the smallest change that would.
     """
-    if processes.shard(config):
+    if not is_planned(config, device, processes):
         return config, None
     wanted = None if config.train.vram is None else parse_size(config.train.vram, "train.vram")
     if device.type == "cuda":
         rules, free = gpu.choose_rules(device), gpu.available(device)
-    elif wanted is not None:
-        rules, free = gpu.planned_rules(), wanted
     else:
-        return config, None
+        assert wanted is not None
+        rules, free = gpu.planned_rules(), wanted
     free = int(processes.smallest(free))
     shortage = ""
     if wanted is None or free < wanted:
@@ -170,10 +175,10 @@ def planned(
     else:
         vram, source = wanted, "train.vram"
     if recorded is not None:
-        config = with_settings(config, _open(config, recorded))
+        config = with_settings(config, _open(config, recorded), "resumed run")
 
     def choose() -> tuple[Plan, Plan | None, str]:
-        outcome = plan_run(config, folder, vram, device, processes.local_size, rules)
+        outcome = plan_run(config, model(), vram, device, processes.local_size, rules)
         if outcome.chosen is None:
             raise UserError("; ".join(filter(None, [refusal(outcome, source), shortage])))
         return outcome.chosen, _smaller(outcome, outcome.chosen), outcome.card.rates.source

@@ -7,6 +7,7 @@ again before the first write, and only then is the checkpoint to resume from loo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from contextlib import ExitStack, nullcontext
@@ -19,13 +20,13 @@ from mapo_fast.data.cache import PairCache
 from mapo_fast.engine.build import build_unet
 from mapo_fast.engine.gradient_sums import kept_to_nearest
 from mapo_fast.engine.precision import choose_device, choose_precision
-from mapo_fast.engine.processes import Processes, environment, in_processes, joined
+from mapo_fast.engine.processes import Processes, environment, joined
 from mapo_fast.hardware.driver import why_no_gpu
 from mapo_fast.models.diffusion import Diffusion
 from mapo_fast.models.pipeline import PipelineFolder, open_sdxl, scheduler_overrides
 from mapo_fast.planner.kernels import compiling
 from mapo_fast.run.adopt import adopt
-from mapo_fast.run.budget import planned
+from mapo_fast.run.budget import is_planned
 from mapo_fast.run.folder import (
     START,
     TrainResult,
@@ -40,11 +41,11 @@ from mapo_fast.run.log import RunLog
 from mapo_fast.run.mirrors import find_wandb
 from mapo_fast.run.precompute import precompute
 from mapo_fast.run.preview import Previews
+from mapo_fast.run.settings import final_settings
+from mapo_fast.run.starts import keep_settings
 from mapo_fast.run.trainer import Trainer
-from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.optimizers import OPTIMIZERS
 from mapo_fast.settings.schema import Config
-from mapo_fast.settings.table import on_cpu
 from mapo_fast.util.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import disk_errors, exclusive
@@ -63,7 +64,6 @@ def train(config: Config, *, resume: bool = False, callbacks: Callbacks | None =
         UserError: anything wrong with the config, the model folder, the cache or the output folder.
     """
     processes = environment()
-    config = in_processes(config, processes)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     if config.train.wandb is not None:
@@ -79,14 +79,13 @@ def _train(
 ) -> TrainResult:
     where = f"{processes.size} × {device.type}" if processes.size > 1 else str(device)
     callbacks.message(f"training on {where} ({back_end(device)})")
-    folder = open_sdxl(config.model.path, config.model.vae, scheduler_overrides(config.train))
-    if device.type == "cuda" or config.train.vram is not None:
+    if is_planned(config, device, processes):
         callbacks.message("planning memory; the first time on a machine this takes a minute or two")
-    if device.type == "cpu":
-        left_open = on_cpu().keys() - config.stated
-        config = with_settings(config, {name: on_cpu()[name] for name in sorted(left_open)})
     recorded = recorded_settings(config.train.output) if resume else None
-    config, budget = planned(config, folder, device, recorded, processes)
+    start, overrides = config.model, scheduler_overrides(config.train)
+    model = functools.cache(lambda: open_sdxl(start.path, start.vae, overrides))
+    config, budget = final_settings(config, device, processes, model=model, recorded=recorded)
+    folder = model()
     precision = choose_precision(config, device)
     diffusion = Diffusion(folder.scheduler_config)
     cache = _open_cache(config, folder)
@@ -187,6 +186,8 @@ def _claim(
     notes = adopt(config, identity, store)
     store.run = claim_output(config, identity, processes)
     checkpoint = store.newest()
+    step = 0 if checkpoint is None else checkpoint.step
+    notes += keep_settings(config, store.run, step=step, processes=processes)
     if checkpoint is None:
         check_results(output)
     else:

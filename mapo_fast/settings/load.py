@@ -14,8 +14,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mapo_fast.settings.declare import Source
 from mapo_fast.settings.schema import Config
-from mapo_fast.settings.table import paths
+from mapo_fast.settings.table import paths, value_of
 from mapo_fast.util.errors import UserError, shown
 from mapo_fast.util.files import os_error, read_bytes
 
@@ -50,7 +51,11 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
             part[key] = os.path.normpath(user_path(f"{path}: {name}", part[key], path.parent))
     for override in overrides or []:
         apply_override(table, override)
-    return parse_config(table, where=str(path))
+    config = parse_config(table, where=str(path))
+    replaced = {override.partition("=")[0].strip() for override in overrides or []}
+    return config.from_sources(
+        {name: "command line" if name in replaced else "file" for name in config.stated}
+    )
 
 
 def _toml(text: str) -> dict[str, Any]:
@@ -87,8 +92,12 @@ def _no_date(value: Any) -> Any:
     raise ValueError(f"{value} is a date or a time here: put it in quotes where it is meant as text")
 
 
-def with_settings(config: Config, settings: dict[str, Any]) -> Config:
+def with_settings(config: Config, settings: dict[str, Any], source: Source = "stated") -> Config:
     """The config with some values (`section.key`) replaced, checked again; they are stated then.
+
+    Args:
+        settings: may be empty.
+        source: where those come from that are not stated as they are.
 
     Raises:
         UserError: they cannot be combined.
@@ -97,7 +106,10 @@ def with_settings(config: Config, settings: dict[str, Any]) -> Config:
     for name, value in settings.items():
         section, key = name.split(".")
         table.setdefault(section, {})[key] = value
-    return parse_config(table, where="plan")
+    changed = parse_config(table, where="plan")
+    stated = config.stated
+    new = [n for n in settings if n not in stated or value_of(changed, n) != value_of(config, n)]
+    return changed.from_sources({**config.sources, **dict.fromkeys(new, source)})
 
 
 def _split(names: Iterable[str]) -> list[tuple[str, str, str]]:

@@ -14,10 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from mapo_fast.settings.declare import OneOf, rows, setting
+from mapo_fast.settings.declare import OneOf, Source, rows, setting
 from mapo_fast.settings.optimizers import REMOVED, optimizer_names
 from mapo_fast.settings.rules import NAMES, completed
 from mapo_fast.util.errors import UserError
@@ -416,10 +423,31 @@ class Config(Section):
     speed: SpeedConfig = SpeedConfig()
     preview: PreviewConfig = PreviewConfig()
 
+    _sources: Mapping[str, Source] = PrivateAttr(default_factory=dict)
+    """Of settings that are stated elsewhere than in a program."""
+
     @property
     def stated(self) -> set[str]:
         """Names (`section.key`) of the settings that are stated; others have defaults or were completed."""
         return {f"{section}.{key}" for section, part in self for key in part.model_fields_set}
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Where each setting that is stated comes from."""
+        return {name: self._sources.get(name, "stated") for name in self.stated}
+
+    def from_sources(self, sources: Mapping[str, Source]) -> Self:
+        """The same config that knows where its settings come from."""
+        copy = BaseModel.model_copy(self)
+        copy._sources = dict(sources)
+        return copy
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As of every section; what stands in the sections that are replaced is stated by a program."""
+        kept = {
+            name: source for name, source in self._sources.items() if name.split(".")[0] not in (update or ())
+        }
+        return super().model_copy(update=update, deep=deep).from_sources(kept)
 
     @property
     def reference(self) -> Literal["adapter", "copy", "precomputed"] | None:

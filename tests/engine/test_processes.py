@@ -397,7 +397,7 @@ def test_all_take_the_plan_of_process_0_for_the_smallest_gpu(
     def run() -> Any:
         processes = environment()
         with joined(processes, CPU):
-            planned, _ = budget.planned(config, None, CPU, None, processes)  # type: ignore[arg-type]
+            planned, _ = budget.planned(config, lambda: None, CPU, None, processes)  # type: ignore[arg-type, return-value]
             return planned.train.layout, asked, processes.smallest(processes.rank + 5.0)
 
     assert together(tmp_path, run) == [("joint", [(4 * 2**30, 2)], 5.0), ("joint", [], 5.0)]

@@ -48,7 +48,7 @@ def budget_of(device: torch.device, vram: int, peak: int, smaller: Plan | None =
 
 def test_without_a_gpu_nothing_is_planned_unless_asked(tiny_sdxl: Path, tmp_path: Path) -> None:
     config = make_config(tiny_sdxl, tmp_path, tmp_path)
-    assert planned(config, open_sdxl(tiny_sdxl), CPU) == (config, None)
+    assert planned(config, lambda: open_sdxl(tiny_sdxl), CPU) == (config, None)
 
 
 def test_vram_drives_a_run_and_its_resume(tiny_sdxl: Path, cache: Path, tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ def test_a_resume_keeps_what_the_updates_depend_on(tiny_sdxl: Path, tmp_path: Pa
     config = make_config(tiny_sdxl, tmp_path, tmp_path, train={"vram": "1GiB"})
     recorded = config.model_dump(mode="json")
     recorded["train"]["fused_step"] = True
-    assert planned(config, open_sdxl(tiny_sdxl), CPU, recorded)[0].train.fused_step
-    assert not planned(config, open_sdxl(tiny_sdxl), CPU)[0].train.fused_step
+    assert planned(config, lambda: open_sdxl(tiny_sdxl), CPU, recorded)[0].train.fused_step
+    assert not planned(config, lambda: open_sdxl(tiny_sdxl), CPU)[0].train.fused_step
 
 
 def test_what_cannot_fit_is_refused_before_weights_are_loaded(
@@ -83,7 +83,7 @@ def test_what_cannot_fit_is_refused_before_weights_are_loaded(
     enough = re.search(r'train\.vram = "([\d.]+GiB)" would do', message)
     assert enough is not None
     config = make_config(tiny_sdxl, cache, tmp_path / "run", train={"vram": enough[1]})
-    assert planned(config, open_sdxl(tiny_sdxl), CPU)[1] is not None
+    assert planned(config, lambda: open_sdxl(tiny_sdxl), CPU)[1] is not None
     assert not (tmp_path / "run").exists()
 
 
@@ -254,7 +254,7 @@ def test_what_is_not_free_is_not_planned_for(
     """Neither planned for nor under the cap: a driver that is asked for more goes on in system RAM."""
     card = PretendedCard(monkeypatch, free=free, reserved=0)
     config = make_config(tiny_sdxl, tmp_path, tmp_path, train={} if wanted is None else {"vram": wanted})
-    budget = planned(config, open_sdxl(tiny_sdxl), CUDA)[1]
+    budget = planned(config, lambda: open_sdxl(tiny_sdxl), CUDA)[1]
     assert budget is not None
     assert budget.vram == pytest.approx(planned_for * GIB, abs=2)
     assert f"({source})" in budget.notes()[0]

@@ -518,7 +518,7 @@ def test_on_the_cpu_what_runs_is_planned(
         seen.append(config)
         return config, None
 
-    monkeypatch.setattr("mapo_fast.run.train.planned", planned)
+    monkeypatch.setattr("mapo_fast.run.settings.planned", planned)
     config = make(tmp_path / "run", speed=stated)
     assert train(config).finished
     speed = seen[0].speed

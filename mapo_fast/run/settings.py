@@ -1,0 +1,87 @@
+"""The settings of a run, final before anything is loaded: for `train` and for `mapo-fast show`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from mapo_fast.engine.precision import choose_device
+from mapo_fast.engine.processes import ALONE, Processes, in_processes
+from mapo_fast.models.pipeline import PipelineFolder, open_sdxl, scheduler_overrides
+from mapo_fast.run.budget import Budget, is_planned, planned
+from mapo_fast.settings.load import with_settings
+from mapo_fast.settings.schema import Config
+from mapo_fast.settings.table import on_cpu
+from mapo_fast.settings.table import planned as choices
+from mapo_fast.settings.view import Known, known
+from mapo_fast.util.errors import UserError
+
+
+def final_settings(
+    config: Config,
+    device: torch.device,
+    processes: Processes = ALONE,
+    *,
+    model: Callable[[], PipelineFolder],
+    recorded: dict[str, Any] | None = None,
+) -> tuple[Config, Budget | None]:
+    """The config as a run on this device has it, and what its memory plan allows.
+
+    Every setting that is not a default is stated then; `Config.sources` says by whom.
+
+    Args:
+        model: opens the model's folder, where there is something to plan.
+        recorded: settings of the run to resume, section by section.
+
+    Raises:
+        UserError: a setting that the device or several processes rule out, or no plan that fits.
+    """
+    return planned(_on(config, device, processes), model, device, recorded, processes)
+
+
+def _on(config: Config, device: torch.device, processes: Processes) -> Config:
+    """The config with what the device and the number of processes decide."""
+    config = in_processes(config, processes)
+    if device.type == "cpu":
+        left_open = {name: value for name, value in on_cpu().items() if name not in config.stated}
+        config = with_settings(config, left_open, "device")
+    if config.train.device == "auto":
+        config = with_settings(config, {"train.device": device.type}, "device")
+    return config
+
+
+class Shown(NamedTuple):
+    """What can be said of a run before it starts."""
+
+    settings: dict[str, Known]
+    unplanned: str = ""
+    """Why the memory plan is not made yet, where a run would make one."""
+    refused: UserError | None = None
+    """What a run with these settings would end with."""
+
+
+def look(config: Config) -> Shown:
+    """The settings that a new run in one process will have; nothing is loaded.
+
+    Where the model folder or the GPU is not on this machine, the memory plan is left open.
+    """
+    later = sorted(choices("exact").keys() - config.stated)
+    try:
+        device = choose_device(config.train)
+    except UserError as error:
+        return Shown(known(config, later), unplanned=str(error))
+    config = _on(config, device, ALONE)
+    if not is_planned(config, device):
+        return Shown(known(config))
+    try:
+        folder = open_sdxl(
+            config.model.path, config.model.vae, scheduler_overrides(config.train), weights=False
+        )
+    except UserError as error:
+        return Shown(known(config, later), unplanned=str(error))
+    try:
+        return Shown(known(final_settings(config, device, model=lambda: folder)[0]))
+    except UserError as error:
+        return Shown(known(config, later), refused=error)

@@ -1,0 +1,84 @@
+"""`settings.json` of a run's folder: its settings at each start, and where each one came from.
+
+A resume may change what does not affect the updates; what the run had before stays in the file. Nothing
+depends on it: `run.json` is what a resume is compared with.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mapo_fast import __version__
+from mapo_fast.settings.schema import Config
+from mapo_fast.settings.view import as_json, known
+from mapo_fast.util.errors import MachineError, UserError
+from mapo_fast.util.files import disk_errors, read_json
+from mapo_fast.util.records import WrongFileError, unsealed, write_record
+
+SETTINGS = "settings.json"
+
+
+class Start(BaseModel):
+    """The settings from a step on."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    step: int
+    """The one that it starts from."""
+    version: str
+    processes: int
+    settings: dict[str, dict[str, Any]]
+    """As `mapo-fast show --json` prints them."""
+
+
+class Starts(BaseModel):
+    """What the file holds, beside its checksum."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    run: str
+    """Id of the run."""
+    starts: list[Start] = []
+
+
+def keep_settings(config: Config, run: str, *, step: int, processes: int) -> list[str]:
+    """Add the settings of a start, unless they are those of the one before; the folder is held.
+
+    Returns:
+        What to say: nothing, or that the file cannot be read and has been moved aside.
+
+    Raises:
+        UserError: as `files.disk_errors`.
+    """
+    path = config.train.output / SETTINGS
+    before, notes = _read(path, run)
+    start = Start(step=step, version=__version__, processes=processes, settings=as_json(known(config)))
+    if not before.starts or before.starts[-1] != start.model_copy(update={"step": before.starts[-1].step}):
+        now = Starts(run=run, starts=[*before.starts, start])
+        write_record(path, now.model_dump())
+    return notes
+
+
+def _read(path: Path, run: str) -> tuple[Starts, list[str]]:
+    none = Starts(run=run)
+    if not os.path.lexists(path):
+        return none, []
+    try:
+        found = Starts.model_validate(unsealed(read_json(path)))
+        if found.run == run:
+            return found, []
+        problem = f"{path} is another run's"
+    except MachineError:
+        raise
+    except UserError as error:
+        problem = str(error)
+    except (WrongFileError, ValidationError):
+        problem = f"{path} is not what was written"
+    aside = path.with_name(f"unreadable-{path.name}")
+    with disk_errors(path):
+        path.replace(aside)
+    return none, [f"{problem}: it is now {aside.name}, and {path.name} begins anew"]
