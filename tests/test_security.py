@@ -41,6 +41,7 @@ from mapo_fast.models.text import TextEncoder
 from mapo_fast.planner import store
 from mapo_fast.run.folder import read_run
 from mapo_fast.run.log import read_log
+from mapo_fast.run.starts import keep_settings
 from mapo_fast.run.train import train
 from mapo_fast.settings.load import load_config
 from mapo_fast.settings.table import TABLE
@@ -544,6 +545,8 @@ def test_a_run_folder_names_no_code(tmp_path: Path, trap: Trap, tiny_sdxl: Path,
     record["allow_code"] = [f"{trap.name}:register"]
     write_record(run / "run.json", record)
     read_run(run)
+    edit(run / "settings.json", allow_code=[f"{trap.name}:register"])
+    assert keep_settings(make_config(tiny_sdxl, cache, run), record["run"], step=2, processes=1)
     with (run / "log.jsonl").open("a") as log:
         log.write(json.dumps({"event": f"{trap.name}.register", "step": 2, "py/object": trap.name}) + "\n")
     assert read_log(run / "log.jsonl")

@@ -45,6 +45,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "edited": lambda path: path.write_text(path.read_text().replace('"step": 0', '"step": 1')),
     "cut short": lambda path: path.write_bytes(path.read_bytes()[:100]),
     "another kind": lambda path: path.write_text("[]"),
+    "nested too deeply": lambda path: path.write_text('{"starts": ' + "[" * 10**5),
     "no checksum": lambda path: path.write_text("{}"),
     "another run's": lambda path: (
         path.unlink(),
