@@ -10,7 +10,7 @@ setup(
     packages=find_packages(include=["mapo_fast*"]) + find_packages("kernels"),
     package_dir={"mapo_kernels": "kernels/mapo_kernels"},
     package_data={
-        "mapo_fast": ["py.typed", "demo/assets/**/*", "demo/assets/*"],
+        "mapo_fast": ["py.typed", "demo/assets/**/*", "demo/assets/*", "models/assets/*"],
         "mapo_kernels": ["py.typed"],
     },
 )

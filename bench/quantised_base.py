@@ -37,8 +37,9 @@ from mapo_fast.loss import MaPOLoss
 from mapo_fast.models.diffusion import Diffusion
 from mapo_fast.models.fp8 import use_fp8
 from mapo_fast.models.lora import add_lora
+from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.patch import patch_unet
-from mapo_fast.models.pipeline import PipelineFolder, open_sdxl
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.quantise import DENSE, QuantisedConv2d, QuantisedLinear, quantise_base
 from mapo_fast.models.text import encode_prompts
 from mapo_fast.planner.models import SDXL_UNET
@@ -137,7 +138,7 @@ def quantised_weights(unet: Any) -> dict[str, Tensor]:
 # --- The whole UNet ---
 
 
-def pair_batches(folder: PipelineFolder) -> list[PairInputs]:
+def pair_batches(folder: Pipeline) -> list[PairInputs]:
     """One batch per timestep, all pairs in it, the noise a pair's own."""
     pairs = world.preference_pairs(PAIRS, seed=7)
     encoder = LatentEncoder(folder, "fp32", CPU)
@@ -196,7 +197,7 @@ def measure(unet: Any, batches: list[PairInputs], dtype: torch.dtype) -> dict[st
     }
 
 
-def base_rows(folder: PipelineFolder, batches: list[PairInputs]) -> Iterator[dict[str, Any]]:
+def base_rows(folder: Pipeline, batches: list[PairInputs]) -> Iterator[dict[str, Any]]:
     want = measure(with_adapter(folder.load_unet()), batches, torch.float32)
     for base in ("dense", "int8", "fp8", "nf4"):
         unet = folder.load_unet(torch.bfloat16)
@@ -206,7 +207,7 @@ def base_rows(folder: PipelineFolder, batches: list[PairInputs]) -> Iterator[dic
         yield {"what": "base", "base": base, **differences(got, want)}
 
 
-def full_rows(folder: PipelineFolder, batches: list[PairInputs]) -> Iterator[dict[str, Any]]:
+def full_rows(folder: Pipeline, batches: list[PairInputs]) -> Iterator[dict[str, Any]]:
     want = measure(folder.load_unet().requires_grad_(True), batches, torch.float32)
     for fp8 in (False, True):
         unet = folder.load_unet(torch.bfloat16).requires_grad_(True)
@@ -228,7 +229,7 @@ def differences(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, fl
     }
 
 
-def group_rows(folder: PipelineFolder, batches: list[PairInputs]) -> Iterator[dict[str, Any]]:
+def group_rows(folder: Pipeline, batches: list[PairInputs]) -> Iterator[dict[str, Any]]:
     def predictions(unet: Any) -> Tensor:
         with torch.no_grad():
             return torch.cat([predict(unet, inputs) for inputs in batches])

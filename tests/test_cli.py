@@ -209,7 +209,7 @@ def test_a_folder_that_is_not_sdxl_names_the_missing_part(
 def test_pickled_weights_and_other_models_are_refused(tmp_path: Path, tiny_sdxl: Path) -> None:
     import shutil
 
-    from mapo_fast.models.pipeline import open_sdxl
+    from mapo_fast.models.open import open_sdxl
     from mapo_fast.util.errors import UserError
 
     model = shutil.copytree(tiny_sdxl, tmp_path / "model")

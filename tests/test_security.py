@@ -36,7 +36,9 @@ from mapo_fast.data.cache import PairCache
 from mapo_fast.data.images.decode import decode
 from mapo_fast.data.prepare import prepare
 from mapo_fast.data.sources import open_source
-from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.identity import encoders_identity, files_fingerprint, unet_identity
+from mapo_fast.models.open import open_sdxl
+from mapo_fast.models.sdxl import ENCODERS
 from mapo_fast.models.text import TextEncoder
 from mapo_fast.planner import store
 from mapo_fast.run.folder import read_run
@@ -141,7 +143,7 @@ def use(model: Path) -> None:
     folder.load_vae()
     for which in (1, 2):
         TextEncoder(folder, which, 1, torch.device("cpu"), torch.float32)(["a red thing"])
-    _ = folder.fingerprint(("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    _ = encoders_identity(folder), unet_identity(folder), files_fingerprint(folder, ENCODERS)
 
 
 def used_or_refused(call: Callable[[], Any]) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.providers.task import PAIRS, Task
 from mapo_fast.demo.run import TINY_SDXL
-from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.open import open_sdxl
 
 SDXL_VAE: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),

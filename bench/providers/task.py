@@ -24,7 +24,7 @@ from mapo_fast.engine.batches import MicroBatches
 from mapo_fast.engine.step import PairInputs, training_inputs
 from mapo_fast.models.diffusion import Diffusion
 from mapo_fast.models.lora import add_lora
-from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.open import open_sdxl
 from mapo_fast.planner.models import SDXL_UNET
 from mapo_fast.settings.load import parse_config
 from mapo_fast.settings.schema import Config

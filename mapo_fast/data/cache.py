@@ -38,7 +38,7 @@ from torch import Tensor
 from mapo_fast.data.index import CacheIndex, cache_settings, missing, reading
 from mapo_fast.data.shards import shard_path
 from mapo_fast.data.table import NOWHERE, CachedPair, PairRows, PairTable
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.settings.schema import DataConfig
 
 __all__ = ["CachedPair", "PairBatch", "PairCache", "PairRow", "SampleBatch"]
@@ -117,7 +117,7 @@ class PairCache:
         """See `CacheIndex.fingerprint`."""
         return self.index.fingerprint
 
-    def check(self, folder: PipelineFolder, data: DataConfig) -> None:
+    def check(self, folder: Pipeline, data: DataConfig) -> None:
         """Check that the cache was made with this model's encoders and these settings.
 
         The UNet is not looked at: several UNets may share a cache.

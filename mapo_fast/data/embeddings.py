@@ -17,14 +17,14 @@ from mapo_fast.data import shards
 from mapo_fast.data.prompts import EMPTY
 from mapo_fast.data.shards import ShardFamily, pack_keys
 from mapo_fast.hardware import gpu
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.sdxl import BOTH, CONTEXT, Which, text_encoder
 from mapo_fast.models.text import BATCH, TextEncoder, chunk_count, empty_prompt, text_widths
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.progress import Callbacks, stage
 
 
-def prompt_bytes(folder: PipelineFolder, max_tokens: int) -> int:
+def prompt_bytes(folder: Pipeline, max_tokens: int) -> int:
     """Bytes of a prompt's embeddings in the shards of both encoders."""
     (first, second), pooled = text_widths(folder)
     return 2 * (CONTEXT * chunk_count(max_tokens) * (first + second) + pooled)
@@ -33,7 +33,7 @@ def prompt_bytes(folder: PipelineFolder, max_tokens: int) -> int:
 def embed_prompts(
     prompts: Mapping[bytes, str],
     families: Mapping[str, ShardFamily],
-    folder: PipelineFolder,
+    folder: Pipeline,
     *,
     max_tokens: int,
     device: torch.device,
@@ -75,7 +75,7 @@ def embed_prompts(
 def _embed(
     prompts: Mapping[bytes, str],
     family: ShardFamily,
-    folder: PipelineFolder,
+    folder: Pipeline,
     which: Which,
     max_tokens: int,
     device: torch.device,
@@ -100,14 +100,14 @@ def _embed(
     encoder.free()
 
 
-def _store_zeros(family: ShardFamily, folder: PipelineFolder, which: Which, max_tokens: int) -> None:
+def _store_zeros(family: ShardFamily, folder: Pipeline, which: Which, max_tokens: int) -> None:
     zeros = empty_prompt(folder, max_tokens=max_tokens, device="cpu", dtype=torch.float32)
     hidden = zeros.prompt_embeds[..., : text_widths(folder)[0][which - 1]]
     family.write(_tensors([EMPTY], hidden, zeros.pooled_embeds, which))
 
 
-def _damaged(folder: PipelineFolder, which: Which) -> str:
-    part = folder.path(text_encoder(which))
+def _damaged(folder: Pipeline, which: Which) -> str:
+    part = folder.where(text_encoder(which))
     return (
         f"{part} gives values for the empty prompt that are not finite: its weights are damaged; copy it "
         "from the model again"

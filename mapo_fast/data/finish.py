@@ -20,7 +20,7 @@ from mapo_fast.data.shards import FAMILIES, ShardFamily
 from mapo_fast.data.split import held_out_pairs
 from mapo_fast.data.summary import reasons, write_lines
 from mapo_fast.data.table import NOWHERE, PAIR, table_digests
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.text import truncations
 from mapo_fast.settings.schema import DataConfig
 from mapo_fast.util.files import atomic_path, sha256_file
@@ -30,7 +30,7 @@ def finish(
     data: DataConfig,
     choice: Choice,
     families: Mapping[str, ShardFamily],
-    folder: PipelineFolder,
+    folder: Pipeline,
     known: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write everything but the shards; returns the index, which is written last.

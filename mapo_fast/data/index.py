@@ -27,7 +27,7 @@ from mapo_fast.util.files import (
 )
 
 if TYPE_CHECKING:
-    from mapo_fast.models.pipeline import PipelineFolder
+    from mapo_fast.models.pipeline import Pipeline
     from mapo_fast.settings.schema import DataConfig
 
 FORMAT = 4
@@ -35,7 +35,7 @@ TAKEN_OVER = (2, 3)
 """Formats whose shards are alike: `prepare` only writes the tables of such a cache anew."""
 
 
-def cache_settings(folder: PipelineFolder, data: DataConfig) -> dict[str, Any]:
+def cache_settings(folder: Pipeline, data: DataConfig) -> dict[str, Any]:
     """All that decides what a cache holds, given the same source; `held_out` only moves pairs about."""
     from mapo_fast.models.identity import encoders_identity  # reads tokenizers, and needs torch
 
@@ -68,7 +68,7 @@ def difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
     return None
 
 
-def translated(have: dict[str, Any], want: dict[str, Any], folder: PipelineFolder) -> dict[str, Any]:
+def translated(have: dict[str, Any], want: dict[str, Any], folder: Pipeline) -> dict[str, Any]:
     """The settings of a cache of an earlier format as they would be of this one.
 
     Before format 4 a model was known by its files, with their names and their configs' whole text. The
@@ -76,12 +76,14 @@ def translated(have: dict[str, Any], want: dict[str, Any], folder: PipelineFolde
     """
     if have.get("format") not in TAKEN_OVER:
         return have
-    same = have.get("model") == folder.fingerprint(ENCODERS)
+    from mapo_fast.models.identity import files_fingerprint
+
+    same = have.get("model") == files_fingerprint(folder, ENCODERS)
     model = want["model"] if same else have.get("model")
     return {**have, "format": FORMAT, "model": model, "before": have}
 
 
-def claim(cache: Path, settings: dict[str, Any], folder: PipelineFolder) -> dict[str, Any]:
+def claim(cache: Path, settings: dict[str, Any], folder: Pipeline) -> dict[str, Any]:
     """Check that the cache folder is empty, or made for these settings; nothing is written.
 
     One in which nothing has been encoded yet, which a refused `prepare` leaves, may become any other.

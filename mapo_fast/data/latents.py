@@ -31,7 +31,7 @@ from mapo_fast.data.shards import ShardFamily
 from mapo_fast.data.sources.base import MissingImageError, PairRecord, PreferencePairs, reading
 from mapo_fast.data.vae_encoder import DTYPES, Encoding, LatentEncoder, latent_shape
 from mapo_fast.hardware import gpu
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.vae import TILE, encoding_with_less, setting_text
 from mapo_fast.settings.schema import DataConfig
 from mapo_fast.util.errors import UserError
@@ -46,7 +46,7 @@ def encode_images(
     jobs: Sequence[ImageJob],
     family: ShardFamily,
     source: PreferencePairs,
-    folder: PipelineFolder,
+    folder: Pipeline,
     data: DataConfig,
     *,
     vram: str | None,
@@ -86,7 +86,7 @@ def _encode(
     jobs: Sequence[ImageJob],
     family: ShardFamily,
     source: PreferencePairs,
-    folder: PipelineFolder,
+    folder: Pipeline,
     data: DataConfig,
     device: torch.device,
     callbacks: Callbacks,
@@ -282,7 +282,7 @@ def _too_large(data: DataConfig, vram: str | None) -> str:
     )
 
 
-def latent_bytes(folder: PipelineFolder, data: DataConfig, bucket: Size) -> int:
+def latent_bytes(folder: Pipeline, data: DataConfig, bucket: Size) -> int:
     """Bytes of an image's latents in a shard, its mirror image's included."""
     channels, height, width = latent_shape(folder, bucket)
     size = channels * height * width * DTYPES[data.vae_dtype].itemsize

@@ -37,7 +37,8 @@ from mapo_fast.data.summary import PrepareSummary, reasons, report, summary_of, 
 from mapo_fast.data.vae_encoder import latent_shape
 from mapo_fast.hardware import gpu
 from mapo_fast.models.fp32 import exact_fp32
-from mapo_fast.models.pipeline import PipelineFolder, open_sdxl, scheduler_overrides
+from mapo_fast.models.open import open_model
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.sdxl import BOTH
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
@@ -57,7 +58,7 @@ def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareSum
     data = config.data
     if data.source is None:
         raise UserError("data.source is missing: prepare needs to know where the preference pairs are")
-    folder = open_sdxl(config.model.path, config.model.vae, scheduler_overrides(config.train))
+    folder = open_model(config)
     buckets = make_buckets(data.resolution, data.bucket_step)
     for bucket in buckets:
         latent_shape(folder, bucket)
@@ -101,7 +102,7 @@ class Preparation:
     def __init__(
         self,
         config: Config,
-        folder: PipelineFolder,
+        folder: Pipeline,
         source: PreferencePairs,
         buckets: list[Size],
         callbacks: Callbacks,

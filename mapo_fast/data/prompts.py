@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 from mapo_fast.data.scan import content_hash
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.sdxl import BOTH
 from mapo_fast.models.text import text_ids
 
@@ -28,7 +28,7 @@ def spelling_key(prompt: str) -> bytes:
     return content_hash(b"prompt\0" + prompt.encode())
 
 
-def prompt_keys(folder: PipelineFolder, prompts: Iterable[str], max_tokens: int) -> dict[str, bytes]:
+def prompt_keys(folder: Pipeline, prompts: Iterable[str], max_tokens: int) -> dict[str, bytes]:
     """The key of every distinct prompt: the least `spelling_key` of those with the same tokens.
 
     Where no two spellings of a prompt occur, that is its `spelling_key`.

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mapo_fast.data.buckets import Size
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.vae import to_unet, use_tiles
 from mapo_fast.util.errors import UserError
 
@@ -56,7 +56,7 @@ class LatentEncoder:
     """
 
     def __init__(
-        self, folder: PipelineFolder, dtype: str, device: torch.device, *, tiles: int | None = None
+        self, folder: Pipeline, dtype: str, device: torch.device, *, tiles: int | None = None
     ) -> None:
         self.folder, self.dtype, self.device = folder, DTYPES[dtype], device
         self.config = folder.config("vae")
@@ -112,7 +112,7 @@ def _pixels(image: Image.Image) -> Tensor:  # (3, H, W) fp32 in [−1, 1]
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
-def latent_shape(folder: PipelineFolder, bucket: Size) -> tuple[int, int, int]:
+def latent_shape(folder: Pipeline, bucket: Size) -> tuple[int, int, int]:
     """(C, h, w) of the latents of a bucket.
 
     Raises:

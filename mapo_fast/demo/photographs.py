@@ -251,7 +251,7 @@ def score_photographs(out: Path, draws: int = 8) -> list[KindScore]:
 
     from mapo_fast.data.cache import PairCache
     from mapo_fast.models.diffusion import Diffusion
-    from mapo_fast.models.pipeline import open_sdxl
+    from mapo_fast.models.open import open_sdxl
     from mapo_fast.run.evaluate import HeldOut
 
     config = load_config(out / "config.toml")

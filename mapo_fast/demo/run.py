@@ -27,7 +27,8 @@ from rich.table import Table
 import mapo_fast
 from mapo_fast.data.prepare import prepare
 from mapo_fast.demo import report, score, world
-from mapo_fast.models.pipeline import PipelineFolder, open_sdxl
+from mapo_fast.models.open import open_sdxl
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.run.train import train
 from mapo_fast.settings.load import load_config
 from mapo_fast.settings.schema import Config, ObjectiveConfig
@@ -256,7 +257,7 @@ def _train(config: Config, terminal: Terminal) -> None:
 
 
 def _sample_all(
-    out: Path, names: dict[str, str], folder: PipelineFolder, seed: int, size: DemoSize, console: Console
+    out: Path, names: dict[str, str], folder: Pipeline, seed: int, size: DemoSize, console: Console
 ) -> tuple[report.Cells, dict[str, score.Prompts]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = folder.load_vae().to(device)
@@ -276,7 +277,7 @@ def _sample_all(
     return cells, prompts
 
 
-def _load_unet(run: Path, folder: PipelineFolder) -> Any:
+def _load_unet(run: Path, folder: Pipeline) -> Any:
     """What a run has made, as any user of diffusers would load it; the start model where there is no run."""
     if (run / "unet").exists():
         return UNet2DConditionModel.from_pretrained(run / "unet", local_files_only=True)

@@ -12,7 +12,7 @@ import torch
 from PIL.Image import Image
 
 from mapo_fast.demo import world
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.sample import decode_latents, sample_latents
 from mapo_fast.models.text import PromptEmbeds, empty_prompt, encode_prompts
 
@@ -40,7 +40,7 @@ class Samples:
     readings: list[world.Reading]
 
 
-def make_prompts(folder: PipelineFolder, *, with_colour: bool, count: int, seed: int, device: Any) -> Prompts:
+def make_prompts(folder: Pipeline, *, with_colour: bool, count: int, seed: int, device: Any) -> Prompts:
     """`count` captions with shapes (and colours, where named) in equal shares and random geometry.
 
     The start seeds are far from those of the training data and equal for every model that is compared.
@@ -61,7 +61,7 @@ def make_prompts(folder: PipelineFolder, *, with_colour: bool, count: int, seed:
     return Prompts(drawings, captions, embeds, empty, seeds)
 
 
-def sample(unet: Any, vae: Any, folder: PipelineFolder, prompts: Prompts, steps: int) -> Samples:
+def sample(unet: Any, vae: Any, folder: Pipeline, prompts: Prompts, steps: int) -> Samples:
     """Sample and read one image per prompt."""
     latents = sample_latents(
         unet,

@@ -24,7 +24,7 @@ from mapo_fast.engine.transfers import Transfers
 from mapo_fast.models.fp8 import use_fp8
 from mapo_fast.models.lora import add_lora
 from mapo_fast.models.patch import patch_unet
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.quantise import quantise_base
 from mapo_fast.settings.schema import Config, OptimConfig
 from mapo_fast.util.errors import UserError
@@ -49,7 +49,7 @@ class TrainingUnet:
 
 def build_unet(
     config: Config,
-    folder: PipelineFolder,
+    folder: Pipeline,
     precision: Precision,
     device: torch.device,
     processes: Processes = ALONE,

@@ -1,4 +1,4 @@
-"""What text encoders, tokenizers and a VAE compute, as one digest, however their files are named and cut.
+"""What a model's parts compute, as one digest, however their files are named and cut.
 
 Weights count by their canonical names, types, shapes and a sample of their values; configs by the fields that
 change what is computed; tokenizers by vocabulary, merges and special tokens. So a pipeline folder has the
@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mapo_fast.models.pipeline import PipelineFolder
-from mapo_fast.models.sdxl import BOTH, Component, text_encoder
-from mapo_fast.util.tensorheader import read_header, samples
+from mapo_fast.models.configs import UnetConfig, checked
+from mapo_fast.models.parts import Part, without_trailing_ones
+from mapo_fast.models.pipeline import Pipeline
+from mapo_fast.models.recognise import IGNORED
+from mapo_fast.models.sdxl import BOTH, WEIGHTS, Component, text_encoder
+from mapo_fast.models.weight_files import weight_files
+from mapo_fast.util.files import sha256_file
+from mapo_fast.util.tensorheader import weights_digest
 
+_PER_BLOCK = ("attention_head_dim", "layers_per_block", "transformer_layers_per_block", "cross_attention_dim")
 _DECODER_ONLY = {"out_channels", "up_block_types", "use_post_quant_conv"}
 _TOKEN_ONLY = {"eos_token_id"}  # `load_tokenizer` refuses one that is not the tokenizer's
-_LEGACY = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""Names in the attention of VAEs that older versions of diffusers wrote."""
-_WITHOUT_EFFECT = ("position_ids", "logit_scale")
-"""0, 1, 2, …, and the scale of CLIP's contrastive loss: not every file has them."""
 
 
 class TensorIdentity(NamedTuple):
@@ -38,7 +39,7 @@ class TensorIdentity(NamedTuple):
     """SHA-256 of its first and last `tensorheader.SAMPLE` bytes."""
 
 
-def encoders_identity(folder: PipelineFolder) -> str:
+def encoders_identity(model: Pipeline) -> str:
     """SHA-256 of what a cache depends on: the VAE, both text encoders, both tokenizers.
 
     Of weights, only a sample is read, so that a start takes no minute.
@@ -46,43 +47,62 @@ def encoders_identity(folder: PipelineFolder) -> str:
     Raises:
         UserError: weights that cannot be read, a tokenizer that cannot be loaded.
     """
-    vae = folder.vae_config.model_dump(exclude=_DECODER_ONLY)
-    parts: dict[str, Any] = {"vae": [vae, *_tensors(folder, "vae")]}
+    vae = model.vae_config.model_dump(exclude=_DECODER_ONLY)
+    parts: dict[str, Any] = {"vae": [vae, *_tensors(model.parts["vae"])]}
     for which in BOTH:
         exclude = _TOKEN_ONLY | ({"projection_dim"} if which == 1 else set())
-        text = folder.text_config(which).model_dump(exclude=exclude)
-        parts[f"text{which}"] = [text, *_tensors(folder, text_encoder(which))]
-        parts[f"tokenizer{which}"] = _tokenizer(folder.load_tokenizer(which))
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        text = model.text_config(which).model_dump(exclude=exclude)
+        parts[f"text{which}"] = [text, *_tensors(model.parts[text_encoder(which)])]
+        parts[f"tokenizer{which}"] = _tokenizer(model.load_tokenizer(which))
+    return _digest(parts)
 
 
-def _tensors(folder: PipelineFolder, component: Component) -> list[TensorIdentity]:
-    return sorted(found for file in folder.weight_files(component) for found in _of_file(file))
+def unet_identity(model: Pipeline) -> str:
+    """SHA-256 of what a run starts from: the UNet's weights, by a sample, and its config.
 
-
-def _of_file(file: Path) -> Iterator[TensorIdentity]:
-    header = read_header(file)
-    for name, sample in samples(header):
-        if not name.endswith(_WITHOUT_EFFECT):
-            yield tensor_identity(name, header.tensors[name].dtype, header.tensors[name].shape, sample)
-
-
-def tensor_identity(name: str, dtype: str, shape: Sequence[int], sample: bytes) -> TensorIdentity:
-    """A tensor's identity, wherever it comes from.
-
-    Args:
-        name: as diffusers and transformers call it, today or in an older version.
-        dtype: as safetensors writes it.
-        shape: in elements.
-        sample: its first and last `tensorheader.SAMPLE` bytes.
+    Raises:
+        UserError: weights that cannot be read.
     """
-    for old, new in _LEGACY.items():
-        name = name.replace(old, new)
-    sizes = list(shape)
-    while sizes and sizes[-1] == 1:
-        sizes.pop()
-    values = hashlib.sha256(sample).hexdigest()
-    return TensorIdentity(name.removeprefix("text_model."), str(dtype), tuple(sizes), values)
+    part = model.parts["unet"]
+    config = checked(UnetConfig, part.config, part.config_file).model_dump()
+    for name in _PER_BLOCK:
+        if not isinstance(config[name], list):  # one number for all blocks
+            config[name] = [config[name]] * len(config["down_block_types"])
+    return _digest([config, *_tensors(part)])
+
+
+def files_fingerprint(model: Pipeline, components: Sequence[Component]) -> str | None:
+    """SHA-256 over the files of these components with their names: how a model was known before.
+
+    Caches of formats 2 and 3 and runs of the same time have it. None where a component is no folder.
+    """
+    digest = hashlib.sha256()
+    for component in components:
+        if component in WEIGHTS:
+            part = model.parts[component]
+            if not part.where.is_dir():
+                return None
+            files = [part.config_file, *weight_files(part.where, WEIGHTS[component])]
+        else:
+            if model.tokenizers.root is None:
+                return None
+            files = sorted(p for p in (model.tokenizers.root / component).iterdir() if p.is_file())
+        for file in files:
+            content = weights_digest(file) if file.suffix == ".safetensors" else sha256_file(file)
+            digest.update(f"{component}/{file.name}:{content}".encode())
+    return digest.hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _tensors(part: Part) -> list[TensorIdentity]:
+    return sorted(
+        TensorIdentity(name, stored.dtype, without_trailing_ones(stored.shape), stored.digest())
+        for name, stored in part.stored.items()
+        if not IGNORED.fullmatch(name)
+    )
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:

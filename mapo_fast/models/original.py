@@ -39,12 +39,18 @@ class Place(NamedTuple):
 
 
 def canonical(name: str) -> str:
-    """A tensor's name without what the versions of transformers disagree on."""
+    """A tensor's name without what the versions of diffusers and transformers disagree on."""
+    for old, new in _LEGACY.items():
+        name = name.replace(old, new)
     return name.removeprefix("text_model.")
 
 
+_LEGACY = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""Names in the attention of VAEs that older versions of diffusers wrote."""
+
+
 def places(component: str, names: Iterable[str], config: Mapping[str, Any]) -> dict[str, Place]:
-    """Where a single file keeps each tensor of a part.
+    """Where a single file keeps each tensor of a part, without the part's prefix.
 
     Args:
         component: `unet`, `vae`, `text_encoder` or `text_encoder_2`.
@@ -56,14 +62,12 @@ def places(component: str, names: Iterable[str], config: Mapping[str, Any]) -> d
     """
     names = list(names)
     if component == "unet":
-        found = _unet(names, config)
-    elif component == "vae":
-        found = {name: _vae(name, len(config["block_out_channels"])) for name in names}
-    elif component == "text_encoder":
-        found = {name: Place(name) for name in names}
-    else:
-        found = {name: _open_clip(name) for name in names}
-    return {name: place._replace(key=PREFIXES[component] + place.key) for name, place in found.items()}
+        return _unet(names, config)
+    if component == "vae":
+        return {name: _vae(name, len(config["block_out_channels"])) for name in names}
+    if component == "text_encoder":
+        return {name: Place(name) for name in names}
+    return {name: _open_clip(name) for name in names}
 
 
 def _unet(names: list[str], config: Mapping[str, Any]) -> dict[str, Place]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.sdxl import LATENT, sampling_pipeline
 from mapo_fast.models.vae import from_unet
 from mapo_fast.util.errors import UserError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def sample_latents(
     unet: Any,
-    folder: PipelineFolder,
+    folder: Pipeline,
     prompts: PromptEmbeds,
     empty: PromptEmbeds,
     *,
@@ -123,7 +123,7 @@ def decode_latents(vae: Any, latents: Tensor, *, batch_size: int = 8) -> list[Im
     return images
 
 
-def sampler(folder: PipelineFolder, steps: int) -> Any:
+def sampler(folder: Pipeline, steps: int) -> Any:
     """diffusers' Euler scheduler with the pipeline's own scheduler config, set to this many steps.
 
     Raises:
@@ -141,14 +141,14 @@ def sampler(folder: PipelineFolder, steps: int) -> Any:
             scheduler.set_timesteps(steps)
     except Exception as error:  # of any kind: diffusers takes the fields as they are
         raise UserError(
-            f"{folder.path('scheduler') / 'scheduler_config.json'} cannot be sampled by in {steps} steps: "
+            f"{folder.scheduler.where} cannot be sampled by in {steps} steps: "
             f"{(str(error).splitlines() or [''])[0]}; copy the file from the model again, or set another "
             "preview.steps"
         ) from error
     return scheduler
 
 
-def _pipeline(folder: PipelineFolder, unet: Any, steps: int) -> Any:
+def _pipeline(folder: Pipeline, unet: Any, steps: int) -> Any:
     with _quiet_import():
         pipeline = sampling_pipeline(unet, sampler(folder, steps))
     pipeline.set_progress_bar_config(disable=True)

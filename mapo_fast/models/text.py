@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.sdxl import BOTH, CHUNK_TOKENS, CONTEXT, Which, encode_text
 
 BATCH = 16
@@ -48,7 +48,7 @@ def chunk_count(max_tokens: int) -> int:
 
 
 def encode_prompts(
-    folder: PipelineFolder,
+    folder: Pipeline,
     prompts: Sequence[str],
     *,
     max_tokens: int,
@@ -77,7 +77,7 @@ def encode_prompts(
 
 
 def empty_prompt(
-    folder: PipelineFolder, *, max_tokens: int, device: torch.device | str, dtype: torch.dtype
+    folder: Pipeline, *, max_tokens: int, device: torch.device | str, dtype: torch.dtype
 ) -> PromptEmbeds:
     """What stands for "no prompt" (N = 1): zeros where the pipeline says so (SDXL's default), else ""."""
     if not folder.zeros_for_empty_prompt:
@@ -89,7 +89,7 @@ def empty_prompt(
     )
 
 
-def text_widths(folder: PipelineFolder) -> tuple[tuple[int, int], int]:
+def text_widths(folder: Pipeline) -> tuple[tuple[int, int], int]:
     """Hidden widths of the two encoders and the pooled width, read from their configs."""
     first, second = folder.text_config(1), folder.text_config(2)
     return (first.hidden_size, second.hidden_size), second.projection_dim
@@ -104,7 +104,7 @@ class TextEncoder:
 
     def __init__(
         self,
-        folder: PipelineFolder,
+        folder: Pipeline,
         which: Which,
         chunks: int,
         device: torch.device | str,
@@ -152,7 +152,7 @@ def text_ids(tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> list[li
     return [ids[:kept] for ids in _text_ids(tokenizer, prompts)]
 
 
-def truncations(folder: PipelineFolder, prompts: Sequence[str], max_tokens: int) -> Iterator[Truncation]:
+def truncations(folder: Pipeline, prompts: Sequence[str], max_tokens: int) -> Iterator[Truncation]:
     """Those of `prompts` that lose text at `max_tokens`, in order; the first tokenizer decides."""
     tokenizer = folder.load_tokenizer(1)
     kept = CHUNK_TOKENS * chunk_count(max_tokens)

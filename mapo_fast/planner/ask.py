@@ -14,7 +14,7 @@ from mapo_fast.hardware.allocator import EXPANDABLE, Rules
 from mapo_fast.hardware.cards import Card, card_with, find_card
 from mapo_fast.hardware.gpu import planned_rules
 from mapo_fast.hardware.host import host
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.planner.models import parts_of
 from mapo_fast.planner.rates import rates_of
 from mapo_fast.planner.search import Outcome, search
@@ -67,7 +67,7 @@ def ask(
 
 def plan_run(
     config: Config,
-    folder: PipelineFolder,
+    folder: Pipeline,
     vram: int,
     device: torch.device,
     processes: int = 1,

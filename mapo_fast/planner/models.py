@@ -1,10 +1,10 @@
-"""Which UNet and VAE are planned for: those of a folder, or SDXL's by name."""
+"""Which UNet and VAE are planned for: a model's, or SDXL's by name."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from mapo_fast.models.pipeline import open_sdxl, scheduler_overrides
+from mapo_fast.models.open import open_model
 from mapo_fast.planner.stages import SDXL_VAE, Vae, vae_of
 from mapo_fast.settings.load import user_path
 from mapo_fast.settings.schema import Config
@@ -30,19 +30,18 @@ SDXL_UNET: dict[str, Any] = {
 
 
 def parts_of(model: str, config: Config) -> tuple[dict[str, Any], Vae]:
-    """The UNet's config and the VAE of "sdxl", or of a diffusers pipeline folder, which needs no weights.
+    """The UNet's config and the VAE of "sdxl", or of a model, of which no weights are needed.
 
     Args:
         config: for another VAE's folder, and the noise schedule that `[train]` states.
 
     Raises:
-        UserError: the folder is no SDXL pipeline.
+        UserError: it is no SDXL model.
     """
     if model.lower() == "sdxl":
         return SDXL_UNET, SDXL_VAE
     try:
-        overrides = scheduler_overrides(config.train)
-        folder = open_sdxl(user_path("--model", model), config.model.vae, overrides, weights=False)
+        folder = open_model(config, user_path("--model", model), weights=False)
         return folder.config("unet"), vae_of(folder)
     except UserError as error:
-        raise UserError(f"{error}; without a folder: --model sdxl") from None
+        raise UserError(f"{error}; without a model: --model sdxl") from None

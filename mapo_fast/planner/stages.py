@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.vae import TILE, decode_bytes, encode_bytes, encoding_with_less, setting_text
 from mapo_fast.planner.plan import GRAPHS, Plan
 from mapo_fast.settings.load import with_settings
@@ -37,7 +37,7 @@ class Vae(NamedTuple):
 SDXL_VAE = Vae({"block_out_channels": [128, 256, 512, 512]}, FP32 * 83_653_863)
 
 
-def vae_of(folder: PipelineFolder) -> Vae:
+def vae_of(folder: Pipeline) -> Vae:
     """The VAE of a pipeline folder, by its config."""
     from diffusers import AutoencoderKL
 

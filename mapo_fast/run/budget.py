@@ -18,7 +18,7 @@ import torch
 from mapo_fast.engine.processes import ALONE, Processes
 from mapo_fast.hardware import gpu
 from mapo_fast.hardware.cards import CONTEXT_GIB, vram_for
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.planner.ask import plan_run, refusal
 from mapo_fast.planner.plan import Plan
 from mapo_fast.planner.search import Outcome
@@ -139,7 +139,7 @@ def is_planned(config: Config, device: torch.device, processes: Processes = ALON
 
 def planned(
     config: Config,
-    model: Callable[[], PipelineFolder],
+    model: Callable[[], Pipeline],
     device: torch.device,
     recorded: dict[str, Any] | None = None,
     processes: Processes = ALONE,

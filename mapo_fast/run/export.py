@@ -10,7 +10,7 @@ from torch import Tensor
 from mapo_fast import __version__
 from mapo_fast.engine.processes import Processes
 from mapo_fast.models.lora import save_lora
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.checkpoint import save_unet
 from mapo_fast.util.files import disk_errors, write_json
@@ -18,7 +18,7 @@ from mapo_fast.util.tensorparts import whole
 
 
 def export(
-    config: Config, unet: Any, tensors: Mapping[str, Tensor], folder: PipelineFolder, processes: Processes
+    config: Config, unet: Any, tensors: Mapping[str, Tensor], folder: Pipeline, processes: Processes
 ) -> None:
     """Write the LoRA or the UNet, and the scheduler config it was trained under, to `train.output`.
 

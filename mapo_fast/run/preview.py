@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mapo_fast.hardware.gpu import is_out_of_memory
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.sample import decode_latents, sample_latents, sampler
 from mapo_fast.models.text import PromptEmbeds, empty_prompt, encode_prompts
 from mapo_fast.models.vae import use_tiles
@@ -27,7 +27,7 @@ from mapo_fast.util.files import atomic_path, disk_errors
 class Previews:
     """Samples a run's preview prompts; make it before the UNet is loaded."""
 
-    def __init__(self, config: Config, folder: PipelineFolder, device: torch.device) -> None:
+    def __init__(self, config: Config, folder: Pipeline, device: torch.device) -> None:
         self.config, self.folder, self.device = config, folder, device
         self.poll: Callable[[], None] = lambda: None
         """Called after each denoising step, by all that sample; what it raises ends a preview."""

@@ -9,7 +9,8 @@ import torch
 
 from mapo_fast.engine.precision import choose_device
 from mapo_fast.engine.processes import ALONE, Processes, in_processes
-from mapo_fast.models.pipeline import PipelineFolder, open_sdxl, scheduler_overrides
+from mapo_fast.models.open import open_model
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.run.budget import Budget, is_planned, planned
 from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.schema import Config
@@ -24,7 +25,7 @@ def final_settings(
     device: torch.device,
     processes: Processes = ALONE,
     *,
-    model: Callable[[], PipelineFolder],
+    model: Callable[[], Pipeline],
     recorded: dict[str, Any] | None = None,
 ) -> tuple[Config, Budget | None]:
     """The config as a run on this device has it, and what its memory plan allows.
@@ -76,9 +77,7 @@ def look(config: Config) -> Shown:
     if not is_planned(config, device):
         return Shown(known(config))
     try:
-        folder = open_sdxl(
-            config.model.path, config.model.vae, scheduler_overrides(config.train), weights=False
-        )
+        folder = open_model(config, weights=False)
     except UserError as error:
         return Shown(known(config, later), unplanned=str(error))
     try:

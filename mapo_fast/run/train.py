@@ -7,7 +7,6 @@ again before the first write, and only then is the checkpoint to resume from loo
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from contextlib import ExitStack, nullcontext
@@ -23,7 +22,9 @@ from mapo_fast.engine.precision import choose_device, choose_precision
 from mapo_fast.engine.processes import Processes, environment, joined
 from mapo_fast.hardware.driver import why_no_gpu
 from mapo_fast.models.diffusion import Diffusion
-from mapo_fast.models.pipeline import PipelineFolder, open_sdxl, scheduler_overrides
+from mapo_fast.models.identity import unet_identity
+from mapo_fast.models.open import introduce, open_model
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.planner.kernels import compiling
 from mapo_fast.run.adopt import adopt
 from mapo_fast.run.budget import is_planned
@@ -77,15 +78,14 @@ def train(config: Config, *, resume: bool = False, callbacks: Callbacks | None =
 def _train(
     config: Config, device: torch.device, processes: Processes, resume: bool, callbacks: Callbacks
 ) -> TrainResult:
+    folder = open_model(config)
+    introduce(folder, callbacks)
     where = f"{processes.size} × {device.type}" if processes.size > 1 else str(device)
     callbacks.message(f"training on {where} ({back_end(device)})")
     if is_planned(config, device, processes):
         callbacks.message("planning memory; the first time on a machine this takes a minute or two")
     recorded = recorded_settings(config.train.output) if resume else None
-    start, overrides = config.model, scheduler_overrides(config.train)
-    model = functools.cache(lambda: open_sdxl(start.path, start.vae, overrides))
-    config, budget = final_settings(config, device, processes, model=model, recorded=recorded)
-    folder = model()
+    config, budget = final_settings(config, device, processes, model=lambda: folder, recorded=recorded)
     precision = choose_precision(config, device)
     diffusion = Diffusion(folder.scheduler_config)
     cache = _open_cache(config, folder)
@@ -119,7 +119,7 @@ def back_end(device: torch.device) -> str:
     return f"torch sees no NVIDIA GPU: {why_no_gpu()}"
 
 
-def _open_cache(config: Config, folder: PipelineFolder) -> PairCache:
+def _open_cache(config: Config, folder: Pipeline) -> PairCache:
     """The cache of a run.
 
     Raises:
@@ -146,12 +146,12 @@ def _open_cache(config: Config, folder: PipelineFolder) -> PairCache:
     return cache
 
 
-def _identity(folder: PipelineFolder, cache: PairCache) -> dict[str, str]:
+def _identity(folder: Pipeline, cache: PairCache) -> dict[str, str]:
     """Fingerprints of what the run is made from."""
     schedule = json.dumps(folder.scheduler_config, sort_keys=True)
     return {
         "cache": cache.fingerprint,
-        "start model": folder.fingerprint(("unet",)),
+        "start model": unet_identity(folder),
         "noise schedule": hashlib.sha256(schedule.encode()).hexdigest(),
     }
 
@@ -197,7 +197,7 @@ def _claim(
 
 def _run(
     trainer: Trainer,
-    folder: PipelineFolder,
+    folder: Pipeline,
     identity: dict[str, str],
     resume: bool,
     notes: list[str],
@@ -207,7 +207,7 @@ def _run(
     config, processes = trainer.config, trainer.processes
     output = config.train.output
     if not resume:
-        check_start(trainer.healthy(), folder.path("unet"), config.train.precision)
+        check_start(trainer.healthy(), folder.where("unet"), config.train.precision)
     with ExitStack() as held:
         run, checkpoint, found = processes.once(
             lambda: _claim(config, identity, trainer.store, resume, processes.size, held)

@@ -31,7 +31,7 @@ from mapo_fast.engine.processes import ALONE, Processes, connection_lost
 from mapo_fast.engine.step import PairInputs
 from mapo_fast.models.diffusion import Diffusion
 from mapo_fast.models.lora import lora_state_dict
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.run.export import about_checkpoint, export
 from mapo_fast.run.feed import Feed
 from mapo_fast.run.folder import TrainResult
@@ -92,7 +92,7 @@ class Trainer:
         if self.processes.any(self.stop.requested):
             raise StopNow
 
-    def run(self, log: RunLog | None, folder: PipelineFolder) -> TrainResult:
+    def run(self, log: RunLog | None, folder: Pipeline) -> TrainResult:
         """Train to the last step or the first signal to any process, then save.
 
         Args:

@@ -71,12 +71,19 @@ def _mistake(text: str) -> PydanticCustomError:
 
 
 class ModelConfig(Section):
-    """`[model]`: the diffusers SDXL pipeline folder to start from."""
+    """`[model]`: the SDXL model to start from."""
 
     path: Path = setting(affects="inputs")
-    """Folder with `model_index.json`, `unet/`, `vae/`, `text_encoder/`, `text_encoder_2/`, tokenizers."""
+    """A single `.safetensors` file, or a diffusers pipeline folder with `model_index.json`."""
+    unet: Path | None = setting(None, affects="inputs")
+    """Another UNet, a folder or a `.safetensors` file."""
     vae: Path | None = setting(None, affects="inputs")
-    """Another VAE folder, for instance one that does not overflow in fp16."""
+    """Another VAE, a folder or a `.safetensors` file, for instance one that does not overflow in fp16."""
+    base: Path | None = setting(None, affects="inputs")
+    """A model with the text encoders or the VAE that a single file lacks."""
+    tokenizers: Path | None = setting(None, affects="inputs")
+    """A folder with `tokenizer/` and `tokenizer_2/`, as a pipeline has them; without it the model's own, and
+    CLIP's for a single file."""
 
 
 class DataConfig(Section):

@@ -14,7 +14,7 @@ from mapo_fast.data.buckets import fit_image
 from mapo_fast.data.images.decode import decode_image
 from mapo_fast.data.prepare import prepare
 from mapo_fast.data.vae_encoder import LatentEncoder
-from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.open import open_sdxl
 from mapo_fast.util.console import Terminal
 from tests.data.pair_sources import (
     write_jsonl,

@@ -9,7 +9,8 @@ import torch
 
 from mapo_fast.data.cache import PairCache
 from mapo_fast.data.prepare import prepare
-from mapo_fast.models.pipeline import PipelineFolder, open_sdxl
+from mapo_fast.models.open import open_sdxl
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.text import TextEncoder, empty_prompt
 from mapo_fast.util.errors import UserError
 from tests.data.pair_sources import (
@@ -76,7 +77,7 @@ def test_prompts_whose_embeddings_are_not_finite_are_listed(
         prepare(config(tiny_sdxl, source, tmp_path / "d", max_skipped=0.1))
     assert not list((tmp_path / "d" / "shards").glob("latents-*")), "known before images are encoded"
     (tmp_path / "c" / "index.json").unlink()
-    monkeypatch.setattr(PipelineFolder, "load_text_encoder", None)
+    monkeypatch.setattr(Pipeline, "load_text_encoder", None)
     assert prepare(run).skipped == summary.skipped, "known without encoding again"
 
 
@@ -126,7 +127,7 @@ def test_text_is_encoded_before_images(
     def missing(*args: Any) -> None:
         raise UserError("no such encoder")
 
-    monkeypatch.setattr(PipelineFolder, "load_text_encoder", missing)
+    monkeypatch.setattr(Pipeline, "load_text_encoder", missing)
     with pytest.raises(UserError, match="no such encoder"):
         prepare(config(tiny_sdxl, jsonl_folder(tmp_path / "s", 3), tmp_path / "c"))
     assert not list((tmp_path / "c" / "shards").glob("latents-*"))

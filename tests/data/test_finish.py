@@ -8,7 +8,8 @@ import torch
 
 from mapo_fast.data.cache import PairCache
 from mapo_fast.data.prepare import prepare
-from mapo_fast.models.pipeline import PipelineFolder, open_sdxl
+from mapo_fast.models.open import open_sdxl
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.util.errors import UserError
 from tests.data.images.test_colour import profile
 from tests.data.pair_sources import (
@@ -82,8 +83,8 @@ def test_another_held_out_share_encodes_nothing(
     run = config(tiny_sdxl, source, tmp_path / "c", held_out=0.3)
     with pytest.raises(UserError, match=r"held_out = 0\.1, the config says 0\.3"):
         PairCache.open(tmp_path / "c").check(open_sdxl(tiny_sdxl), run.data)
-    monkeypatch.setattr(PipelineFolder, "load_vae", None)
-    monkeypatch.setattr(PipelineFolder, "load_text_encoder", None)
+    monkeypatch.setattr(Pipeline, "load_vae", None)
+    monkeypatch.setattr(Pipeline, "load_text_encoder", None)
     assert prepare(run).held_out == 3
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from mapo_fast.data import prepare as prepare_module
 from mapo_fast.data.cache import PairCache
 from mapo_fast.data.prepare import prepare
-from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.identity import files_fingerprint
+from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.sdxl import ENCODERS
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.tensorfile import write_tensors
@@ -180,7 +181,7 @@ def interrupt(*args: Any) -> None:
 
 def as_format(cache: Path, number: int, model: Path) -> None:
     """Turn a cache into what the version with this format wrote."""
-    known = open_sdxl(model).fingerprint(ENCODERS)
+    known = files_fingerprint(open_sdxl(model), ENCODERS)
     for name in ("index.json", "settings.json"):
         text = json.loads((cache / name).read_text())
         settings = text["settings"] if name == "index.json" else text

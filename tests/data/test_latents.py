@@ -22,7 +22,7 @@ from mapo_fast.data.sources.base import PreferencePairs
 from mapo_fast.data.sources.registry import open_source
 from mapo_fast.data.vae_encoder import LatentEncoder
 from mapo_fast.models.fp32 import exact_fp32
-from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.open import open_sdxl
 from mapo_fast.util.errors import UserError
 from tests.data.pair_sources import jsonl_folder, png
 

@@ -10,7 +10,7 @@ import pytest
 
 from mapo_fast.data.cache import PairCache
 from mapo_fast.data.prepare import prepare
-from mapo_fast.models.pipeline import PipelineFolder
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.text import TextEncoder
 from tests.data.pair_sources import (
     config,
@@ -94,6 +94,6 @@ def test_a_spelling_that_comes_later_is_not_encoded(
     write_jsonl(
         source, rows + [rows[0] | {"prompt": p, "chosen": "x.png"} for p in ("A RED CAT", "a Red cat")]
     )
-    monkeypatch.setattr(PipelineFolder, "load_text_encoder", None)
+    monkeypatch.setattr(Pipeline, "load_text_encoder", None)
     summary = prepare(run)
     assert (summary.pairs, summary.prompts, summary.duplicates) == (3, 2, 1)

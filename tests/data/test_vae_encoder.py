@@ -13,7 +13,8 @@ from mapo_fast.data import vae_encoder
 from mapo_fast.data.cache import PairCache
 from mapo_fast.data.images.decode import decode_image
 from mapo_fast.data.prepare import prepare
-from mapo_fast.models.pipeline import PipelineFolder, open_sdxl
+from mapo_fast.models.open import open_sdxl
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.text import encode_prompts
 from mapo_fast.util.errors import UserError
 from tests.data.pair_sources import (
@@ -80,9 +81,9 @@ class Overflowing:
 
 
 def overflow(monkeypatch: pytest.MonkeyPatch, *, always: bool) -> None:
-    load = PipelineFolder.load_vae
+    load = Pipeline.load_vae
     monkeypatch.setattr(
-        PipelineFolder, "load_vae", lambda self, dtype=torch.float32: Overflowing(load(self, dtype), always)
+        Pipeline, "load_vae", lambda self, dtype=torch.float32: Overflowing(load(self, dtype), always)
     )
 
 
@@ -149,12 +150,9 @@ def test_vae_with_other_latent_statistics(tiny_sdxl: Path, tmp_path: Path, kind:
 def test_bucket_step_must_fit_the_vae(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model = open_sdxl(tiny_sdxl)
     monkeypatch.setattr(
-        PipelineFolder, "config", lambda self, part: {"block_out_channels": [1] * 5, "latent_channels": 4}
+        Pipeline, "config", lambda self, part: {"block_out_channels": [1] * 5, "latent_channels": 4}
     )
     with pytest.raises(UserError, match=r"set data\.bucket_step to a multiple of 16"):
-        vae_encoder.latent_shape(open_folder(tiny_sdxl), (40, 24))
-
-
-def open_folder(path: Path) -> PipelineFolder:
-    return PipelineFolder(path, path / "vae")
+        vae_encoder.latent_shape(model, (40, 24))

@@ -10,7 +10,7 @@ from PIL.Image import Image
 
 from mapo_fast.demo import build_tiny_sdxl, world
 from mapo_fast.demo.run import TINY_SDXL
-from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.open import open_sdxl
 
 LIMIT = 12_000_000
 

@@ -28,7 +28,7 @@ from mapo_fast.engine.reference import StartModel
 from mapo_fast.engine.step import PairInputs, predict, training_inputs
 from mapo_fast.loss import KTOLoss, PreferenceLoss
 from mapo_fast.models.diffusion import Diffusion
-from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.open import open_sdxl
 from mapo_fast.run.log import read_log
 from mapo_fast.run.metrics import Metrics
 from mapo_fast.run.train import train

@@ -19,8 +19,8 @@ from mapo_fast import MaPOLoss
 from mapo_fast.engine import layouts
 from mapo_fast.engine.layouts import apply_layout, checkpoint_blocks
 from mapo_fast.engine.step import predict
+from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.patch import patch_unet
-from mapo_fast.models.pipeline import open_sdxl
 from mapo_fast.util.errors import UserError
 from tests import unets
 from tests.engine.pair_steps import (

@@ -21,7 +21,7 @@ from mapo_fast.data.images.decode import ImageProblemError, decode_image
 from mapo_fast.data.prepare import prepare
 from mapo_fast.data.scan import scan
 from mapo_fast.data.sources.registry import open_source
-from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.open import open_sdxl
 from tests.data.pair_sources import encoded, pickapic_rows, picture, write_parquet
 from tests.fuzz import mutations
 from tests.fuzz.judge import FoundError, judge

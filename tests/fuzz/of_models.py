@@ -9,7 +9,9 @@ from random import Random
 import diffusers.utils.logging
 
 from mapo_fast.models.diffusion import Diffusion
-from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.identity import encoders_identity, files_fingerprint, unet_identity
+from mapo_fast.models.open import open_sdxl
+from mapo_fast.models.sdxl import ENCODERS
 from mapo_fast.planner.stages import vae_of
 from tests.fuzz import mutations
 from tests.fuzz.kind import Kind
@@ -36,7 +38,7 @@ class Model(Kind):
         def call() -> None:
             opened = open_sdxl(self.pipeline, weights=random.randrange(4) > 0)
             Diffusion(opened.scheduler_config)
-            opened.fingerprint(("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "scheduler"))
+            files_fingerprint(opened, ENCODERS)
             vae_of(opened)
 
         path = random.choice(self.configs)
@@ -67,7 +69,7 @@ class Load(Kind):
 
         def call() -> None:
             opened = open_sdxl(self.pipeline)
-            opened.fingerprint(("unet", "vae", "text_encoder", "text_encoder_2"))
+            unet_identity(opened), encoders_identity(opened)
             if part == "unet":
                 opened.load_unet()
             elif part == "vae":

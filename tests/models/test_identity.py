@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mapo_fast.models.identity import encoders_identity
-from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.open import open_sdxl
 
 
 @pytest.fixture

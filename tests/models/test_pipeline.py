@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from mapo_fast.models.configs import SCHEDULERS, ZERO_SNR_SCHEDULERS
 from mapo_fast.models.diffusion import Diffusion
-from mapo_fast.models.pipeline import PipelineFolder, open_sdxl
+from mapo_fast.models.open import open_sdxl
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.util.errors import MachineError, UserError
 from tests.tiny import POOLED_WIDTH, make_tiny_sdxl
 
@@ -47,7 +48,7 @@ def edit_weights(model: Path, part: str, change: Callable[[dict[str, torch.Tenso
     return path
 
 
-LOADERS: dict[str, tuple[Callable[[PipelineFolder], Any], str]] = {
+LOADERS: dict[str, tuple[Callable[[Pipeline], Any], str]] = {
     "text_encoder": (lambda f: f.load_text_encoder(1), "self_attn.q_proj"),
     "text_encoder_2": (lambda f: f.load_text_encoder(2, torch.float16), "text_projection"),
     "unet": (lambda f: f.load_unet(), "conv_in"),
@@ -444,7 +445,7 @@ def test_a_variant_in_several_files(model: Path, variant: str) -> None:
     unet = open_sdxl(model).load_unet()
     shutil.rmtree(model / "unet")
     unet.save_pretrained(model / "unet", variant=variant, max_shard_size="100KB")
-    assert len(open_sdxl(model).weight_files("unet")) > 1
+    assert len({stored.file for stored in open_sdxl(model).parts["unet"].stored.values()}) > 1
     for saved, loaded in zip(unet.parameters(), open_sdxl(model).load_unet().parameters(), strict=True):
         assert torch.equal(saved, loaded)
 
@@ -468,7 +469,8 @@ def test_a_text_encoder_with_more_layers_than_its_config_says(model: Path, which
 def test_which_of_several_variants_is_not_guessed(model: Path) -> None:
     (path,) = (model / "unet").glob("*.safetensors")
     shutil.copy(path, path.with_suffix(".ema.safetensors"))
-    assert open_sdxl(model).weight_files("unet") == [path], "the plain one is used"
+    used = {stored.file for stored in open_sdxl(model).parts["unet"].stored.values()}
+    assert used == {path}, "the plain one is used"
     path.rename(path.with_suffix(".non_ema.safetensors"))
     assert "several variants (ema, non_ema)" in refusal(lambda: open_sdxl(model))
 
@@ -561,4 +563,4 @@ def test_whatever_stands_in_a_config_is_taken_or_named_in_one_line(model: Path) 
 def test_a_damaged_weights_header_is_one_line(model: Path, damage: bytes) -> None:
     (path,) = (model / "unet").glob("*.safetensors")
     path.write_bytes(damage + bytes(100))
-    assert f"{path} cannot be read as safetensors" in refusal(lambda: open_sdxl(model).fingerprint(("unet",)))
+    assert f"{path} cannot be read as safetensors" in refusal(lambda: open_sdxl(model))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mapo_fast.models.pipeline import PipelineFolder, open_sdxl
+from mapo_fast.models.open import open_sdxl
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.sample import decode_latents, sample_latents
 from mapo_fast.run.preview import Previews
 from mapo_fast.util.errors import UserError
@@ -21,16 +22,16 @@ SIZE = {"height": 32, "width": 48, "steps": 3, "guidance": 4.0}
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_sdxl: Path) -> PipelineFolder:
+def folder(tiny_sdxl: Path) -> Pipeline:
     return open_sdxl(tiny_sdxl)
 
 
 @pytest.fixture(scope="module")
-def unet(folder: PipelineFolder) -> Any:
+def unet(folder: Pipeline) -> Any:
     return folder.load_unet()
 
 
-def embeds(folder: PipelineFolder, count: int, seed: int = 0) -> Any:
+def embeds(folder: Pipeline, count: int, seed: int = 0) -> Any:
     width = int(folder.config("unet")["cross_attention_dim"])
     generator = torch.Generator().manual_seed(seed)
     assert width == 2 * TEXT_WIDTH or width == TEXT_WIDTH + POOLED_WIDTH
@@ -40,7 +41,7 @@ def embeds(folder: PipelineFolder, count: int, seed: int = 0) -> Any:
     )
 
 
-def sample(unet: Any, folder: PipelineFolder, rows: slice, batch_size: int, seeds: list[int]) -> Tensor:
+def sample(unet: Any, folder: Pipeline, rows: slice, batch_size: int, seeds: list[int]) -> Tensor:
     every = embeds(folder, 5)
     prompts = SimpleNamespace(
         prompt_embeds=every.prompt_embeds[rows], pooled_embeds=every.pooled_embeds[rows]
@@ -49,7 +50,7 @@ def sample(unet: Any, folder: PipelineFolder, rows: slice, batch_size: int, seed
     return sample_latents(unet, folder, prompts, empty, seeds=seeds, batch_size=batch_size, **SIZE)  # type: ignore[arg-type]
 
 
-def test_a_sample_depends_on_its_seed_and_prompt_alone(unet: Any, folder: PipelineFolder) -> None:
+def test_a_sample_depends_on_its_seed_and_prompt_alone(unet: Any, folder: Pipeline) -> None:
     seeds = [3, 1, 4, 1, 5]
     together = sample(unet, folder, slice(0, 5), 5, seeds)
     for batch_size in (1, 2):
@@ -60,7 +61,7 @@ def test_a_sample_depends_on_its_seed_and_prompt_alone(unet: Any, folder: Pipeli
     torch.testing.assert_close(sample(unet, folder, slice(0, 5), 5, seeds), together, rtol=0, atol=0)
 
 
-def test_the_seed_matters_and_global_randomness_does_not(unet: Any, folder: PipelineFolder) -> None:
+def test_the_seed_matters_and_global_randomness_does_not(unet: Any, folder: Pipeline) -> None:
     first = sample(unet, folder, slice(0, 1), 1, [0])
     torch.rand(7)
     torch.testing.assert_close(sample(unet, folder, slice(0, 1), 1, [0]), first, rtol=0, atol=0)
@@ -108,7 +109,7 @@ def test_same_as_the_plain_diffusers_pipeline(tmp_path: Path, prediction: str, z
 
 
 def test_leaves_the_unet_as_it_was_and_prints_nothing(
-    unet: Any, folder: PipelineFolder, capfd: pytest.CaptureFixture[str]
+    unet: Any, folder: Pipeline, capfd: pytest.CaptureFixture[str]
 ) -> None:
     unet.train()
     latents = sample(unet, folder, slice(0, 1), 1, [0])
@@ -118,7 +119,7 @@ def test_leaves_the_unet_as_it_was_and_prints_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-def test_wrong_arguments_are_named(unet: Any, folder: PipelineFolder) -> None:
+def test_wrong_arguments_are_named(unet: Any, folder: Pipeline) -> None:
     with pytest.raises(ValueError, match="5 prompts need 5 seeds, got 2"):
         sample(unet, folder, slice(0, 5), 5, [0, 1])
     prompts = embeds(folder, 1)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.sdxl import (
     CONFIGS,
     CONTEXT,

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mapo_fast.models.pipeline import PipelineFolder, open_sdxl
+from mapo_fast.models.open import open_sdxl
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.text import empty_prompt, encode_prompts, truncations
 from mapo_fast.util.errors import UserError
 from tests.tiny import make_tiny_sdxl
@@ -14,7 +15,7 @@ FP32 = {"device": "cpu", "dtype": torch.float32}
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_sdxl: Path) -> PipelineFolder:
+def folder(tiny_sdxl: Path) -> Pipeline:
     return open_sdxl(tiny_sdxl)
 
 
@@ -26,7 +27,7 @@ def pipeline(path: Path):  # type: ignore[no-untyped-def]
         return StableDiffusionXLPipeline.from_pretrained(path, local_files_only=True)
 
 
-def test_equal_to_diffusers(folder: PipelineFolder) -> None:
+def test_equal_to_diffusers(folder: Pipeline) -> None:
     expected, _, pooled, _ = pipeline(folder.root).encode_prompt(PROMPTS, device="cpu")
     ours = encode_prompts(folder, PROMPTS, max_tokens=77, **FP32)
     assert ours.prompt_embeds.shape == (4, 77, 40)
@@ -34,7 +35,7 @@ def test_equal_to_diffusers(folder: PipelineFolder) -> None:
     assert torch.equal(ours.pooled_embeds, pooled)
 
 
-def test_many_prompts_are_batched(folder: PipelineFolder) -> None:
+def test_many_prompts_are_batched(folder: Pipeline) -> None:
     prompts = [f"thing {i}" for i in range(37)]
     ours = encode_prompts(folder, prompts, max_tokens=77, **FP32)
     alone = encode_prompts(folder, prompts[36:], max_tokens=77, **FP32)
@@ -43,7 +44,7 @@ def test_many_prompts_are_batched(folder: PipelineFolder) -> None:
 
 
 @pytest.mark.parametrize(("max_tokens", "chunks"), [(150, 2), (225, 3)])
-def test_long_prompts_are_encoded_in_chunks(folder: PipelineFolder, max_tokens: int, chunks: int) -> None:
+def test_long_prompts_are_encoded_in_chunks(folder: Pipeline, max_tokens: int, chunks: int) -> None:
     pieces = [letter * 75 for letter in "pqr"[:chunks]]  # 75 tokens each, one per letter
     long = encode_prompts(folder, ["".join(pieces), "short"], max_tokens=max_tokens, **FP32)
     parts = encode_prompts(folder, [*pieces, "short", ""], max_tokens=77, **FP32)
@@ -61,7 +62,7 @@ def test_long_prompts_are_encoded_in_chunks(folder: PipelineFolder, max_tokens: 
     torch.testing.assert_close(long.pooled_embeds[1], parts.pooled_embeds[-2], rtol=1e-5, atol=1e-5)
 
 
-def test_truncations_are_listed(folder: PipelineFolder) -> None:
+def test_truncations_are_listed(folder: Pipeline) -> None:
     found = list(truncations(folder, ["x" * 75, "x" * 76 + " red", "fine"], 77))
     assert [(t.prompt, t.tokens, t.kept) for t in found] == [("x" * 76 + " red", 77, 75)]
     assert found[0].cut.replace(" ", "") == "xred"
@@ -70,7 +71,7 @@ def test_truncations_are_listed(folder: PipelineFolder) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [77, 225])
-def test_empty_prompt_is_zeros_as_in_sdxl(folder: PipelineFolder, max_tokens: int) -> None:
+def test_empty_prompt_is_zeros_as_in_sdxl(folder: Pipeline, max_tokens: int) -> None:
     empty = empty_prompt(folder, max_tokens=max_tokens, **FP32)
     assert not empty.prompt_embeds.any()
     assert not empty.pooled_embeds.any()
@@ -90,21 +91,21 @@ def test_empty_prompt_is_encoded_where_the_pipeline_says_so(tmp_path: Path) -> N
     assert empty.prompt_embeds.any()
 
 
-def test_only_one_encoder_is_in_memory(folder: PipelineFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_encoder_is_in_memory(folder: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     import gc
     import weakref
 
     alive: list[weakref.ref[object]] = []
-    load = PipelineFolder.load_text_encoder
+    load = Pipeline.load_text_encoder
 
-    def watched(self: PipelineFolder, which, dtype=torch.float32):  # type: ignore[no-untyped-def]
+    def watched(self: Pipeline, which, dtype=torch.float32):  # type: ignore[no-untyped-def]
         gc.collect()
         assert not [ref for ref in alive if ref() is not None], "the first encoder is still there"
         model = load(self, which, dtype)
         alive.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(PipelineFolder, "load_text_encoder", watched)
+    monkeypatch.setattr(Pipeline, "load_text_encoder", watched)
     encode_prompts(folder, ["a"], max_tokens=77, **FP32)
     assert len(alive) == 2
 

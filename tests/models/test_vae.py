@@ -24,7 +24,7 @@ from mapo_fast.data.cache import PairCache
 from mapo_fast.data.prepare import prepare
 from mapo_fast.data.vae_encoder import LatentEncoder
 from mapo_fast.demo import world
-from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.sample import decode_latents
 from mapo_fast.models.text import TextEncoder
 from mapo_fast.models.vae import decode_bytes, encode_bytes, from_unet, to_unet, use_tiles

@@ -15,7 +15,8 @@ import torch
 from mapo_fast.engine import compile as compile_module
 from mapo_fast.hardware import gpu
 from mapo_fast.hardware.allocator import EXPANDABLE
-from mapo_fast.models.pipeline import PipelineFolder, open_sdxl
+from mapo_fast.models.open import open_sdxl
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.planner.plan import Plan
 from mapo_fast.run import preview
 from mapo_fast.run.budget import Budget, planned
@@ -74,7 +75,7 @@ def test_a_resume_keeps_what_the_updates_depend_on(tiny_sdxl: Path, tmp_path: Pa
 def test_what_cannot_fit_is_refused_before_weights_are_loaded(
     tiny_sdxl: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PipelineFolder, "load_unet", lambda *_: pytest.fail("weights are loaded"))
+    monkeypatch.setattr(Pipeline, "load_unet", lambda *_: pytest.fail("weights are loaded"))
     config = make_config(tiny_sdxl, cache, tmp_path / "run", train={"vram": "560MiB"})
     with pytest.raises(UserError, match=r"no plan fits train\.vram, 0\.55 GiB") as refused:
         train(config)

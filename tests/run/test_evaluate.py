@@ -14,7 +14,7 @@ from mapo_fast.data.cache import PairCache
 from mapo_fast.engine.draws import pair_noise, stratified_timesteps
 from mapo_fast.engine.step import pair_inputs, predict
 from mapo_fast.models.diffusion import Diffusion
-from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.open import open_sdxl
 from mapo_fast.run.evaluate import HeldOut, HeldOutErrors, compare, load_errors, paired_change, save_errors
 from mapo_fast.util.records import WrongFileError
 from tests.training import make_cache

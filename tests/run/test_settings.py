@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mapo_fast.engine.processes import Processes
-from mapo_fast.models.pipeline import PipelineFolder, open_sdxl
+from mapo_fast.models.open import open_sdxl
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.run.settings import final_settings, look
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import planned
@@ -28,7 +29,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def _no_model() -> PipelineFolder:
+def _no_model() -> Pipeline:
     pytest.fail("the model folder is opened")
 
 
@@ -68,7 +69,7 @@ def test_the_plan_and_the_resumed_run_decide_the_rest(tiny_sdxl: Path, tmp_path:
 def test_a_look_has_the_settings_that_a_run_will_have(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PipelineFolder, "load_unet", lambda *_: pytest.fail("weights are loaded"))
+    monkeypatch.setattr(Pipeline, "load_unet", lambda *_: pytest.fail("weights are loaded"))
     config = _config(tiny_sdxl, tmp_path, train={"vram": "1GiB"})
     final, _ = final_settings(config, CPU, model=lambda: open_sdxl(tiny_sdxl))
     seen = look(config)

@@ -21,7 +21,7 @@ from mapo_fast.data.cache import PairCache
 from mapo_fast.data.prepare import prepare
 from mapo_fast.engine.step import training_inputs
 from mapo_fast.models.diffusion import Diffusion
-from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.open import open_sdxl
 from mapo_fast.run.feed import Feed
 from mapo_fast.run.log import read_log
 from mapo_fast.run.preview import Previews

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from mapo_fast.data.cache import cache_settings
 from mapo_fast.data.index import difference
-from mapo_fast.models.pipeline import open_sdxl
+from mapo_fast.models.open import open_sdxl
 from mapo_fast.run.precompute import depends_on
 from mapo_fast.settings import page as page_module
 from mapo_fast.settings.declare import Setting, rows, setting
