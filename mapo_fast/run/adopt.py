@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mapo_fast.engine import reference
+from mapo_fast.models.identity import files_fingerprint, unet_identity
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.run.evaluate import start_of
 from mapo_fast.run.folder import RECORD, START, read_run
 from mapo_fast.run.precompute import depends_on
@@ -59,6 +61,19 @@ def adopt(config: Config, identity: dict[str, str], store: CheckpointStore) -> l
             "to nearest: its weights differ from those that the older version would have made"
         )
     return notes
+
+
+def start_identity(output: Path, model: Pipeline) -> str:
+    """The identity of the start model, in the form in which the run in a folder knows it.
+
+    Earlier versions knew a model by its files, with their names and their configs' whole text.
+    """
+    try:
+        record = read_run(output)
+    except UserError:  # said where the folder is checked
+        record = None
+    known = None if record is None else record.identity.get("start model")
+    return known if known and known == files_fingerprint(model, ("unet",)) else unet_identity(model)
 
 
 def _adopt_checkpoint(path: Path, run: str) -> None:

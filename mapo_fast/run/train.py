@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,11 +23,10 @@ from mapo_fast.engine.precision import choose_device, choose_precision
 from mapo_fast.engine.processes import Processes, environment, joined
 from mapo_fast.hardware.driver import why_no_gpu
 from mapo_fast.models.diffusion import Diffusion
-from mapo_fast.models.identity import unet_identity
 from mapo_fast.models.open import introduce, open_model
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.planner.kernels import compiling
-from mapo_fast.run.adopt import adopt
+from mapo_fast.run.adopt import adopt, start_identity
 from mapo_fast.run.budget import is_planned
 from mapo_fast.run.folder import (
     START,
@@ -90,7 +90,7 @@ def _train(
     diffusion = Diffusion(folder.scheduler_config)
     cache = _open_cache(config, folder)
     store = CheckpointStore(config.train.output / "checkpoints", config.train.keep_checkpoints)
-    identity = processes.once(lambda: _identity(folder, cache))
+    identity = processes.once(lambda: _identity(config.train.output, folder, cache))
     processes.once(lambda: check_output(config, identity, resume=resume, processes=processes.size))
     with nullcontext() if budget is None else budget.kept():
         sampling = config.preview.prompts and (processes.main or processes.shard(config))
@@ -146,12 +146,12 @@ def _open_cache(config: Config, folder: Pipeline) -> PairCache:
     return cache
 
 
-def _identity(folder: Pipeline, cache: PairCache) -> dict[str, str]:
+def _identity(output: Path, folder: Pipeline, cache: PairCache) -> dict[str, str]:
     """Fingerprints of what the run is made from."""
     schedule = json.dumps(folder.scheduler_config, sort_keys=True)
     return {
         "cache": cache.fingerprint,
-        "start model": unet_identity(folder),
+        "start model": start_identity(output, folder),
         "noise schedule": hashlib.sha256(schedule.encode()).hexdigest(),
     }
 

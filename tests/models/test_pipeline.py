@@ -496,7 +496,7 @@ def test_a_machine_that_fails_is_not_blamed_on_the_model(
         raise error
 
     folder = open_sdxl(tiny_sdxl)
-    monkeypatch.setattr(AutoencoderKL, "from_pretrained", failing)
+    monkeypatch.setattr(AutoencoderKL, "from_config", failing)
     with pytest.raises(MachineError):
         folder.load_vae()
 
