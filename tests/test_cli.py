@@ -95,7 +95,7 @@ def test_show_prints_what_is_known(
     assert _run(monkeypatch, "show", config, "--set", "train.vram=1GiB") == 0
     out, error = capsys.readouterr()
     assert "layout chosen when the run starts plan" in [" ".join(line.split()) for line in out.splitlines()]
-    assert error.startswith(f"no memory plan yet: model folder not found: {tmp_path / 'none'}")
+    assert error.startswith(f"no memory plan yet: model not found: {tmp_path / 'none'}")
     assert error.count("\n") == 1
     assert _run(monkeypatch, "show", config, "--set", "train.stps=1") == 2
     assert "did you mean train.steps?" in capsys.readouterr().err
@@ -147,7 +147,7 @@ def test_an_interrupted_prepare_says_how_to_go_on(
     ("arguments", "message"),
     [
         (("--set", "train.lr=1"), "unknown key train.lr"),
-        (("--set", "model.path=/nowhere"), "model folder not found: /nowhere"),
+        (("--set", "model.path=/nowhere"), "model not found: /nowhere"),
         (("--set", "data.cache=/nowhere"), "/nowhere"),
         (("--set", "data.resolution=64"), "resolution"),
         (("--set", "model.vae=/nowhere"), "/nowhere"),

@@ -28,7 +28,7 @@ def pipeline(path: Path):  # type: ignore[no-untyped-def]
 
 
 def test_equal_to_diffusers(folder: Pipeline) -> None:
-    expected, _, pooled, _ = pipeline(folder.root).encode_prompt(PROMPTS, device="cpu")
+    expected, _, pooled, _ = pipeline(folder.path).encode_prompt(PROMPTS, device="cpu")
     ours = encode_prompts(folder, PROMPTS, max_tokens=77, **FP32)
     assert ours.prompt_embeds.shape == (4, 77, 40)
     assert torch.equal(ours.prompt_embeds, expected)

@@ -84,7 +84,7 @@ def test_a_look_has_the_settings_that_a_run_will_have(
 def test_what_is_not_known_yet_is_left_to_the_start(tiny_sdxl: Path, tmp_path: Path) -> None:
     without_model = _config(tmp_path / "none", tmp_path, train={"vram": "1GiB", "layout": "split"})
     seen = look(without_model)
-    assert "model folder not found" in seen.unplanned
+    assert "model not found" in seen.unplanned
     assert {name for name, one in seen.settings.items() if one == (None, "plan")} == PLANNED - {
         "train.layout"
     }
