@@ -91,14 +91,15 @@ class Tokenizers:
                     f"{Path(where) / CONFIGS[tokenizer(which)]} has no {name} that is in the "
                     "vocabulary: prompts cannot be encoded; copy the tokenizer's files from the model again"
                 )
-        if len(found) > text.vocab_size:
+        tokens = 1 + max(found.get_vocab().values())
+        if tokens > text.vocab_size:
             way_out = (
                 "name the model's own tokenizers as model.tokenizers"
                 if self.root is None
                 else "the folder mixes parts of different models"
             )
             raise UserError(
-                f"{self.root or where}: tokenizer {which} has {len(found)} tokens, its text encoder only "
+                f"{self.root or where}: tokenizer {which} has {tokens} tokens, its text encoder only "
                 f"{text.vocab_size}: {way_out}"
             )
         if which == 2 and text.eos_token_id not in (LEGACY_EOS, found.eos_token_id):
