@@ -1,6 +1,7 @@
 # Everything a newcomer or CI runs. Each target makes the environment first if it is missing.
 #
 #   make demo              the whole product on a tiny SDXL: prepare, train, compare, report
+#   make test-fast         first check of a change: most tests of every room, in a minute and one process
 #   make test              all tests, then the kernels' in Triton's interpreter, in two processes (WORKERS=0: in one)
 #   make lint              ruff, ruff format, mypy
 #   make races             the kernels under two checkers for races and bounds, without a GPU
@@ -25,12 +26,15 @@ BIN := $(VENV)/bin
 TTSEM := $(VENV)/ttsem
 TRITON := $(VENV)/triton-3.7.1
 
-.PHONY: install demo test test-base lint format races compile gpu-check proof clean
+.PHONY: install demo test test-fast test-base lint format races compile gpu-check proof clean
 
 install: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/mapo-fast demo --out $(OUT)
+
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)

@@ -35,14 +35,28 @@ PRECISE = 0.005
 """Standard error of the ratio at which no more are needed."""
 
 
-def measure(engine: Provider, bare: Provider, precise: float = PRECISE) -> dict[str, Any]:
-    """The bare loop's CPU time over the engine's (1: the engine costs nothing) and its standard error."""
+def measure(
+    engine: Provider, bare: Provider, precise: float = PRECISE, clear_of: float = math.inf
+) -> dict[str, Any]:
+    """The bare loop's CPU time over the engine's (1: the engine costs nothing) and its standard error.
+
+    Args:
+        engine: whose cost is asked.
+        bare: what it is compared with.
+        precise: standard error at which no more rounds are needed.
+        clear_of: nor are any where the ratio is above this by four standard errors.
+    """
     for i in range(3):
         _step(engine, i)
         _step(bare, i)
     ratios: list[float] = []
     times: dict[Provider, list[float]] = {engine: [], bare: []}
-    while len(ratios) < MOST and (len(ratios) < LEAST or _standard_error(ratios) > precise):
+
+    def enough() -> bool:
+        error = _standard_error(ratios)
+        return error <= precise or statistics.median(ratios) - 4 * error >= clear_of
+
+    while len(ratios) < MOST and (len(ratios) < LEAST or not enough()):
         order = (engine, bare) if len(ratios) % 2 else (bare, engine)
         for provider in order:
             begin = time.process_time()
@@ -71,12 +85,12 @@ def _standard_error(ratios: list[float]) -> float:
     return math.sqrt(math.pi / 2) * (high - low) / 1.349 / math.sqrt(len(ratios))
 
 
-def run() -> dict[str, Any]:
+def run(clear_of: float = math.inf) -> dict[str, Any]:
     """Measure on one thread; the process keeps its number of threads."""
     task, threads = Task("tiny", "full", 1, False, torch.device("cpu")), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return measure(MapoFast(task), DiffusersLoop(task))
+        return measure(MapoFast(task), DiffusersLoop(task), clear_of=clear_of)
     finally:
         torch.set_num_threads(threads)
 

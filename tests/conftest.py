@@ -1,6 +1,7 @@
 """Shared fixtures: one tiny SDXL pipeline per session, fixed seeds, one CPU thread."""
 
 import gc
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from tests.tiny import make_tiny_sdxl
+
+pytest_plugins = ["tests.tiers"]
 
 torch.set_num_threads(1)
 gc.disable()  # until all is imported: nothing of it is garbage, and looking takes a third of the time
@@ -56,8 +59,9 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planner's cache of the tests."""
-    return tmp_path_factory.mktemp("traces")
+    """The planner's cache of the tests: one of all processes of the run, as on a user's machine."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
 
 
 @pytest.fixture

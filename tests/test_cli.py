@@ -53,6 +53,7 @@ def test_help_of_a_command_that_reads_a_config_has_all_settings(
     assert out.rstrip().endswith(help_text())
 
 
+@pytest.mark.slow
 def test_prepare_then_train_then_resume(
     tmp_path: Path, tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +144,7 @@ def test_an_interrupted_prepare_says_how_to_go_on(
     assert capsys.readouterr().err == "interrupted; what is encoded is kept, the same command continues\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -228,6 +230,7 @@ def test_pickled_weights_and_other_models_are_refused(tmp_path: Path, tiny_sdxl:
         open_sdxl(model).load_unet()
 
 
+@pytest.mark.slow
 def test_python_dash_m_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "mapo_fast", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
@@ -235,6 +238,7 @@ def test_python_dash_m_is_the_command() -> None:
         assert command in done.stdout
 
 
+@pytest.mark.slow
 def test_one_message_of_bitsandbytes_is_left_out_and_no_other() -> None:
     """On a CPU with AVX512-BF16 importing it writes the message; elsewhere the program does."""
     program = (

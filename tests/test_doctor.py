@@ -26,6 +26,7 @@ def findings() -> dict[str, str]:
     return {line.label: line.text for line in examine()}
 
 
+@pytest.mark.slow
 def test_versions_are_those_installed(findings: dict[str, str]) -> None:
     assert findings["torch"].startswith(torch.__version__)
     for name in ("safetensors", "diffusers", "transformers", "peft", "bitsandbytes"):
@@ -33,6 +34,7 @@ def test_versions_are_those_installed(findings: dict[str, str]) -> None:
     assert sys.executable in findings["python"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU will use")
 def test_a_machine_without_a_gpu(findings: dict[str, str]) -> None:
     assert findings["device"].startswith("cpu")
@@ -44,6 +46,7 @@ def test_a_machine_without_a_gpu(findings: dict[str, str]) -> None:
     assert "GiB free" in findings["disk"]
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_a_machine_with_a_gpu(findings: dict[str, str]) -> None:
     assert torch.cuda.get_device_name() in findings["gpu"]
@@ -53,12 +56,14 @@ def test_a_machine_with_a_gpu(findings: dict[str, str]) -> None:
     assert "works on this GPU" in findings["8-bit AdamW"]
 
 
+@pytest.mark.slow
 def test_the_loss_line_is_what_the_kernels_say(findings: dict[str, str]) -> None:
     from mapo_kernels.hardware import backend
 
     assert findings["loss kernels"].endswith(backend("cuda" if torch.cuda.is_available() else "cpu").reason)
 
 
+@pytest.mark.slow
 def test_the_interpreter_is_reported() -> None:
     pytest.importorskip("triton")
     code = "from mapo_fast.doctor import _loss_kernels; print(_loss_kernels('cpu'))"
@@ -92,6 +97,7 @@ def test_without_rich_it_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr().out == "\nA\n  x:                    one\n"
 
 
+@pytest.mark.slow
 def test_runs_with_the_base_install_only() -> None:
     """Every package beyond the base install is hidden: the doctor names them and ends well."""
     code = """

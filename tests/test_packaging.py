@@ -28,18 +28,21 @@ def _python(code: str, *, path: str = "") -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_importing_the_package_is_light() -> None:
     heavy = ("torch", "triton", "diffusers", "transformers", "pydantic", "typer", "mapo_kernels")
     loaded = _python(f"import mapo_fast\nprint([m for m in {heavy!r} if m in sys.modules])")
     assert loaded == "[]"
 
 
+@pytest.mark.slow
 def test_importing_the_kernels_is_light() -> None:
     heavy = ("torch", "numpy", "triton")
     code = "import mapo_kernels\nfrom mapo_kernels import ops\n"
     assert _python(f"{code}print([m for m in {heavy!r} if m in sys.modules])") == "[]"
 
 
+@pytest.mark.slow
 def test_a_public_name_of_the_kernels_is_never_a_module() -> None:
     """Whatever has been imported before."""
     code = (
@@ -62,6 +65,7 @@ PLAIN = (
 """Cards, optimizers and objectives: names, settings and needs."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", PLAIN)
 def test_names_and_needs_are_of_the_standard_library_alone(module: str) -> None:
     code = f"before = {{*sys.modules}}\nimport {module}\n"
@@ -70,6 +74,7 @@ def test_names_and_needs_are_of_the_standard_library_alone(module: str) -> None:
     assert _python(code) == "[]"
 
 
+@pytest.mark.slow
 def test_the_loss_needs_torch_only() -> None:
     heavy = ("diffusers", "transformers", "pydantic", "typer", "peft", "PIL")
     found = _python(
@@ -78,11 +83,13 @@ def test_the_loss_needs_torch_only() -> None:
     assert found == "[]"
 
 
+@pytest.mark.slow
 def test_public_names_are_listed() -> None:
     listed = _python("import mapo_fast\nprint({*mapo_fast.__all__} <= {*dir(mapo_fast)})")
     assert listed == "True"
 
 
+@pytest.mark.slow
 def test_the_module_run_from_a_folder_imports_nothing_from_it(tmp_path: Path) -> None:
     for name in ("torch", "pydantic", "typer", "rich", "json", "pathlib"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current folder')\n")
@@ -92,6 +99,7 @@ def test_the_module_run_from_a_folder_imports_nothing_from_it(tmp_path: Path) ->
     assert (done.returncode, done.stderr) == (2, "mapo-fast: config file not found: nothing.toml\n")
 
 
+@pytest.mark.slow
 def test_the_planner_s_process_imports_nothing_from_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,12 +113,14 @@ def test_the_planner_s_process_imports_nothing_from_the_current_folder(
     assert (Path.cwd(), "PYTHONSAFEPATH" in os.environ) == (tmp_path, False)
 
 
+@pytest.mark.slow
 def test_kernels_is_only_a_namespace_from_the_root() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
     spec = "import importlib.util\nprint(importlib.util.find_spec('kernels').loader is None or 'installed')"
     assert _python(spec) in ("True", "installed")
 
 
+@pytest.mark.slow
 def test_libraries_import_from_the_root() -> None:
     """Some of them look for an installed package named `kernels`."""
     _python(
@@ -118,6 +128,7 @@ def test_libraries_import_from_the_root() -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_installed_kernels_package_wins_over_our_folder(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("name = 'the installed one'\n")
@@ -134,6 +145,7 @@ def _imports(file: Path) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_dependencies_point_one_way() -> None:
     for file in (ROOT / "kernels").rglob("*.py"):
         outside = _imports(file) - set(sys.stdlib_module_names) - {"mapo_kernels", "torch", "triton"}
@@ -188,6 +200,7 @@ def _is_private(name: str) -> bool:
     return any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
 
 
+@pytest.mark.slow
 def test_nothing_private_is_taken_from_another_file() -> None:
     """From the kernels by nothing but their own tests; and `mapo_fast` and bench keep to public names."""
     for folder in ("mapo_fast", "bench", "tests"):
@@ -235,6 +248,7 @@ ROOMS = ("util", "hardware", "settings", "models", "data", "engine", "planner", 
 """Those of `mapo_fast`, each of which imports from itself and from what stands before it."""
 
 
+@pytest.mark.slow
 def test_no_room_imports_from_one_above_it() -> None:
     package = ROOT / "mapo_fast"
     assert {p.parent.name for p in package.glob("*/__init__.py")} == {*ROOMS}
@@ -248,6 +262,7 @@ def test_no_room_imports_from_one_above_it() -> None:
                 assert {*names} <= allowed, f"{file.relative_to(ROOT)} imports from {names}"
 
 
+@pytest.mark.slow
 def test_no_two_files_import_each_other() -> None:
     """At the top or in a function; a package's own file, which shows names of its parts, is left out."""
     graph: dict[str, set[str]] = {}
@@ -265,6 +280,7 @@ def test_no_two_files_import_each_other() -> None:
     assert list(TopologicalSorter(graph).static_order())  # CycleError names them
 
 
+@pytest.mark.slow
 def test_the_checks_of_data_need_no_numbers(tmp_path: Path) -> None:
     """Layouts are recognised and opened, a cache is claimed and checked, and nothing slow is imported."""
     for file in ("parquet/a.parquet", "arrow/state.json", "twins/chosen/a.png", "twins/rejected/a.png"):
@@ -302,6 +318,7 @@ def test_the_checks_of_data_need_no_numbers(tmp_path: Path) -> None:
     assert loaded == "[]"
 
 
+@pytest.mark.slow
 def test_settings_and_a_runs_folder_need_no_numbers(tmp_path: Path) -> None:
     """Settings are read and checked, an output folder is claimed, and nothing slow is imported."""
     (tmp_path / "config.toml").write_text(

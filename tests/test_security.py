@@ -158,6 +158,7 @@ def used_or_refused(call: Callable[[], Any]) -> str:
 # --- The page and its tests ---
 
 
+@pytest.mark.slow
 def test_each_row_of_the_page_has_its_tests() -> None:
     page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith("| ") and "`tests/" in line]
@@ -188,6 +189,7 @@ def _texts() -> list[tuple[str, str]]:
     return [(section, key) for section, _, key in (name.partition(".") for name in names)]
 
 
+@pytest.mark.slow
 def test_no_setting_names_code(tmp_path: Path, trap: Trap, tiny_sdxl: Path, cache: Path) -> None:
     """Every text setting is given the name of a module in the config's folder and in the current one."""
     asked = _texts()
@@ -270,6 +272,7 @@ def _kernels(model: Path, trap: Trap) -> None:
              fusion_config={"harmful": True})  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attack", "works"),
     [
@@ -353,6 +356,7 @@ def _beside(model: Path, trap: Trap) -> None:
             _pickle(model / part / name, trap)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attack", "says"),
     [
@@ -534,6 +538,7 @@ def test_a_cache_unpickles_nothing(tmp_path: Path, trap: Trap, cache: Path) -> N
     assert str(copy) in said
 
 
+@pytest.mark.slow
 def test_a_run_folder_names_no_code(tmp_path: Path, trap: Trap, tiny_sdxl: Path, cache: Path) -> None:
     """Records, logs and checkpoints of a run that someone else has made."""
     from mapo_fast.util.records import write_record
@@ -574,6 +579,7 @@ def test_traces_unpickle_nothing(tmp_path: Path, trap: Trap) -> None:
 # --- The current folder, and what is trusted ---
 
 
+@pytest.mark.slow
 def test_the_current_folder_is_not_imported_from(tmp_path: Path, trap: Trap) -> None:
     """Modules and packages that lie there, and metadata that make it look like an installed package."""
     here = Path.cwd()

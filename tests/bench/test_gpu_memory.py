@@ -44,11 +44,13 @@ def measure(unet: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch) -> dict
     return gpu_memory.measure(settings, GIB, CPU, unet)
 
 
+@pytest.mark.slow
 def test_a_plan_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure(UNet2DConditionModel.from_config(REDUCED), monkeypatch)
     assert 0 < found["ms_p20"] <= found["ms"] <= found["ms_p80"]
 
 
+@pytest.mark.slow
 def test_a_step_that_updates_nothing_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     unet = UNet2DConditionModel.from_config(REDUCED)
     torch.nn.init.constant_(unet.conv_out.bias, float("nan"))
@@ -97,6 +99,7 @@ def test_plans_rank_as_predicted_reversed_or_tied() -> None:
     assert gpu_memory.ranked([plan(100, 120), plan(100.4, 100)]) == "tied"  # predicted equal
 
 
+@pytest.mark.slow
 def test_a_budgets_three_fastest_plans_are_predicted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("os.cpu_count", lambda: 1)  # for a small UNet more processes only cost time
@@ -142,6 +145,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return settings
 
 
+@pytest.mark.slow
 def test_rows_are_kept_and_only_missing_ones_measured(
     measured: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,11 +169,13 @@ def test_rows_are_kept_and_only_missing_ones_measured(
     assert gpu_memory.run(FOREVER, results) == 1  # what was measured before counts
 
 
+@pytest.mark.slow
 def test_nothing_is_begun_when_the_time_is_up(measured: list[dict[str, Any]], tmp_path: Path) -> None:
     gpu_memory.run(time.monotonic() + 10, tmp_path / "rows.jsonl")
     assert not measured
 
 
+@pytest.mark.slow
 def test_a_plan_that_fails_is_a_row_and_a_failure(
     measured: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ def _atomically(path: Path) -> None:
         _write(temporary)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("write", "right"), [(_write, False), (_atomically, True)])
 def test_only_half_written_files_are_found(
     tmp_path: Path, write: Callable[[Path], None], right: bool
@@ -49,6 +50,7 @@ def test_only_half_written_files_are_found(
     assert bool(found["differing"]) is not right
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_by_itself_is_an_error(tmp_path: Path) -> None:
     def work(folder: Path) -> None:
         if folder.name == "run":

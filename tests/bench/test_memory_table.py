@@ -25,6 +25,7 @@ def test_targets_are_reached(row: dict[str, float]) -> None:
     assert row["peak_gib"] <= row["target_gib"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", TRACED, ids=lambda number: ROWS[number]["name"])
 def test_a_trace_made_now_agrees(number: int) -> None:
     made = memory_table.row(number)

@@ -18,6 +18,7 @@ from bench.dispatch import Untouched
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", CASES)
 def test_tiny_cases_run_with_every_provider(op: str) -> None:
     """Ours and eager always; other libraries where they are installed."""
@@ -105,6 +106,7 @@ def test_rows_that_are_there_are_not_measured_again(
     assert len(results.read_text().splitlines()) == 2  # nothing from a CPU is written
 
 
+@pytest.mark.slow
 def test_a_provider_that_fails_costs_nobody_else_a_row(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -153,6 +155,7 @@ def test_files_with_gpu_tests_are_found() -> None:
     assert "test_shim.py" not in found, "pytest fails where it collects nothing"
 
 
+@pytest.mark.slow
 def test_gpu_tests_run_side_by_side(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +176,7 @@ def test_gpu_tests_run_side_by_side(
     assert capsys.readouterr().err == "Not passed: test_b.py\n"
 
 
+@pytest.mark.slow
 def test_time_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ops.run("geglu", "cpu", tested=True, deadline=time.monotonic(), results=tmp_path / "none.jsonl")
     captured = capsys.readouterr()
@@ -180,6 +184,7 @@ def test_time_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "left. Run again to go on" in captured.err
 
 
+@pytest.mark.slow
 def test_nothing_is_measured_while_a_test_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -196,6 +201,7 @@ def test_nothing_is_measured_while_a_test_fails(
     assert (captured.out, captured.err) == ("", "")
 
 
+@pytest.mark.slow
 def test_a_passed_file_is_not_run_again_on_the_same_gpu_and_commit(tmp_path: Path) -> None:
     test = tmp_path / "test_x.py"
     test.write_text("import pytest\n@pytest.mark.gpu\ndef test_x():\n    pass\n")

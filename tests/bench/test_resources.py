@@ -31,6 +31,7 @@ def test_the_table_is_good(table: list[dict[str, Any]]) -> None:
         assert row["spill_bytes"] == 0 or row["cc"] < 80, row
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_table_is_of_these_kernels_and_none_is_worse() -> None:
     """Compiles one configuration of each kernel; of the others it compares the digests."""
@@ -69,6 +70,7 @@ def loss_on_every_card() -> list[tuple[resources.Job, str]]:
     return [(job, resources.compile_job(job)[1]) for job in jobs]
 
 
+@pytest.mark.slow
 def test_changes_are_noticed(loss_on_every_card: list[tuple[resources.Job, str]]) -> None:
     jobs = [job for job, _ in loss_on_every_card]
     rows = [job.row for job in jobs]
@@ -77,12 +79,14 @@ def test_changes_are_noticed(loss_on_every_card: list[tuple[resources.Job, str]]
     assert "no longer launched" in resources.outdated(rows, jobs[1:])[0]
 
 
+@pytest.mark.slow
 def test_dense_latents_move_in_16_byte_accesses(loss_on_every_card: list[tuple[resources.Job, str]]) -> None:
     for job, ptx in loss_on_every_card:
         data = re.findall(r"(?:ld|st)\.global\.v4\.b32", ptx)
         assert len(data) >= 3, job.config  # bf16 prediction, and two halves of the fp32 target
 
 
+@pytest.mark.slow
 def test_partial_sums_are_published_in_order(loss_on_every_card: list[tuple[resources.Job, str]]) -> None:
     """Store, barrier, acquire-release addition, barrier, reads past L1: what the last program relies on."""
     forwards = [ptx for job, ptx in loss_on_every_card if "forward" in job.name]

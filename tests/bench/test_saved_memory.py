@@ -16,6 +16,7 @@ def committed() -> list[dict[str, Any]]:
     return [json.loads(line) for line in saved_memory.RESULTS.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_one_pair_through_sdxl_saves_5_gib_less() -> None:
     plain, table = (
         next(
@@ -42,6 +43,7 @@ OPERATORS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OPERATORS, ids=lambda case: str(case.key))
 def test_operators(case: Any) -> None:
     row = saved_memory.op_row(case)

@@ -64,6 +64,7 @@ def test_the_loss_is_one_launch_each_way(table: list[dict[str, Any]]) -> None:
     assert launches == {("forward", 1), ("backward", 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_table_is_of_these_kernels() -> None:
     """Counts again what counts fast; of the rest it compares the cases' names."""
@@ -85,17 +86,20 @@ def counted() -> dict[str, dict[str, int]]:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_only_what_a_mask_lets_through_counts(counted: dict[str, dict[str, int]]) -> None:
     assert counted["100 fp32"] == {"bytes": 2 * 4 * 100, "launches": 1, "programs": 4, "counted": 4}
     assert counted["100 bf16"]["bytes"] == 2 * 2 * 100
 
 
+@pytest.mark.slow
 def test_a_sample_stands_for_equal_programs(counted: dict[str, dict[str, int]]) -> None:
     found = counted["10001 fp32"]
     assert found["bytes"] == 2 * 4 * 10001
     assert (found["programs"], found["counted"]) == (313, 96)
 
 
+@pytest.mark.slow
 def test_unequal_programs_are_all_counted(counted: dict[str, dict[str, int]]) -> None:
     assert counted["uneven"] == {
         "bytes": 2 * 4 * 9600 * 4 // 3,
@@ -105,6 +109,7 @@ def test_unequal_programs_are_all_counted(counted: dict[str, dict[str, int]]) ->
     }
 
 
+@pytest.mark.slow
 def test_atomic_operations_read_and_write(counted: dict[str, dict[str, int]]) -> None:
     assert counted["atomic"] == {"bytes": 2 * 4 * 500, "launches": 1, "programs": 500, "counted": 500}
     assert counted["off"] == {"bytes": 0, "launches": 0, "programs": 0, "counted": 0}

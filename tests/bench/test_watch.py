@@ -29,11 +29,13 @@ def found() -> dict[str, str]:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["_copy", "one program", "last sums, acq_rel"])
 def test_correct_kernels_pass(found: dict[str, str], name: str) -> None:
     assert found[name] == "unchecked 0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [

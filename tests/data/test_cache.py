@@ -20,6 +20,7 @@ from tests.data.pair_sources import (
 from tests.data.preparing import SHARDS, flip_byte
 
 
+@pytest.mark.slow
 def test_pairs(prepared: Path) -> None:
     cache = PairCache.open(prepared)
     assert (len(cache.train), len(cache.held_out)) == (11, 1)
@@ -60,6 +61,7 @@ def test_batch_refuses_mixed_buckets_and_missing_mirrors(prepared: Path) -> None
         cache.batch([pair], flip=[True], drop=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SHARDS, "pairs.npy", "rows.parquet"])
 def test_damaged_file_is_named_and_can_be_made_anew(
     tiny_sdxl: Path, prepared: Path, copy: Path, name: str

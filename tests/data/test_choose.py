@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from mapo_fast.data.cache import PairCache
@@ -51,6 +52,7 @@ def test_contradicting_rows_are_both_skipped(tiny_sdxl: Path, tmp_path: Path) ->
     assert skipped(tmp_path / "c") == {"pairs.jsonl:1": "contradiction", "pairs.jsonl:5": "contradiction"}
 
 
+@pytest.mark.slow
 def test_every_bad_row_is_listed_with_its_reason(tiny_sdxl: Path, tmp_path: Path) -> None:
     bad = {
         "zero-byte image": b"",
@@ -88,6 +90,7 @@ def test_one_bucket_per_pair_and_upscaled_counted(tiny_sdxl: Path, tmp_path: Pat
     assert batch.time_ids_rejected[0, 4:].tolist() == [height, width]
 
 
+@pytest.mark.slow
 def test_latents_of_an_earlier_version_are_not_taken_for_converted_ones(
     tiny_sdxl: Path, tmp_path: Path
 ) -> None:

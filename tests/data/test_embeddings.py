@@ -32,6 +32,7 @@ def test_truncated_prompts_are_listed(tiny_sdxl: Path, tmp_path: Path) -> None:
     assert row == {"prompt": "x" * 80, "tokens": 80, "kept": 75, "cut": "x" * 5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_tokens", "sequence"), [(150, 154), (225, 231)])
 def test_long_prompts(tiny_sdxl: Path, tmp_path: Path, max_tokens: int, sequence: int) -> None:
     source = jsonl_folder(tmp_path / "s", 2)
@@ -57,6 +58,7 @@ def nan_for(monkeypatch: pytest.MonkeyPatch, word: str, which: int) -> None:
     monkeypatch.setattr(TextEncoder, "__call__", damaged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [1, 2])
 def test_prompts_whose_embeddings_are_not_finite_are_listed(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int
@@ -81,6 +83,7 @@ def test_prompts_whose_embeddings_are_not_finite_are_listed(
     assert prepare(run).skipped == summary.skipped, "known without encoding again"
 
 
+@pytest.mark.slow
 def test_an_empty_prompt_that_is_not_finite_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +113,7 @@ def test_embeddings_too_large_for_fp16_are_kept_in_fp32(
     assert embeds.abs().max() > 1e6
 
 
+@pytest.mark.slow
 def test_empty_prompt_of_a_pipeline_that_encodes_it(tmp_path: Path) -> None:
     model = make_tiny_sdxl(tmp_path / "m", force_zeros=False)
     prepare(config(model, one_pair(tmp_path / "s", png(1), png(2)), tmp_path / "c", held_out=0.0))

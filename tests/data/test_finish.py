@@ -33,6 +33,7 @@ def test_shared_conditioning_gives_both_images_the_same_ids(tiny_sdxl: Path, tmp
     assert torch.equal(batch.time_ids_chosen, batch.time_ids_rejected)
 
 
+@pytest.mark.slow
 def test_size_that_predicts_the_label_is_warned_about(tiny_sdxl: Path, tmp_path: Path) -> None:
     rows = [row | {"jpg_0": png(i, 32), "jpg_1": png(i, 64, 64)} for i, row in enumerate(pickapic_rows(6))]
     rows = [row | {"label_0": 1.0, "label_1": 0.0} for row in rows]
@@ -44,6 +45,7 @@ def test_size_that_predicts_the_label_is_warned_about(tiny_sdxl: Path, tmp_path:
     assert again.warnings == summary.warnings
 
 
+@pytest.mark.slow
 def test_split_is_stored_and_does_not_share_prompts(tiny_sdxl: Path, tmp_path: Path) -> None:
     source = jsonl_folder(tmp_path / "s", 20, prompts=10)
     summary = prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.2))
@@ -61,6 +63,7 @@ def test_one_component_warns_that_nothing_is_held_out(tiny_sdxl: Path, tmp_path:
     assert [w for w in summary.warnings if w.startswith("no pair is held out")]
 
 
+@pytest.mark.slow
 def test_result_does_not_depend_on_row_order(tiny_sdxl: Path, tmp_path: Path) -> None:
     source = jsonl_folder(tmp_path / "s", 10)
     prepare(config(tiny_sdxl, source, tmp_path / "a", held_out=0.3))
@@ -75,6 +78,7 @@ def test_result_does_not_depend_on_row_order(tiny_sdxl: Path, tmp_path: Path) ->
     np.testing.assert_allclose(*(b.prompt_embeds for b in batches), rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_another_held_out_share_encodes_nothing(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +92,7 @@ def test_another_held_out_share_encodes_nothing(
     assert prepare(run).held_out == 3
 
 
+@pytest.mark.slow
 def test_converted_profiles_are_counted_and_a_leak_is_said(tiny_sdxl: Path, tmp_path: Path) -> None:
     source = jsonl_folder(tmp_path / "s", 6)
     for i in range(6):

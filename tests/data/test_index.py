@@ -34,6 +34,7 @@ def test_check_accepts_its_own_model_and_settings(tiny_sdxl: Path, prepared: Pat
     PairCache.open(prepared).check(open_sdxl(tiny_sdxl), run.data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -63,6 +64,7 @@ def test_cache_of_other_settings_is_refused(
     assert text in str(error.value)
 
 
+@pytest.mark.slow
 def test_cache_of_another_model_is_refused(prepared: Path, other_model: Callable[[str], Path]) -> None:
     for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer_2"):
         model = other_model(part)
@@ -100,6 +102,7 @@ def test_folder_with_other_files_is_refused(tiny_sdxl: Path, tmp_path: Path) -> 
         prepare(config(tiny_sdxl, source, tmp_path / "c" / "thesis.txt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"max_crop": 0.9}, {"resolution": 64}, {"vae_dtype": "bf16"}])
 def test_a_refused_prepare_leaves_the_cache_free(
     tiny_sdxl: Path, tmp_path: Path, change: dict[str, Any]
@@ -150,6 +153,7 @@ def edited(index: dict[str, Any], kind: str) -> Any:
     return {name: value for name, value in index.items() if name != kind}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["train", "settings", "list", "files", "sha256", "summary"])
 def test_edited_index_is_refused(tiny_sdxl: Path, prepared: Path, copy: Path, kind: str) -> None:
     path = copy / "index.json"
@@ -190,6 +194,7 @@ def as_format(cache: Path, number: int, model: Path) -> None:
     (cache / "pairs.npy").write_bytes(b"as that format had it")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "interrupted"), [(2, False), (3, True)])
 def test_an_earlier_format_is_taken_over_without_encoding(
     tiny_sdxl: Path,

@@ -31,6 +31,7 @@ from tests.data.pair_sources import (
 from tests.data.preparing import counting_images, said
 
 
+@pytest.mark.slow
 def test_every_layout_gives_the_same_pairs(tiny_sdxl: Path, tmp_path: Path) -> None:
     rows = pickapic_rows(3)
     write_parquet(tmp_path / "parquet" / "a.parquet", rows)
@@ -53,6 +54,7 @@ def test_every_layout_gives_the_same_pairs(tiny_sdxl: Path, tmp_path: Path) -> N
     assert ids[0] == ids[1] == ids[2]
 
 
+@pytest.mark.slow
 def test_too_many_skipped_stops_before_encoding(tiny_sdxl: Path, tmp_path: Path) -> None:
     rows = [*pickapic_rows(7), *pickapic_rows(2, label_0=0.5, label_1=0.5), *pickapic_rows(1, caption="")]
     source = write_parquet(tmp_path / "a.parquet", rows)
@@ -75,6 +77,7 @@ def test_nothing_usable(tiny_sdxl: Path, tmp_path: Path) -> None:
         prepare(config(tiny_sdxl, source, tmp_path / "c", max_skipped=1.0))
 
 
+@pytest.mark.slow
 def test_disk_need_is_printed_first(tiny_sdxl: Path, tmp_path: Path) -> None:
     source = jsonl_folder(tmp_path / "s", 10)
     _, text = said(config(tiny_sdxl, source, tmp_path / "c"))
@@ -97,6 +100,7 @@ def test_too_little_disk_space_stops_before_encoding(
     assert not list((tmp_path / "c" / "shards").iterdir())
 
 
+@pytest.mark.slow
 def test_finished_cache_is_left_alone(tiny_sdxl: Path, tmp_path: Path) -> None:
     source = jsonl_folder(tmp_path / "s", 6)
     run = config(tiny_sdxl, source, tmp_path / "c")
@@ -120,6 +124,7 @@ def test_source_is_needed(tiny_sdxl: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_new_pairs_reuse_what_is_encoded(tiny_sdxl: Path, tmp_path: Path) -> None:
     source = jsonl_folder(tmp_path / "s", 6)
     run = config(tiny_sdxl, source, tmp_path / "c")
@@ -138,6 +143,7 @@ def test_new_pairs_reuse_what_is_encoded(tiny_sdxl: Path, tmp_path: Path) -> Non
     assert len(cache.batch(cache.train, flip=None, drop=None).chosen_latents) == len(cache.train)
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_early_leaves_a_finished_cache_usable(tiny_sdxl: Path, tmp_path: Path) -> None:
     source = jsonl_folder(tmp_path / "s", 6)
     run = config(tiny_sdxl, source, tmp_path / "c")
@@ -237,6 +243,7 @@ def test_second_prepare_of_a_cache_is_refused(
     assert seen == [True]
 
 
+@pytest.mark.slow
 def test_interrupt_keeps_what_is_finished(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +274,7 @@ def test_interrupt_keeps_what_is_finished(
     assert contents(tmp_path / "c") == whole
 
 
+@pytest.mark.slow
 def test_models_and_data_in_the_cache_of_the_hub(tmp_path: Path, tiny_sdxl: Path) -> None:
     try:
         (tmp_path / "probe").symlink_to(tmp_path)
@@ -329,6 +337,7 @@ while status == signal.SIGKILL:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL and no fork")
 def test_killed_at_any_moment_it_continues(tiny_sdxl: Path, tmp_path: Path) -> None:
     """The n-th start is killed at its n-th moment, until one gets through."""

@@ -40,6 +40,7 @@ def spelled_folder(folder: Path, prompts: list[str]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_prompts_with_the_same_tokens_stay_on_one_side_and_are_encoded_once(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +77,7 @@ def test_spellings_do_not_hide_duplicates_and_contradictions(tiny_sdxl: Path, tm
     assert skipped(tmp_path / "c") == {"pairs.jsonl:2": "contradiction", "pairs.jsonl:5": "contradiction"}
 
 
+@pytest.mark.slow
 def test_prompts_that_differ_beyond_the_last_token_only_are_the_same(tiny_sdxl: Path, tmp_path: Path) -> None:
     source = spelled_folder(tmp_path / "s", ["x" * 80, "x" * 90, "x" * 70])
     summary = prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0))
@@ -83,6 +85,7 @@ def test_prompts_that_differ_beyond_the_last_token_only_are_the_same(tiny_sdxl: 
     assert prepare(config(tiny_sdxl, source, tmp_path / "d", held_out=0.0, max_tokens=150)).prompts == 3
 
 
+@pytest.mark.slow
 def test_a_spelling_that_comes_later_is_not_encoded(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ def test_every_skipped_row_has_a_detail_and_two_runs_agree(tmp_path: Path) -> No
         assert first == second
 
 
+@pytest.mark.slow
 def test_what_was_looked_for_is_named(tiny_sdxl: Path, tmp_path: Path) -> None:
     source = jsonl_folder(tmp_path / "s", 4)
     (source / "0w.png").write_bytes(b"garbage")

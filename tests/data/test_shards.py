@@ -23,6 +23,7 @@ def test_unreadable_shard_stops_prepare(tiny_sdxl: Path, prepared: Path, copy: P
         prepare(config(tiny_sdxl, prepared.parent / "s", copy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("name", SHARDS)
 def test_prepare_never_takes_over_a_damaged_shard(

@@ -14,6 +14,7 @@ from mapo_fast.util.errors import UserError
 from tests.data.preparing import flip_byte
 
 
+@pytest.mark.slow
 def test_ten_million_pairs_start_at_once_and_take_no_memory(tmp_path: Path) -> None:
     table = np.lib.format.open_memmap(tmp_path / "pairs.npy", "w+", PAIR, (10**7,))  # sparse on disk
     table["bucket"][4 * 10**6 :] = 64

@@ -28,6 +28,7 @@ from tests.data.pair_sources import (
 from tests.data.preparing import one_pair, reference_latents
 
 
+@pytest.mark.slow
 def test_batch_equals_diffusers(tiny_sdxl: Path, tmp_path: Path) -> None:
     source = one_pair(tmp_path / "s", png(1), png(2))
     run = config(tiny_sdxl, source, tmp_path / "c", held_out=0.0)
@@ -50,6 +51,7 @@ def test_batch_equals_diffusers(tiny_sdxl: Path, tmp_path: Path) -> None:
     assert not dropped.pooled_embeds.any()
 
 
+@pytest.mark.slow
 def test_flip_stores_mirrored_latents(tiny_sdxl: Path, tmp_path: Path) -> None:
     source = one_pair(tmp_path / "s", png(1), png(2))
     prepare(config(tiny_sdxl, source, tmp_path / "c", held_out=0.0, flip=True))
@@ -108,6 +110,7 @@ def test_nan_latents_are_retried_in_fp32(
     assert torch.equal(batch.chosen_latents[0], expected.bfloat16()), "the retry ran in fp32"
 
 
+@pytest.mark.slow
 def test_latents_that_stay_nan_are_skipped_and_listed(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +125,7 @@ def test_latents_that_stay_nan_are_skipped_and_listed(
     assert list((tmp_path / "d" / "shards").glob("latents-*")), "what is encoded is kept"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["latents_mean", "shift_factor"])
 def test_vae_with_other_latent_statistics(tiny_sdxl: Path, tmp_path: Path, kind: str) -> None:
 

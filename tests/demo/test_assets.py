@@ -40,6 +40,7 @@ def test_is_a_complete_sdxl_folder_for_the_trainer() -> None:
     assert made["scores"]["with_colour_shape"] >= 0.98
 
 
+@pytest.mark.slow
 def test_plain_diffusers_draws_what_is_asked(pipeline: Any) -> None:
     drawings = [drawing for _, drawing in world.captioned_drawings(24, seed=77)]
     with warnings.catch_warnings():
@@ -59,6 +60,7 @@ def test_plain_diffusers_draws_what_is_asked(pipeline: Any) -> None:
     assert right >= 21  # 97 % are right on average; fewer than 21 of 24 has a chance below 1 %
 
 
+@pytest.mark.slow
 def test_reconstructions_stay_readable(pipeline: Any) -> None:
     drawings = [drawing for _, drawing in world.captioned_drawings(128, seed=78)]
     with torch.no_grad():

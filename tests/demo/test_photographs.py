@@ -42,6 +42,7 @@ def squares(pixels: np.ndarray) -> np.ndarray:
     return pixels.reshape(16, 4, 16, 4, 3)
 
 
+@pytest.mark.slow
 def test_rows_are_pick_a_pic_rows(rows: list[dict[str, Any]]) -> None:
     assert len(rows) == 2 * len(PHOTOGRAPHS) * len(DEGRADATIONS)
     for row in rows:
@@ -72,6 +73,7 @@ def test_the_rejected_image_is_the_degraded_one(rows: list[dict[str, Any]]) -> N
             assert np.abs(np.diff(rejected, 2, axis=0)).mean() < np.abs(np.diff(chosen, 2, axis=0)).mean()
 
 
+@pytest.mark.slow
 def test_same_seed_same_file_and_nothing_is_overwritten(folder: Path, tmp_path: Path) -> None:
     write_photographs(tmp_path / "again", seed=0, crops=2)
     before = (folder / "photographs.parquet").read_bytes()

@@ -31,6 +31,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, text.getvalue()
 
 
+@pytest.mark.slow
 def test_report_json_has_the_figures(demo: tuple[Path, str]) -> None:
     result = json.loads((demo[0] / "report.json").read_text(encoding="utf-8"))
     for figure in ("preferred_share", "unchanged_score"):
@@ -45,6 +46,7 @@ def test_report_json_has_the_figures(demo: tuple[Path, str]) -> None:
         assert sum(shares.values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_report_html_is_self_contained_and_says_the_same(demo: tuple[Path, str]) -> None:
     page = (demo[0] / "report.html").read_text(encoding="utf-8")
     result = json.loads((demo[0] / "report.json").read_text(encoding="utf-8"))
@@ -63,6 +65,7 @@ def test_report_html_is_self_contained_and_says_the_same(demo: tuple[Path, str])
         Image.open(io.BytesIO(base64.b64decode(data))).verify()
 
 
+@pytest.mark.slow
 def test_picture_and_configs_are_there(demo: tuple[Path, str]) -> None:
     out = demo[0]
     with Image.open(out / "report.png") as picture:
@@ -77,6 +80,7 @@ def test_picture_and_configs_are_there(demo: tuple[Path, str]) -> None:
         UNet2DConditionModel.from_pretrained(out / name / "unet", local_files_only=True)
 
 
+@pytest.mark.slow
 def test_it_ends_with_the_table_and_the_next_command(demo: tuple[Path, str]) -> None:
     lines = demo[1].rstrip().splitlines()
     assert "MaPO" in demo[1].split("share of images")[1]
@@ -84,6 +88,7 @@ def test_it_ends_with_the_table_and_the_next_command(demo: tuple[Path, str]) -> 
     assert "-m mapo_fast prepare recipes/" in lines[-2]
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten(demo: tuple[Path, str], tmp_path: Path) -> None:
     before = (demo[0] / "report.json").read_bytes()
     with pytest.raises(UserError, match="already holds another demo's report"):
@@ -116,6 +121,7 @@ def test_scores_need_the_right_shape_too() -> None:
 TINY = DemoSize(pairs=24, steps=1, samples=1, sampling_steps=1)
 
 
+@pytest.mark.slow
 def test_diffusion_kto_gets_the_images_one_by_one(tmp_path: Path) -> None:
     result = run_demo(tmp_path / "out", console=Console(quiet=True), size=TINY, objective="kto")
     assert set(result["preferred_share"]) == {"before", "sft", "kto"}
@@ -135,6 +141,7 @@ def one_of_each_need() -> list[str]:
     return [name for name in first.values() if name != "mapo"]  # the fixture's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", one_of_each_need())
 def test_it_runs_whatever_an_objective_needs(tmp_path: Path, objective: str) -> None:
     """`tests/engine/test_objectives.py` trains with all."""
@@ -142,6 +149,7 @@ def test_it_runs_whatever_an_objective_needs(tmp_path: Path, objective: str) -> 
     assert set(result["preferred_share"]) == {"before", "sft", objective}
 
 
+@pytest.mark.slow
 def test_it_runs_under_another_plan(tmp_path: Path) -> None:
     """`tests/run/test_plans.py` trains under all."""
     plan = next(plan for name, _, _, plan in ROWS if "nf4" in name)

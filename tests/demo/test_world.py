@@ -10,6 +10,7 @@ from PIL import Image
 from mapo_fast.demo import world
 
 
+@pytest.mark.slow
 def test_rule_reads_every_drawing() -> None:
     wrong = [
         drawing

@@ -35,6 +35,7 @@ def test_noise_is_a_function_of_its_key() -> None:
     assert not any(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.slow
 def test_noise_is_the_same_in_another_process() -> None:
     code = "from mapo_fast.engine.draws import pair_noise; print(pair_noise(3, 4, 'ab', (5,)).tolist())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -83,6 +84,7 @@ def order(count: int, seed: int = 0, epoch: int = 0) -> list[int]:
     return [found[i] for i in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [*range(1, 30), 997, 1024, 5000])
 def test_an_epochs_order_is_a_permutation(count: int) -> None:
     assert sorted(order(count)) == list(range(count))

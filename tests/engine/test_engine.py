@@ -122,6 +122,7 @@ def trained(config: Config, steps: int = 2) -> dict[str, Tensor]:
 TRUTH: dict[tuple[str, str], dict[str, Tensor]] = {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "optimizer", "config"), COMBINATIONS, ids=name)
 def test_all_plans_take_the_steps_of_joint(kind: str, optimizer: str, config: Config) -> None:
     if (kind, optimizer) not in TRUTH:

@@ -41,6 +41,7 @@ def config(model: Path, folder: Path, /, kind: str = "lora", **objective: Any) -
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_robust_dpo")
 def test_it_trains(tiny_sdxl: Path, tmp_path: Path) -> None:
     """Every step's loss is the formula of its logit; at the start the model is its reference."""

@@ -49,6 +49,7 @@ def config(model: Path, folder: Path, output: str = "run", **sections: dict[str,
     return parse_config(settings(model, folder / "cache", folder / output, **sections))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_lion")
 @pytest.mark.parametrize(
     "sections",
@@ -111,6 +112,7 @@ def test_a_step_is_the_published_formula(how: str) -> None:
         torch.testing.assert_close(p.detach(), value, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_lion")
 def test_a_plan_knows_its_states() -> None:
     """One number for each trained one."""

@@ -22,6 +22,7 @@ def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patched", [False, True])
 def test_it_is_the_same_attention(monkeypatch: pytest.MonkeyPatch, patched: bool) -> None:
     unet = make_unet("sdxl")

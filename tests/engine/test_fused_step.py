@@ -82,6 +82,7 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout", "dtype"),
     [
@@ -316,6 +317,7 @@ def test_the_host_reads_nothing() -> None:
         float(loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group_bytes", [1, 3000, 1 << 30])
 def test_streamed_weights_go_back_unit_by_unit(group_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the groups: a unit is stored once a step, while its slot holds it, and so are its states."""

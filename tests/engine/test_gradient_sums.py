@@ -42,6 +42,7 @@ def summed(terms: Tensor, *, stochastic: bool) -> Tensor:
     return weight.grad.double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "lost"), [(512, 0.01), (2048, 0.4)])
 def test_the_sum_of_many_micro_batches_is_kept(count: int, lost: float) -> None:
     terms = noisy_terms(count)
@@ -106,6 +107,7 @@ def gradients(kind: str, layout: str, step: int, accumulation: int = 3) -> dict[
     return {n: p.grad for n, p in parts.unet.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "layout"), [("full", "joint"), ("lora", "split"), ("full", "sequential"), ("lora", "sequential")]
 )

@@ -172,6 +172,7 @@ def assert_equal_bits(found: list[Tensor], wanted: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_nothing_that_changes_is_fixed_in_a_graph(plan: str) -> None:
     """Learning rate, step counts, random bits, clipping by the step before, skipped steps, inputs."""

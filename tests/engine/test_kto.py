@@ -198,6 +198,7 @@ def plain(unet: Any, inputs: PairInputs) -> dict[str, Tensor]:
     return gradients(unet, backward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["joint", "split", "sequential"])
 @pytest.mark.parametrize("source", ["copy", "precomputed"])
 def test_gradients_are_those_of_the_published_formula(layout: str, source: str) -> None:
@@ -213,6 +214,7 @@ def test_gradients_are_those_of_the_published_formula(layout: str, source: str) 
     assert worst(named_gradients(engine.parts), plain(unet, inputs)) <= 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["joint", "sequential"])
 def test_a_lora_compares_with_itself_switched_off(layout: str) -> None:
     """At the start there is no gain to a bit, so z = 0 and the loss is the mean of w/2."""
@@ -224,6 +226,7 @@ def test_a_lora_compares_with_itself_switched_off(layout: str) -> None:
     assert any(bool(g.any()) for g in named_gradients(engine.parts).values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_two_processes_compare_with_the_mean_of_both(tmp_path: Path) -> None:
     """Four samples here and two there give the gradients of six in one."""
@@ -345,6 +348,7 @@ def make(tiny_sdxl: Path, cache: Path, tmp_path: Path) -> Callable[..., Config]:
     return build
 
 
+@pytest.mark.slow
 def test_every_image_has_its_own_label_noise_and_timestep(tiny_sdxl: Path, cache: Path) -> None:
     opened = PairCache.open(cache)
     assert not opened.paired
@@ -365,6 +369,7 @@ def test_every_image_has_its_own_label_noise_and_timestep(tiny_sdxl: Path, cache
 RESULT = {"full": "unet/diffusion_pytorch_model.safetensors", "lora": "lora/pytorch_lora_weights.safetensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "pairs"), [("lora", 1), ("full", 2)])
 def test_a_run_and_its_resume(make: Callable[..., Config], tmp_path: Path, kind: str, pairs: int) -> None:
     """The baseline of the third step needs the second one's gains, which the checkpoint holds."""
@@ -393,6 +398,7 @@ def test_a_run_and_its_resume(make: Callable[..., Config], tmp_path: Path, kind:
     assert {"chosen_error_change", "rejected_error_change"} & looks[-1].keys()
 
 
+@pytest.mark.slow
 def test_the_objective_and_the_data_must_fit(
     make: Callable[..., Config], tiny_sdxl: Path, tmp_path: Path
 ) -> None:
@@ -458,6 +464,7 @@ def test_a_file_of_pairs_and_single_images_is_refused(tiny_sdxl: Path, tmp_path:
             prepared(tiny_sdxl, source)
 
 
+@pytest.mark.slow
 def test_parquet_and_a_saved_dataset_with_the_same_columns(tiny_sdxl: Path, tmp_path: Path) -> None:
     from datasets import Dataset
 

@@ -89,6 +89,7 @@ def _relative(gradients: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[st
     }
 
 
+@pytest.mark.slow
 def test_split_equals_joint_and_no_checkpointing_in_fp64(unet: Any) -> None:
     inputs = _inputs(torch.float64)
     apply_layout(unet, "joint", gradient_checkpointing=False)
@@ -99,6 +100,7 @@ def test_split_equals_joint_and_no_checkpointing_in_fp64(unet: Any) -> None:
         assert max(_relative(_gradients(unet, inputs, None), truth).values()) <= 1e-10
 
 
+@pytest.mark.slow
 def test_split_is_as_exact_as_joint_in_fp32(unet: Any, single: Any) -> None:
     """At the same upstream gradient, since MaPO's T = 1000 would amplify single ulps of the errors."""
     generator = torch.Generator().manual_seed(9)
@@ -177,6 +179,7 @@ def test_split_refuses_an_odd_batch(unet: Any) -> None:
 # --- Per block ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["joint", "split"])
 @pytest.mark.parametrize(("kind", "patched", "checkpointing"), [m for m in MODELS if m[2]], ids=str)
 def test_every_model(kind: str, patched: bool, checkpointing: Any, layout: Any) -> None:
@@ -208,6 +211,7 @@ def test_blocks_are_what_diffusers_hands_over(family: str) -> None:
     assert all(model.get_submodule(name) is block for name, block in blocks.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "calls"), [("joint", 2), ("split", 4)])
 @pytest.mark.parametrize("copied", [False, True])
 def test_only_the_named_blocks_are_recomputed(layout: Any, calls: int, copied: bool) -> None:
@@ -254,6 +258,7 @@ def test_unknown_names(name: str, message: str) -> None:
 # --- The norm in front of a transformer's blocks ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_what_a_projection_reads_is_recomputed_where_it_would_be_saved(kind: str) -> None:
     """One tensor a transformer less, and the norm run twice; a frozen projection saves nothing anyway."""
@@ -289,6 +294,7 @@ def test_what_a_projection_reads_is_recomputed_where_it_would_be_saved(kind: str
 # --- Dropout, offload ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["joint", "split"])
 @pytest.mark.parametrize("lora", [False, True], ids=["dropout", "lora_dropout"])
 def test_recomputed_dropout_drops_the_same(layout: Any, lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,6 +334,7 @@ class SavedInputs:
         return tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "halves"), [("joint", 1), ("split", 2)])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_inputs_of_checkpoints_pass_through_the_offload(layout: Any, halves: int, lora: bool) -> None:

@@ -91,6 +91,7 @@ def test_all_of_the_kernels_objectives_have_a_name() -> None:
 FIRST: list[Tensor] = []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("objective", "kind", "source"), RUNS)
 def test_a_run_and_its_resume(
     make: Callable[..., Config],
@@ -124,6 +125,7 @@ def test_a_run_and_its_resume(
         assert abs(entries[0]["logits"]) < 1e-2 * abs(entries[1]["logits"]), "no margin in the first step"
 
 
+@pytest.mark.slow
 def test_a_pass_that_was_stopped_goes_on_and_a_longer_run_adds_to_it(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +155,7 @@ def test_a_pass_that_was_stopped_goes_on_and_a_longer_run_adds_to_it(
     assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_the_pass_reads_ahead_as_training_does(
     make: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, prefetch: bool
@@ -172,6 +175,7 @@ def test_the_pass_reads_ahead_as_training_does(
     assert ahead[:6] == [prefetch] * 6, "three before the first step and three in steps"
 
 
+@pytest.mark.slow
 def test_soft_labels_are_in_the_cache_or_missed(
     make: Callable[..., Config], tiny_sdxl: Path, cache: Path, tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ def _offload_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mapo_fast.engine.stream_weights.STREAMED_BYTES", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transfers", [Transfers, DelayedTransfers])
 @pytest.mark.parametrize("layout", ["joint", "split"])
 @pytest.mark.parametrize("streamed", [False, True])
@@ -238,6 +239,7 @@ def test_a_pass_that_never_goes_back_leaves_nothing() -> None:
     assert _same(chain.gradients(x), chain.gradients(x, offloaded=False))
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_200_steps() -> None:
     """Weights and inputs streamed: no tensor more after 200 steps, and no garbage collection needed."""
     from diffusers import UNet2DConditionModel

@@ -54,6 +54,7 @@ def groups(weights: list[nn.Parameter]) -> list[dict[str, Any]]:
     return [{"params": weights[:2]}, {"params": weights[2:], "weight_decay": 0.0, "lr": 3e-3}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_resumed_equals_uninterrupted(tmp_path: Path, name: str, dtype: torch.dtype) -> None:

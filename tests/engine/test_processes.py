@@ -84,6 +84,7 @@ def test_a_launch_without_an_address_is_one_line(monkeypatch: pytest.MonkeyPatch
         pass
 
 
+@pytest.mark.slow
 def test_the_survivor_of_a_killed_process_says_so_in_one_line(tmp_path: Path) -> None:
     def call() -> str | None:
         processes = environment()
@@ -155,6 +156,7 @@ def one_step(engine: Engine) -> tuple[dict[str, Tensor], Tensor]:
     return found, engine.finish()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "layout", "checkpointing", "shard"),
     [
@@ -181,6 +183,7 @@ def test_two_processes_give_the_gradients_of_one(
         assert abs(found - norm) <= 1e-10 * norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True])
 def test_what_is_not_finite_in_one_process_is_skipped_by_all(tmp_path: Path, shard: bool) -> None:
     config = config_of("full", "joint", False, shard)
@@ -236,6 +239,7 @@ OBJECTIVES = {False: {"name": "dpo", "reference": "precomputed"}, True: {"name":
 """What runs train whose model is whole in each process, and what those that split it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True])
 def test_a_run_goes_on_with_another_number_of_processes(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: bool
@@ -284,6 +288,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert '"UNet2DConditionModel"' in (output / "unet" / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_errors_of_the_start_model_are_shared_and_kept_by_all(tmp_path: Path) -> None:
     """Five positions in two processes: the last one has no other to go with."""
     made: list[int] = []
@@ -308,6 +313,7 @@ def test_errors_of_the_start_model_are_shared_and_kept_by_all(tmp_path: Path) ->
     assert of(ALONE).missing == 0
 
 
+@pytest.mark.slow
 def test_every_pair_of_an_epoch_trains_once_in_one_process(
     make: Callable[..., Config], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +337,7 @@ def test_every_pair_of_an_epoch_trains_once_in_one_process(
     assert sorted(first + second) == sorted(p.id for p in PairCache.open(cache).train)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_one_step(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +355,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
 
 
+@pytest.mark.slow
 def test_what_one_process_cannot_read_ends_all_with_the_step_saved(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,6 +388,7 @@ def test_what_one_process_cannot_read_ends_all_with_the_step_saved(
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
 
 
+@pytest.mark.slow
 def test_all_take_the_plan_of_process_0_for_the_smallest_gpu(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,6 +412,7 @@ def test_all_take_the_plan_of_process_0_for_the_smallest_gpu(
     assert together(tmp_path, run) == [("joint", [(4 * 2**30, 2)], 5.0), ("joint", [], 5.0)]
 
 
+@pytest.mark.slow
 def test_a_mistake_is_reported_once(make: Callable[..., Config], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "holiday.jpg").touch()
@@ -483,6 +493,7 @@ def test_launchers_that_want_to_shard_by_themselves_are_refused(
 # --- The command ---
 
 
+@pytest.mark.slow
 def test_accelerate_launch_trains_and_writes_once(tiny_sdxl: Path, cache: Path, tmp_path: Path) -> None:
     train = {"steps": 2, "evaluate_pairs": 1}
     table = settings(tiny_sdxl, cache, tmp_path / "run", train=train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,7 @@ def labels_of(config: Config) -> Tensor | None:
     return LABELS if config.objective.known.labels == "required" else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "kind", "source"),
     [(name, "full", "auto") for name in WITHOUT] + [(name, *kind) for name in WITH for kind in KINDS],
@@ -154,6 +156,7 @@ def test_gradients_are_those_of_the_published_formula(objective: str, kind: str,
     assert worst(named_gradients(engine.parts), plain_gradients(objective, kind)) <= 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["joint", "split", "sequential"])
 @pytest.mark.parametrize(("kind", "source"), KINDS)
 def test_the_start_model_has_no_margin(kind: str, source: str, layout: str) -> None:
@@ -171,6 +174,7 @@ def test_the_start_model_has_no_margin(kind: str, source: str, layout: str) -> N
     assert not out.chosen_reference_error.requires_grad
 
 
+@pytest.mark.slow
 def test_a_lora_that_is_switched_off_is_the_start_model() -> None:
     config = config_of("dpo", "lora")
     engine, _ = engine_of(config)
@@ -218,6 +222,12 @@ def trained(config: Config, *, micro_batches: int = 1) -> dict[str, Tensor]:
     return {name: w.clone() for name, w in engine.parts.state_dict().items()}
 
 
+@functools.cache
+def start_models_errors_known(kind: str) -> dict[str, Tensor]:
+    return trained(config_of("dpo", kind, "precomputed"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "source", "train", "offload"), PLANS)
 def test_all_plans_take_the_same_steps(
     monkeypatch: pytest.MonkeyPatch, kind: str, source: str, train: dict[str, Any], offload: dict[str, str]
@@ -225,13 +235,14 @@ def test_all_plans_take_the_same_steps(
     monkeypatch.setattr(stream_weights, "STREAMED_BYTES", 1)
     monkeypatch.setattr(stream_states, "_SMALLEST", 1)
     monkeypatch.setattr(offload_activations, "OFFLOADED_BYTES", 1)
-    truth = trained(config_of("dpo", kind, "precomputed"))
+    truth = start_models_errors_known(kind)
     found = trained(config_of("dpo", kind, source, train=train, offload=offload))
     for tensor, expected in truth.items():
         error = (found[tensor] - expected).norm() / expected.norm().clamp(min=1e-6)
         assert error <= 1e-10, tensor
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_have_the_lora_on() -> None:
     config = config_of("dpo", "lora", train={"accumulation": 2})
     truth, found = trained(config_of("dpo", "lora")), trained(config, micro_batches=2)
@@ -332,6 +343,7 @@ def test_exchanged_files_are_made_again(tmp_path: Path) -> None:
     check(opened(tmp_path), 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "source"), KINDS)
 def test_the_host_reads_no_errors(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, source: str

@@ -59,6 +59,7 @@ def predictions(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 # --- Exactness ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective(objective: str) -> None:
     """Three pairs with coefficients of their own, all weights trained, in fp64."""
@@ -87,6 +88,7 @@ def test_coefficients_of_the_pairs_differ() -> None:
         assert (ordered.diff() > 0.1 * ordered.abs().max()).all()
 
 
+@pytest.mark.slow
 @VARIANTS
 @pytest.mark.parametrize(("kind", "patched", "checkpointing"), MODELS, ids=str)
 def test_every_model(kind: str, patched: bool, checkpointing: Any, scratch: bool) -> None:
@@ -100,6 +102,7 @@ def test_every_model(kind: str, patched: bool, checkpointing: Any, scratch: bool
     assert worst(gradients(unet, lambda: backward(unet, inputs, MaPOLoss(), scratch)), truth) <= 1e-10
 
 
+@pytest.mark.slow
 @VARIANTS
 def test_micro_batches_add_up(scratch: bool) -> None:
     """Weights of 3/4 and 1/4, the second on top of the first one's gradients."""
@@ -115,6 +118,7 @@ def test_micro_batches_add_up(scratch: bool) -> None:
     assert worst(gradients(unet, both), {n: 0.75 * one[n] + 0.25 * two[n] for n in one}) <= 1e-10
 
 
+@pytest.mark.slow
 @VARIANTS
 def test_gradient_scaler(scratch: bool) -> None:
     unet, inputs = make_unet("sdxl"), pair_of_inputs()
@@ -124,6 +128,7 @@ def test_gradient_scaler(scratch: bool) -> None:
     assert worst(found, {name: 1024 * t for name, t in truth.items()}) <= 1e-10
 
 
+@pytest.mark.slow
 @VARIANTS
 def test_autocast_is_of_the_forward_passes(scratch: bool, predictions: list[Tensor]) -> None:
     """Predictions in bf16, errors in fp32, no autocast left over for backward."""
@@ -138,6 +143,7 @@ def test_autocast_is_of_the_forward_passes(scratch: bool, predictions: list[Tens
     assert not any(inside)
 
 
+@pytest.mark.slow
 def test_two_buffers_of_several_pairs_cannot_be_recombined() -> None:
     """Why `scratch` goes pair by pair: the best x·Σ∇e_w + y·Σ∇e_l misses what three pairs need."""
     unet, inputs, loss = make_unet("sdxl"), pair_of_inputs(), MaPOLoss()
@@ -171,6 +177,7 @@ def test_both_passes_of_a_rejected_half_drop_the_same(predictions: list[Tensor])
     assert after not in torch.cat([chosen.flatten(), rejected.flatten()])
 
 
+@pytest.mark.slow
 @VARIANTS
 @pytest.mark.parametrize("lora", [False, True], ids=["dropout", "lora_dropout"])
 def test_recomputed_dropout_drops_the_same(lora: bool, scratch: bool) -> None:
@@ -192,6 +199,7 @@ def test_recomputed_dropout_drops_the_same(lora: bool, scratch: bool) -> None:
 # --- With what moves between host and device ---
 
 
+@pytest.mark.slow
 @VARIANTS
 @pytest.mark.parametrize("copies", [Transfers, DelayedTransfers])
 def test_streamed_weights_and_offloaded_inputs(
@@ -214,6 +222,7 @@ def test_streamed_weights_and_offloaded_inputs(
 # --- Memory ---
 
 
+@pytest.mark.slow
 @VARIANTS
 def test_one_half_at_a_time(scratch: bool, predictions: list[Tensor]) -> None:
     unet, inputs = make_unet("sdxl", dtype=torch.float32), pair_of_inputs(1, torch.float32, side=32)

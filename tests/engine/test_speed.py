@@ -80,6 +80,7 @@ SWITCHES: list[tuple[str, dict[str, bool]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "switches"), SWITCHES, ids=lambda v: v if isinstance(v, str) else "+".join(v)
 )
@@ -89,6 +90,7 @@ def test_every_switch_takes_the_same_steps(
     assert_same_steps(trained(with_speed(settings(**PLANS[plan]), **switches)), truth[plan])
 
 
+@pytest.mark.slow
 def test_blocks_are_compiled_once_and_not_for_every_bucket() -> None:
     """The tiny UNet has three transformers with two blocks each, all of one width."""
     counters.clear()
@@ -111,6 +113,7 @@ def test_blocks_are_compiled_once_and_not_for_every_bucket() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_a_training_compiles_for_itself_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of these is two variants of one code, as many as may be."""
     monkeypatch.setattr(compile_module, "BACKEND", "eager")
@@ -132,6 +135,7 @@ def other_code(module: Any, _: Any) -> Any:
     return lambda *args: [x * (1 + 1e-6) if isinstance(x, Tensor) else x for x in module(*args)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "source", "layout", "graphs"),
     [
@@ -159,6 +163,7 @@ def test_the_reference_is_compiled_as_the_step_is(
     assert out.logits.abs().max() <= 4 * 5000 * torch.finfo(torch.float64).eps * split
 
 
+@pytest.mark.slow
 def test_eight_bit_states_follow_the_weights_into_channels_last() -> None:
     """Their blocks of 256 follow the order in memory, so the states are others, and the step is another."""
     config = with_speed(settings(**PLANS["fused-8bit"]), channels_last=True)
@@ -172,6 +177,7 @@ def test_eight_bit_states_follow_the_weights_into_channels_last() -> None:
     assert state.stride() == weight.stride() != tuple(torch.empty(weight.shape).stride())
 
 
+@pytest.mark.slow
 def test_activations_stay_in_channels_last() -> None:
     """Every image between two layers, in joint and in split, forward and backward."""
     config = with_speed(settings(layout="split", checkpointing=True), channels_last=True)

@@ -50,6 +50,7 @@ def take(step: FusedStep, weights: list[nn.Parameter], number: int, left_out: in
     step.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Transfers, DelayedTransfers])
 @pytest.mark.parametrize("name", FUSABLE)
 def test_bitwise_the_steps_with_states_on_the_device(name: str, kind: type[Transfers]) -> None:
@@ -85,6 +86,7 @@ class _Counting(Transfers):
         return super().store(dst, src)
 
 
+@pytest.mark.slow
 def test_states_travel_once_a_step_through_two_buffers() -> None:
     """Every fetch is the one that was expected; memory is made once, for 200 steps."""
     weights, transfers = parameters(), _Counting()
@@ -137,6 +139,7 @@ def test_small_states_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     take(step, weights, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["streamed", "resident"])
 @pytest.mark.parametrize("name", FUSABLE)
 def test_resumed_equals_uninterrupted(name: str, target: str) -> None:

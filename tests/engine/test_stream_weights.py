@@ -56,6 +56,7 @@ def _resident(lora: bool, patched: bool) -> dict[str, Tensor]:
     return run(_make("plain", lora=lora, patched=patched), "sdxl", torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "lora", "patched", "transfers"),
     [
@@ -74,6 +75,7 @@ def test_gradients_are_those_of_resident_weights(
         assert _worst(run(unet, "sdxl", torch.float64), _resident(lora, patched)) <= 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd15", "sd21"])
 def test_other_families(family: str) -> None:
     truth = run(_make(family=family), family, torch.float64)
@@ -112,6 +114,7 @@ def test_only_two_units_are_on_the_device_and_each_is_fetched_once_a_pass() -> N
     assert transfers.fetched_bytes == 2 * transfers.host_bytes - turning
 
 
+@pytest.mark.slow
 def test_the_next_unit_is_under_way_while_one_computes() -> None:
     unet = _make("checkpointed")
     streaming = WeightStreaming(unet, DelayedTransfers())
@@ -146,6 +149,7 @@ def test_the_next_unit_is_under_way_while_one_computes() -> None:
     assert late == [streaming.units[0].name] * 2  # evaluations start over from the last unit
 
 
+@pytest.mark.slow
 def test_parameters_never_move() -> None:
     unet = _make("split", patched=True)
     streaming = WeightStreaming(unet, DelayedTransfers())
@@ -158,6 +162,7 @@ def test_parameters_never_move() -> None:
     assert streaming.unit_of(unet.conv_in.weight) is None
 
 
+@pytest.mark.slow
 def test_units_stay_fused_and_joined() -> None:
     unet = _make("checkpointed", lora=True, patched=True)
     WeightStreaming(unet, Transfers(DEVICE))
@@ -191,6 +196,7 @@ def test_only_frozen_weights_stream_beside_an_adapter() -> None:
             assert streaming.unit_of(parameter) is not None, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_full_fine_tuning_with_updates_inside_backward(form: str) -> None:
     """SGD by gradient hooks as soon as a unit is complete: what a fused step does."""
@@ -231,6 +237,7 @@ def test_full_fine_tuning_with_updates_inside_backward(form: str) -> None:
     assert transfers.stored_bytes == 3 * per_step
 
 
+@pytest.mark.slow
 def test_evaluation_and_saving_in_between() -> None:
     truth = run(_make("checkpointed"), "sdxl", torch.float64)
     unet = _make("checkpointed")
@@ -246,6 +253,7 @@ def test_evaluation_and_saving_in_between() -> None:
         assert _worst(run(unet, "sdxl", torch.float64), truth) <= 1e-10
 
 
+@pytest.mark.slow
 def test_loading_into_host_memory() -> None:
     other = make_unet("sdxl", seed=3)
     unet = _make("checkpointed", patched=True)

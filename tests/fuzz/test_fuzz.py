@@ -13,6 +13,7 @@ from tests.fuzz.kinds import KINDS, Kind
 UNITS = int(os.environ.get("MAPO_FAST_FUZZ", "1"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the damage needs FIFOs and sockets in the file system")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_damaged_input_is_an_answer_or_one_line(kind: type[Kind], tmp_path: Path, tiny_sdxl: Path) -> None:

@@ -182,6 +182,7 @@ def test_cublas_workspaces_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -
     assert cublas_workspace(90) == 8_519_680
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "checkpointed"])
 def test_a_step_runs_under_the_cap_that_is_said_to_be_needed_and_under_no_less_than_its_tensors(
     name: str,

@@ -53,6 +53,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", [0, 3], ids=["from the start", "loaded in the middle"])
 @pytest.mark.parametrize("gradients", [ordinary, adversarial])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -114,6 +114,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+@pytest.mark.slow
 @nan_in_fresh_memory
 @every
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -150,6 +151,7 @@ def test_empty(device: str, operator: Operator) -> None:
         assert not grad.any()
 
 
+@pytest.mark.slow
 @nan_in_fresh_memory
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("operator", [o for o in OPERATORS if o.name != "paired_noise_epsilon"], ids=str)
@@ -166,10 +168,11 @@ def test_nan_and_inf_stay_in_their_unit_and_show(device: str, operator: Operator
             assert torch.equal(y[unit::UNITS], want[unit::UNITS])
 
 
+@pytest.mark.slow
 @nan_in_fresh_memory
 @every
 def test_same_bits_on_repeats(device: str, operator: Operator) -> None:
-    per_unit, shared, function = operator.call(4 * UNITS, device)  # several programs add to one gradient
+    per_unit, shared, function = operator.call(2 * UNITS, device)  # several programs add to one gradient
     first = results(function, [*per_unit, *shared])
     for _ in range(2):
         same_bits(results(function, [*per_unit, *shared]), first)
@@ -178,6 +181,7 @@ def test_same_bits_on_repeats(device: str, operator: Operator) -> None:
 # --- torch ---
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.filterwarnings("ignore:.*inference_mode.*:UserWarning")
 def test_opcheck(device: str, operator: Operator) -> None:
@@ -188,6 +192,7 @@ def test_opcheck(device: str, operator: Operator) -> None:
         torch.library.opcheck(op, arguments, test_utils=CHECKS)
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # inside Dynamo
 def test_compiles_into_one_graph(place: str, operator: Operator) -> None:
@@ -210,6 +215,7 @@ def test_checkpointed(operator: Operator) -> None:
     same_bits(results(recomputed, tensors), results(function, tensors))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", OPERATORS, ids=str)
 def test_no_zeros_are_made_for_outputs_without_a_gradient(operator: Operator) -> None:
     per_unit, shared, function = operator.call(UNITS, "cpu")

@@ -63,6 +63,7 @@ def test_codes_times_scale(device: str, groups: int, last: bool) -> None:
     assert torch.equal(same[0], from_int8(codes, absmax[:, :1], torch.float32).flatten(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(("size", "geometry"), GEOMETRIES)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

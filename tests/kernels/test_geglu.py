@@ -55,6 +55,7 @@ def check(projected: Tensor) -> None:
 # --- Values and gradients ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape",
@@ -64,6 +65,7 @@ def test_matches_fp64(device: str, shape: tuple[int, ...], dtype: torch.dtype) -
     check(make(shape, device, dtype))
 
 
+@pytest.mark.slow
 @hypothesis.settings(
     max_examples=10,
     deadline=None,

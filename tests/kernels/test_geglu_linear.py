@@ -106,6 +106,7 @@ def test_gradcheck(device: str) -> None:
 # --- Only what is needed ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=5)))
 def test_only_needed_gradients(
     device: str, wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
@@ -140,6 +141,7 @@ def test_only_needed_gradients(
     assert forward.call_count == (with_g and not of_projected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, True])
 def test_saves_the_projection_only(device: str, compile: bool) -> None:
     x = leaf(64, 80, device=device, dtype=torch.bfloat16)
@@ -185,6 +187,7 @@ def test_under_autocast(device: str, dtype: torch.dtype, rank: int) -> None:
 # --- torch ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["aot_eager_decomp_partition", "inductor"])
 def test_compiles_in_one_graph(device: str, compiler: str) -> None:
     p = projection(24, 40, device, torch.float32, rank=2)

@@ -415,6 +415,7 @@ class Saved:
         return sum(self.storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")  # inside Inductor
 @pytest.mark.parametrize("compiler", [None, "aot_eager_decomp_partition"])
 def test_saves_x_and_two_numbers_per_group(device: str, compiler: str | None) -> None:
@@ -440,6 +441,7 @@ def test_gradcheck(device: str, silu: bool) -> None:
     assert torch.autograd.gradcheck(run(group_norm_silu), leaves, fast_mode=True)
 
 
+@pytest.mark.slow
 def test_one_dynamic_graph_serves_every_shape(device: str) -> None:
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()

@@ -205,6 +205,7 @@ class Saved:
         return sum(self.storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")  # inside Inductor
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("compiler", [None, "aot_eager_decomp_partition"])

@@ -105,6 +105,7 @@ def check(
 # --- Values and gradients ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -395,6 +396,7 @@ def test_autocast_keeps_the_dtype(device: str) -> None:
     assert_same(y, layer_norm(summed, weight, bias))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")  # inside Inductor

@@ -243,6 +243,7 @@ def test_one_product_forward(device: str, monkeypatch: pytest.MonkeyPatch) -> No
 WANTED = [w for w in itertools.product([False, True], repeat=6) if sum(w) in (0, 1, 2, 6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", WANTED)
 def test_only_needed_gradients(
     device: str, wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
@@ -286,6 +287,7 @@ def test_only_needed_gradients(
     assert again.call_count == (with_n and not through_norm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_saves_what_is_normalised_and_statistics(device: str, with_residual: bool, compile: bool) -> None:
@@ -327,6 +329,7 @@ def test_under_autocast(device: str, dtype: torch.dtype, rank: int) -> None:
 # --- torch ---
 
 
+@pytest.mark.slow
 def test_compiles_in_one_graph(device: str) -> None:
     x, residual = (leaf(4, 128, device=device, dtype=torch.float32) for _ in range(2))
     layer = quantised("nf4 nested", 32, 128, device)

@@ -104,6 +104,7 @@ def test_gradcheck(device: str) -> None:
 # --- Only what is needed ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=5)))
 def test_only_needed_gradients(device: str, wanted: tuple[bool, ...]) -> None:
     """Each is the same whatever else is frozen, and each matrix product is done once, if at all."""
@@ -159,6 +160,7 @@ def test_no_fp32_copy_of_the_activations(device: str) -> None:
     assert largest.elements >= 64 * 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, True])
 def test_saves_the_input_and_the_rank_r_product(device: str, compile: bool) -> None:
     x = leaf(64, 80, device=device, dtype=torch.bfloat16)
@@ -179,6 +181,7 @@ def test_saves_no_input_for_a_frozen_a(device: str) -> None:
 # --- Quantised weights ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_quantised_is_the_dequantised_weight(device: str, kind: str, dtype: torch.dtype) -> None:

@@ -134,6 +134,7 @@ assert not heavy, heavy
 """
 
 
+@pytest.mark.slow
 def test_works_without_triton_and_the_trainer() -> None:
     path = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'kernels')!r}]\n"
     subprocess.run([sys.executable, "-c", path + WITHOUT_TRITON], check=True, cwd=ROOT, timeout=120)

@@ -103,6 +103,7 @@ def mild(objective: str) -> dict[str, float]:
     return {name: MILD[name] for name in OBJECTIVES[objective].settings}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("objective", FAMILY)
 def test_gradcheck_from_errors(device: str, objective: str, labelled: bool) -> None:
@@ -202,6 +203,7 @@ def test_a_saturated_logit_is_linear_or_zero(device: str) -> None:
     assert slope.tolist() == [[2500.0, 0.0], [-2500.0, 0.0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["chosen", "rejected", "reference"])
 @pytest.mark.parametrize("objective", FAMILY)
 def test_nan_and_inf_stay_in_their_pair_and_show(device: str, objective: str, where: str) -> None:

@@ -87,6 +87,7 @@ def test_sdxl_latents(device: str) -> None:
     check(*make((4, 4, 128, 128), device, torch.bfloat16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gap", [0.0, 1e-6, 1e-3, 0.03, 0.3, 1.0, 4.0, 17.0, 40.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_whole_range_of_errors(device: str, dtype: torch.dtype, gap: float) -> None:
@@ -186,6 +187,7 @@ MASKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", MASKS)
 def test_mask(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -448,6 +450,7 @@ def test_gradcheck_from_errors(device: str, objective: str) -> None:
     assert torch.autograd.gradcheck(loss, (e_w, e_l))
 
 
+@pytest.mark.slow
 def test_one_dynamic_graph_serves_every_batch(device: str) -> None:
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()

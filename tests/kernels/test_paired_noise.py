@@ -175,6 +175,7 @@ torch.save(paired_noise_epsilon(keys, (4, 8, 8)), sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_another_process_draws_the_same(tmp_path: Path) -> None:
     """It has every second pair, as with data parallelism."""
     keys = torch.tensor([noise_key(11, 4, f"pair {i}") for i in range(6)])

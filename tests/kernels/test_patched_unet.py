@@ -14,6 +14,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "bound", "channels_last"),
     [  # both memory orders where a mistake shows best; of the other types the operators' own tests know more

@@ -27,6 +27,7 @@ def truth() -> dict[str, Tensor]:
     return trained(with_speed(settings(), fp8=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "switches"),
     [("split", {}), ("joint", {"fused_ops": False}), ("split", {"channels_last": True, "fused_ops": False})],
@@ -41,6 +42,7 @@ def test_the_same_steps_in_every_layout(
         assert float((found[name] - expected).norm() / expected.norm().clamp(min=1e-6)) <= 1e-10, name
 
 
+@pytest.mark.slow
 def test_it_rounds(truth: dict[str, Tensor]) -> None:
     plain = trained(settings())
     moved = [float((truth[n] - w).norm() / w.norm().clamp(min=1e-6)) for n, w in plain.items()]

@@ -167,6 +167,7 @@ def one_tokenizer_file(model: Path) -> None:
         (model / "tokenizer_2" / name).unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -213,6 +214,7 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [half, scaled, activation, padding, merge])
 def test_another_model(tiny_sdxl: Path, model: Path, change: Callable[[Path], None]) -> None:
     change(model)

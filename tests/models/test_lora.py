@@ -91,6 +91,7 @@ def load_into_pipeline(unet: Any, folder: Path, file: str | None = None) -> None
     pipeline.load_lora_weights(folder, **({"weight_name": file} if file else {}))
 
 
+@pytest.mark.slow
 def test_training_starts_at_the_base_model() -> None:
     unet = sdxl_unet()
     before = predict(unet)
@@ -102,6 +103,7 @@ def test_training_starts_at_the_base_model() -> None:
     assert len(trainable) == len(lora_state_dict(unet))
 
 
+@pytest.mark.slow
 def test_initialisation_depends_on_the_seed_alone() -> None:
     def factors(seed: int, noise: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         unet = sdxl_unet(dtype)
@@ -118,6 +120,7 @@ def test_initialisation_depends_on_the_seed_alone() -> None:
     assert all(torch.equal(first[name], changed[name]) == ("lora_B" in name) for name in first)
 
 
+@pytest.mark.slow
 def test_factors_are_fp32_on_a_bf16_base_and_learn_small_updates() -> None:
     unet = trained(ATTENTION, alpha=4.0, dtype=torch.bfloat16)
     assert {factor.dtype for factor in lora_state_dict(unet).values()} == {torch.float32}
@@ -125,6 +128,7 @@ def test_factors_are_fp32_on_a_bf16_base_and_learn_small_updates() -> None:
     assert predict(unet).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_the_state_dict_is_the_models_own_memory_and_resumes(tmp_path: Path) -> None:
     unet = trained(ATTENTION, alpha=3.0)
     store = CheckpointStore(tmp_path, keep=1)
@@ -151,6 +155,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TARGETS)
 def test_both_files_give_the_trained_outputs_in_diffusers(tmp_path: Path, kind: str) -> None:
     unet = trained(TARGETS[kind], alpha=3.0)  # not the rank, and no power of two
@@ -163,6 +168,7 @@ def test_both_files_give_the_trained_outputs_in_diffusers(tmp_path: Path, kind: 
         assert torch.equal(predict(loaded), expected), file
 
 
+@pytest.mark.slow
 def test_the_folder_alone_is_enough_for_diffusers(tmp_path: Path) -> None:
     unet = trained(ATTENTION, alpha=8.0)
     save_lora(unet, tmp_path / "lora")
@@ -171,6 +177,7 @@ def test_the_folder_alone_is_enough_for_diffusers(tmp_path: Path) -> None:
     assert torch.equal(predict(loaded), predict(unet))
 
 
+@pytest.mark.slow
 def test_the_shipped_architecture_round_trips_too(tmp_path: Path, tiny_sdxl: Path) -> None:
     """One layer per block and two blocks: the block numbers come from the config, not from SDXL's sizes."""
     from diffusers import StableDiffusionXLPipeline
@@ -214,6 +221,7 @@ def test_kohya_file_has_original_names_and_the_true_alpha(tmp_path: Path) -> Non
         assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 3.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "message"),
     [
@@ -268,6 +276,7 @@ def test_the_same_adapter_gives_the_same_bytes_for_whom_the_umask_says(tmp_path:
             assert (tmp_path / "one" / file).stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [[2, 2, 2], [1, 2, 3]])
 def test_a_lora_of_a_unet_with_a_list_of_layers_loads_into_diffusers(
     tmp_path: Path, layers: list[int]

@@ -77,6 +77,7 @@ def add_lora(
 # --- Exactness ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_every_gradient_in_fp64(family: str) -> None:
     unet = make_unet(family)
@@ -85,6 +86,7 @@ def test_outputs_and_every_gradient_in_fp64(family: str) -> None:
     assert_same(run(patch_unet(unet), family, torch.float64), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_is_at_most_twice_the_plain_one(dtype: torch.dtype, channels_last: bool) -> None:
@@ -99,6 +101,7 @@ def test_rounding_is_at_most_twice_the_plain_one(dtype: torch.dtype, channels_la
     assert overall <= 1.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patched_first", [False, True])
 @pytest.mark.parametrize(
     "targets",
@@ -126,6 +129,7 @@ def test_peft_adapters(targets: tuple[str, ...], patched_first: bool) -> None:
         torch.testing.assert_close(unet(latents, **others), plain(latents, **others), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}])
 def test_adapters_it_cannot_fuse_stay_pefts(settings: dict[str, Any]) -> None:
     targets = ("to_q", "to_out.0") if "lora_bias" not in settings else ("to_out.0",)
@@ -152,6 +156,7 @@ def test_dropout_in_the_unet_stays_where_it_is() -> None:
     assert_same(run(unet, "sdxl", torch.float64), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["joint", "split"])
 def test_gradient_checkpointing(layout: Any) -> None:
     unet = make_unet("sdxl")
@@ -160,6 +165,7 @@ def test_gradient_checkpointing(layout: Any) -> None:
     assert_same(run(unet, "sdxl", torch.float64), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["joint", "split"])
 def test_checkpointing_what_takes_the_plain_way(layout: Any) -> None:
     """LoRA dropout leaves LayerNorm alone in front of peft's layers: recomputed like everything else."""
@@ -180,6 +186,7 @@ def add_fp32_lora(unet: Any) -> None:
             parameter.data = parameter.data.float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "prepare"), [(torch.float32, lambda unet: None), (torch.bfloat16, add_fp32_lora)]
 )
@@ -264,6 +271,7 @@ def diffusers_hook(unet: Any, name: str, seen: list[tuple[str, Tensor, Tensor]])
     return lambda: registry.remove_hook("times")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [own_forward, forward_hook, forward_pre_hook, diffusers_hook])
 def test_what_wraps_any_module_sees_and_changes_the_values_of_the_plain_unet(wrap: Any) -> None:
     """Wrapped after patching, one kind of module after the other; everything is as before when that ends."""
@@ -291,6 +299,7 @@ def test_what_wraps_any_module_sees_and_changes_the_values_of_the_plain_unet(wra
     assert torch.equal(sample_of(pair[1]), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patched_first", [False, True])
 def test_adapters_that_replace_forwards_get_every_gradient(patched_first: bool) -> None:
     grads = []
@@ -341,6 +350,7 @@ def weight_norm(module: Any) -> None:
     torch.nn.utils.weight_norm(module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patched_first", [False, True])
 @pytest.mark.parametrize("change", [parametrized, pruned, subclassed, weight_norm])
 def test_layers_of_other_kinds_compute_what_they_compute(change: Any, patched_first: bool) -> None:
@@ -387,6 +397,7 @@ def test_an_activation_of_another_kind_stays() -> None:
     torch.testing.assert_close(sample_of(unet), sample_of(plain), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [patch_unet, unpatch_unet])
 def test_accelerates_hooks_are_refused_until_they_are_removed(call: Any) -> None:
     import accelerate
@@ -417,6 +428,7 @@ def test_layerwise_casting_works_on_a_patched_unet() -> None:
     torch.testing.assert_close(samples[1], samples[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "adalora", "dora", "loha", "oft"])
 def test_every_kind_of_adapter_computes_what_peft_computes(kind: str) -> None:
     import peft
@@ -442,6 +454,7 @@ def test_every_kind_of_adapter_computes_what_peft_computes(kind: str) -> None:
     torch.testing.assert_close(samples[1], samples[0], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_a_patched_unet_with_an_adapter_can_be_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where no UNet was patched before, as in another process."""
     from mapo_fast.models import patch as fuse
@@ -463,6 +476,7 @@ def test_a_patched_unet_with_an_adapter_can_be_pickled(monkeypatch: pytest.Monke
 # --- The same UNet otherwise ---
 
 
+@pytest.mark.slow
 def test_state_dict_and_saving(tmp_path: Path) -> None:
     unet = make_unet("sdxl")
     before = {k: v.clone() for k, v in unet.state_dict().items()}
@@ -501,6 +515,7 @@ def test_unpatching_restores_every_class() -> None:
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.slow
 def test_peft_files_are_the_same(tmp_path: Path) -> None:
     """An adapter trained on a patched UNet loads into a plain one, and the other way round."""
     from peft.utils import get_peft_model_state_dict
@@ -523,6 +538,7 @@ def test_peft_files_are_the_same(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Dynamo's own
 def test_one_block_compiles_in_one_graph() -> None:
     unet = patch_unet(make_unet("sdxl"))

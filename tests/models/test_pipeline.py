@@ -56,6 +56,7 @@ LOADERS: dict[str, tuple[Callable[[Pipeline], Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", LOADERS)
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_missing_weights(tiny_sdxl: Path, tmp_path: Path, part: str, variant: str | None) -> None:
@@ -91,6 +92,7 @@ def test_weights_of_another_shape(model: Path, part: str) -> None:
     assert name in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -233,6 +235,7 @@ SDXL_SCHEDULE: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "names"),
     [
@@ -328,6 +331,7 @@ def test_a_prediction_type_that_train_states_counts(model: Path) -> None:
     assert open_sdxl(model, None, {"prediction_type": "epsilon"}).scheduler_config["beta_end"] == 0.012
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
@@ -432,6 +436,7 @@ def test_an_end_token_that_the_text_encoder_looks_for_in_vain(model: Path) -> No
     open_sdxl(model).load_tokenizer(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["bf16", "fp32", "non_ema", "fp16-fix", "ema.fp16"])
 def test_any_variant_is_used_where_it_is_the_only_one(model: Path, variant: str) -> None:
     for part, (load, _) in LOADERS.items():
@@ -440,6 +445,7 @@ def test_any_variant_is_used_where_it_is_the_only_one(model: Path, variant: str)
         load(open_sdxl(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["fp16", "fp16-fix"])
 def test_a_variant_in_several_files(model: Path, variant: str) -> None:
     unet = open_sdxl(model).load_unet()
@@ -521,6 +527,7 @@ VALUES: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 def test_whatever_stands_in_a_config_is_taken_or_named_in_one_line(model: Path) -> None:
     draw = random.Random(0)
     paths = sorted(path for path in model.rglob("*.json") if "config" in path.name or "index" in path.name)

@@ -77,6 +77,7 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         assert float((got[name] - want[name]).norm() / want[name].norm()) <= 1e-9, name
 
 
+@pytest.mark.slow
 @EXACT
 @pytest.mark.parametrize("targets", [TARGETS, ("conv1", "conv_shortcut", "proj_in", "ff.net.2", "to_v")])
 @pytest.mark.parametrize("patched", [False, True])
@@ -90,6 +91,7 @@ def test_it_is_the_dense_twin(base: Any, targets: tuple[str, ...], patched: bool
     assert_same(run(patch_unet(unet) if patched else unet, "sdxl", torch.float64), want)
 
 
+@pytest.mark.slow
 @BASES
 @pytest.mark.parametrize("layout", ["joint", "split"])
 def test_recomputed_in_backward(base: Any, layout: Any) -> None:
@@ -99,6 +101,7 @@ def test_recomputed_in_backward(base: Any, layout: Any) -> None:
     assert_same(run(unet, "sdxl", torch.float64), want)
 
 
+@pytest.mark.slow
 @BASES
 def test_what_is_stored(base: Any) -> None:
     unet = make_unet("sdxl", dtype=torch.bfloat16)
@@ -132,6 +135,7 @@ def test_what_is_stored(base: Any) -> None:
         assert not layer.weight.is_floating_point()
 
 
+@pytest.mark.slow
 def test_fp8_fused_is_fp8_unfused() -> None:
     """The same rounding, q, k and v as one product, and adapters on top; joined codes come apart again."""
     unet = quantised("fp8")
@@ -158,6 +162,7 @@ def test_a_channel_of_zeros() -> None:
         assert not weight[3].any()
 
 
+@pytest.mark.slow
 @BASES
 def test_moving_and_casting_keep_the_scales(base: Any) -> None:
     """`.to(dtype)` casts what is dense; scales are fp32 for ever."""
@@ -178,6 +183,7 @@ def test_moving_and_casting_keep_the_scales(base: Any) -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.slow
 @BASES
 def test_the_adapters_files_are_the_same(base: Any, tmp_path: Path) -> None:
     """Metadata, names and bytes are those of an adapter beside a dense base."""
@@ -202,6 +208,7 @@ def test_the_adapters_files_are_the_same(base: Any, tmp_path: Path) -> None:
     assert saved[0] == saved[1]
 
 
+@pytest.mark.slow
 @BASES
 def test_saves_neither_dense_weights_nor_inputs(base: Any) -> None:
     """Everything that the patched UNet saves but the dense one does not are codes and scales."""
@@ -227,6 +234,7 @@ def test_saves_neither_dense_weights_nor_inputs(base: Any) -> None:
     assert 0 < totals[1] <= totals[0]
 
 
+@pytest.mark.slow
 @BASES
 def test_sizes_without_weights(base: Any) -> None:
     """Meta and fake UNets become exactly what a real one does, and bitsandbytes is not asked."""

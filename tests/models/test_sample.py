@@ -50,6 +50,7 @@ def sample(unet: Any, folder: Pipeline, rows: slice, batch_size: int, seeds: lis
     return sample_latents(unet, folder, prompts, empty, seeds=seeds, batch_size=batch_size, **SIZE)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_its_seed_and_prompt_alone(unet: Any, folder: Pipeline) -> None:
     seeds = [3, 1, 4, 1, 5]
     together = sample(unet, folder, slice(0, 5), 5, seeds)
@@ -68,6 +69,7 @@ def test_the_seed_matters_and_global_randomness_does_not(unet: Any, folder: Pipe
     assert not torch.allclose(sample(unet, folder, slice(0, 1), 1, [1]), first, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
 )  # in diffusers' Euler scheduler

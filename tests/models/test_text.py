@@ -27,6 +27,7 @@ def pipeline(path: Path):  # type: ignore[no-untyped-def]
         return StableDiffusionXLPipeline.from_pretrained(path, local_files_only=True)
 
 
+@pytest.mark.slow
 def test_equal_to_diffusers(folder: Pipeline) -> None:
     expected, _, pooled, _ = pipeline(folder.path).encode_prompt(PROMPTS, device="cpu")
     ours = encode_prompts(folder, PROMPTS, max_tokens=77, **FP32)
@@ -43,6 +44,7 @@ def test_many_prompts_are_batched(folder: Pipeline) -> None:
     torch.testing.assert_close(ours.prompt_embeds[36:], alone.prompt_embeds, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_tokens", "chunks"), [(150, 2), (225, 3)])
 def test_long_prompts_are_encoded_in_chunks(folder: Pipeline, max_tokens: int, chunks: int) -> None:
     pieces = [letter * 75 for letter in "pqr"[:chunks]]  # 75 tokens each, one per letter
@@ -80,6 +82,7 @@ def test_empty_prompt_is_zeros_as_in_sdxl(folder: Pipeline, max_tokens: int) -> 
     assert empty.pooled_embeds.shape == encoded.pooled_embeds.shape
 
 
+@pytest.mark.slow
 def test_empty_prompt_is_encoded_where_the_pipeline_says_so(tmp_path: Path) -> None:
     path = make_tiny_sdxl(tmp_path / "m", force_zeros=False)
     _, expected, _, pooled = pipeline(path).encode_prompt(
@@ -91,6 +94,7 @@ def test_empty_prompt_is_encoded_where_the_pipeline_says_so(tmp_path: Path) -> N
     assert empty.prompt_embeds.any()
 
 
+@pytest.mark.slow
 def test_only_one_encoder_is_in_memory(folder: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     import gc
     import weakref

@@ -47,6 +47,7 @@ SDXL_VAE: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_working_memory_of_sdxls_vae() -> None:
     """One image at 1024² in fp32, traced."""
     from diffusers import AutoencoderKL
@@ -74,6 +75,7 @@ def image() -> Any:
     return world.random_drawing(random.Random(3)).image()
 
 
+@pytest.mark.slow
 def test_tiles_are_smaller_and_what_they_change_is_told() -> None:
     """The demo's trained VAE, an image of 2 × 2 tiles and their overlaps."""
     folder = open_sdxl(TINY)
@@ -104,6 +106,7 @@ def test_small_images_stay_whole() -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.slow
 def test_prepare_says_what_tiling_changes(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +117,7 @@ def test_prepare_says_what_tiling_changes(
     assert "data.vae_tiling changes latents by " in out.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "advice"),
     [
@@ -134,6 +138,7 @@ def test_a_gpu_too_small_for_images_is_told_what_to_do(
         prepare(config(tiny_sdxl, jsonl_folder(tmp_path / "s", 3), tmp_path / "c", **data))
 
 
+@pytest.mark.slow
 def test_a_library_without_gpu_memory_is_told_the_same_and_other_errors_are_not(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +160,7 @@ def test_a_library_without_gpu_memory_is_told_the_same_and_other_errors_are_not(
             prepare(config(tiny_sdxl, source, tmp_path / "c"))
 
 
+@pytest.mark.slow
 def test_prepare_is_capped_as_training_is(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +190,7 @@ def test_prepare_is_capped_as_training_is(
         prepare(run)
 
 
+@pytest.mark.slow
 def test_a_text_encoder_that_does_not_fit_runs_on_the_cpu(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ def plan(monkeypatch: pytest.MonkeyPatch, model: Path, *args: str) -> int:
     return int(stop.value.code or 0)
 
 
+@pytest.mark.slow
 def test_a_plan_as_text_as_json_and_as_a_picture(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +56,7 @@ def test_a_plan_as_text_as_json_and_as_a_picture(
     assert all(other["reason"] for other in found["others"])
 
 
+@pytest.mark.slow
 def test_a_folder_of_configs_is_enough(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +69,7 @@ def test_a_folder_of_configs_is_enough(
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_would_and_that_fits(
     tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +80,7 @@ def test_what_does_not_fit_says_what_would_and_that_fits(
     assert plan(monkeypatch, tiny_sdxl, *line.split()[:2]) == 0
 
 
+@pytest.mark.slow
 def test_previews_are_planned_for_the_folders_own_vae(
     tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return pretended
 
 
+@pytest.mark.slow
 def test_all_rates_are_measured_and_random_numbers_stay_as_they_were() -> None:
     before = torch.random.get_rng_state()
     found = rates.measure(CPU, shrink=32)
@@ -49,6 +50,7 @@ def test_all_rates_are_measured_and_random_numbers_stay_as_they_were() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_fp8_is_measured_where_it_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured() -> Rates:
         return rates.measure(CPU, shrink=32)

@@ -121,6 +121,7 @@ def real_peak(config: Config) -> int:
     return sum(held.values()) + peak
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETING, reason="operators would run in Triton's interpreter")
 @pytest.mark.parametrize("name", PLANS)
 def test_the_prediction_is_within_three_percent_of_the_allocator(
@@ -134,6 +135,7 @@ def test_the_prediction_is_within_three_percent_of_the_allocator(
     assert predicted == pytest.approx(measured, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETING, reason="operators would run in Triton's interpreter")
 @pytest.mark.parametrize("fused_ops", [True, False])
 @pytest.mark.filterwarnings("ignore")  # dynamo's own
@@ -177,6 +179,7 @@ def test_temporary_memory_inside_an_operator_is_seen() -> None:
     assert recorder.live - before < x.nbytes
 
 
+@pytest.mark.slow
 def test_arithmetic_is_counted_in_every_kind() -> None:
     trace = record_step(settings(**PLANS["plain"]), REDUCED)
     kinds = {kind: trace.flops[trace.kinds == kind].sum() for kind in (MATRIX, CONVOLUTION, ATTENTION)}
@@ -204,6 +207,7 @@ def test_products_in_fp8_are_counted_apart_with_the_bytes_of_rounding() -> None:
         assert rounding in [c.nbytes for c in of[ELEMENTWISE]]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETING, reason="nothing is multiplied in fp8 there")
 def test_fp8_layers_move_products_and_nothing_else_to_fp8() -> None:
     lora = {"adapter": {"kind": "lora"}, "train": {"precision": "bf16", "layout": "joint"}}
@@ -262,6 +266,7 @@ def test_what_a_kernel_of_ours_changes_in_place_is_read_and_written() -> None:
     assert sum(c.nbytes for c in recorder.operations) == 3 * total.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "some",
     [PLANS["split, fused"], {"adapter": {"kind": "lora"}, "train": {"layout": "joint", "precision": "bf16"}}],

@@ -43,10 +43,9 @@ RTX = find_card("RTX 4090")
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One cache folder for this module's tests, and no worker processes."""
-    folder = tmp_path_factory.getbasetemp() / "traces"
-    monkeypatch.setattr(store, "folder", lambda: folder)
+def _own_cache(traces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' cache folder, and no worker processes."""
+    monkeypatch.setattr(store, "folder", lambda: traces)
     monkeypatch.setattr("os.cpu_count", lambda: 1)
 
 
@@ -184,6 +183,7 @@ def test_prefixes_hold_exactly_the_chosen_blocks() -> None:
     assert prefixes(blocks, blocks) == ["down_blocks", "mid_block"]
 
 
+@pytest.mark.slow
 def test_a_composed_plan_is_its_full_trace() -> None:
     """Blocks of one level checkpointed, from traces with all and with none."""
     fused = {"fused_step": True}
@@ -206,6 +206,7 @@ def test_a_composed_plan_is_its_full_trace() -> None:
     assert 1e3 * (made.forward + made.backward) == pytest.approx(simulate(full, RTX).step, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_composed_step_lasts_as_long_as_all_its_micro_batches() -> None:
     """Composed as traced: 16 micro-batches take nearly 16 times as long as one."""
     state = {"layout": "split", "gradient_checkpointing": True}
@@ -225,6 +226,7 @@ def test_a_composed_step_lasts_as_long_as_all_its_micro_batches() -> None:
     assert "micro-batches" not in times[1].time
 
 
+@pytest.mark.slow
 def test_a_plan_reserves_no_more_than_the_room_it_was_chosen_for() -> None:
     """Replayed at just that cap: by default less fits, and a plan that fits runs."""
     large = settings(data={"resolution": 512})
@@ -238,6 +240,7 @@ def test_a_plan_reserves_no_more_than_the_room_it_was_chosen_for() -> None:
         assert reserved(found.trace, allocator, found.usable) <= found.usable
 
 
+@pytest.mark.slow
 def test_a_streamed_copy_of_the_start_model_is_foreseen() -> None:
     """Its memory, its copies and its forward pass, without a trace of the plan itself."""
     config = settings(
@@ -258,6 +261,7 @@ def test_a_streamed_copy_of_the_start_model_is_foreseen() -> None:
     assert traced.pinned > 1.5 * weights
 
 
+@pytest.mark.slow
 def test_memory_that_lasts_buys_no_recomputation(exact_budget: None) -> None:
     outcome = search(settings(), REDUCED, RTX, GIB, PLENTY)
     assert outcome.chosen is not None
@@ -266,6 +270,7 @@ def test_memory_that_lasts_buys_no_recomputation(exact_budget: None) -> None:
     assert not any(value == "cpu" for value in outcome.chosen.settings.values())
 
 
+@pytest.mark.slow
 def test_little_memory_moves_things_off_the_card_and_little_more_is_refused(exact_budget: None) -> None:
     rich = search(settings(), REDUCED, RTX, GIB, PLENTY)
     least = min(loser.plan.reserved for loser in rich.others)
@@ -292,6 +297,7 @@ def test_stated_settings_are_kept(exact_budget: None) -> None:
     assert outcome.chosen.settings["train.fused_step"] is False
 
 
+@pytest.mark.slow
 def test_named_blocks_are_kept_and_have_to_exist(exact_budget: None) -> None:
     outcome = search(settings(train={"gradient_checkpointing": ["mid_block"]}), REDUCED, RTX, GIB, PLENTY)
     assert outcome.chosen is not None
@@ -307,6 +313,7 @@ def test_pictures_are_refused_before_the_search(tmp_path: Path) -> None:
     check_picture(tmp_path / "memory.png")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("exact_budget")
 def test_where_no_kernel_runs_eager_operators_are_planned() -> None:
     config = settings(train={"layout": "joint", "gradient_checkpointing": False, "fused_step": False})
@@ -320,6 +327,7 @@ def test_where_no_kernel_runs_eager_operators_are_planned() -> None:
     assert peaks[0] < peaks[1]
 
 
+@pytest.mark.slow
 def test_traces_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "folder", lambda: tmp_path)
     config = settings(train={"layout": "joint", "gradient_checkpointing": False})
@@ -337,6 +345,7 @@ def test_tracing_does_not_run_the_users_script_again() -> None:
     assert sys.modules["__main__"] is main
 
 
+@pytest.mark.slow
 def test_traces_are_made_here_where_workers_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Dead(ThreadPoolExecutor):
         def __init__(self, workers: int, mp_context: object) -> None:
@@ -353,6 +362,7 @@ def test_traces_are_made_here_where_workers_die(tmp_path: Path, monkeypatch: pyt
     assert store.traces([settings(), settings(train={"layout": "sequential"})], REDUCED) == made * 2
 
 
+@pytest.mark.slow
 def test_longer_prompts_and_xformers_need_more() -> None:
     def saved(attention: str, max_tokens: int) -> int:
         train = {"layout": "joint", "gradient_checkpointing": False, "attention": attention}
@@ -364,6 +374,7 @@ def test_longer_prompts_and_xformers_need_more() -> None:
     assert saved("xformers", 77) > plain
 
 
+@pytest.mark.slow
 def test_previews_need_room_beside_what_lies_on_the_card(exact_budget: None) -> None:
     """The VAE comes when a step's activations are gone; a plan without room for it is not chosen."""
     asked = settings(preview={"prompts": ["a square"]})
@@ -379,6 +390,7 @@ def test_previews_need_room_beside_what_lies_on_the_card(exact_budget: None) -> 
     assert search(settings(), REDUCED, RTX, GIB, PLENTY, vae=large).chosen is not None
 
 
+@pytest.mark.slow
 def test_what_a_step_makes_is_there_twice_with_cuda_graphs(exact_budget: None) -> None:
     """The graphs' pool stays reserved beside evaluations, previews and the first step of a shape."""
     asked = settings(speed={"cuda_graph": True}, preview={"prompts": ["a square"]})
@@ -396,6 +408,7 @@ def test_what_a_step_makes_is_there_twice_with_cuda_graphs(exact_budget: None) -
     assert found.chosen.ms < 0.8 * eager.chosen.ms, "the host issues nothing"
 
 
+@pytest.mark.slow
 def test_blocks_are_recomputed_where_two_steps_do_not_fit(exact_budget: None) -> None:
     """Composed as traced; nothing is offloaded, which no graph holds."""
     large = {"data": {"resolution": 512}}
@@ -413,6 +426,7 @@ def test_blocks_are_recomputed_where_two_steps_do_not_fit(exact_budget: None) ->
             assert composed.peak == pytest.approx(family.traced(composed)[0].peak, rel=0.02)
 
 
+@pytest.mark.slow
 def test_without_graphs_is_the_first_advice(exact_budget: None) -> None:
     asked = settings(speed={"cuda_graph": True})
     with closing(store.Tracing()) as tracing:
@@ -422,6 +436,7 @@ def test_without_graphs_is_the_first_advice(exact_budget: None) -> None:
     assert outcome.advice.startswith("speed.cuda_graph = false would fit")
 
 
+@pytest.mark.slow
 def test_too_little_system_ram_says_how_much_would_do_and_that_does(exact_budget: None) -> None:
     refused = search(settings(), REDUCED, RTX, GIB, Host(GIB, GIB // 2))
     assert refused.chosen is None
@@ -433,6 +448,7 @@ def test_too_little_system_ram_says_how_much_would_do_and_that_does(exact_budget
     assert search(settings(), REDUCED, RTX, GIB, Host(less, less // 2)).chosen is None
 
 
+@pytest.mark.slow
 def test_a_stated_offload_without_system_ram_for_it_is_what_to_give_up(exact_budget: None) -> None:
     """The plan with all on the host has no room there either; another one has."""
     outcome = search(settings(offload={"weights": "cpu"}), REDUCED, RTX, GIB, Host(64 * GIB, 1))
@@ -440,6 +456,7 @@ def test_a_stated_offload_without_system_ram_for_it_is_what_to_give_up(exact_bud
     assert outcome.advice.startswith('without offload.weights = "cpu" would fit')
 
 
+@pytest.mark.slow
 def test_a_stated_optimizer_with_larger_states_is_what_to_give_up(exact_budget: None) -> None:
     config = settings(optim={"name": "adamw"}, offload={"optimizer": "gpu", "weights": "gpu"})
     with closing(store.Tracing()) as tracing:
@@ -455,6 +472,7 @@ def _chosen(config: Config, vram: int) -> Plan:
     return plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_whatever_is_stated_there_are_plans_to_compose_and_traces_to_compose_them_from(
@@ -477,6 +495,7 @@ def test_whatever_is_stated_there_are_plans_to_compose_and_traces_to_compose_the
             with_settings(config, family._settings(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "some"),
     [
@@ -498,6 +517,7 @@ def test_what_is_stated_is_kept_where_it_is_not_best(
     assert stated(plan.apply(config)).keys() == planned("exact").keys()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_costs_one_trace(exact_budget: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Frozen weights alone are too many: nothing else of the family is traced."""
     config = settings(

@@ -31,6 +31,7 @@ def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
         assert np.array_equal(getattr(read, name), value), name
 
 
+@pytest.mark.slow
 def test_damage_anywhere_in_a_trace_is_seen(tmp_path: Path) -> None:
     store._write(tmp_path / "a.npz", _trace())
     whole = (tmp_path / "a.npz").read_bytes()

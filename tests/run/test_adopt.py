@@ -79,6 +79,7 @@ def warnings(output: Path) -> list[str]:
     return [e["message"] for e in read_log(output / "log.jsonl") if e["event"] == "warning"]
 
 
+@pytest.mark.slow
 def test_it_goes_on_bit_for_bit_and_is_then_checked(
     config: Config, whole: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +99,7 @@ def test_it_goes_on_bit_for_bit_and_is_then_checked(
     assert not any("taken over" in text for text in warnings(output)[-1:])
 
 
+@pytest.mark.slow
 def test_what_was_renamed_before_is_not_used_until_it_is_named_right(config: Config) -> None:
     output = config.train.output
     checkpoints = output / "checkpoints"
@@ -108,6 +110,7 @@ def test_what_was_renamed_before_is_not_used_until_it_is_named_right(config: Con
     assert train(config, resume=True).finished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["a flipped bit", "wrong types"])
 def test_what_was_damaged_before_is_not_taken_over(config: Config, damage: str) -> None:
     output = config.train.output
@@ -122,6 +125,7 @@ def test_what_was_damaged_before_is_not_taken_over(config: Config, damage: str) 
         train(config, resume=True)
 
 
+@pytest.mark.slow
 def test_what_this_version_computes_otherwise_is_said(config: Config) -> None:
     changed = {"precision": "pure_bf16", "accumulation": 2}
     other = config.model_copy(update={"train": config.train.model_copy(update=changed)})

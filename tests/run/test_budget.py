@@ -52,6 +52,7 @@ def test_without_a_gpu_nothing_is_planned_unless_asked(tiny_sdxl: Path, tmp_path
     assert planned(config, lambda: open_sdxl(tiny_sdxl), CPU) == (config, None)
 
 
+@pytest.mark.slow
 def test_vram_drives_a_run_and_its_resume(tiny_sdxl: Path, cache: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     asked = {"vram": "1GiB", "steps": 4, "checkpoint_every": 2}
@@ -64,6 +65,7 @@ def test_vram_drives_a_run_and_its_resume(tiny_sdxl: Path, cache: Path, tmp_path
     assert train(make_config(tiny_sdxl, cache, output, train=asked | {"steps": 6}), resume=True).finished
 
 
+@pytest.mark.slow
 def test_a_resume_keeps_what_the_updates_depend_on(tiny_sdxl: Path, tmp_path: Path) -> None:
     config = make_config(tiny_sdxl, tmp_path, tmp_path, train={"vram": "1GiB"})
     recorded = config.model_dump(mode="json")
@@ -72,6 +74,7 @@ def test_a_resume_keeps_what_the_updates_depend_on(tiny_sdxl: Path, tmp_path: Pa
     assert not planned(config, lambda: open_sdxl(tiny_sdxl), CPU)[0].train.fused_step
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_refused_before_weights_are_loaded(
     tiny_sdxl: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +236,7 @@ def test_system_ram_that_runs_out_is_named(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wanted", "free", "planned_for", "source", "note"),
     [

@@ -200,6 +200,7 @@ ENDINGS: dict[str, tuple[Callable[[Exception, pytest.MonkeyPatch], None], Except
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ENDINGS)
 def test_what_ends_a_run_saves_the_last_finished_step(
     make: Make, truth: dict[str, Any], tmp_path: Path, name: str
@@ -223,6 +224,7 @@ def test_what_ends_a_run_saves_the_last_finished_step(
         assert len(list((tmp_path / "run" / "previews").glob("*/00.png"))) == 1 + STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["damaged", "gone"])
 def test_a_shard_that_is_damaged_or_gone_ends_the_run_with_all_steps_saved(
     make: Make, cache: Path, truth: dict[str, Any], tmp_path: Path, fault: str
@@ -256,6 +258,7 @@ def test_a_shard_that_is_damaged_or_gone_ends_the_run_with_all_steps_saved(
     assert all(torch.equal(found[name], value) for name, value in truth["weights"].items())
 
 
+@pytest.mark.slow
 def test_a_result_that_cannot_be_written_is_made_by_the_resume(
     make: Make, truth: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -271,6 +274,7 @@ def test_a_result_that_cannot_be_written_is_made_by_the_resume(
     assert_same(tmp_path / "run", truth)
 
 
+@pytest.mark.slow
 def test_a_failing_save_is_not_tried_twice_and_names_the_last_saved_step(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +296,7 @@ def test_a_failing_save_is_not_tried_twice_and_names_the_last_saved_step(
 # --- What a run goes on without ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("terminal", "number"), [(True, errno.EIO), (False, errno.EPIPE)])
 def test_a_console_that_fails_ends_no_run(
     make: Make, truth: dict[str, Any], tmp_path: Path, terminal: bool, number: int
@@ -304,6 +309,7 @@ def test_a_console_that_fails_ends_no_run(
     assert_same(tmp_path / "run", truth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_tensorboard_that_fails_is_left_out_with_a_warning(
     make: Make,
@@ -391,6 +397,7 @@ BATCHES = 4
 """Of an evaluation: eight draws of one pair, two at a time."""
 
 
+@pytest.mark.slow
 def test_a_signal_in_an_evaluation_saves_at_once_and_the_resume_evaluates(
     make: Make, truth: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -405,6 +412,7 @@ def test_a_signal_in_an_evaluation_saves_at_once_and_the_resume_evaluates(
     assert_same(tmp_path / "run", truth)
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_evaluation_keeps_the_result_for_the_resume(
     make: Make, truth: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -416,6 +424,7 @@ def test_a_signal_in_the_last_evaluation_keeps_the_result_for_the_resume(
     assert_same(tmp_path / "run", truth)
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_has_nothing_to_save(
     make: Make, truth: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -429,6 +438,7 @@ def test_a_signal_before_the_first_step_has_nothing_to_save(
     assert_same(tmp_path / "run", truth)
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_preview_leaves_it_and_the_resume_makes_it(
     make: Make, truth: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -462,6 +472,7 @@ def test_a_signal_in_a_preview_leaves_it_and_the_resume_makes_it(
     assert len(list((tmp_path / "run" / "previews").glob("*/*.png"))) == 2 * (STEPS + 1)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_due_is_written_before_the_evaluation(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -477,6 +488,7 @@ def test_a_checkpoint_that_is_due_is_written_before_the_evaluation(
     assert seen == [[], *([f"step-{step:08d}"] for step in range(1, STEPS + 1))]
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once_and_says_what_is_saved(
     make: Make, truth: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -503,6 +515,7 @@ def test_a_second_signal_ends_at_once_and_says_what_is_saved(
     assert_same(tmp_path / "run", truth)
 
 
+@pytest.mark.slow
 def test_a_second_signal_without_a_checkpoint_says_so(make: Make, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         at_batch(patch, BATCHES + 1, times=2)
@@ -511,6 +524,7 @@ def test_a_second_signal_without_a_checkpoint_says_so(make: Make, tmp_path: Path
     assert saved(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_model_is_diverged_does_not_call_it_saved(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

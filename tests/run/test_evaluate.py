@@ -29,6 +29,7 @@ def held_out(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> HeldO
     return HeldOut(cache, pairs, diffusion, draws=9, draws_per_batch=4, seed=3, device=torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_errors_are_the_denoising_errors_at_fixed_draws(held_out: HeldOut, tiny_sdxl: Path) -> None:
     unet = open_sdxl(tiny_sdxl).load_unet().train()
     found = held_out.errors(unet, nullcontext())
@@ -46,6 +47,7 @@ def test_errors_are_the_denoising_errors_at_fixed_draws(held_out: HeldOut, tiny_
     assert found.rejected[index, draw] == pytest.approx(float(error[1]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluating_twice_gives_the_same_bits_and_survives_a_file(
     held_out: HeldOut, tiny_sdxl: Path, tmp_path: Path
 ) -> None:
@@ -88,6 +90,7 @@ def test_the_figures_of_a_comparison() -> None:
     assert (figures["pairs"], figures["draws"]) == (2, 2)
 
 
+@pytest.mark.slow
 def test_a_start_that_does_not_fit_is_measured_again(
     held_out: HeldOut, tiny_sdxl: Path, tmp_path: Path
 ) -> None:
@@ -114,6 +117,7 @@ def test_a_start_that_does_not_fit_is_measured_again(
         load_errors(path, "run", held_out)
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_of_the_start_is_found(held_out: HeldOut, tiny_sdxl: Path, tmp_path: Path) -> None:
     """Of the lengths, the header and the numbers; what pads the header is not read."""
     path = tmp_path / "start.safetensors"

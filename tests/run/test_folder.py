@@ -102,6 +102,7 @@ def test_a_resume_with_other_arithmetic_is_refused_by_name(
 AS_OLD_AS_RUNS = ("train.accumulation", "optim.schedule")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [r for r in TABLE if r.name not in AS_OLD_AS_RUNS], ids=lambda r: r.name)
 def test_a_setting_younger_than_the_run_had_its_default(tmp_path: Path, row: Setting) -> None:
     config = _config(tmp_path)
@@ -122,6 +123,7 @@ def test_a_setting_that_this_version_does_not_know_is_named(tmp_path: Path) -> N
         check_output(_config(tmp_path), IDENTITY, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row", [row for row in TABLE if row.required or len(row.choices) > 1], ids=lambda r: r.name
 )

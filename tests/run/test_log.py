@@ -300,6 +300,7 @@ def test_without_tensorboard_it_says_so_once_and_goes_on(
     assert not (tmp_path / "tensorboard").exists()
 
 
+@pytest.mark.slow
 def test_importing_the_log_imports_no_tensorboard() -> None:
     code = "import mapo_fast.run.log, sys; sys.exit('tensorboard' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

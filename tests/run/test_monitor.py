@@ -61,6 +61,7 @@ def test_a_rising_training_error_warns_once() -> None:
     assert "chosen images' error on training pairs rose" in recorder.warnings[0][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_noise_alone_does_not_warn(seed: int) -> None:
     recorder = Recorder()

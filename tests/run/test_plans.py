@@ -54,6 +54,7 @@ def sections(plan: dict[str, Any], **train_settings: Any) -> dict[str, dict[str,
     return table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", covering_plans([plan for *_, plan in ROWS]), ids=lambda number: ROWS[number][0]
 )
@@ -75,6 +76,7 @@ def test_a_run_and_its_resume(tiny_sdxl: Path, cache: Path, tmp_path: Path, numb
     assert len(list((straight / "previews").glob("*/*.png"))) == 3
 
 
+@pytest.mark.slow
 def test_a_resume_forgets_what_the_start_model_left_on_the_device(
     tiny_sdxl: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def finished(make: Callable[..., Config], tmp_path_factory: pytest.TempPathFacto
     return outputs
 
 
+@pytest.mark.slow
 def test_a_full_fine_tune_loads_with_plain_diffusers(finished: dict[str, Path], tiny_sdxl: Path) -> None:
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
@@ -81,6 +82,7 @@ def test_a_full_fine_tune_loads_with_plain_diffusers(finished: dict[str, Path], 
     assert image.shape == (32, 32, 3)
 
 
+@pytest.mark.slow
 def test_a_lora_loads_with_plain_diffusers(finished: dict[str, Path], tiny_sdxl: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
@@ -93,6 +95,7 @@ def test_a_lora_loads_with_plain_diffusers(finished: dict[str, Path], tiny_sdxl:
     assert (finished["lora"] / "lora" / "lora_kohya.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_log_has_every_figure_and_step_zero(finished: dict[str, Path]) -> None:
     entries = read_log(finished["full"] / "log.jsonl")
     steps = [e for e in entries if e["event"] == "step"]
@@ -141,6 +144,7 @@ def _cpu_seconds(config: Config) -> float:
     return after.children_user + after.children_system - before.children_user - before.children_system
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("mode", list(MODES))
 def test_killed_at_any_moment_and_resumed_is_bit_identical(
@@ -169,6 +173,7 @@ def test_killed_at_any_moment_and_resumed_is_bit_identical(
     assert [e["step"] for e in read_log(run / "log.jsonl") if e["event"] == "step"] == [2, 4, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_first_and_the_resume_is_bit_identical(
@@ -190,6 +195,7 @@ def test_a_signal_saves_first_and_the_resume_is_bit_identical(
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_falls_back_and_says_so(
     make: Callable[..., Config], finished: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -207,6 +213,7 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumes_to_nothing(make: Callable[..., Config], finished: dict[str, Path]) -> None:
     before = (finished["full"] / RESULT["full"]).read_bytes()
     result = train(make(finished["full"]), resume=True)
@@ -214,6 +221,7 @@ def test_a_finished_run_resumes_to_nothing(make: Callable[..., Config], finished
     assert (finished["full"] / RESULT["full"]).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_used_output_folder_is_refused_untouched(
     make: Callable[..., Config], finished: dict[str, Path]
 ) -> None:
@@ -241,6 +249,7 @@ class _Poisoned(torch.nn.Module):
         return self.loss(prediction * poison, target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, LORA8], ids=["full", "lora"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]
@@ -265,6 +274,7 @@ def _last_message(make_config: Config, **kwargs: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_too_many_bad_steps_stop_the_run_with_the_last_good_state(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +306,7 @@ def _diverge_at(last: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_step", diverging)
 
 
+@pytest.mark.slow
 def test_a_diverged_model_does_not_replace_good_checkpoints(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +322,7 @@ def test_a_diverged_model_does_not_replace_good_checkpoints(
     assert all(bool(torch.isfinite(value).all()) for value in kept.values())
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_diverged_has_no_result(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +332,7 @@ def test_a_run_that_ends_diverged_has_no_result(
     assert (tmp_path / "run" / "checkpoints" / "step-00000004").is_dir()
 
 
+@pytest.mark.slow
 def test_a_failing_preview_loses_no_training(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,12 +351,14 @@ def test_a_failing_preview_loses_no_training(
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time_in_a_folder(make: Callable[..., Config], finished: dict[str, Path]) -> None:
     with exclusive(finished["full"]):
         assert "in use by another" in _last_message(make(finished["full"]), resume=True)
     assert train(make(finished["full"]), resume=True).finished
 
 
+@pytest.mark.slow
 def test_a_resume_measures_a_lost_start_again(
     make: Callable[..., Config], finished: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -358,6 +373,7 @@ def test_a_resume_measures_a_lost_start_again(
         assert all(torch.equal(before[name], again[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_a_resume_under_another_noise_schedule_is_refused(
     cache: Path, tiny_sdxl: Path, tmp_path: Path
 ) -> None:
@@ -369,6 +385,7 @@ def test_a_resume_under_another_noise_schedule_is_refused(
     assert "the noise schedule is not the one" in _last_message(config, resume=True)
 
 
+@pytest.mark.slow
 def test_fewer_steps_than_are_done_are_refused(
     make: Callable[..., Config], finished: dict[str, Path]
 ) -> None:
@@ -397,6 +414,7 @@ def test_noise_timestep_and_dropped_caption_are_the_pairs_own(cache: Path, tiny_
     assert together.time_ids.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_objectives_share_their_draws(make: Callable[..., Config], tmp_path: Path) -> None:
     """Before the first update the errors of MaPO and SFT are the same numbers."""
     errors = []
@@ -408,6 +426,7 @@ def test_objectives_share_their_draws(make: Callable[..., Config], tmp_path: Pat
     assert errors[0] == errors[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "train_settings",
     [
@@ -433,6 +452,7 @@ def test_every_layout_and_precision_trains(
     assert any("never reaches optim.lr" in e.get("message", "") for e in entries)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_pure_bf16_with_stochastic_rounding_resumes_bit_for_bit(
     make: Callable[..., Config], tmp_path: Path, kind: str
@@ -455,6 +475,7 @@ def test_pure_bf16_with_stochastic_rounding_resumes_bit_for_bit(
     assert any(not torch.equal(start[name], end[name]) for name in end)
 
 
+@pytest.mark.slow
 def test_v_prediction_with_zero_terminal_snr_and_an_fp16_only_folder(cache: Path, tmp_path: Path) -> None:
     """The scheduler config is read; the same VAE and encoders keep the cache valid."""
     model = make_tiny_sdxl(tmp_path / "v", prediction_type="v_prediction", zero_terminal_snr=True)
@@ -478,6 +499,7 @@ def test_a_cache_of_another_model_is_refused(cache: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_previews_are_the_same_prompts_and_noise(make: Callable[..., Config], tmp_path: Path) -> None:
     preview = {"prompts": ["red", "blue"], "steps": 2, "every": 1}
     train(make(tmp_path / "run", train={"steps": 2}, optim={"lr": 1e-12}, preview=preview))
@@ -495,6 +517,7 @@ def test_missing_xformers_is_named(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_vae_goes_with_its_own_cache(tiny_sdxl: Path, tmp_path: Path) -> None:
     other = {"vae": str(make_tiny_sdxl(tmp_path / "other", seed=5) / "vae")}
     source = make_pairs(tmp_path / "pairs", 12)
@@ -508,6 +531,7 @@ def test_another_vae_goes_with_its_own_cache(tiny_sdxl: Path, tmp_path: Path) ->
     assert "another VAE" in _last_message(without)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stated", [{}, {"fused_ops": True}])
 def test_on_the_cpu_what_runs_is_planned(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stated: dict[str, bool]
@@ -539,6 +563,7 @@ def _meanwhile(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], Any]) -> N
     monkeypatch.setattr(module, "build_unet", slow)
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_meanwhile_is_not_written_over(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -556,6 +581,7 @@ def test_a_run_that_ended_meanwhile_is_not_written_over(
     assert run / RESULT["full"] in before
 
 
+@pytest.mark.slow
 def test_a_resume_goes_on_from_what_another_process_saved_meanwhile(
     make: Callable[..., Config], finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -570,6 +596,7 @@ def test_a_resume_goes_on_from_what_another_process_saved_meanwhile(
     assert [e["step"] for e in log if e["event"] == "start"] == [0, 2, 4]
 
 
+@pytest.mark.slow
 def test_a_damaged_start_is_measured_again_and_said(
     make: Callable[..., Config], finished: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -583,6 +610,7 @@ def test_a_damaged_start_is_measured_again_and_said(
     assert f"{path} does not match its checksum: measured again" in said
 
 
+@pytest.mark.slow
 def test_a_start_copied_from_another_run_is_measured_again(
     make: Callable[..., Config], finished: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -593,6 +621,7 @@ def test_a_start_copied_from_another_run_is_measured_again(
     assert any("is another file under this name" in message for message in said)
 
 
+@pytest.mark.slow
 def test_where_most_steps_were_skipped_the_checkpoint_stays_and_no_result_is_written(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -610,6 +639,7 @@ def test_where_most_steps_were_skipped_the_checkpoint_stays_and_no_result_is_wri
         assert all(bool(torch.isfinite(value).all()) for value in weights.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, LORA8], ids=["full", "lora"])
 def test_a_start_model_that_is_not_finite_is_named_before_anything_is_written(
     make: Callable[..., Config], tiny_sdxl: Path, tmp_path: Path, sections: dict[str, Any]
@@ -626,6 +656,7 @@ def test_a_start_model_that_is_not_finite_is_named_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_not_called_diverged_for_what_its_first_pair_holds(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -644,6 +675,7 @@ def test_a_run_is_not_called_diverged_for_what_its_first_pair_holds(
     assert (tmp_path / "run" / RESULT["full"]).is_file()
 
 
+@pytest.mark.slow
 def test_the_one_checkpoint_that_is_kept_is_not_the_diverged_models(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -656,6 +688,7 @@ def test_the_one_checkpoint_that_is_kept_is_not_the_diverged_models(
     assert all(bool(torch.isfinite(value).all()) for value in weights.values())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_may_be_of_the_diverged_model_is_not_called_older(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -668,6 +701,7 @@ def test_a_checkpoint_that_may_be_of_the_diverged_model_is_not_called_older(
     assert "may be of the diverged model (train.keep_checkpoints = 1)" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(MODES))
 def test_a_checkpoint_says_how_to_use_it_and_that_works(
     finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str

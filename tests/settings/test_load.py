@@ -49,6 +49,7 @@ def test_overrides_replace_values_with_toml_types(tmp_path: Path) -> None:
     assert config.model.path == Path("x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "message"),
     [

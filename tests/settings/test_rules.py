@@ -58,6 +58,7 @@ def test_a_setting_alone_is_completed(settings: dict[str, Any], kind: str) -> No
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"train.accumulation": 4}, {"train.precision": "fp16"}], ids=str)
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("count", [2, 3])

@@ -260,6 +260,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_falls_back_past_a_damaged_checkpoint_and_says_so(tmp_path: Path, kind: str) -> None:
     if "FIFO" in kind and not hasattr(os, "mkfifo"):
@@ -398,6 +399,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_stays_loadable(tmp_path: Path) -> None:
     """At random moments, several times: the newest checkpoint is whole and none is damaged."""
     store = CheckpointStore(tmp_path, keep=2)

@@ -130,6 +130,7 @@ def test_prepare_goes_on_without_its_console(tmp_path: Path, tiny_sdxl: Path) ->
     assert prepare(config(tiny_sdxl, tmp_path, cache), callbacks=Terminal(console)).pairs == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
 def test_a_process_whose_output_may_fail_ends_well_on_a_full_disk() -> None:
     """Python's own last flush would make the exit code 120."""

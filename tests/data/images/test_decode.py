@@ -231,6 +231,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 LARGE = zlib.compress(b"x" * (3 << 20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -273,6 +274,7 @@ def test_orientation_in_text_is_kept_next_to_large_text(key: str) -> None:
     assert decode_image(data).size == (4, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", range(8, 120, 3))
 def test_a_png_cut_in_any_chunk_is_a_problem_with_a_reason(cut: int) -> None:
     data = encoded(picture(1), icc_profile=b"x" * 50)

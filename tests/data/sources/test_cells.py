@@ -127,6 +127,7 @@ EXPECTED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "dataset"])
 @pytest.mark.parametrize(("labels", "expected"), [*zip(LABELS, EXPECTED, strict=True)])
 def test_labels_of_every_type_in_a_table(

@@ -218,6 +218,7 @@ def test_special_files_in_the_place_of_tables_and_captions(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("column", ["path", "struct", "category", "struct of categories"])
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -294,6 +295,7 @@ def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("state", "says"),
     [

@@ -36,6 +36,7 @@ print(size, pa.default_memory_pool().max_memory(), pa.total_allocated_bytes())
 """
 
 
+@pytest.mark.slow
 def test_a_huge_row_group_is_not_held_whole(tmp_path: Path) -> None:
     rows, size = 20_000, 1500
     columns: dict[str, list[Any]] = {"prompt": ["a thing"] * rows}

@@ -57,6 +57,7 @@ def run(model: Path, tmp_path: Path, **data: Any) -> Any:
     return make_config(model, tmp_path / "c", tmp_path / "run", data=data, train={"steps": 2, "log_every": 1})
 
 
+@pytest.mark.slow
 def test_a_source_from_outside_trains(tiny_sdxl: Path, tmp_path: Path, csv_pairs: ModuleType) -> None:
     csv_folder(
         tmp_path / "s",
