@@ -341,6 +341,16 @@ _PER_BLOCK = (
 """Fields that have a value for every block, or one for all."""
 
 
+def per_block(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A UNet's config with a list wherever one value stands for all blocks."""
+    blocks, filled = len(config["down_block_types"]), dict(config)
+    for name in _PER_BLOCK:
+        value = config.get(name)
+        if value is not None and not isinstance(value, list):
+            filled[name] = [value] * blocks
+    return filled
+
+
 def check_unet(
     config: Mapping[str, Any],
     where: Path,

@@ -33,6 +33,8 @@ SCHEDULER: dict[str, Any] = {
 
 _HEAD = 64
 """Width of an attention head."""
+_LAYERS = {768: 12, 1280: 32}
+"""Layers of SDXL's text encoders by width: a file that lacks the last ones is not to pass for a model."""
 
 
 class MissingKeyError(KeyError):
@@ -112,7 +114,7 @@ def clip_config(shapes: Shapes) -> dict[str, Any]:
         vocabulary,
         width,
         positions=_dim(shapes, "embeddings.position_embedding.weight", 0),
-        layers=_numbered(shapes, "encoder.layers."),
+        layers=_LAYERS.get(width) or _numbered(shapes, "encoder.layers."),
         inner=_dim(shapes, "encoder.layers.0.mlp.fc1.weight", 0),
         projection=width,
         activation="quick_gelu",
@@ -126,7 +128,7 @@ def open_clip_config(shapes: Shapes) -> dict[str, Any]:
         vocabulary,
         width,
         positions=_dim(shapes, "positional_embedding", 0),
-        layers=_numbered(shapes, "transformer.resblocks."),
+        layers=_LAYERS.get(width) or _numbered(shapes, "transformer.resblocks."),
         inner=_dim(shapes, "transformer.resblocks.0.mlp.c_fc.weight", 0),
         projection=_dim(shapes, "text_projection", 1),
         activation="gelu",

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mapo_fast.models.configs import UnetConfig, checked
+from mapo_fast.models.configs import UnetConfig, checked, per_block
 from mapo_fast.models.parts import Part, without_trailing_ones
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.recognise import IGNORED
@@ -21,7 +21,6 @@ from mapo_fast.models.weight_files import weight_files
 from mapo_fast.util.files import sha256_file
 from mapo_fast.util.tensorheader import weights_digest
 
-_PER_BLOCK = ("attention_head_dim", "layers_per_block", "transformer_layers_per_block", "cross_attention_dim")
 _DECODER_ONLY = {"out_channels", "up_block_types", "use_post_quant_conv"}
 _TOKEN_ONLY = {"eos_token_id"}  # `load_tokenizer` refuses one that is not the tokenizer's
 
@@ -64,10 +63,7 @@ def unet_identity(model: Pipeline) -> str:
         UserError: weights that cannot be read.
     """
     part = model.parts["unet"]
-    config = checked(UnetConfig, part.config, part.config_file).model_dump()
-    for name in _PER_BLOCK:
-        if not isinstance(config[name], list):  # one number for all blocks
-            config[name] = [config[name]] * len(config["down_block_types"])
+    config = per_block(checked(UnetConfig, part.config, part.config_file).model_dump())
     return _digest([config, *_tensors(part)])
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
-from mapo_fast.models.configs import TextConfig, UnetConfig, VaeConfig
+from mapo_fast.models.configs import TextConfig, UnetConfig, VaeConfig, per_block
 from mapo_fast.models.from_shapes import CONFIGS_FROM, MissingKeyError
 from mapo_fast.models.original import canonical, places
 from mapo_fast.models.recognise import IGNORED
@@ -36,8 +37,8 @@ CONFIGS_KEY = "mapo_fast.configs"
 _FIELDS = {
     "unet": {*UnetConfig.model_fields, "use_linear_projection", "sample_size"},
     "vae": {*VaeConfig.model_fields, "force_upcast", "sample_size"},
-    "text_encoder": {*TextConfig.model_fields, "bos_token_id", "pad_token_id"},
-    "text_encoder_2": {*TextConfig.model_fields, "bos_token_id", "pad_token_id"},
+    "text_encoder": {*TextConfig.model_fields} - {"eos_token_id", "projection_dim"},
+    "text_encoder_2": {*TextConfig.model_fields} - {"eos_token_id"},
 }
 """The fields that such metadata may state."""
 
@@ -164,11 +165,10 @@ def file_part(component: str, header: Header, prefix: str) -> Part:
     part = Part(component, header.path, header.path, config, {}, {}, header)
     bare = places(component, part.shapes(), config)
     found = {name: place._replace(key=prefix + place.key) for name, place in bare.items()}
-    found = {name: place._replace(key=prefix + place.key) for name, place in found.items()}
     stored = {name: placed(header, place) for name, place in found.items() if place.key in header.tensors}
     used = {place.key for place in found.values()}
     keys = {name: place.key for name, place in found.items()}
-    for key in header.tensors.keys() - used:
+    for key in sorted(header.tensors.keys() - used):
         if key.startswith(prefix) and not IGNORED.fullmatch(key):
             raise UserError(
                 f"{header.path} has the tensor {shown(key)}, which SDXL's {_NAMES[component]} has not: it is "
@@ -190,6 +190,36 @@ def renamed_part(like: Part, header: Header) -> Part:
     stored = {canonical(key): whole(header.path, entry) for key, entry in header.tensors.items()}
     keys = {canonical(key): key for key in header.tensors}
     return Part(like.component, header.path, like.config_file, like.config, stored, keys, header)
+
+
+def fields_to_state(part: Part, shapes: Shapes) -> dict[str, Any]:
+    """The fields of a part's config that its shapes in a single file would not tell (`CONFIGS_KEY`).
+
+    Args:
+        part: of any model.
+        shapes: its tensors' in the original names, without prefix.
+    """
+    told, has = (
+        _normal(part.component, CONFIGS_FROM[part.component](shapes)),
+        _normal(part.component, part.config),
+    )
+    return {name: value for name, value in has.items() if told.get(name) != value}
+
+
+_MODELS: dict[str, type[BaseModel]] = {
+    "unet": UnetConfig,
+    "vae": VaeConfig,
+    "text_encoder": TextConfig,
+    "text_encoder_2": TextConfig,
+}
+
+
+def _normal(component: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's fields that matter, with defaults, and one value for each block."""
+    fields = {**config, **_MODELS[component].model_validate(dict(config)).model_dump()}
+    if component == "unet":
+        fields = per_block(fields)
+    return {name: fields[name] for name in sorted(_FIELDS[component]) if fields.get(name) is not None}
 
 
 def _stated(header: Header, component: str) -> dict[str, Any]:

@@ -20,9 +20,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -40,7 +43,23 @@ _DTYPES: dict[torch.dtype, str] = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
+
+
+class Piece(NamedTuple):
+    """A tensor that is made when its turn to be written comes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+    """Gives it on any device, with any strides."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_tensors(
@@ -55,17 +74,30 @@ def write_tensors(
         TypeError: a dtype that safetensors files cannot hold here.
         OSError: from the file system; nothing is cleaned up.
     """
+    pieces = {
+        name: Piece(tensor.dtype, tuple(tensor.shape), partial(_same, tensor))
+        for name, tensor in tensors.items()
+    }
+    return write_pieces(path, pieces, metadata)
+
+
+def write_pieces(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str] | None = None) -> str:
+    """Write tensors that are made one at a time; one is in memory at once, beside what they are made from.
+
+    Returns, raises:
+        As `write_tensors`, and what `make` raises.
+    """
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(pieces, key=lambda name: (-pieces[name].dtype.itemsize, name))
     offset = 0
     for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name}: {tensor.dtype} cannot be saved")
-        end = offset + tensor.numel() * tensor.element_size()
+        piece = pieces[name]
+        if piece.dtype not in _DTYPES:
+            raise TypeError(f"{name}: {piece.dtype} cannot be saved")
+        end = offset + piece.nbytes
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": _DTYPES[piece.dtype],
+            "shape": list(piece.shape),
             "data_offsets": [offset, end],
         }
         offset = end
@@ -82,9 +114,13 @@ def write_tensors(
         put(memoryview(len(head).to_bytes(8, "little")))
         put(memoryview(head))
         for name in order:
-            put(_bytes(tensors[name]))  # no local variable: it would keep one tensor while the next is made
+            put(_bytes(pieces[name].make()))  # no local variable: it would keep one while the next is made
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def rewrite(path: Path) -> None:
