@@ -40,7 +40,7 @@ from mapo_fast.data.prepare import prepare
 from mapo_fast.demo.run import TINY_SDXL
 from mapo_fast.engine import reference
 from mapo_fast.run.log import read_log
-from mapo_fast.run.train import train
+from mapo_fast.run.train import fit
 from mapo_fast.settings.load import parse_config
 from mapo_fast.settings.schema import Config
 
@@ -257,7 +257,7 @@ def campaigns(folder: Path, kills: int, seed: int) -> list[dict[str, Any]]:
 
         def training(output: Path, config: Config = config) -> None:
             settled = config.train.model_copy(update={"output": output})
-            train(config.model_copy(update={"train": settled}), resume=output.exists())
+            fit(config.model_copy(update={"train": settled}), resume=output.exists())
 
         training(config.train.output)
         expected = of_a_run(config.train.output)

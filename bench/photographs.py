@@ -17,7 +17,7 @@ from pathlib import Path
 from bench.environment import environment
 from mapo_fast.data.prepare import prepare
 from mapo_fast.demo.photographs import print_scores, score_photographs, write_photographs
-from mapo_fast.run.train import train
+from mapo_fast.run.train import fit
 from mapo_fast.settings.load import load_config
 from mapo_fast.util.console import Terminal
 
@@ -37,7 +37,7 @@ def main() -> int:
             out = Path(folder) / "photographs"
             config = load_config(write_photographs(out, seed))
             prepare(config, callbacks=terminal)
-            train(config, callbacks=terminal)
+            fit(config, callbacks=terminal)
             scores = score_photographs(out)
         print_scores(scores, terminal.console)
         row = {

@@ -96,7 +96,7 @@ def prepare(config: ConfigFile, overrides: Overrides = None, code: Code = None) 
     output_may_fail()
     _allow(code, config)
     try:
-        run(load_config(config, overrides), callbacks=Terminal())
+        run(load_config(config, overrides or ()), callbacks=Terminal())
     except KeyboardInterrupt as signal:
         text = "interrupted; what is encoded is kept, the same command continues"
         raise Interrupted(getattr(signal, "number", 0), text) from None
@@ -110,13 +110,12 @@ def train(
     code: Code = None,
 ) -> None:
     """Fine-tune on a prepared cache; under accelerate launch or torchrun, on one GPU per process."""
-    from mapo_fast.run.train import train as run
+    from mapo_fast.run.train import fit
     from mapo_fast.settings.load import load_config
 
     output_may_fail()
     _allow(code, config)
-    settings = load_config(config, overrides)
-    result = run(settings, resume=resume, callbacks=Terminal())
+    result = fit(load_config(config, overrides or ()), resume=resume, callbacks=Terminal())
     main = _main()
     if not result.finished:
         saved = result.saved_step
@@ -126,8 +125,7 @@ def train(
         raise typer.Exit(exit_code(result.signal))
     if not main:
         return
-    made = result.output / ("lora" if settings.adapter.kind == "lora" else "unet")
-    say(Console(), f"finished: {result.step} steps; result in {made}, log in {result.output / 'log.jsonl'}")
+    say(Console(), f"finished: {result.step} steps; result in {result.model}, log in {result.log}")
 
 
 @app.command(cls=_Configured)
@@ -154,30 +152,31 @@ def plan(
 ) -> None:
     """Predict memory and time of training; choose the fastest settings that fit. No GPU, no weights."""
     from mapo_fast.planner import report
-    from mapo_fast.planner.ask import ask
+    from mapo_fast.planner.ask import plan as run
+    from mapo_fast.planner.ask import recipe
+    from mapo_fast.settings.load import load_config
+    from mapo_fast.util.errors import UserError
 
     if picture is not None:
         report.check_picture(picture)
+    if resolution is not None and not resolution.isdecimal():
+        raise UserError(f"--resolution {resolution!r} is not a number of pixels: write --resolution 1024")
     _allow(code, config)
+    given = {"data.resolution": resolution, "adapter.kind": adapter}
+    stated = [*(overrides or ()), *(f"{name}={value}" for name, value in given.items() if value is not None)]
+    settings = recipe(stated) if config is None else load_config(config, stated)
+    if config is None and model is None:
+        model = "sdxl"
     with Console(stderr=True).status("tracing training steps; the first time this takes a minute or two"):
-        outcome = ask(
-            config,
-            list(overrides or []),
-            model=model,
-            resolution=resolution,
-            adapter=adapter,
-            vram=vram,
-            card=card,
-            ram=ram,
-        )
+        found = run(settings, card=card, vram=vram, ram=ram, model=model)
     if as_json:
-        typer.echo(report.as_json(outcome))
-    for line in () if as_json else report.as_text(outcome).split("\n"):
+        typer.echo(report.as_json(found))
+    for line in () if as_json else report.as_text(found).split("\n"):
         typer.echo(printable(line))
-    if outcome.chosen is None:
+    if found.chosen is None:
         raise typer.Exit(3)
     if picture is not None:
-        report.plot(outcome, picture)
+        report.plot(found, picture)
 
 
 @app.command(cls=_Configured)
@@ -193,7 +192,7 @@ def show(
     from mapo_fast.settings.load import load_config
 
     _allow(code, config)
-    settings = load_config(config, overrides)
+    settings = load_config(config, overrides or ())
     with Console(stderr=True).status("planning memory; the first time this takes a minute or two"):
         seen = look(settings)
     if as_json:

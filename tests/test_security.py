@@ -44,7 +44,7 @@ from mapo_fast.planner import store
 from mapo_fast.run.folder import read_run
 from mapo_fast.run.log import read_log
 from mapo_fast.run.starts import keep_settings
-from mapo_fast.run.train import train
+from mapo_fast.run.train import fit
 from mapo_fast.settings.load import load_config
 from mapo_fast.settings.table import TABLE
 from mapo_fast.util import extensions
@@ -544,7 +544,7 @@ def test_a_run_folder_names_no_code(tmp_path: Path, trap: Trap, tiny_sdxl: Path,
     from mapo_fast.util.records import write_record
 
     run = tmp_path / "run"
-    assert train(make_config(tiny_sdxl, cache, run, train={"steps": 2})).finished
+    assert fit(make_config(tiny_sdxl, cache, run, train={"steps": 2})).finished
     trap.lay(run)
     record = json.loads((run / "run.json").read_text())
     record.pop("sha256")
@@ -558,7 +558,7 @@ def test_a_run_folder_names_no_code(tmp_path: Path, trap: Trap, tiny_sdxl: Path,
         log.write(json.dumps({"event": f"{trap.name}.register", "step": 2, "py/object": trap.name}) + "\n")
     assert read_log(run / "log.jsonl")
     more = make_config(tiny_sdxl, cache, run, train={"steps": 4})
-    assert f"objective.name was '{trap.name}:register'" in used_or_refused(lambda: train(more, resume=True))
+    assert f"objective.name was '{trap.name}:register'" in used_or_refused(lambda: fit(more, resume=True))
     (newest,) = sorted((run / "checkpoints").glob("step-*"))[-1:]
     for name in ("model.safetensors", "optimizer.safetensors", "optimizer.bin", "state.pkl"):
         _pickle(newest / name, trap)

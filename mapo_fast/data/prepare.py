@@ -33,7 +33,7 @@ from mapo_fast.data.scan import ScannedRow, scan
 from mapo_fast.data.shards import ShardFamily
 from mapo_fast.data.sources.base import PreferencePairs
 from mapo_fast.data.sources.registry import open_source
-from mapo_fast.data.summary import PrepareSummary, reasons, report, summary_of, write_lines
+from mapo_fast.data.summary import PrepareResult, reasons, report, summary_of, write_lines
 from mapo_fast.data.vae_encoder import latent_shape
 from mapo_fast.hardware import gpu
 from mapo_fast.models.fp32 import exact_fp32
@@ -47,12 +47,20 @@ from mapo_fast.util.progress import Callbacks, stage
 from mapo_fast.util.sizes import parse_size
 
 
-def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareSummary:
-    """Make or complete the cache at `config.data.cache`; `callbacks` are told how it goes.
+def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareResult:
+    """Make or complete the cache at `config.data.cache`.
+
+    Args:
+        config: `[model]` and `[data]` matter, and `train.vram` as a limit of GPU memory.
+        callbacks: are told how it goes; without them nothing is said.
+
+    Returns:
+        What the cache holds, and which rows of the source it does not.
 
     Raises:
         UserError: wrong source or model folder, a cache made for something else or in use by another
             process, too many skipped rows, too little disk space. What has been encoded stays and is reused.
+        MachineError: the disk or the memory failed.
     """
     started, callbacks = time.perf_counter(), callbacks or Callbacks()
     data = config.data
@@ -79,7 +87,7 @@ def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareSum
     same = done and (done["source"], done["held_out"]) == (identity, data.held_out)
     if done and same and is_whole(data.cache, done):
         callbacks.message(f"{data.cache} is complete already: {done['pairs']} pairs, nothing to do")
-        return summary_of(done, time.perf_counter() - started)
+        return summary_of(data.cache, done, time.perf_counter() - started)
 
     with disk_errors(data.cache):
         data.cache.mkdir(parents=True, exist_ok=True)
@@ -90,9 +98,10 @@ def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareSum
         settings = claim(data.cache, settings, folder)
         write_json(data.cache / "settings.json", settings)
         known = {"settings": settings, "source": identity, "paired": source.paired}
-        index = Preparation(config, folder, source, buckets, callbacks).run(known)
-    summary = summary_of(index, time.perf_counter() - started)
-    report(summary, data.cache, callbacks)
+        preparation = Preparation(config, folder, source, buckets, callbacks)
+        index = preparation.run(known)
+    summary = summary_of(data.cache, index, time.perf_counter() - started, preparation.encoded)
+    report(summary, callbacks)
     return summary
 
 
@@ -116,6 +125,7 @@ class Preparation:
             (self.cache / "scan").mkdir(exist_ok=True)
             for leftover in self.cache.rglob(".*.tmp"):
                 leftover.unlink()
+        self.encoded = 0
         self.families = {name: ShardFamily(self.cache / "shards", name) for name in shards.FAMILIES}
 
     def run(self, known: dict[str, Any]) -> dict[str, Any]:
@@ -200,6 +210,7 @@ class Preparation:
         latents = sum(latent_bytes(self.folder, self.data, job.bucket) for job in jobs)
         new = sum(key not in self.families["text2"] for key in choice.prompts)
         each = prompt_bytes(self.folder, self.data.max_tokens)
+        self.encoded = len(jobs)
         need = int(1.01 * (latents + new * each)) + 2**20
         free = shutil.disk_usage(self.cache).free
         self.callbacks.message(

@@ -15,9 +15,11 @@ from mapo_fast.util.progress import Callbacks
 
 
 @dataclass(frozen=True)
-class PrepareSummary:
+class PrepareResult:
     """What a cache holds and what it took."""
 
+    cache: Path
+    """Its folder; `skipped.jsonl` there lists the rows that were left out, `truncated.jsonl` cut prompts."""
     pairs: int
     train: int
     held_out: int
@@ -39,24 +41,35 @@ class PrepareSummary:
     paired: bool = True
     """False: what counts as a pair here is a single labelled image."""
     seconds: float = 0.0
+    encoded: int = 0
+    """Images that this call encoded; the others were there already."""
     converted: int = 0
     """Distinct images whose colours a profile moved to sRGB."""
     ignored_profiles: int = 0
     """Distinct images with a colour profile that is damaged or for another kind of image."""
 
 
-def summary_of(index: dict[str, Any], seconds: float) -> PrepareSummary:
-    """The summary that an index holds, and how long it took."""
+def summary_of(cache: Path, index: dict[str, Any], seconds: float, encoded: int = 0) -> PrepareResult:
+    """The summary that an index holds, how long it took, and how many images were encoded for it."""
     counts = index["summary"] | {"warnings": tuple(index["summary"]["warnings"])}
     held_out = index["pairs"] - index["train"]
     paired = index.get("paired", True)
-    return PrepareSummary(index["pairs"], index["train"], held_out, **counts, paired=paired, seconds=seconds)
+    return PrepareResult(
+        cache,
+        index["pairs"],
+        index["train"],
+        held_out,
+        **counts,
+        paired=paired,
+        seconds=seconds,
+        encoded=encoded,
+    )
 
 
-def report(summary: PrepareSummary, cache: Path, callbacks: Callbacks) -> None:
+def report(summary: PrepareResult, callbacks: Callbacks) -> None:
     """Tell the callbacks what the cache holds, what was left out, and what to look at."""
     callbacks.message(
-        f"{cache}: {summary.train} {'pairs' if summary.paired else 'labelled images'} for training, "
+        f"{summary.cache}: {summary.train} {'pairs' if summary.paired else 'labelled images'} for training, "
         f"{summary.held_out} held out; {summary.images} images "
         f"({summary.upscaled} upscaled), {summary.prompts} prompts ({summary.truncated} truncated); "
         f"{summary.duplicates} duplicates, {sum(summary.skipped.values())} skipped, "

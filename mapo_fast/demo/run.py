@@ -29,7 +29,7 @@ from mapo_fast.data.prepare import prepare
 from mapo_fast.demo import report, score, world
 from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.pipeline import Pipeline
-from mapo_fast.run.train import train
+from mapo_fast.run.train import fit
 from mapo_fast.settings.load import load_config
 from mapo_fast.settings.schema import Config, ObjectiveConfig
 from mapo_fast.util.console import Terminal, say
@@ -251,7 +251,7 @@ def _write_config(out: Path, objective: str, seed: int, size: DemoSize, override
 
 
 def _train(config: Config, terminal: Terminal) -> None:
-    result = train(config, callbacks=terminal)
+    result = fit(config, callbacks=terminal)
     if not result.finished:  # the trainer took the signal to save; the demo ends here
         raise Interrupted(result.signal, f"interrupted; {config.train.output} keeps what was trained")
 

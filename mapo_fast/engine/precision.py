@@ -14,7 +14,8 @@ rounded stochastically for the same reason (`gradient_sums.py`), except where `t
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,17 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
     if name == "pure_bf16":
         return Precision(torch.bfloat16, torch.bfloat16, None, scaled=False)
     return Precision(torch.bfloat16 if lora else torch.float32, torch.float32, torch.bfloat16, scaled=False)
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Within, torch computes in so many threads on the CPU; 0 leaves their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def choose_device(config: TrainConfig, processes: Processes = ALONE) -> torch.device:

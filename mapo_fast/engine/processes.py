@@ -36,6 +36,7 @@ from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import FailedRunError, MachineError, UserError, shown
 from mapo_fast.util.files import one_line
+from mapo_fast.util.signals import StopNow, StopRequest
 
 T = TypeVar("T")
 
@@ -87,6 +88,11 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process."""
         return self.largest(float(flag)) > 0
+
+    def poll(self, stop: StopRequest) -> None:
+        """Leave what can be left, by `StopNow`, if any process got a signal; all call it together."""
+        if self.any(stop.requested):
+            raise StopNow
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over the processes, in place."""

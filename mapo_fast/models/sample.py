@@ -9,7 +9,6 @@ bits of a matrix product, which depend on the batch size).
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -129,8 +128,7 @@ def sampler(folder: Pipeline, steps: int) -> Any:
     Raises:
         UserError: it cannot be sampled by; diffusers itself finds some of that only as it samples.
     """
-    with _quiet_import():
-        from diffusers import EulerDiscreteScheduler
+    from diffusers import EulerDiscreteScheduler
 
     config = dict(folder.scheduler_config)
     if config.get("rescale_betas_zero_snr"):
@@ -149,8 +147,7 @@ def sampler(folder: Pipeline, steps: int) -> Any:
 
 
 def _pipeline(folder: Pipeline, unet: Any, steps: int) -> Any:
-    with _quiet_import():
-        pipeline = sampling_pipeline(unet, sampler(folder, steps))
+    pipeline = sampling_pipeline(unet, sampler(folder, steps))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -161,15 +158,3 @@ def _quiet_arrays() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
         yield
-
-
-@contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Without torchvision, transformers remarks on image processors that SDXL does not use."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -1,8 +1,7 @@
-"""Questions to the planner: the command line's, and that of a run that is about to start."""
+"""Questions to the planner: a user's, and that of a run that is about to start."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,40 +16,44 @@ from mapo_fast.hardware.host import host
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.planner.models import parts_of
 from mapo_fast.planner.rates import rates_of
-from mapo_fast.planner.search import Outcome, search
+from mapo_fast.planner.search import PlanResult, search
 from mapo_fast.planner.stages import vae_of
-from mapo_fast.settings.load import apply_override, load_config, parse_config
+from mapo_fast.settings.load import apply_override, parse_config
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.sizes import GIB, parse_size, size_text
 from mapo_kernels import backend
 
 
-def ask(
-    config: Path | None,
-    overrides: list[str],
+def plan(
+    config: Config,
     *,
-    model: str | None,
-    resolution: str | None,
-    adapter: str | None,
-    vram: str | None,
-    card: str | None,
-    ram: str | None,
-) -> Outcome:
-    """Plan for a config file, or for the settings of the recipes where there is none.
+    card: str | None = None,
+    vram: str | None = None,
+    ram: str | None = None,
+    model: str | None = None,
+) -> PlanResult:
+    """Find the fastest way to train as `config` says that fits a card; no GPU and no weights are needed.
+
+    The first time for a model and settings this takes a minute or two.
+
+    Args:
+        config: its settings are kept, and those of the memory plan that it leaves open are chosen.
+        card: such as "RTX 4090".
+        vram: GPU memory, such as "24GiB", in place of the card's and of `train.vram`.
+        ram: system memory, such as "64GiB"; this machine's by default.
+        model: "sdxl", or a model in place of `model.path`.
+
+    Returns:
+        The plan, which `result.chosen.apply(config)` puts into a config, and what it was chosen from.
+        `chosen` is None where nothing fits, and `advice` then says what would.
 
     Raises:
-        UserError: an unknown card or model, a size that is none, settings that cannot be combined or that
-            the card cannot do.
+        UserError: an unknown card or model, neither a card nor a size of its memory, a size that is none,
+            settings that the card cannot do.
     """
-    if resolution is not None and not resolution.isdecimal():
-        raise UserError(f"--resolution {resolution!r} is not a number of pixels: write --resolution 1024")
-    for key, value in (("data.resolution", resolution), ("adapter.kind", adapter)):
-        overrides += [] if value is None else [f"{key}={value}"]
-    settings = _assumed(overrides) if config is None else load_config(config, overrides)
-    model = model or ("sdxl" if config is None else str(settings.model.path))
     found = find_card(card) if card else None
-    sizes = [] if settings.train.vram is None else [parse_size(settings.train.vram, "train.vram")]
+    sizes = [] if config.train.vram is None else [parse_size(config.train.vram, "train.vram")]
     sizes += [] if found is None else [int(found.gib * GIB)]
     if vram:
         sizes = [parse_size(vram, "--vram")]
@@ -58,11 +61,11 @@ def ask(
         raise UserError('say which card: --card "RTX 4090", or --vram 24GiB')
     nbytes = min(sizes)  # a run has no more than its card either
     limits = host(None if ram is None else parse_size(ram, "--ram"))
-    chosen = found or card_with(nbytes, _capability(settings))
-    _refuse_without_bf16(settings, chosen)
-    refuse_card_without_fp8(settings, chosen.name, chosen.capability)
-    unet, vae = parts_of(model, settings)
-    return search(settings, unet, chosen, nbytes, limits, vae=vae, rules=planned_rules())
+    chosen = found or card_with(nbytes, _capability(config))
+    _refuse_without_bf16(config, chosen)
+    refuse_card_without_fp8(config, chosen.name, chosen.capability)
+    unet, vae = parts_of(model or str(config.model.path), config)
+    return search(config, unet, chosen, nbytes, limits, vae=vae, rules=planned_rules())
 
 
 def plan_run(
@@ -72,7 +75,7 @@ def plan_run(
     device: torch.device,
     processes: int = 1,
     rules: Rules = EXPANDABLE,
-) -> Outcome:
+) -> PlanResult:
     """Plan for a run on this machine.
 
     Args:
@@ -93,7 +96,7 @@ def plan_run(
     return search(config, folder.config("unet"), card, vram, limits, vae=vae_of(folder), rules=rules)
 
 
-def refusal(outcome: Outcome, source: str) -> str:
+def refusal(outcome: PlanResult, source: str) -> str:
     """Why nothing fits into what `source` gives, and what would, in one line."""
     enough = f'; train.vram = "{size_text(outcome.enough)}" would do' if outcome.enough else ""
     usable = max(0, outcome.usable) / GIB
@@ -140,8 +143,12 @@ def _refuse_without_bf16(config: Config, card: Card) -> None:
         )
 
 
-def _assumed(overrides: list[str]) -> Config:
-    """The settings of the recipe for what is adapted, `full_24gb.toml` or `lora_300_pairs.toml`."""
+def recipe(overrides: list[str]) -> Config:
+    """What a plan without a config is for: `full_24gb.toml`, or `lora_300_pairs.toml`, with overrides.
+
+    Raises:
+        UserError: settings that cannot be combined.
+    """
     given: dict[str, Any] = {}
     for override in overrides:
         apply_override(given, override)

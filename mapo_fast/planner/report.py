@@ -10,7 +10,7 @@ import numpy as np
 
 from mapo_fast.hardware.cards import CONTEXT_GIB, WORKSPACE_GIB
 from mapo_fast.planner.plan import GRAPHS, Plan
-from mapo_fast.planner.search import Outcome
+from mapo_fast.planner.search import PlanResult
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import CATEGORIES, ON_DEVICE
 from mapo_fast.util.errors import UserError
@@ -20,7 +20,7 @@ RUNNERS_UP = 6
 PICTURES = (".png", ".svg", ".pdf")
 
 
-def as_text(outcome: Outcome) -> str:
+def as_text(outcome: PlanResult) -> str:
     """The plan, where its memory goes, and why others lost; all figures are predictions."""
     card, usable = outcome.card, max(0, outcome.usable) / GIB
     lines = [
@@ -69,7 +69,7 @@ def _settings(plan: Plan) -> list[str]:
     return lines
 
 
-def as_json(outcome: Outcome) -> str:
+def as_json(outcome: PlanResult) -> str:
     """One object; sizes in bytes, times in ms."""
     return json.dumps(
         {
@@ -118,7 +118,7 @@ def check_picture(path: Path) -> None:
         raise UserError(f"--plot {path}: the folder does not exist")
 
 
-def plot(outcome: Outcome, path: Path) -> None:
+def plot(outcome: PlanResult, path: Path) -> None:
     """Draw the chosen plan's memory over its step.
 
     Raises:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mapo_fast.hardware.allocator import EXPANDABLE, Rules
@@ -43,8 +44,9 @@ class Loser(NamedTuple):
     reason: str
 
 
-class Outcome(NamedTuple):
-    """What the search found."""
+@dataclass(frozen=True)
+class PlanResult:
+    """What the planner found; all figures are predictions."""
 
     card: Card
     vram: int
@@ -74,7 +76,7 @@ def search(
     *,
     vae: Vae = SDXL_VAE,
     rules: Rules = EXPANDABLE,
-) -> Outcome:
+) -> PlanResult:
     """Choose a plan for training `config`'s UNet on a card with `vram` bytes of free memory.
 
     Args:
@@ -107,7 +109,7 @@ class _Search:
         self.usable = usable_bytes(vram)
         self.others: list[Loser] = []
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> PlanResult:
         """The fastest plan of the first family that has one."""
         small: list[tuple[Plan, Family]] = []
         for changes in _variants(self.config):
@@ -131,7 +133,7 @@ class _Search:
                 return self._chosen(smallest, trace)
         advice, enough = self._advice(smallest, [plan for plan, _ in small])
         given = self.card, self.vram, self.usable, self.host
-        return Outcome(*given, None, None, self.others, {}, "", advice, enough)
+        return PlanResult(*given, None, None, self.others, {}, "", advice, enough)
 
     def _family(self, config: Config, changes: dict[str, Any]) -> Family:
         given = config, changes, self.unet_config, self.card, self.usable, self.tracing
@@ -165,14 +167,15 @@ class _Search:
             self.others.append(Loser(plan if plan.traced else plan._replace(ms=ratio * plan.ms), reason))
         return chosen
 
-    def _chosen(self, plan: Plan, trace: Trace) -> Outcome:
+    def _chosen(self, plan: Plan, trace: Trace) -> PlanResult:
         others = sorted(self.others, key=lambda loser: (bool(self._lacks(loser.plan)), loser.plan.ms))
         stages = {
             "prepare": preparing(self.config, self.vae),
             "previews": previewing(self.config, plan, self.vae),
         }
         how = how_to_prepare(self.config, self.vae, self.usable)
-        return Outcome(self.card, self.vram, self.usable, self.host, plan, trace, others, stages, how, "", 0)
+        card, host = self.card, self.host
+        return PlanResult(card, self.vram, self.usable, host, plan, trace, others, stages, how, "", 0)
 
     def _lacks(self, plan: Plan) -> str:
         """Why a plan does not fit, or an empty text."""

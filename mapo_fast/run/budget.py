@@ -21,7 +21,7 @@ from mapo_fast.hardware.cards import CONTEXT_GIB, vram_for
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.planner.ask import plan_run, refusal
 from mapo_fast.planner.plan import Plan
-from mapo_fast.planner.search import Outcome
+from mapo_fast.planner.search import PlanResult
 from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import kept_at_resume
@@ -194,7 +194,7 @@ def _open(config: Config, recorded: dict[str, Any]) -> dict[str, Any]:
     return {name: known[name] for name in sorted(left_open & known.keys())}  # one may be younger than the run
 
 
-def _smaller(outcome: Outcome, chosen: Plan) -> Plan | None:
+def _smaller(outcome: PlanResult, chosen: Plan) -> Plan | None:
     host = outcome.host
     others = [
         plan

@@ -27,19 +27,27 @@ from mapo_fast.util.records import WrongFileError, unsealed, write_record
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class FitResult:
     """Where a run ended."""
 
     output: Path
     step: int
     finished: bool
-    """False when a signal stopped it before."""
+    """False when a signal, such as Ctrl-C, stopped it before: `fit(config, resume=True)` goes on."""
     skipped_steps: int
     """Steps that were not finite and changed nothing."""
     saved_step: int | None = field(default=None, compare=False)
     """Step of the checkpoint to resume from; None before the first step."""
     signal: int = field(default=0, compare=False)
     """Number of the signal that stopped it; 0 where none did."""
+    model: Path | None = field(default=None, compare=False)
+    """The folder of what was trained, for `UNet2DConditionModel.from_pretrained` or, of a LoRA, for
+    `pipe.load_lora_weights`; None before the end."""
+
+    @property
+    def log(self) -> Path:
+        """The file of all figures, a JSON object in every line."""
+        return self.output / "log.jsonl"
 
 
 class RunRecord(BaseModel):

@@ -18,8 +18,7 @@ import torch
 from mapo_fast.data.buckets import make_buckets
 from mapo_fast.data.cache import PairCache
 from mapo_fast.engine.build import build_unet
-from mapo_fast.engine.gradient_sums import kept_to_nearest
-from mapo_fast.engine.precision import choose_device, choose_precision
+from mapo_fast.engine.precision import choose_device, choose_precision, cpu_threads
 from mapo_fast.engine.processes import Processes, environment, joined
 from mapo_fast.hardware.driver import why_no_gpu
 from mapo_fast.models.diffusion import Diffusion
@@ -30,7 +29,7 @@ from mapo_fast.run.adopt import adopt, start_identity
 from mapo_fast.run.budget import is_planned
 from mapo_fast.run.folder import (
     START,
-    TrainResult,
+    FitResult,
     check_output,
     check_results,
     claim_output,
@@ -40,12 +39,12 @@ from mapo_fast.run.folder import (
 from mapo_fast.run.health import check_start
 from mapo_fast.run.log import RunLog
 from mapo_fast.run.mirrors import find_wandb
+from mapo_fast.run.notes import notes_of
 from mapo_fast.run.precompute import precompute
 from mapo_fast.run.preview import Previews
 from mapo_fast.run.settings import final_settings
 from mapo_fast.run.starts import keep_settings
 from mapo_fast.run.trainer import Trainer
-from mapo_fast.settings.optimizers import OPTIMIZERS
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.util.errors import UserError
@@ -56,28 +55,36 @@ from mapo_kernels import backend
 from mapo_kernels.objectives import OBJECTIVES
 
 
-def train(config: Config, *, resume: bool = False, callbacks: Callbacks | None = None) -> TrainResult:
-    """Fine-tune as `config` says; `callbacks` are told how it goes.
+def fit(config: Config, *, resume: bool = False, callbacks: Callbacks | None = None) -> FitResult:
+    """Fine-tune as `config` says, on the cache of `prepare`.
 
-    The result stands at `<train.output>/unet` (full) or `<train.output>/lora`.
+    Args:
+        config: all settings.
+        resume: continue the run in `train.output`, or start it there.
+        callbacks: are told how it goes; without them nothing is said.
+
+    Returns:
+        Where the run ended. Called in the main thread, it stops at the first Ctrl-C or SIGTERM behind the
+        step under way, saves and returns with `finished` false.
 
     Raises:
-        UserError: anything wrong with the config, the model folder, the cache or the output folder.
+        UserError: anything wrong with the config, the model, the cache or the output folder.
+        MachineError: the disk or the memory failed; the last finished step is saved if it can be.
+        FailedRunError: the model diverged, or too many steps were skipped.
+        KeyboardInterrupt: a second signal, or one before the first step was begun.
     """
     processes = environment()
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
     if config.train.wandb is not None:
         find_wandb()
     device = choose_device(config.train, processes)
     callbacks = (callbacks if processes.main else None) or Callbacks()
-    with joined(processes, device):
+    with cpu_threads(config.train.threads), joined(processes, device):
         return _train(config, device, processes, resume, callbacks)
 
 
 def _train(
     config: Config, device: torch.device, processes: Processes, resume: bool, callbacks: Callbacks
-) -> TrainResult:
+) -> FitResult:
     folder = open_model(config)
     introduce(folder, callbacks)
     where = f"{processes.size} × {device.type}" if processes.size > 1 else str(device)
@@ -202,7 +209,7 @@ def _run(
     resume: bool,
     notes: list[str],
     callbacks: Callbacks,
-) -> TrainResult:
+) -> FitResult:
     """Claim the output folder and train, from the checkpoint if there is one."""
     config, processes = trainer.config, trainer.processes
     output = config.train.output
@@ -235,61 +242,6 @@ def _run(
                 run=run,
             )
             held.enter_context(log)
-            for note in notes + _notes(config, trainer.cache, checkpoint, resume, processes.size):
+            for note in notes + notes_of(config, trainer.cache, checkpoint, resume, processes.size):
                 log.warning(trainer.step, note)
         return trainer.run(log, folder)
-
-
-def _notes(
-    config: Config, cache: PairCache, checkpoint: Checkpoint | None, resume: bool, processes: int
-) -> list[str]:
-    """What the user should know before the first step."""
-    notes = []
-    if config.speed.cuda_graph:
-        notes.append(
-            "speed.cuda_graph keeps a step's memory reserved: the memory plan counts that once, and not what "
-            "graphs of several image shapes cannot share; set it to false if memory runs out"
-        )
-    if resume and checkpoint is None:
-        notes.append("nothing to resume yet: no checkpoint was written, starting at step 0")
-    if checkpoint is not None:
-        if checkpoint.step == config.train.steps:
-            notes.append(f"the run is finished already: all {checkpoint.step} steps are done")
-        notes += [
-            f"checkpoint {path.name} cannot be used ({reason}): falling back to {checkpoint.path.name}"
-            for path, reason in checkpoint.passed_over
-        ]
-    if config.train.precision == "pure_bf16" and not OPTIMIZERS[config.optim.name].rounds_stochastically:
-        others = " or ".join(repr(name) for name, known in OPTIMIZERS.items() if known.rounds_stochastically)
-        notes.append(
-            f"train.precision = 'pure_bf16' rounds updates to bf16: at lr {config.optim.lr:g} many are lost; "
-            f"optim.name = {others} rounds stochastically and keeps them on average"
-        )
-    accumulation = config.train.accumulation
-    split = config.train.shard and processes > 1
-    if config.train.precision == "pure_bf16" and split and (kept := kept_to_nearest(accumulation)) < 0.99:
-        notes.append(
-            f"train.shard adds the gradients of train.accumulation = {accumulation} micro-batches in bf16, "
-            f"to nearest: of noisy ones about {kept:.0%} of the sum is kept. Use fewer, or train.precision = "
-            "'bf16'"
-        )
-    if config.optim.warmup_steps >= config.train.steps:
-        notes.append(
-            f"optim.warmup_steps = {config.optim.warmup_steps} is not less than train.steps: the learning "
-            "rate never reaches optim.lr"
-        )
-    samples = 2 * config.train.pairs_per_batch * config.train.accumulation * processes
-    if config.objective.known.baseline and samples < 8:
-        notes.append(
-            f"a step has {samples} images, and {config.objective.name!r} compares each with their mean: of "
-            "fewer than 8 that is mostly noise. Raise train.pairs_per_batch (2 images each) or "
-            "train.accumulation"
-        )
-    if not cache.held_out:
-        what = (
-            "pair is held out (data.held_out): preference accuracy"
-            if cache.paired
-            else ("image is held out (data.held_out): the change on new ones")
-        )
-        notes.append(f"no {what} cannot be measured")
-    return notes

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from mapo_fast.models.lora import lora_state_dict
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.run.export import about_checkpoint, export
 from mapo_fast.run.feed import Feed
-from mapo_fast.run.folder import TrainResult
+from mapo_fast.run.folder import FitResult
 from mapo_fast.run.health import diverged, is_healthy, mostly_skipped
 from mapo_fast.run.log import RunLog
 from mapo_fast.run.looks import Looks, is_due
@@ -64,6 +65,7 @@ class Trainer:
         processes: Processes = ALONE,
     ) -> None:
         self.stop, self.processes = stop, processes
+        self.poll = partial(processes.poll, stop)  # no method: what polls would hold all of this as it ends
         self.config, self.unet, self.cache = config, parts.unet, cache
         self.precision, self.device, self.store = precision, device, store
         self.step = 0
@@ -87,12 +89,7 @@ class Trainer:
             config, self.unet, cache, diffusion, precision, device, previews, self.poll, processes
         )
 
-    def poll(self) -> None:
-        """Leave what can be left, by `StopNow`, if any process got a signal; all call it together."""
-        if self.processes.any(self.stop.requested):
-            raise StopNow
-
-    def run(self, log: RunLog | None, folder: Pipeline) -> TrainResult:
+    def run(self, log: RunLog | None, folder: Pipeline) -> FitResult:
         """Train to the last step or the first signal to any process, then save.
 
         Args:
@@ -119,10 +116,12 @@ class Trainer:
             log.end(self.step, finished=finished)
         return self.result(self.step, finished=finished)
 
-    def result(self, step: int, *, finished: bool) -> TrainResult:
+    def result(self, step: int, *, finished: bool) -> FitResult:
         """What the run has come to; all processes call it together."""
         number, skipped = int(self.processes.largest(self.stop.number)), int(self.optimizer.skipped)
-        return TrainResult(self.config.train.output, step, finished, skipped, self.saved_step, number)
+        output, kind = self.config.train.output, "lora" if self.config.adapter.kind == "lora" else "unet"
+        made = output / kind if finished else None
+        return FitResult(output, step, finished, skipped, self.saved_step, number, made)
 
     def _to_the_end(self, log: RunLog | None) -> bool:
         """Take the steps that are left; returns whether that is all of them, or a signal came before."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mapo_fast.settings.declare import Source
+from mapo_fast.settings.mistakes import mistakes
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import paths, value_of
 from mapo_fast.util.errors import UserError, shown
@@ -29,14 +29,21 @@ else:
 _CONFIG_BYTES = 2**20
 
 
-def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read a TOML file, apply `section.key=value` overrides, validate.
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file, apply overrides, validate.
 
-    Relative paths in the file are relative to the file's folder; paths in overrides to the working folder.
+    Args:
+        path: of the file. Relative paths in it are relative to its folder.
+        overrides: settings to replace, as `section.key=value`; their paths are relative to the working
+            folder.
+
+    Returns:
+        The settings, which cannot be changed; `Config.sources` says where each one comes from.
 
     Raises:
         UserError: unreadable file, bad TOML, unknown key (with the nearest valid one), wrong type or range.
     """
+    path = Path(path)
     try:
         table = _toml(read_bytes(path, _CONFIG_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:
@@ -49,10 +56,10 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         part = table.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
             part[key] = os.path.normpath(user_path(f"{path}: {name}", part[key], path.parent))
-    for override in overrides or []:
+    for override in overrides:
         apply_override(table, override)
     config = parse_config(table, where=str(path))
-    replaced = {override.partition("=")[0].strip() for override in overrides or []}
+    replaced = {override.partition("=")[0].strip() for override in overrides}
     return config.from_sources(
         {name: "command line" if name in replaced else "file" for name in config.stated}
     )
@@ -77,8 +84,7 @@ def parse_config(table: dict[str, Any], where: str = "config") -> Config:
         # Strict, as JSON: paths are strings and tuples are lists there, but true is not 1 and "2" is not 2.
         return Config.model_validate_json(json.dumps(table, default=_no_date), strict=True)
     except ValidationError as error:
-        mistakes = dict.fromkeys(_explain(e) for e in error.errors()[:3])
-        raise UserError(f"{where}: {'; '.join(mistakes)}") from None
+        raise UserError(f"{where}: {mistakes(error, Config)}") from None
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     except RecursionError:
@@ -154,42 +160,3 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     if name.strip() in paths() and isinstance(value, str):
         value = str(user_path(f"--set {name.strip()}", value))
     section[keys[1]] = value
-
-
-_SHAPES = {
-    "train.vram": 'write a size with its unit, such as "24GiB"',
-    "train.gradient_checkpointing": 'write true, false or a list of block names such as ["down_blocks.2"]; '
-    "recomputation is always non-reentrant, which 'split' and the fused step need",
-}
-"""What values of the wrong type should have been."""
-
-
-def _explain(error: Any) -> str:
-    loc = [str(part) for part in error["loc"]][:2]  # what follows names a member of a union
-    loc += [error["ctx"]["key"]] if error["type"] == "unknown_setting" else []
-    name = ".".join(loc)
-    if error["type"] in ("extra_forbidden", "unknown_setting"):
-        known = list(_fields(loc[:-1]))
-        near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
-        if near:
-            return f"unknown key {name} (did you mean {'.'.join([*loc[:-1], near[0]])}?)"
-        return f"unknown key {name} (valid: {', '.join(known)})"
-    if error["type"] == "missing":
-        few = f"{name} = {shown(error['input'])} has too few values"
-        return few if len(error["loc"]) > 2 else f"{name} is missing"
-    if error["type"] == "whole_message":
-        return str(error["msg"])
-    message = _SHAPES.get(name) or error["msg"].removeprefix("Value error, ")
-    if error["type"] == "multiple_of":
-        step = error["ctx"]["multiple_of"]
-        message += f", such as {max(1, error['input'] // step) * step}"
-    if not name:
-        return str(message)
-    return f"{name} = {shown(error['input'])}: {message}"
-
-
-def _fields(loc: list[str]) -> dict[str, Any]:
-    model: Any = Config
-    for part in loc:
-        model = model.model_fields[part].annotation
-    return dict(model.model_fields)

@@ -1,10 +1,9 @@
 """The configuration of `mapo-fast prepare` and `mapo-fast train`: one TOML file serves both commands.
 
 Each section is a frozen pydantic model; the text under a field is its documentation. However a `Config` is
-made (the constructor, `model_validate`, `model_copy`), its values are in range and work together: what is
-stated and contradicts itself raises pydantic's `ValidationError`, and open settings are completed
-(`rules.py`). From a file (`load.py`) every such mistake becomes one `UserError` that names the key and the
-nearest valid one.
+made (the constructor, `model_validate`, `model_copy`), its values are in range and work together, and open
+settings are completed (`rules.py`). A mistake in a file (`load.py`) or in what `Config(...)` is given becomes
+one `UserError` that names the key and the nearest valid one (`mistakes.py`).
 """
 
 from __future__ import annotations
@@ -19,12 +18,14 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     PrivateAttr,
+    ValidationError,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from mapo_fast.settings.declare import OneOf, Source, rows, setting
+from mapo_fast.settings.mistakes import mistakes
 from mapo_fast.settings.optimizers import REMOVED, optimizer_names
 from mapo_fast.settings.rules import NAMES, completed
 from mapo_fast.util.errors import UserError
@@ -418,7 +419,16 @@ _PRECOMPUTED = 2**28
 
 
 class Config(Section):
-    """The whole file."""
+    """All settings of `prepare` and `train`; they cannot be changed, `model_copy(update=...)` makes others.
+
+    Args:
+        sections: the sections of a config file, each a dict of its keys or a section of another config, as
+            in `Config(model={"path": "sdxl"}, data={"cache": "cache"}, train={"output": "run"})`.
+
+    Raises:
+        UserError: a key that is unknown (with the nearest valid one) or missing, a value of a wrong type or
+            out of range, settings that contradict each other.
+    """
 
     model: ModelConfig
     data: DataConfig
@@ -429,6 +439,15 @@ class Config(Section):
     offload: OffloadConfig = OffloadConfig()
     speed: SpeedConfig = SpeedConfig()
     preview: PreviewConfig = PreviewConfig()
+
+    def __init__(self, **sections: Section | Mapping[str, Any]) -> None:
+        try:
+            super().__init__(**sections)
+        except ValidationError as error:
+            raise UserError(mistakes(error, type(self))) from None
+
+    # pydantic's mark of its own constructor: files are validated without this one, as strict JSON.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     _sources: Mapping[str, Source] = PrivateAttr(default_factory=dict)
     """Of settings that are stated elsewhere than in a program."""

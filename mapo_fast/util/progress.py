@@ -1,4 +1,4 @@
-"""What `prepare`, `fit` and `plan` tell their caller while they work."""
+"""What `prepare` and `fit` tell their caller while they work."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ TRAINING = "training"
 class Callbacks:
     """Every method does nothing: override what you want to hear of.
 
-    They are called one at a time, in the thread that called `prepare`, `fit` or `plan`, and of several
-    processes in process 0 only. What one of them raises ends the work as any other error does: `prepare`
-    keeps what is encoded, `fit` saves the last finished step.
+    They are called one at a time, in the thread that called `prepare` or `fit`, and of several processes in
+    process 0 only. What one of them raises ends the work as any other error does: `prepare` keeps what is
+    encoded, `fit` saves the last finished step.
     """
 
     def message(self, text: str) -> None:

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 
 from mapo_fast.run.log import read_log
-from mapo_fast.run.train import train
+from mapo_fast.run.train import fit
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
 from mapo_kernels.objectives import OBJECTIVES, resolve
@@ -46,7 +46,7 @@ def config(model: Path, folder: Path, /, kind: str = "lora", **objective: Any) -
 def test_it_trains(tiny_sdxl: Path, tmp_path: Path) -> None:
     """Every step's loss is the formula of its logit; at the start the model is its reference."""
     make_cache(tiny_sdxl, tmp_path)
-    assert train(config(tiny_sdxl, tmp_path, wrong=0.25)).finished
+    assert fit(config(tiny_sdxl, tmp_path, wrong=0.25)).finished
     steps = [entry for entry in read_log(tmp_path / "run" / "log.jsonl") if entry["event"] == "step"]
     assert len(steps) == 3
     assert abs(steps[0]["logits"]) < 1e-3 < abs(steps[2]["logits"])

@@ -18,7 +18,7 @@ from mapo_fast.engine.optim import GuardedOptimizer, build_optimizer
 from mapo_fast.engine.stream_states import StateStreaming
 from mapo_fast.engine.transfers import Transfers
 from mapo_fast.planner.trace import record_step
-from mapo_fast.run.train import train
+from mapo_fast.run.train import fit
 from mapo_fast.settings.load import parse_config
 from mapo_fast.settings.optimizers import OPTIMIZERS, Optimizer, register_optimizer
 from mapo_fast.settings.schema import Config, OptimConfig
@@ -69,10 +69,10 @@ def test_it_trains_and_a_resume_goes_on_bit_for_bit(
     def weights(output: str) -> dict[str, Tensor]:
         return load_file(tmp_path / output / f"{result}.safetensors")
 
-    assert train(config(tiny_sdxl, tmp_path, "whole", **sections)).finished
-    train(config(tiny_sdxl, tmp_path, "parts", **sections, train={"steps": 2}))
+    assert fit(config(tiny_sdxl, tmp_path, "whole", **sections)).finished
+    fit(config(tiny_sdxl, tmp_path, "parts", **sections, train={"steps": 2}))
     half = weights("parts")
-    assert train(config(tiny_sdxl, tmp_path, "parts", **sections), resume=True).finished
+    assert fit(config(tiny_sdxl, tmp_path, "parts", **sections), resume=True).finished
     whole, parts = weights("whole"), weights("parts")
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     assert any(not torch.equal(value, half[name]) for name, value in whole.items())

@@ -31,7 +31,7 @@ from mapo_fast.models.diffusion import Diffusion
 from mapo_fast.models.open import open_sdxl
 from mapo_fast.run.log import read_log
 from mapo_fast.run.metrics import Metrics
-from mapo_fast.run.train import train
+from mapo_fast.run.train import fit
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
 from tests.data.pair_sources import png, write_parquet
@@ -374,7 +374,7 @@ RESULT = {"full": "unet/diffusion_pytorch_model.safetensors", "lora": "lora/pyto
 def test_a_run_and_its_resume(make: Callable[..., Config], tmp_path: Path, kind: str, pairs: int) -> None:
     """The baseline of the third step needs the second one's gains, which the checkpoint holds."""
     config = make("kto", kind, accumulation=2, pairs_per_batch=pairs)
-    assert train(config).finished
+    assert fit(config).finished
     once = load_file(tmp_path / "run" / RESULT[kind])
     for done in (Path(RESULT[kind]).parent, "checkpoints/step-00000003"):
         shutil.rmtree(tmp_path / "run" / done)
@@ -382,7 +382,7 @@ def test_a_run_and_its_resume(make: Callable[..., Config], tmp_path: Path, kind:
     baseline = state["state"]["baseline"]
     assert len(baseline) == 2
     assert all(total != 0 and samples in (2, 4) for total, samples in baseline)
-    assert train(config, resume=True).finished
+    assert fit(config, resume=True).finished
     again = load_file(tmp_path / "run" / RESULT[kind])
     assert all(torch.equal(again[name], tensor) for name, tensor in once.items())
     entries = read_log(tmp_path / "run" / "log.jsonl")
@@ -405,12 +405,12 @@ def test_the_objective_and_the_data_must_fit(
     with pytest.raises(
         UserError, match=r"objective.name = 'dpo' learns from pairs .* use objective.name = 'kto'"
     ):
-        train(make("dpo"))
+        fit(make("dpo"))
     pairs = make_cache(tiny_sdxl, tmp_path)
     config = make()
     config = config.model_copy(update={"data": config.data.model_copy(update={"cache": pairs})})
     with pytest.raises(UserError, match=r"objective.name = 'kto' learns from single labelled images"):
-        train(config)
+        fit(config)
     assert not (tmp_path / "run").exists()
 
 

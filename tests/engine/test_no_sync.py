@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from mapo_fast.data.cache import PairCache
 from mapo_fast.run.metrics import Metrics
-from mapo_fast.run.train import train
+from mapo_fast.run.train import fit
 from mapo_fast.run.trainer import Trainer
 from mapo_fast.settings.schema import Config
 from mapo_kernels.ops import adamw8bit
@@ -145,7 +145,7 @@ def steps_of_a_run(monkeypatch: pytest.MonkeyPatch, config: Config, watched: Wat
 
     monkeypatch.setattr(Trainer, "_step", taken)
     monkeypatch.setattr(Metrics, "add_step", lambda self, norm: None)  # it is in the step
-    assert train(config).finished
+    assert fit(config).finished
     return steps
 
 

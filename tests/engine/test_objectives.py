@@ -18,7 +18,7 @@ from mapo_fast.engine import reference
 from mapo_fast.engine.engine import Engine
 from mapo_fast.run.feed import Feed
 from mapo_fast.run.log import read_log
-from mapo_fast.run.train import train
+from mapo_fast.run.train import fit
 from mapo_fast.run.trainer import Trainer
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
@@ -103,11 +103,11 @@ def test_a_run_and_its_resume(
 ) -> None:
     """The second step is taken twice: at once, and from the first step's checkpoint."""
     config = make(objective, kind, source)
-    assert train(config).finished
+    assert fit(config).finished
     once = load_file(tmp_path / "run" / RESULT[kind])
     for done in (Path(RESULT[kind]).parent, "checkpoints/step-00000002"):
         shutil.rmtree(tmp_path / "run" / done)
-    assert train(config, resume=True).finished
+    assert fit(config, resume=True).finished
     again = load_file(tmp_path / "run" / RESULT[kind])
     assert all(torch.equal(again[name], tensor) for name, tensor in once.items())
     noisy = [latents for latents, _ in draws]
@@ -131,7 +131,7 @@ def test_a_pass_that_was_stopped_goes_on_and_a_longer_run_adds_to_it(
 ) -> None:
     monkeypatch.setattr(reference, "PART", 3)
     straight = make("dpo", output="straight", steps=4, accumulation=2)
-    assert train(straight).finished
+    assert fit(straight).finished
     made: list[int] = []
     real = reference.StartModel.errors
 
@@ -145,11 +145,11 @@ def test_a_pass_that_was_stopped_goes_on_and_a_longer_run_adds_to_it(
     monkeypatch.setattr(reference.StartModel, "errors", errors)
     with monkeypatch.context() as patched:
         patched.setattr("mapo_fast.run.train.StopRequest", lambda: stop)
-        assert not train(make("dpo", accumulation=2)).finished
+        assert not fit(make("dpo", accumulation=2)).finished
     assert len(made) == 2
-    assert train(make("dpo", accumulation=2), resume=True).finished
+    assert fit(make("dpo", accumulation=2), resume=True).finished
     assert len(made) == 4
-    assert train(make("dpo", steps=4, accumulation=2), resume=True).finished
+    assert fit(make("dpo", steps=4, accumulation=2), resume=True).finished
     assert len(made) == 8
     one, other = (load_file(tmp_path / run / RESULT["full"]) for run in ("straight", "run"))
     assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
@@ -171,7 +171,7 @@ def test_the_pass_reads_ahead_as_training_does(
     monkeypatch.setattr(Trainer, "healthy", lambda self, **_: True)  # looks at the first pairs again
     config = make("dpo", steps=3)
     speed = config.speed.model_copy(update={"prefetch": prefetch})
-    assert train(config.model_copy(update={"speed": speed})).finished
+    assert fit(config.model_copy(update={"speed": speed})).finished
     assert ahead[:6] == [prefetch] * 6, "three before the first step and three in steps"
 
 
@@ -188,5 +188,5 @@ def test_soft_labels_are_in_the_cache_or_missed(
         tiny_sdxl, unlabelled, tmp_path / "run", objective={"name": "smpo"}, adapter=ADAPTERS["lora"]
     )
     with pytest.raises(UserError, match="'smpo' needs a soft label for every pair"):
-        train(config)
+        fit(config)
     assert not (tmp_path / "run").exists()

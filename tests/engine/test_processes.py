@@ -30,7 +30,7 @@ from mapo_fast.planner.plan import Plan
 from mapo_fast.run import budget
 from mapo_fast.run import train as training
 from mapo_fast.run.feed import Feed
-from mapo_fast.run.folder import TrainResult
+from mapo_fast.run.folder import FitResult
 from mapo_fast.run.log import read_log
 from mapo_fast.run.trainer import Trainer
 from mapo_fast.settings.load import parse_config
@@ -248,7 +248,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     from diffusers import UNet2DConditionModel
 
     output, one, objective = tmp_path / "parts", tmp_path / "one", OBJECTIVES[shard]
-    training.train(make(one, train={"accumulation": 2}, objective=objective))
+    training.fit(make(one, train={"accumulation": 2}, objective=objective))
 
     def save(*args: Any, **kwargs: Any) -> None:
         with (tmp_path / "writers").open("a") as writers:
@@ -261,9 +261,9 @@ def test_a_run_goes_on_with_another_number_of_processes(
         train = {"steps": steps, "accumulation": accumulation, "shard": shard}
         return make(output, train=train, objective=objective, preview={"prompts": ["red square"], "steps": 1})
 
-    together(tmp_path / "a", lambda: training.train(of(2, 1)))
-    training.train(of(4, 2), resume=True)
-    results = together(tmp_path / "b", lambda: training.train(of(6, 1), resume=True))
+    together(tmp_path / "a", lambda: training.fit(of(2, 1)))
+    training.fit(of(4, 2), resume=True)
+    results = together(tmp_path / "b", lambda: training.fit(of(6, 1), resume=True))
     assert [r.step for r in results] == [6, 6]
     assert_same(result(output), result(one))
 
@@ -328,7 +328,7 @@ def test_every_pair_of_an_epoch_trains_once_in_one_process(
     monkeypatch.setattr(Trainer, "healthy", lambda self, **_: True)  # looks at the first pairs again
 
     def run() -> Any:
-        training.train(make(tmp_path / "run", train={"pairs_per_batch": 3, "evaluate_pairs": 1}))
+        training.fit(make(tmp_path / "run", train={"pairs_per_batch": 3, "evaluate_pairs": 1}))
         return [pair for epoch, pair in seen if epoch == 0]
 
     first, second = together(tmp_path / "answers", run)
@@ -350,8 +350,8 @@ def test_a_signal_to_one_process_stops_all_at_one_step(
 
     monkeypatch.setattr(Trainer, "_step", interrupted)
     config = make(tmp_path / "run")
-    expected = TrainResult(tmp_path / "run", 3, finished=False, skipped_steps=0)
-    assert together(tmp_path / "answers", lambda: training.train(config)) == [expected] * 2
+    expected = FitResult(tmp_path / "run", 3, finished=False, skipped_steps=0)
+    assert together(tmp_path / "answers", lambda: training.fit(config)) == [expected] * 2
     assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
 
 
@@ -378,7 +378,7 @@ def test_what_one_process_cannot_read_ends_all_with_the_step_saved(
 
     def run() -> Any:
         try:
-            training.train(config)
+            training.fit(config)
         except UserError as error:
             return type(error), str(error)
 
@@ -419,7 +419,7 @@ def test_a_mistake_is_reported_once(make: Callable[..., Config], tmp_path: Path)
 
     def run() -> Any:
         try:
-            training.train(make(tmp_path / "run"))
+            training.fit(make(tmp_path / "run"))
         except UserError as error:
             return type(error), error.reported, str(error)
 

@@ -14,8 +14,8 @@ import torch
 
 from mapo_fast import cli
 from mapo_fast.planner import ask as planner_ask
-from mapo_fast.planner.ask import ask
-from mapo_fast.settings.load import parse_config
+from mapo_fast.planner.ask import recipe
+from mapo_fast.settings.load import load_config, parse_config
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.sizes import GIB
 from mapo_kernels.hardware import Card
@@ -117,22 +117,13 @@ def test_a_plan_has_what_a_run_on_the_card_would_have(
     train = {"output": "run"} | ({} if written is None else {"vram": written})
     table = {"model": {"path": str(tiny_sdxl)}, "data": {"cache": "cache"}, "train": train}
     config.write_text(tomli_w.dumps(table))
-    ask(config, [], model=None, resolution=None, adapter=None, vram=vram, card=card, ram="64GiB")
+    planner_ask.plan(load_config(config), vram=vram, card=card, ram="64GiB")
     assert asked[0][3] == expected * GIB
 
 
 def test_a_size_in_the_config_is_checked_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.vram = 'lots' is not a size"):
-        ask(
-            None,
-            ["train.vram=lots"],
-            model="sdxl",
-            resolution=None,
-            adapter=None,
-            vram="24GiB",
-            card=None,
-            ram=None,
-        )
+        recipe(["train.vram=lots"])
 
 
 @pytest.mark.parametrize(
@@ -161,22 +152,25 @@ def test_a_card_that_cannot_multiply_fp8_is_refused(
         f"not RTX 3090 (8.6): {instead}\n"
     )
     assert not asked
-    questions = {"model": "sdxl", "resolution": None, "adapter": kind, "ram": "64GiB"}
-    ask(None, [setting], **questions, vram="24GiB", card=None)
+    for settings in ([setting], []):
+        planner_ask.plan(recipe([f"adapter.kind={kind}", *settings]), vram="24GiB", ram="64GiB")
     assert asked[0][2].name == "RTX 4090"
-    ask(None, [], **questions, vram="24GiB", card=None)
     assert asked[1][2].name == "RTX 3090"
 
 
 def test_a_step_that_no_graph_holds_is_refused_before_it_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner_ask, "search", lambda *args: pytest.fail("planned"))
-    settings = ["speed.cuda_graph=true", "train.accumulation=2"]
-    questions = {"model": "sdxl", "resolution": None, "adapter": "full", "ram": "64GiB"}
+    settings = ["adapter.kind=full", "speed.cuda_graph=true", "train.accumulation=2"]
     with pytest.raises(UserError, match="holds a step of one micro-batch"):
-        ask(None, settings, **questions, vram="24GiB", card=None)
-    offloaded = ["speed.cuda_graph=true", "train.accumulation=1", "offload.activations='cpu'"]
+        planner_ask.plan(recipe(settings), vram="24GiB", ram="64GiB")
+    offloaded = [
+        "adapter.kind=full",
+        "speed.cuda_graph=true",
+        "train.accumulation=1",
+        "offload.activations='cpu'",
+    ]
     with pytest.raises(UserError, match=r"holds no copies from system RAM.*use speed\.cuda_graph = false"):
-        ask(None, offloaded, **questions, vram="24GiB", card=None)
+        planner_ask.plan(recipe(offloaded), vram="24GiB", ram="64GiB")
 
 
 def test_a_run_is_refused_before_it_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,26 +194,17 @@ def test_a_resolution_that_is_none_is_one_line(
     assert "data.resolution" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("kind", "recipe"), [("full", "full_24gb"), ("lora", "lora_300_pairs")])
-def test_without_a_config_the_recipes_settings_are_planned(
-    kind: str, recipe: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(planner_ask, "search", lambda *args, **_: asked.append(args))
-    questions: dict[str, Any] = {"resolution": None, "vram": "24GiB", "card": None, "ram": "64GiB"}
-    path = Path(__file__).parents[2] / "recipes" / f"{recipe}.toml"
-    ask(path, [], model="sdxl", adapter=None, **questions)
-    ask(None, [], model=None, adapter=kind, **questions)
-    theirs, ours = (config for config, *_ in asked)
+@pytest.mark.parametrize(("kind", "file"), [("full", "full_24gb"), ("lora", "lora_300_pairs")])
+def test_without_a_config_the_recipes_settings_are_planned(kind: str, file: str) -> None:
+    theirs = load_config(Path(__file__).parents[2] / "recipes" / f"{file}.toml")
+    ours = recipe([f"adapter.kind={kind}"])
     assert ours.adapter == theirs.adapter
     assert ours.optim.name == theirs.optim.name
     assert bool(ours.preview.prompts) == bool(theirs.preview.prompts)
     for name in ("accumulation", "pairs_per_batch", "precision"):
         assert getattr(ours.train, name) == getattr(theirs.train, name)
     assert (ours.data.resolution, ours.data.max_tokens) == (theirs.data.resolution, theirs.data.max_tokens)
-    asked.clear()
-    ask(None, ["train.accumulation=2"], model=None, adapter=kind, **questions)
-    assert asked[0][0].train.accumulation == 2
+    assert recipe([f"adapter.kind={kind}", "train.accumulation=2"]).train.accumulation == 2
 
 
 def test_a_card_without_bf16_is_refused_in_one_line(

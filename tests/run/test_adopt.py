@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mapo_fast.engine import reference
 from mapo_fast.run.adopt import adopt
 from mapo_fast.run.log import read_log
-from mapo_fast.run.train import train
+from mapo_fast.run.train import fit
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.checkpoint import CheckpointStore
 from mapo_fast.util.errors import UserError
@@ -33,7 +33,7 @@ def whole(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     config = make_config(tiny_sdxl, cache, folder / "run", objective={"name": "dpo"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "PART", 4)
-        train(config)
+        fit(config)
     return config
 
 
@@ -90,12 +90,12 @@ def test_it_goes_on_bit_for_bit_and_is_then_checked(
     )  # nothing is measured or computed again
     monkeypatch.setattr("mapo_fast.engine.engine.Engine.errors_of", None)
     monkeypatch.setattr("mapo_fast.run.looks.Looks.take", lambda *_, **__: None)
-    assert train(config, resume=True).finished
+    assert fit(config, resume=True).finished
     found = load_file(output / UNET)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert sum("taken over as they are, this once" in text for text in warnings(output)) == 1
     assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
-    assert train(config, resume=True).finished
+    assert fit(config, resume=True).finished
     assert not any("taken over" in text for text in warnings(output)[-1:])
 
 
@@ -105,9 +105,9 @@ def test_what_was_renamed_before_is_not_used_until_it_is_named_right(config: Con
     checkpoints = output / "checkpoints"
     (checkpoints / "step-00000004").rename(checkpoints / "step-00000005")
     with pytest.raises(UserError, match=r"step-00000005: it is that of step 4: name it step-00000004 again"):
-        train(config, resume=True)
+        fit(config, resume=True)
     (checkpoints / "step-00000005").rename(checkpoints / "step-00000004")
-    assert train(config, resume=True).finished
+    assert fit(config, resume=True).finished
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_what_was_damaged_before_is_not_taken_over(config: Config, damage: str) 
         state["state"] = state["state"].replace("0", "1", 1)
     path.write_text(json.dumps(state))
     with pytest.raises(UserError, match=r"no checkpoint in .* can be used \(step-00000004: format 1"):
-        train(config, resume=True)
+        fit(config, resume=True)
 
 
 @pytest.mark.slow

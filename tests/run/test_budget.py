@@ -20,7 +20,7 @@ from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.planner.plan import Plan
 from mapo_fast.run import preview
 from mapo_fast.run.budget import Budget, planned
-from mapo_fast.run.train import back_end, train
+from mapo_fast.run.train import back_end, fit
 from mapo_fast.util.errors import UserError
 from mapo_kernels import Backend
 from tests.training import make_cache, make_config
@@ -56,13 +56,13 @@ def test_without_a_gpu_nothing_is_planned_unless_asked(tiny_sdxl: Path, tmp_path
 def test_vram_drives_a_run_and_its_resume(tiny_sdxl: Path, cache: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     asked = {"vram": "1GiB", "steps": 4, "checkpoint_every": 2}
-    assert train(make_config(tiny_sdxl, cache, output, train=asked)).finished
+    assert fit(make_config(tiny_sdxl, cache, output, train=asked)).finished
     recorded = json.loads((output / "run.json").read_text())["config"]["train"]
     assert recorded["layout"] == "joint"  # of what fits, the fastest
     assert recorded["gradient_checkpointing"] is False
     log = (output / "log.jsonl").read_text()
     assert "memory plan: joint, no checkpointing" in log
-    assert train(make_config(tiny_sdxl, cache, output, train=asked | {"steps": 6}), resume=True).finished
+    assert fit(make_config(tiny_sdxl, cache, output, train=asked | {"steps": 6}), resume=True).finished
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ def test_what_cannot_fit_is_refused_before_weights_are_loaded(
     monkeypatch.setattr(Pipeline, "load_unet", lambda *_: pytest.fail("weights are loaded"))
     config = make_config(tiny_sdxl, cache, tmp_path / "run", train={"vram": "560MiB"})
     with pytest.raises(UserError, match=r"no plan fits train\.vram, 0\.55 GiB") as refused:
-        train(config)
+        fit(config)
     message = str(refused.value)
     assert "\n" not in message
     enough = re.search(r'train\.vram = "([\d.]+GiB)" would do', message)

@@ -28,7 +28,7 @@ from mapo_fast.run import trainer as module
 from mapo_fast.run.evaluate import HeldOut
 from mapo_fast.run.log import RunLog, read_log
 from mapo_fast.run.preview import Previews
-from mapo_fast.run.train import train
+from mapo_fast.run.train import fit
 from mapo_fast.run.trainer import Trainer
 from mapo_fast.util.console import Terminal
 from mapo_fast.util.errors import FailedRunError, MachineError, UserError
@@ -85,7 +85,7 @@ def truth(tiny_sdxl: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
     """What the run makes that nothing disturbs: weights, and its log's figures."""
     output = tmp_path_factory.mktemp("truth") / "run"
     plan = {"steps": STEPS, "accumulation": 2, "log_every": 1, "evaluate_every": 1, "evaluate_pairs": 1}
-    train(make_config(tiny_sdxl, cache, output, train=plan, adapter={"kind": "lora", "rank": 2}))
+    fit(make_config(tiny_sdxl, cache, output, train=plan, adapter={"kind": "lora", "rank": 2}))
     return made(output)
 
 
@@ -211,12 +211,12 @@ def test_what_ends_a_run_saves_the_last_finished_step(
     with pytest.MonkeyPatch.context() as patch:
         fault(error, patch)
         with pytest.raises(Exception) as caught:  # noqa: PT011 - of several types
-            train(make(preview=previews), callbacks=Terminal(console))
+            fit(make(preview=previews), callbacks=Terminal(console))
     assert saved(tmp_path / "run") == [f"step-{LAST:08d}"]
     said = f"{caught.value} {console.file.getvalue()}"  # type: ignore[attr-defined]
     assert f"step {LAST} is saved" in said
     assert isinstance(caught.value, MachineError) == (isinstance(error, OSError) and "evaluation" not in name)
-    assert train(make(preview=previews), resume=True).finished
+    assert fit(make(preview=previews), resume=True).finished
     if "log" in name:  # that line was never written: the next one's figures are of both steps
         truth = truth | {"log": made(tmp_path / "run")["log"]}
     assert_same(tmp_path / "run", truth)
@@ -247,13 +247,13 @@ def test_a_shard_that_is_damaged_or_gone_ends_the_run_with_all_steps_saved(
         patch.setattr(Trainer, "_step", failing)
         patch.setattr(HeldOut, "pairs", property(lambda self: [], lambda self, _: None), raising=False)
         with pytest.raises(UserError) as caught:
-            train(make(data=data, train={"evaluate_every": 0}))
+            fit(make(data=data, train={"evaluate_every": 0}))
     assert saved(tmp_path / "run") == [f"step-{LAST:08d}"]
     assert ("is damaged" if fault == "damaged" else "is missing from the cache") in str(caught.value)
     assert f"step {LAST} is saved" in str(caught.value)
     shutil.rmtree(data)
     shutil.copytree(cache, data)
-    assert train(make(data=data, train={"evaluate_every": 0}), resume=True).finished
+    assert fit(make(data=data, train={"evaluate_every": 0}), resume=True).finished
     found = made(tmp_path / "run")["weights"]
     assert all(torch.equal(found[name], value) for name, value in truth["weights"].items())
 
@@ -268,9 +268,9 @@ def test_a_result_that_cannot_be_written_is_made_by_the_resume(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "export", full)
         with pytest.raises(MachineError, match=f"disk is full; step {STEPS} is saved"):
-            train(make())
+            fit(make())
     assert saved(tmp_path / "run") == [f"step-{STEPS:08d}"]
-    assert train(make(), resume=True).finished
+    assert fit(make(), resume=True).finished
     assert_same(tmp_path / "run", truth)
 
 
@@ -289,7 +289,7 @@ def test_a_failing_save_is_not_tried_twice_and_names_the_last_saved_step(
 
     monkeypatch.setattr(module.CheckpointStore, "save", full)
     with pytest.raises(MachineError, match=r"the disk is full; step 2 is saved, and --resume"):
-        train(make(train={"checkpoint_every": 1}))
+        fit(make(train={"checkpoint_every": 1}))
     assert tried == [1, 2, 3]
 
 
@@ -304,7 +304,7 @@ def test_a_console_that_fails_ends_no_run(
     """A terminal that was closed; `| tee` that has ended."""
     file = Failing(system_error(number), after=3)
     console = Console(file=file, force_terminal=terminal, width=100, legacy_windows=False)
-    assert train(make(), callbacks=Terminal(console)).finished
+    assert fit(make(), callbacks=Terminal(console)).finished
     assert file.left < 0
     assert_same(tmp_path / "run", truth)
 
@@ -331,7 +331,7 @@ def test_a_tensorboard_that_fails_is_left_out_with_a_warning(
         write(self, data)
 
     monkeypatch.setattr(RecordWriter, "write", failing)
-    assert train(make()).finished
+    assert fit(make()).finished
     assert_same(tmp_path / "run", truth)
     warnings = [e["message"] for e in read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "warning"]
     assert sum("TensorBoard failed and is left out from here" in w for w in warnings) == 1
@@ -403,12 +403,12 @@ def test_a_signal_in_an_evaluation_saves_at_once_and_the_resume_evaluates(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         taken = at_batch(patch, BATCHES + 2)
-        result = train(make())
+        result = fit(make())
     assert taken[-1] == BATCHES + 2
     assert (result.step, result.finished, result.saved_step) == (1, False, 1)
     assert exit_code(result.signal) == 143
     assert saved(tmp_path / "run") == ["step-00000001"]
-    assert train(make(), resume=True).finished
+    assert fit(make(), resume=True).finished
     assert_same(tmp_path / "run", truth)
 
 
@@ -418,9 +418,9 @@ def test_a_signal_in_the_last_evaluation_keeps_the_result_for_the_resume(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         at_batch(patch, BATCHES * STEPS + 1)
-        result = train(make())
+        result = fit(make())
     assert (result.step, result.finished, result.saved_step) == (STEPS, False, STEPS)
-    assert train(make(), resume=True).finished
+    assert fit(make(), resume=True).finished
     assert_same(tmp_path / "run", truth)
 
 
@@ -430,11 +430,11 @@ def test_a_signal_before_the_first_step_has_nothing_to_save(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         taken = at_batch(patch, 2)
-        result = train(make())
+        result = fit(make())
     assert len(taken) == 2
     assert (result.step, result.finished, result.saved_step) == (0, False, None)
     assert saved(tmp_path / "run") == []
-    assert train(make(), resume=True).finished
+    assert fit(make(), resume=True).finished
     assert_same(tmp_path / "run", truth)
 
 
@@ -463,11 +463,11 @@ def test_a_signal_in_a_preview_leaves_it_and_the_resume_makes_it(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Previews, "write", signalled)
-        result = train(make(preview=previews))
+        result = fit(make(preview=previews))
     assert len(sampled) == 2
     assert (result.step, result.finished) == (LAST, False)
     assert saved(tmp_path / "run") == [f"step-{LAST:08d}"]
-    assert train(make(preview=previews), resume=True).finished
+    assert fit(make(preview=previews), resume=True).finished
     assert_same(tmp_path / "run", truth)
     assert len(list((tmp_path / "run" / "previews").glob("*/*.png"))) == 2 * (STEPS + 1)
 
@@ -484,7 +484,7 @@ def test_a_checkpoint_that_is_due_is_written_before_the_evaluation(
         return errors(self, *args)
 
     monkeypatch.setattr(HeldOut, "errors", look)
-    train(make(train={"checkpoint_every": 1}))
+    fit(make(train={"checkpoint_every": 1}))
     assert seen == [[], *([f"step-{step:08d}"] for step in range(1, STEPS + 1))]
 
 
@@ -507,11 +507,11 @@ def test_a_second_signal_ends_at_once_and_says_what_is_saved(
         with pytest.raises(
             Interrupted, match=f"interrupted after step {LAST}; step {LAST} is saved"
         ) as caught:
-            train(make(train={"checkpoint_every": 1}))
+            fit(make(train={"checkpoint_every": 1}))
     assert exit_code(caught.value.number) == 143
     assert len(calls) == 2 * LAST + 2
     assert saved(tmp_path / "run")[-1] == f"step-{LAST:08d}"
-    assert train(make(), resume=True).finished
+    assert fit(make(), resume=True).finished
     assert_same(tmp_path / "run", truth)
 
 
@@ -520,7 +520,7 @@ def test_a_second_signal_without_a_checkpoint_says_so(make: Make, tmp_path: Path
     with pytest.MonkeyPatch.context() as patch:
         at_batch(patch, BATCHES + 1, times=2)
         with pytest.raises(Interrupted, match="interrupted after step 1; no step was saved"):
-            train(make())
+            fit(make())
     assert saved(tmp_path / "run") == []
 
 
@@ -541,5 +541,5 @@ def test_a_signal_while_the_model_is_diverged_does_not_call_it_saved(
 
     monkeypatch.setattr(Trainer, "_step", diverging)
     with pytest.raises(FailedRunError, match="stopped at step 2: the model has diverged"):
-        train(make())
+        fit(make())
     assert saved(tmp_path / "run") == []

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from bench.memory_table import ROWS
 from mapo_fast.engine import offload_activations, stream_states, stream_weights
-from mapo_fast.run.train import train
+from mapo_fast.run.train import fit
 from tests.covering import covering_plans
 from tests.training import make_cache, make_config
 
@@ -62,12 +62,12 @@ def test_a_run_and_its_resume(tiny_sdxl: Path, cache: Path, tmp_path: Path, numb
     plan = ROWS[number][3]
     kind = plan["adapter.kind"]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    assert train(make_config(tiny_sdxl, cache, straight, **sections(plan))).finished
+    assert fit(make_config(tiny_sdxl, cache, straight, **sections(plan))).finished
     shutil.copytree(straight, resumed)
     shutil.rmtree(resumed / RESULT[kind].partition("/")[0])
     for step in (2, 3):  # as if it had been killed behind its first step
         shutil.rmtree(resumed / "checkpoints" / f"step-{step:08d}")
-    assert train(make_config(tiny_sdxl, cache, resumed, **sections(plan)), resume=True).finished
+    assert fit(make_config(tiny_sdxl, cache, resumed, **sections(plan)), resume=True).finished
     one, other = load_file(straight / RESULT[kind]), load_file(resumed / RESULT[kind])
     assert one.keys() == other.keys()
     for tensor, value in one.items():
@@ -81,7 +81,7 @@ def test_a_resume_forgets_what_the_start_model_left_on_the_device(
     tiny_sdxl: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = next(plan for _, _, _, plan in ROWS if plan.get("offload.weights") == "cpu")
-    assert train(make_config(tiny_sdxl, cache, tmp_path, **sections(plan, steps=2))).finished
+    assert fit(make_config(tiny_sdxl, cache, tmp_path, **sections(plan, steps=2))).finished
     forgotten: list[bool] = []
     real = stream_weights.WeightStreaming.reload
 
@@ -90,5 +90,5 @@ def test_a_resume_forgets_what_the_start_model_left_on_the_device(
         forgotten.append(all(slot.owner is None for slot in streaming._slots))
 
     monkeypatch.setattr(stream_weights.WeightStreaming, "reload", reload)
-    assert train(make_config(tiny_sdxl, cache, tmp_path, **sections(plan)), resume=True).finished
+    assert fit(make_config(tiny_sdxl, cache, tmp_path, **sections(plan)), resume=True).finished
     assert forgotten == [True]

@@ -25,7 +25,7 @@ from mapo_fast.models.open import open_sdxl
 from mapo_fast.run.feed import Feed
 from mapo_fast.run.log import read_log
 from mapo_fast.run.preview import Previews
-from mapo_fast.run.train import train
+from mapo_fast.run.train import fit
 from mapo_fast.run.trainer import Trainer
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
@@ -60,7 +60,7 @@ def finished(make: Callable[..., Config], tmp_path_factory: pytest.TempPathFacto
     outputs = {}
     for mode, sections in MODES.items():
         outputs[mode] = tmp_path_factory.mktemp("finished") / mode
-        result = train(make(outputs[mode], **sections))
+        result = fit(make(outputs[mode], **sections))
         assert result.finished
         assert result.step == 6
     return outputs
@@ -128,7 +128,7 @@ def _in_child(config: Config, resume: bool, kill_after: float = 0.0) -> Any:
 
     def run() -> None:
         signal.setitimer(signal.ITIMER_PROF, kill_after)
-        train(config, resume=resume)
+        fit(config, resume=resume)
         os._exit(0)
 
     process = multiprocessing.get_context("fork").Process(target=run)
@@ -189,7 +189,7 @@ def test_a_signal_saves_first_and_the_resume_is_bit_identical(
     process.join(60)
     assert process.exitcode == 0
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
-    assert train(config, resume=True).finished
+    assert fit(config, resume=True).finished
     assert (tmp_path / "run" / RESULT["full"]).read_bytes() == (
         finished["full"] / RESULT["full"]
     ).read_bytes()
@@ -204,7 +204,7 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)
-    result = train(make(tmp_path / "run"), resume=True)
+    result = fit(make(tmp_path / "run"), resume=True)
     assert result.finished
     warnings = [e["message"] for e in read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "warning"]
     assert any("step-00000006 cannot be used" in w and "falling back to step-00000004" in w for w in warnings)
@@ -216,7 +216,7 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(
 @pytest.mark.slow
 def test_a_finished_run_resumes_to_nothing(make: Callable[..., Config], finished: dict[str, Path]) -> None:
     before = (finished["full"] / RESULT["full"]).read_bytes()
-    result = train(make(finished["full"]), resume=True)
+    result = fit(make(finished["full"]), resume=True)
     assert (result.step, result.finished) == (6, True)
     assert (finished["full"] / RESULT["full"]).read_bytes() == before
 
@@ -230,9 +230,9 @@ def test_a_used_output_folder_is_refused_untouched(
 
     before = listing()
     with pytest.raises(UserError, match="already holds a run"):
-        train(make(finished["full"]))
+        fit(make(finished["full"]))
     with pytest.raises(UserError, match=r"optim\.lr was 0\.001 and is now 0\.1"):
-        train(make(finished["full"], optim={"lr": 0.1}), resume=True)
+        fit(make(finished["full"], optim={"lr": 0.1}), resume=True)
     assert listing() == before
 
 
@@ -258,7 +258,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
 
     build = module.build_loss
     monkeypatch.setattr(module, "build_loss", lambda *a: _Poisoned(build(*a), {2, 3}))
-    result = train(make(tmp_path / "run", **sections))
+    result = fit(make(tmp_path / "run", **sections))
     assert result.finished
     assert result.skipped_steps == 2
     last = [e for e in read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "step"][-1]
@@ -270,7 +270,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
 
 def _last_message(make_config: Config, **kwargs: Any) -> str:
     with pytest.raises(UserError) as caught:
-        train(make_config, **kwargs)
+        fit(make_config, **kwargs)
     return str(caught.value)
 
 
@@ -283,7 +283,7 @@ def test_too_many_bad_steps_stop_the_run_with_the_last_good_state(
 
     build = module.build_loss
     monkeypatch.setattr(module, "build_loss", lambda *a: _Poisoned(build(*a), set(range(3, 99))))
-    good = train(make(tmp_path / "good", train={"steps": 2, "checkpoint_every": 0}))
+    good = fit(make(tmp_path / "good", train={"steps": 2, "checkpoint_every": 0}))
     message = _last_message(make(tmp_path / "run", train={"max_skipped_steps": 1, "checkpoint_every": 0}))
     assert message.startswith("2 steps in a row were not finite (train.max_skipped_steps = 1)")
     assert "saved at step 4" in message
@@ -355,7 +355,7 @@ def test_a_failing_preview_loses_no_training(
 def test_one_run_at_a_time_in_a_folder(make: Callable[..., Config], finished: dict[str, Path]) -> None:
     with exclusive(finished["full"]):
         assert "in use by another" in _last_message(make(finished["full"]), resume=True)
-    assert train(make(finished["full"]), resume=True).finished
+    assert fit(make(finished["full"]), resume=True).finished
 
 
 @pytest.mark.slow
@@ -367,7 +367,7 @@ def test_a_resume_measures_a_lost_start_again(
         start = output / "held_out_start.safetensors"
         before = load_file(start)
         start.unlink()
-        train(make(output, **sections), resume=True)
+        fit(make(output, **sections), resume=True)
         again = load_file(start)
         assert before.keys() == again.keys()
         assert all(torch.equal(before[name], again[name]) for name in before)
@@ -379,7 +379,7 @@ def test_a_resume_under_another_noise_schedule_is_refused(
 ) -> None:
     model = shutil.copytree(tiny_sdxl, tmp_path / "model")
     config = make_config(model, cache, tmp_path / "run", train={"steps": 2})
-    train(config)
+    fit(config)
     path = model / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "beta_end": 0.02}))
     assert "the noise schedule is not the one" in _last_message(config, resume=True)
@@ -420,7 +420,7 @@ def test_objectives_share_their_draws(make: Callable[..., Config], tmp_path: Pat
     errors = []
     for name in ("mapo", "sft"):
         output = tmp_path / name
-        train(make(output, objective={"name": name}, train={"steps": 1, "log_every": 1}))
+        fit(make(output, objective={"name": name}, train={"steps": 1, "log_every": 1}))
         first = next(e for e in read_log(output / "log.jsonl") if e["event"] == "step")
         errors.append((first["chosen_error"], first["rejected_error"]))
     assert errors[0] == errors[1]
@@ -443,7 +443,7 @@ def test_every_layout_and_precision_trains(
     make: Callable[..., Config], tmp_path: Path, kind: str, train_settings: dict[str, Any]
 ) -> None:
     config = make(tmp_path / "run", adapter={"kind": kind, "rank": 4}, train={"steps": 2, **train_settings})
-    assert train(config).finished
+    assert fit(config).finished
     entries = read_log(tmp_path / "run" / "log.jsonl")
     assert entries[-1]["finished"]
     warned = any("rounds updates" in e.get("message", "") for e in entries)
@@ -463,10 +463,10 @@ def test_pure_bf16_with_stochastic_rounding_resumes_bit_for_bit(
         "optim": {"name": "adamw8bit", "lr": 1e-5, "warmup_steps": 0},
     }
     settings = {"precision": "pure_bf16", "steps": 4}
-    whole = train(make(tmp_path / "whole", train=settings, **common))
+    whole = fit(make(tmp_path / "whole", train=settings, **common))
     assert not any("rounds updates" in e.get("message", "") for e in read_log(whole.output / "log.jsonl"))
-    train(make(tmp_path / "parts", train={**settings, "steps": 2}, **common))
-    parts = train(make(tmp_path / "parts", train=settings, **common), resume=True)
+    fit(make(tmp_path / "parts", train={**settings, "steps": 2}, **common))
+    parts = fit(make(tmp_path / "parts", train=settings, **common), resume=True)
     expected, found = (load_file(run.output / RESULT[kind]) for run in (whole, parts))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     start = load_file(tmp_path / "parts" / "checkpoints" / "step-00000002" / "model.safetensors")
@@ -484,25 +484,25 @@ def test_v_prediction_with_zero_terminal_snr_and_an_fp16_only_folder(cache: Path
         plain.rename(plain.with_suffix(".fp16.safetensors"))
     data = make_cache(model, tmp_path / "data")
     output = tmp_path / "run"
-    train(make_config(model, data, output, train={"steps": 2}, preview={"prompts": ["red"], "steps": 2}))
+    fit(make_config(model, data, output, train={"steps": 2}, preview={"prompts": ["red"], "steps": 2}))
     written = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
     assert (written["prediction_type"], written["rescale_betas_zero_snr"]) == ("v_prediction", True)
     assert len(list((output / "previews").rglob("*.png"))) == 2
     with pytest.raises(UserError, match="zero terminal SNR with epsilon-prediction"):
-        train(make_config(model, data, tmp_path / "other", train={"prediction": "epsilon"}))
+        fit(make_config(model, data, tmp_path / "other", train={"prediction": "epsilon"}))
 
 
 def test_a_cache_of_another_model_is_refused(cache: Path, tmp_path: Path) -> None:
     other = make_tiny_sdxl(tmp_path / "other", seed=9)
     with pytest.raises(UserError, match="cache"):
-        train(make_config(other, cache, tmp_path / "run"))
+        fit(make_config(other, cache, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_previews_are_the_same_prompts_and_noise(make: Callable[..., Config], tmp_path: Path) -> None:
     preview = {"prompts": ["red", "blue"], "steps": 2, "every": 1}
-    train(make(tmp_path / "run", train={"steps": 2}, optim={"lr": 1e-12}, preview=preview))
+    fit(make(tmp_path / "run", train={"steps": 2}, optim={"lr": 1e-12}, preview=preview))
     folders = sorted((tmp_path / "run" / "previews").iterdir())
     assert [f.name for f in folders] == ["step-00000000", "step-00000001", "step-00000002"]
     assert (folders[0] / "00.png").read_bytes() == (folders[2] / "00.png").read_bytes()
@@ -513,7 +513,7 @@ def test_missing_xformers_is_named(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"train\.attention = 'xformers' cannot be used .*use 'sdpa'"):
-        train(make(tmp_path / "run", train={"attention": "xformers"}))
+        fit(make(tmp_path / "run", train={"attention": "xformers"}))
     assert not (tmp_path / "run").exists()
 
 
@@ -526,7 +526,7 @@ def test_another_vae_goes_with_its_own_cache(tiny_sdxl: Path, tmp_path: Path) ->
     config = make_config(
         tiny_sdxl, tmp_path / "cache", tmp_path / "run", model=other, train={"steps": 1}, preview=preview
     )
-    assert train(config).finished
+    assert fit(config).finished
     without = make_config(tiny_sdxl, tmp_path / "cache", tmp_path / "without", train={"steps": 1})
     assert "another VAE" in _last_message(without)
 
@@ -544,7 +544,7 @@ def test_on_the_cpu_what_runs_is_planned(
 
     monkeypatch.setattr("mapo_fast.run.settings.planned", planned)
     config = make(tmp_path / "run", speed=stated)
-    assert train(config).finished
+    assert fit(config).finished
     speed = seen[0].speed
     assert (speed.fused_ops, speed.prefetch) == (bool(stated), False)
 
@@ -572,7 +572,7 @@ def test_a_run_that_ended_meanwhile_is_not_written_over(
     before: dict[Path, bytes] = {}
 
     def another() -> None:
-        train(make(run, train={"steps": 2}))
+        fit(make(run, train={"steps": 2}))
         before.update({path: path.read_bytes() for path in run.rglob("*") if path.is_file()})
 
     _meanwhile(monkeypatch, another)
@@ -587,10 +587,10 @@ def test_a_resume_goes_on_from_what_another_process_saved_meanwhile(
 ) -> None:
     """It has pruned the checkpoint that was the newest."""
     keep = {"keep_checkpoints": 1}
-    train(make(tmp_path / "run", train={"steps": 2, **keep}))
+    fit(make(tmp_path / "run", train={"steps": 2, **keep}))
     another = make(tmp_path / "run", train={"steps": 4, **keep})
-    _meanwhile(monkeypatch, lambda: train(another, resume=True))
-    assert train(make(tmp_path / "run", train=keep), resume=True).finished
+    _meanwhile(monkeypatch, lambda: fit(another, resume=True))
+    assert fit(make(tmp_path / "run", train=keep), resume=True).finished
     assert _same(tmp_path / "run", finished["full"], "full")
     log = read_log(tmp_path / "run" / "log.jsonl")
     assert [e["step"] for e in log if e["event"] == "start"] == [0, 2, 4]
@@ -604,7 +604,7 @@ def test_a_damaged_start_is_measured_again_and_said(
     path = run / "held_out_start.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    train(make(run), resume=True)
+    fit(make(run), resume=True)
     assert path.read_bytes() == whole
     said = [e["message"] for e in read_log(run / "log.jsonl") if e["event"] == "warning"]
     assert f"{path} does not match its checksum: measured again" in said
@@ -616,7 +616,7 @@ def test_a_start_copied_from_another_run_is_measured_again(
 ) -> None:
     run = shutil.copytree(finished["lora"], tmp_path / "run")
     shutil.copy(finished["full"] / "held_out_start.safetensors", run)
-    train(make(run, **LORA8), resume=True)
+    fit(make(run, **LORA8), resume=True)
     said = [e["message"] for e in read_log(run / "log.jsonl") if e["event"] == "warning"]
     assert any("is another file under this name" in message for message in said)
 
@@ -632,7 +632,7 @@ def test_where_most_steps_were_skipped_the_checkpoint_stays_and_no_result_is_wri
     monkeypatch.setattr(module, "build_loss", lambda *a: _Poisoned(build(*a), {1, 2, 4, 6}))
     for resume in (False, True):
         with pytest.raises(UserError, match=r"^4 of 6 steps were not finite and were skipped") as caught:
-            train(make(tmp_path / "run", train={"max_skipped_steps": 5}), resume=resume)
+            fit(make(tmp_path / "run", train={"max_skipped_steps": 5}), resume=resume)
         assert caught.value.exit_code == 1
         assert not (tmp_path / "run" / "unet").exists()
         weights = load_file(tmp_path / "run" / "checkpoints" / "step-00000006" / "model.safetensors")
@@ -651,7 +651,7 @@ def test_a_start_model_that_is_not_finite_is_named_before_anything_is_written(
     save_file(tensors, path, metadata={"format": "pt"})
     config = make(tmp_path / "run", model={"path": str(model)}, **sections)
     with pytest.raises(UserError, match="the start model's weights or predictions are not finite") as error:
-        train(config)
+        fit(config)
     assert str(model / "unet") in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -670,7 +670,7 @@ def test_a_run_is_not_called_diverged_for_what_its_first_pair_holds(
         return made
 
     monkeypatch.setattr(Feed, "inputs", poisoned)
-    result = train(make(tmp_path / "run"))
+    result = fit(make(tmp_path / "run"))
     assert (result.finished, result.skipped_steps) == (True, 1)
     assert (tmp_path / "run" / RESULT["full"]).is_file()
 

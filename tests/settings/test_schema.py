@@ -59,7 +59,7 @@ def test_values_out_of_range_cannot_be_copied_in() -> None:
     config = made()
     unchecked = TrainConfig.model_construct(output=Path("o"), steps=0)
     for section in ({"output": "o", "steps": 0}, unchecked):
-        with pytest.raises(ValidationError, match=r"steps\n.*greater than or equal to 1"):
+        with pytest.raises(UserError, match=r"train\.steps = 0: .*greater than or equal to 1"):
             config.model_copy(update={"train": section})
     with pytest.raises(ValidationError, match=r"steps\n.*greater than or equal to 1"):
         config.train.model_copy(update={"steps": 0})

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mapo_fast import cli
-from mapo_fast.run.folder import TrainResult
+from mapo_fast.run.folder import FitResult
 from mapo_fast.util.signals import CAUGHT, Interrupted, StopRequest, interruptible
 
 
@@ -92,10 +92,10 @@ def run(
 
 
 STOPS = [
-    (TrainResult(Path("o"), 7, False, 0, 7, signal.SIGTERM), 143, "stopped at step 7, saved; continue"),
-    (TrainResult(Path("o"), 7, False, 0, 7, signal.SIGINT), 130, "stopped at step 7, saved; continue"),
+    (FitResult(Path("o"), 7, False, 0, 7, signal.SIGTERM), 143, "stopped at step 7, saved; continue"),
+    (FitResult(Path("o"), 7, False, 0, 7, signal.SIGINT), 130, "stopped at step 7, saved; continue"),
     (
-        TrainResult(Path("o"), 0, False, 0, None, signal.SIGTERM),
+        FitResult(Path("o"), 0, False, 0, None, signal.SIGTERM),
         143,
         "stopped before the first step; continue",
     ),
@@ -107,11 +107,11 @@ def test_a_stopped_run_says_what_is_saved(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
-    result: TrainResult,
+    result: FitResult,
     code: int,
     said: str,
 ) -> None:
-    monkeypatch.setattr("mapo_fast.run.train.train", lambda *args, **kwargs: result)
+    monkeypatch.setattr("mapo_fast.run.train.fit", lambda *args, **kwargs: result)
     found, err = run(monkeypatch, capsys, tmp_path, "train")
     assert found == code
     assert err.startswith(said)
@@ -122,7 +122,7 @@ def test_a_stopped_run_says_what_is_saved(
     ("command", "place", "said"),
     [
         ("prepare", "mapo_fast.data.prepare.prepare", "interrupted; what is encoded is kept"),
-        ("train", "mapo_fast.run.train.train", "interrupted"),
+        ("train", "mapo_fast.run.train.fit", "interrupted"),
         ("demo", "mapo_fast.demo.run.run_demo", "interrupted"),
     ],
 )
@@ -149,8 +149,8 @@ def test_a_demo_whose_training_was_stopped_ends_with_its_signal(
 ) -> None:
     from mapo_fast.demo import run as demo
 
-    stopped = TrainResult(tmp_path, 7, False, 0, 7, signal.SIGTERM)
-    monkeypatch.setattr(demo, "train", lambda *args, **kwargs: stopped)
+    stopped = FitResult(tmp_path, 7, False, 0, 7, signal.SIGTERM)
+    monkeypatch.setattr(demo, "fit", lambda *args, **kwargs: stopped)
     table: Any = type("Config", (), {"train": type("Train", (), {"output": tmp_path})})
     with pytest.raises(Interrupted, match="keeps what was trained") as end:
         demo._train(table, None)  # type: ignore[arg-type]

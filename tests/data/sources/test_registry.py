@@ -19,7 +19,7 @@ from mapo_fast.data.sources.jsonl import JsonlPairs
 from mapo_fast.data.sources.parquet import ParquetPairs
 from mapo_fast.data.sources.registry import find_source, known_sources, open_source, register_source
 from mapo_fast.run.log import read_log
-from mapo_fast.run.train import train
+from mapo_fast.run.train import fit
 from mapo_fast.util.errors import UserError
 from tests.data.pair_sources import png, skipped
 from tests.pages import imported
@@ -74,7 +74,7 @@ def test_a_source_from_outside_trains(tiny_sdxl: Path, tmp_path: Path, csv_pairs
     }
     cache = PairCache.open(tmp_path / "c")
     assert {row.prompt for row in cache.rows([*cache.train])} < {f"thing {i}" for i in range(12)}
-    assert train(config).finished
+    assert fit(config).finished
     steps = [entry for entry in read_log(tmp_path / "run" / "log.jsonl") if entry["event"] == "step"]
     assert len(steps) == 2
     assert all(math.isfinite(step["loss"]) for step in steps)

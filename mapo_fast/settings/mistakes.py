@@ -1,0 +1,53 @@
+"""What is wrong with a config, in one line: the names of keys, their values, and what would do."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from mapo_fast.util.errors import shown
+
+
+def mistakes(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first few mistakes that pydantic found in a `model`, which has sections."""
+    return "; ".join(dict.fromkeys(_explain(one, model) for one in error.errors()[:3]))
+
+
+_SHAPES = {
+    "train.vram": 'write a size with its unit, such as "24GiB"',
+    "train.gradient_checkpointing": 'write true, false or a list of block names such as ["down_blocks.2"]; '
+    "recomputation is always non-reentrant, which 'split' and the fused step need",
+}
+"""What values of the wrong type should have been."""
+
+
+def _explain(error: Any, model: type[BaseModel]) -> str:
+    loc = [str(part) for part in error["loc"]][:2]  # what follows names a member of a union
+    loc += [error["ctx"]["key"]] if error["type"] == "unknown_setting" else []
+    name = ".".join(loc)
+    if error["type"] in ("extra_forbidden", "unknown_setting"):
+        known = list(_fields(model, loc[:-1]))
+        near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
+        if near:
+            return f"unknown key {name} (did you mean {'.'.join([*loc[:-1], near[0]])}?)"
+        return f"unknown key {name} (valid: {', '.join(known)})"
+    if error["type"] == "missing":
+        few = f"{name} = {shown(error['input'])} has too few values"
+        return few if len(error["loc"]) > 2 else f"{name} is missing"
+    if error["type"] == "whole_message":
+        return str(error["msg"])
+    message = _SHAPES.get(name) or error["msg"].removeprefix("Value error, ")
+    if error["type"] == "multiple_of":
+        step = error["ctx"]["multiple_of"]
+        message += f", such as {max(1, error['input'] // step) * step}"
+    if not name:
+        return str(message)
+    return f"{name} = {shown(error['input'])}: {message}"
+
+
+def _fields(model: Any, loc: list[str]) -> dict[str, Any]:
+    for part in loc:
+        model = model.model_fields[part].annotation
+    return dict(model.model_fields)
