@@ -62,6 +62,26 @@ def tokenizer(which: Which) -> Component:
     return "tokenizer" if which == 1 else "tokenizer_2"
 
 
+def pipeline_index(scheduler: str, zeros_for_empty_prompt: bool) -> dict[str, Any]:
+    """`model_index.json` of a pipeline folder.
+
+    Args:
+        scheduler: class that diffusers samples by.
+        zeros_for_empty_prompt: whether the unconditional prompt has zero embeddings.
+    """
+    return {
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": zeros_for_empty_prompt,
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
 def pipeline_class() -> Any:
     """diffusers' pipeline."""
     from diffusers import StableDiffusionXLPipeline

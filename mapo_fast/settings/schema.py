@@ -418,6 +418,19 @@ _PRECOMPUTED = 2**28
 """Errors of a reference that are computed before the first step: 1 GiB of RAM, and months of a GPU's time."""
 
 
+class ExportConfig(Section):
+    """`[export]`: what a finished run leaves for other programs, beside diffusers' folders."""
+
+    single_file: bool = setting(True, affects="bookkeeping")
+    """Write a full fine-tune as `model.safetensors`, too: the whole model, for ComfyUI and A1111."""
+    dtype: Literal["auto", "fp16", "bf16", "fp32"] = setting("auto", affects="bookkeeping")
+    """Type of that file's weights; `auto` keeps that of a single file and takes fp16 for a folder's."""
+    metadata: bool = setting(True, affects="bookkeeping")
+    """Say in the files what the model is, predicts and was made with; nothing of prompts, paths and users."""
+    title: str | None = setting(None, affects="bookkeeping", min_length=1, max_length=200)
+    """What programs show as the model's title; without it the start model's, with the objective's name."""
+
+
 class Config(Section):
     """All settings of `prepare` and `train`; they cannot be changed, `model_copy(update=...)` makes others.
 
@@ -439,6 +452,7 @@ class Config(Section):
     offload: OffloadConfig = OffloadConfig()
     speed: SpeedConfig = SpeedConfig()
     preview: PreviewConfig = PreviewConfig()
+    export: ExportConfig = ExportConfig()
 
     def __init__(self, **sections: Section | Mapping[str, Any]) -> None:
         try:
