@@ -40,11 +40,13 @@ torch gives up at 8."""
 class CompiledBlocks:
     """Compiles the transformer blocks of a UNet, in place, when each kind of them first runs.
 
-    What it compiles is its own and goes with it: no training of a process meets another one's.
+    What it compiles is its own and goes with it, as does the limit that it gives torch: no training of a
+    process meets another one's.
     """
 
     def __init__(self, unet: Any) -> None:
         limit = torch._dynamo.config.recompile_limit
+        weakref.finalize(self, setattr, torch._dynamo.config, "recompile_limit", limit)
         torch._dynamo.config.recompile_limit = max(limit, VARIANTS)
         self._clock = _Clock()
         weakref.finalize(self, self._clock.end)

@@ -119,14 +119,16 @@ def test_a_training_compiles_for_itself_and_leaves_nothing_behind(monkeypatch: p
     monkeypatch.setattr(compile_module, "BACKEND", "eager")
     monkeypatch.setattr(compile_module, "VARIANTS", 2)
     listening = len(callback_handler.start_callbacks), len(callback_handler.end_callbacks)
-    with torch._dynamo.config.patch(recompile_limit=2):
+    with torch._dynamo.config.patch(recompile_limit=1):
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             blocks = nn.ModuleList(BasicTransformerBlock(width, 1, 8) for width in (8, 16)).to(dtype)
             compiled = CompiledBlocks(blocks)
             for block, width in zip(blocks, (8, 16), strict=True):
                 block(torch.zeros(2, 3, width, dtype=dtype))
             assert compiled.seconds > 0
+            assert torch._dynamo.config.recompile_limit == 2
             del compiled
+        assert torch._dynamo.config.recompile_limit == 1
     assert (len(callback_handler.start_callbacks), len(callback_handler.end_callbacks)) == listening
 
 
