@@ -87,8 +87,25 @@ Code = Annotated[
 ]
 
 
+ModelPath = Annotated[
+    str | None,
+    typer.Option("--model", help="SDXL model: a .safetensors file or a pipeline folder (model.path)."),
+]
+UnetPath = Annotated[
+    str | None, typer.Option("--unet", help="Another UNet, a folder or a file (model.unet).")
+]
+VaePath = Annotated[str | None, typer.Option("--vae", help="Another VAE, a folder or a file (model.vae).")]
+
+
 @app.command(cls=_Configured)
-def prepare(config: ConfigFile, overrides: Overrides = None, code: Code = None) -> None:
+def prepare(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    model: ModelPath = None,
+    unet: UnetPath = None,
+    vae: VaePath = None,
+    code: Code = None,
+) -> None:
     """Encode images and prompts once into a cache; continues where it stopped."""
     from mapo_fast.data.prepare import prepare as run
     from mapo_fast.settings.load import load_config
@@ -96,7 +113,7 @@ def prepare(config: ConfigFile, overrides: Overrides = None, code: Code = None) 
     output_may_fail()
     _allow(code, config)
     try:
-        run(load_config(config, overrides or ()), callbacks=Terminal())
+        run(load_config(config, _stated(overrides, model, unet, vae)), callbacks=Terminal())
     except KeyboardInterrupt as signal:
         text = "interrupted; what is encoded is kept, the same command continues"
         raise Interrupted(getattr(signal, "number", 0), text) from None
@@ -106,6 +123,9 @@ def prepare(config: ConfigFile, overrides: Overrides = None, code: Code = None) 
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
+    model: ModelPath = None,
+    unet: UnetPath = None,
+    vae: VaePath = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in train.output.")] = False,
     code: Code = None,
 ) -> None:
@@ -115,7 +135,8 @@ def train(
 
     output_may_fail()
     _allow(code, config)
-    result = fit(load_config(config, overrides or ()), resume=resume, callbacks=Terminal())
+    settings = load_config(config, _stated(overrides, model, unet, vae))
+    result = fit(settings, resume=resume, callbacks=Terminal())
     main = _main()
     if not result.finished:
         saved = result.saved_step
@@ -183,6 +204,9 @@ def plan(
 def show(
     config: ConfigFile,
     overrides: Overrides = None,
+    model: ModelPath = None,
+    unet: UnetPath = None,
+    vae: VaePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     code: Code = None,
 ) -> None:
@@ -192,7 +216,7 @@ def show(
     from mapo_fast.settings.load import load_config
 
     _allow(code, config)
-    settings = load_config(config, overrides or ())
+    settings = load_config(config, _stated(overrides, model, unet, vae))
     with Console(stderr=True).status("planning memory; the first time this takes a minute or two"):
         seen = look(settings)
     if as_json:
@@ -225,11 +249,52 @@ def demo(
 
 
 @app.command()
+def export(
+    source: Annotated[
+        Path, typer.Argument(help="A run's folder, finished or not, or a model: a file or a pipeline folder.")
+    ],
+    to: Annotated[str, typer.Option("--to", help="`single-file` or `diffusers`.")],
+    out: Annotated[Path, typer.Option("--out", help="The file or folder to write.")],
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", help="The run's start model, if it has moved; what a single file lacks."),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="`auto`, `fp16`, `bf16` or `fp32`.")] = "auto",
+    step: Annotated[int | None, typer.Option("--step", help="Of a run: take this checkpoint.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what stands at --out.")] = False,
+    no_metadata: Annotated[
+        bool, typer.Option("--no-metadata", help="Say nothing in the file of what it is.")
+    ] = False,
+) -> None:
+    """Write a run's result, or a model, as a file for ComfyUI and A1111 or as a diffusers folder."""
+    from mapo_fast.run.convert import convert
+
+    convert(
+        source,
+        to,
+        out,
+        base=base,
+        dtype=dtype,
+        step=step,
+        force=force,
+        with_metadata=not no_metadata,
+        callbacks=Terminal(),
+    )
+
+
+@app.command()
 def doctor() -> None:
     """Print versions, the GPU, and which kernels and attention back ends will be used and why."""
     from mapo_fast.doctor import doctor as run
 
     run(Console())
+
+
+def _stated(overrides: list[str] | None, model: str | None, unet: str | None, vae: str | None) -> list[str]:
+    """`--set` and the options that name a model, as overrides of settings."""
+    paths = {"model.path": model, "model.unet": unet, "model.vae": vae}
+    named = [f"{name}={json.dumps(p, ensure_ascii=False)}" for name, p in paths.items() if p is not None]
+    return [*(overrides or ()), *named]
 
 
 def _allow(code: list[str] | None, config: Path | None) -> None:

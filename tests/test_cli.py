@@ -40,7 +40,7 @@ def _write(path: Path, table: dict[str, Any]) -> str:
 
 def test_the_surface() -> None:
     names = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
-    assert names == {"prepare", "plan", "train", "show", "demo", "doctor"}
+    assert names == {"prepare", "plan", "train", "show", "export", "demo", "doctor"}
 
 
 @pytest.mark.parametrize("command", ["prepare", "train", "plan", "show"])

@@ -36,14 +36,17 @@ def save_single_file(
     dtype: torch.dtype | None = None,
     unet: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
-) -> None:
+) -> str:
     """Write a model as one file.
 
     Args:
         model: its parts.
         path: the file.
         dtype, unet: see `single_file.pieces`.
-        metadata: beside what the file needs to be understood.
+        metadata: of the file, see `single_file.metadata`.
+
+    Returns:
+        Hex SHA-256 of the file.
 
     Raises:
         UserError: a value beyond fp16's range; the disk is full or cannot be written.
@@ -51,7 +54,8 @@ def save_single_file(
     pieces = single_file.pieces(model, dtype=dtype, unet=unet)
     check_space(path, sum(piece.nbytes for piece in pieces.values()))
     with atomic_path(path) as temporary:
-        write_pieces(temporary, pieces, {**single_file.metadata(model), **(metadata or {})})
+        digest = write_pieces(temporary, pieces, metadata)
+    return digest
 
 
 def save_folder(

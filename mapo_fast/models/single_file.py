@@ -70,7 +70,10 @@ def markers(model: Pipeline) -> dict[str, Piece]:
 
 
 def metadata(model: Pipeline) -> dict[str, str]:
-    """What the keys do not say: the prediction for other programs, and fields of configs for this one."""
+    """What the keys do not say: the prediction for other programs, and fields of configs for this one.
+
+    Author and licence are those that the start model's file states.
+    """
     v = model.scheduler_config.get("prediction_type") == "v_prediction"
     found = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -87,7 +90,12 @@ def metadata(model: Pipeline) -> dict[str, str]:
     }
     if stated:
         found[CONFIGS_KEY] = json.dumps(stated, sort_keys=True)
-    return found
+    source = model.parts["unet"].header
+    kept = {} if source is None else source.metadata
+    return found | {name: kept[name] for name in _KEPT if name in kept}
+
+
+_KEPT = ("modelspec.title", "modelspec.author", "modelspec.license")
 
 
 def _by_key(part: Part) -> dict[str, list[_Source]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +120,23 @@ def placed(header: Header, place: Place) -> StoredTensor:
     return StoredTensor(header.path, entry.dtype, shape, begin, end, place.transposed)
 
 
-Tensors = Mapping[str, StoredTensor]
-"""A part's tensors by canonical name."""
+class Loaded(Mapping[str, Tensor]):
+    """Stored tensors, each loaded when it is asked for and not kept."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self.stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor on the CPU, in its stored type."""
+        return self.stored[name].load()
+
+    def __iter__(self) -> Iterator[str]:
+        """Names."""
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self.stored)
+
 
 assert sys.byteorder == "little", "safetensors files are little-endian"

@@ -5,40 +5,83 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mapo_fast import __version__
 from mapo_fast.engine.processes import Processes
 from mapo_fast.models.lora import save_lora
 from mapo_fast.models.pipeline import Pipeline
+from mapo_fast.models.save import save_single_file
+from mapo_fast.models.single_file import metadata
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.checkpoint import save_unet
+from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import disk_errors, write_json
 from mapo_fast.util.tensorparts import whole
 
+SINGLE_FILE = "model.safetensors"
+"""A full fine-tune as one file, in `train.output`."""
+DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+"""Types of weights in files, as settings and the command line name them."""
+
 
 def export(
-    config: Config, unet: Any, tensors: Mapping[str, Tensor], folder: Pipeline, processes: Processes
-) -> None:
+    config: Config, unet: Any, tensors: Mapping[str, Tensor], model: Pipeline, processes: Processes
+) -> list[str]:
     """Write the LoRA or the UNet, and the scheduler config it was trained under, to `train.output`.
 
     Args:
+        config: the run's.
         unet: the one that was trained.
         tensors: what was trained, by name; all processes bring their parts.
+        model: the start model.
+        processes: of the run.
+
+    Returns:
+        What the user should know: a single file that could not be written. The UNet's folder is there then.
     """
     output = config.train.output
     complete = whole(tensors, keep=processes.main)
 
-    def write() -> None:
+    def write() -> list[str]:
+        notes: list[str] = []
         if config.adapter.kind == "lora":
             save_lora(unet, output / "lora")
         else:
             save_unet(unet, output / "unet", complete)
+            if config.export.single_file:
+                notes = _write_single_file(config, model, complete)
         with disk_errors(output):
             (output / "scheduler").mkdir(exist_ok=True)
-        write_json(output / "scheduler" / "scheduler_config.json", folder.scheduler_config)
+        write_json(output / "scheduler" / "scheduler_config.json", model.scheduler_config)
+        return notes
 
-    processes.once(write)
+    return processes.once(write)
+
+
+def _write_single_file(config: Config, model: Pipeline, unet: Mapping[str, Tensor]) -> list[str]:
+    path = config.train.output / SINGLE_FILE
+    try:
+        save_single_file(
+            model, path, dtype=DTYPES[config.export.dtype], unet=unet, metadata=metadata_of(config, model)
+        )
+    except UserError as error:  # what was trained is in unet/
+        return [
+            f"{SINGLE_FILE} was not written: {error}; mapo-fast export {config.train.output} "
+            "--to single-file writes it from the run"
+        ]
+    return []
+
+
+def metadata_of(config: Config, model: Pipeline) -> dict[str, str] | None:
+    """The metadata of a file with a run's result; None where the config wants none."""
+    if not config.export.metadata:
+        return None
+    found = metadata(model)
+    name = found.get("modelspec.title", "SDXL")
+    title = config.export.title or f"{name}, aligned by {config.objective.name}"
+    return {**found, "modelspec.title": title}
 
 
 def about_checkpoint(config: Config, step: int) -> str:

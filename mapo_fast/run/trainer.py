@@ -105,7 +105,10 @@ class Trainer:
                 if problem := mostly_skipped(self.optimizer, self.step, self.store):
                     self._judged = True
                     raise self.processes.failed(problem)
-                export(self.config, self.unet, self._model_tensors(), folder, self.processes)
+                notes = export(self.config, self.unet, self._model_tensors(), folder, self.processes)
+                if log is not None:
+                    for note in notes:
+                        log.warning(self.step, note)
         except KeyboardInterrupt:
             said = f"interrupted after step {self.step}; {self._what_is_saved()}"
             raise Interrupted(self.stop.number, said) from None

@@ -208,6 +208,22 @@ class CheckpointStore:
             )
         return None
 
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of a step.
+
+        Raises:
+            UserError: it is not there or of no use.
+        """
+        found = self.found()
+        for number, path in found:
+            if number == step:
+                try:
+                    return Checkpoint(path, step, self._checked(path, step).state)
+                except WrongFileError as error:
+                    raise UserError(f"{path} cannot be used: {error}") from None
+        steps = ", ".join(str(number) for number, _ in found) or "none"
+        raise UserError(f"{self.folder} has no checkpoint of step {step}; those that are there: {steps}")
+
     def _remove_halves(self) -> None:
         for path in list(self.folder.iterdir()) if self.folder.is_dir() else ():
             if _TEMPORARY.fullmatch(path.name):

@@ -17,6 +17,7 @@ from mapo_fast.models import save
 from mapo_fast.models.identity import encoders_identity, unet_identity
 from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.save import save_folder, save_single_file
+from mapo_fast.models.single_file import metadata
 from mapo_fast.util.errors import MachineError, UserError
 from tests.tiny import make_tiny_sdxl
 
@@ -45,9 +46,9 @@ def test_round_trips_are_exact(tmp_path: Path, prediction: str, zero: bool, dtyp
     )
     start = open_sdxl(folder)
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
-    save_single_file(start, first, dtype=dtype)
+    save_single_file(start, first, dtype=dtype, metadata=metadata(start))
     from_file = open_sdxl(first, tokenizers=folder)
-    save_single_file(from_file, second)
+    save_single_file(from_file, second, metadata=metadata(from_file))
     assert first.read_bytes() == second.read_bytes(), "file → file"
     back = tmp_path / "back"
     save_folder(from_file, back)
@@ -64,16 +65,15 @@ def test_round_trips_are_exact(tmp_path: Path, prediction: str, zero: bool, dtyp
 def test_markers_and_metadata_say_what_it_predicts(tmp_path: Path) -> None:
     for prediction, zero in KINDS:
         folder = make_tiny_sdxl(tmp_path / "model", prediction_type=prediction, zero_terminal_snr=zero)
-        save_single_file(
-            open_sdxl(folder), path := tmp_path / "m.safetensors", metadata={"modelspec.title": "T"}
-        )
+        model, path = open_sdxl(folder), tmp_path / "m.safetensors"
+        save_single_file(model, path, metadata=metadata(model) | {"modelspec.title": "T"})
         with safe_open(path, framework="pt") as file:
-            keys, metadata = set(file.keys()), file.metadata()
+            keys, said = set(file.keys()), file.metadata()
         assert {"v_pred", "ztsnr"} & keys == ({"v_pred"} if prediction != "epsilon" else set()) | (
             {"ztsnr"} if zero else set()
         )
-        assert metadata["modelspec.prediction_type"] == ("epsilon" if prediction == "epsilon" else "v")
-        assert metadata["modelspec.title"] == "T"
+        assert said["modelspec.prediction_type"] == ("epsilon" if prediction == "epsilon" else "v")
+        assert said["modelspec.title"] == "T"
         shutil.rmtree(folder)
 
 
@@ -85,7 +85,8 @@ def test_a_folder_becomes_fp16(tiny_sdxl: Path, tmp_path: Path) -> None:
 def test_trained_weights_take_the_place_of_the_unets(tiny_sdxl: Path, tmp_path: Path) -> None:
     model = open_sdxl(tiny_sdxl)
     trained = {name: tensor + 1 for name, tensor in model.load_unet().state_dict().items()}
-    save_single_file(model, path := tmp_path / "m.safetensors", dtype=torch.float32, unet=trained)
+    path, known = tmp_path / "m.safetensors", metadata(model)
+    save_single_file(model, path, dtype=torch.float32, unet=trained, metadata=known)
     same(open_sdxl(path, tokenizers=tiny_sdxl).load_unet().state_dict(), trained)
     save_folder(model, tmp_path / "folder", unet=trained)
     same(open_sdxl(tmp_path / "folder").load_unet().state_dict(), trained)
@@ -134,7 +135,8 @@ def test_diffusers_reads_both_offline(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = make_tiny_sdxl(tmp_path / "model", prediction_type=prediction, zero_terminal_snr=zero)
     model = open_sdxl(folder)
-    save_single_file(model, file := tmp_path / "m.safetensors", dtype=torch.float32)
+    file = tmp_path / "m.safetensors"
+    save_single_file(model, file, dtype=torch.float32, metadata=metadata(model))
     save_folder(open_sdxl(file, tokenizers=folder), ours := tmp_path / "ours")
     pipelines: dict[str, Any] = {
         "folder": StableDiffusionXLPipeline.from_pretrained(folder),

@@ -1,0 +1,165 @@
+"""What `mapo-fast export` writes is the run's weights, rounded once, or the model's own, and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from mapo_fast.models.open import open_sdxl
+from mapo_fast.run.convert import convert
+from mapo_fast.run.train import fit
+from mapo_fast.settings.load import parse_config
+from mapo_fast.util.errors import UserError
+from tests.files_of_models import make_file
+from tests.training import make_cache, settings
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished full fine-tune that started from a single file."""
+    folder = tmp_path_factory.mktemp("convert")
+    model = make_file(tiny_sdxl, folder / "start.safetensors")
+    cache = make_cache(tiny_sdxl, folder)
+    table = settings(model, cache, folder / "run", train={"steps": 4}, export={"title": "Mine"})
+    table["model"]["tokenizers"] = str(tiny_sdxl)
+    assert fit(parse_config(table)).finished
+    return folder / "run"
+
+
+@pytest.fixture
+def file(tiny_sdxl: Path, tmp_path: Path) -> Path:
+    return make_file(tiny_sdxl, tmp_path / "start.safetensors")
+
+
+def unet(path: Path, tokenizers: Path) -> dict[str, torch.Tensor]:
+    return dict(open_sdxl(path, tokenizers=tokenizers).load_unet().state_dict())
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def refusal(*args: Any, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        convert(*args, **options)
+    return str(caught.value)
+
+
+def test_a_run_leaves_a_single_file(run: Path, tiny_sdxl: Path) -> None:
+    trained = load_file(run / "unet" / "diffusion_pytorch_model.safetensors")
+    written = run / "model.safetensors"
+    assert same(unet(written, tiny_sdxl), trained), "fp32, as the file that it started from"
+    start = load_file(run.parent / "start.safetensors")
+    rest = {key: value for key, value in load_file(written).items() if not key.startswith("model.")}
+    assert rest
+    assert all(torch.equal(value, start[key]) for key, value in rest.items()), "carried over"
+    with safe_open(written, framework="pt") as opened:
+        assert opened.metadata()["modelspec.title"] == "Mine"
+
+
+def test_the_result_is_exported(run: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
+    convert(run, "single-file", out := tmp_path / "m.safetensors")
+    assert out.read_bytes() == (run / "model.safetensors").read_bytes()
+    convert(run, "single-file", half := tmp_path / "half.safetensors", dtype="bf16", with_metadata=False)
+    trained = load_file(run / "unet" / "diffusion_pytorch_model.safetensors")
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    assert torch.equal(load_file(half)[key], trained["conv_in.weight"].bfloat16())
+    with safe_open(half, framework="pt") as opened:
+        assert opened.metadata() is None
+    convert(run, "diffusers", folder := tmp_path / "folder")
+    assert same(dict(open_sdxl(folder).load_unet().state_dict()), trained)
+
+
+def test_a_checkpoint_is_exported(run: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
+    convert(run, "single-file", out := tmp_path / "m.safetensors", step=2)
+    saved = load_file(run / "checkpoints" / "step-00000002" / "model.safetensors")
+    assert same(unet(out, tiny_sdxl), saved)
+    unfinished = Path(shutil.copytree(run, tmp_path / "unfinished"))
+    shutil.rmtree(unfinished / "unet")
+    convert(unfinished, "single-file", newest := tmp_path / "newest.safetensors")
+    last = load_file(run / "checkpoints" / "step-00000004" / "model.safetensors")
+    assert same(unet(newest, tiny_sdxl), last)
+    assert "has no checkpoint of step 3; those that are there: 2, 4" in refusal(
+        run, "diffusers", out, step=3, force=True
+    )
+    (unfinished / "checkpoints" / "step-00000004" / "model.safetensors").write_bytes(b"cut")
+    convert(unfinished, "single-file", newest, force=True)
+    assert same(unet(newest, tiny_sdxl), saved), "the newest that is whole"
+    assert "does not match its checksum" in refusal(unfinished, "single-file", newest, step=4, force=True)
+
+
+def test_a_start_model_that_has_moved(run: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(run.parent, moved)
+    shutil.move(moved / "start.safetensors", tmp_path / "elsewhere.safetensors")
+    text = (moved / "run" / "run.json").read_text()
+    out = tmp_path / "m.safetensors"
+    assert str(run.parent) in text
+    convert(moved / "run", "single-file", out, base=tmp_path / "elsewhere.safetensors")
+    assert out.read_bytes() == (run / "model.safetensors").read_bytes()
+    assert "--base" in refusal(moved / "run", "single-file", out, base=tmp_path / "none", force=True)
+
+
+def test_models_go_both_ways(tiny_sdxl: Path, file: Path, tmp_path: Path) -> None:
+    convert(tiny_sdxl, "single-file", first := tmp_path / "first.safetensors", dtype="fp32")
+    assert same(load_file(first), load_file(file))
+    convert(tiny_sdxl, "diffusers", folder := tmp_path / "folder")
+    for part in ("unet", "vae"):
+        ours, theirs = (next((root / part).glob("*.safetensors")) for root in (folder, tiny_sdxl))
+        assert same(load_file(ours), load_file(theirs))
+
+
+def test_targets_that_are_refused(tiny_sdxl: Path, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.safetensors"
+    assert "one of single-file, diffusers" in refusal(file, "zip", out)
+    assert "one of auto, fp16, bf16, fp32" in refusal(file, "single-file", out, dtype="int8")
+    assert "ends in .safetensors" in refusal(file, "single-file", tmp_path / "m.ckpt")
+    assert "not found" in refusal(tmp_path / "none", "single-file", out)
+    assert "is no run; leave it out" in refusal(file, "single-file", out, step=1)
+    out.write_text("before")
+    assert "replace it with --force" in refusal(file, "single-file", out)
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(file)
+    assert "is the source itself" in refusal(file, "single-file", link)
+    assert "is the source itself" in refusal(file, "single-file", file)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    assert "something else in it" in refusal(file, "diffusers", other, force=True)
+    folder = Path(shutil.copytree(other, tmp_path / "x.safetensors"))
+    assert "is a folder" in refusal(file, "single-file", folder, force=True)
+    copy = Path(shutil.copytree(tiny_sdxl, tmp_path / "a" / "model"))
+    assert "holds the source" in refusal(copy, "diffusers", copy.parent, force=True)
+    assert "is the source itself" in refusal(copy, "diffusers", copy, force=True)
+    assert out.read_text() == "before"
+    assert (other / "notes.txt").read_text() == "mine"
+
+
+def test_a_source_may_be_replaced_by_force(file: Path, tiny_sdxl: Path) -> None:
+    before = unet(file, tiny_sdxl)
+    convert(file, "single-file", file, dtype="bf16", force=True)
+    after = load_file(file)["model.diffusion_model.input_blocks.0.0.weight"]
+    assert torch.equal(after, before["conv_in.weight"].bfloat16())
+
+
+def test_a_single_file_that_cannot_be_written_ends_no_run(
+    run: Path, tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mapo_fast.models import save
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(save.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    table = settings(tiny_sdxl, run.parent / "cache", tmp_path / "run", train={"steps": 1})
+    result = fit(parse_config(table))
+    assert result.finished
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "model.safetensors was not written" in log
