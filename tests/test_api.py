@@ -252,6 +252,10 @@ def test_a_plan_is_of_plain_figures(tiny_sdxl: Path, pairs: Path, tmp_path: Path
         ({"train": {"output": "o", "steps": 0}}, r"train\.steps = 0: .* greater than or equal to 1"),
         ({"trian": {}}, r"unknown key trian \(did you mean train\?\)"),
         ({"adapter": "lora"}, r"adapter = 'lora': "),
+        ({"train": {"output": "o", "steps": "3"}}, r"train\.steps = '3': "),
+        ({"train": {"output": "o", "steps": True}}, r"train\.steps = True: "),
+        ({"train": {"output": ""}}, r"train\.output is empty"),
+        ({"data": {"cache": object()}}, r"<object object> is no value of a setting"),
         (
             {"train": {"output": "o", "layout": "split", "gradient_checkpointing": False}},
             "'split' works inside checkpointed blocks",
@@ -263,6 +267,22 @@ def test_a_mistake_in_a_config_is_one_line(sections: dict[str, Any], message: st
     with pytest.raises(UserError, match=message) as error:
         Config(**({**whole, **sections} if sections else {}))
     assert "\n" not in str(error.value)
+
+
+def test_a_config_takes_what_a_program_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    made = Config(
+        model={"path": "~/sdxl"},
+        data={"cache": Path("cache"), "source": "pairs"},
+        train={"output": "run", "steps": np.int64(3)},
+        optim={"lr": np.float32(0.5)},
+        preview={"prompts": ["a", "b"]},
+    )
+    assert (made.model.path, made.data.cache) == (Path("/home/me/sdxl"), Path("cache"))
+    assert (made.train.steps, made.optim.lr, made.preview.prompts) == (3, 0.5, ("a", "b"))
+    again = Config(model=made.model, data=made.data, train=made.train, optim={"lr": 0.5})
+    assert again.model_copy(update={"preview": made.preview}) == made
 
 
 def test_files_that_are_not_there_are_named(pairs: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mapo_fast.models.open import open_model
 from mapo_fast.planner.stages import SDXL_VAE, Vae, vae_of
-from mapo_fast.settings.load import user_path
+from mapo_fast.settings.given import user_path
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
 

@@ -8,16 +8,17 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from mapo_fast.settings.declare import Source
+from mapo_fast.settings.given import as_json, user_path
 from mapo_fast.settings.mistakes import mistakes
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import paths, value_of
-from mapo_fast.util.errors import UserError, shown
+from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import os_error, read_bytes
 
 if sys.version_info >= (3, 11):
@@ -81,21 +82,13 @@ _DEEP_KEY = re.compile(r"""(?:["'\w-]{1,64}\s?\.\s?){64}""")
 def parse_config(table: dict[str, Any], where: str = "config") -> Config:
     """Validate a nested dict of settings. Raises `UserError` as `load_config` does."""
     try:
-        # Strict, as JSON: paths are strings and tuples are lists there, but true is not 1 and "2" is not 2.
-        return Config.model_validate_json(json.dumps(table, default=_no_date), strict=True)
+        return Config.model_validate_json(as_json(table), strict=True)
     except ValidationError as error:
         raise UserError(f"{where}: {mistakes(error, Config)}") from None
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     except RecursionError:
         raise UserError(f"{where} is nested too deeply") from None
-
-
-def _no_date(value: Any) -> Any:
-    """Paths as text. What else JSON does not hold are TOML's dates and times, which no setting is."""
-    if isinstance(value, PurePath):
-        return str(value)
-    raise ValueError(f"{value} is a date or a time here: put it in quotes where it is meant as text")
 
 
 def with_settings(config: Config, settings: dict[str, Any], source: Source = "stated") -> Config:
@@ -121,26 +114,6 @@ def with_settings(config: Config, settings: dict[str, Any], source: Source = "st
 def _split(names: Iterable[str]) -> list[tuple[str, str, str]]:
     """Each name with its section and key."""
     return [(name, *name.split(".")) for name in names]  # type: ignore[misc]
-
-
-def user_path(name: str, text: str, base: Path | None = None) -> Path:
-    """A path as a person writes it, `~` included, from `base` or the working folder.
-
-    Raises:
-        UserError: no file can have it; `name` says where it stands.
-    """
-    if not text:
-        raise UserError(f"{name} is empty: name a file or folder")
-    if "\0" in text:
-        raise UserError(f"{name} = {shown(text)} has a NUL character in it, which no path can have")
-    try:
-        path = (base or Path()) / Path(text).expanduser()
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{name} = {str(path)!r} is not valid UTF-8: rename the file or folder") from None
-    except RuntimeError:
-        raise UserError(f"{name} = {shown(text)}: no home folder is known for this '~'") from None
-    return path
 
 
 def apply_override(table: dict[str, Any], override: str) -> None:

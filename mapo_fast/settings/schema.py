@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from mapo_fast.settings.declare import OneOf, Source, rows, setting
+from mapo_fast.settings.given import as_json, user_path
 from mapo_fast.settings.mistakes import mistakes
 from mapo_fast.settings.optimizers import REMOVED, optimizer_names
 from mapo_fast.settings.rules import NAMES, completed
@@ -455,12 +456,19 @@ class Config(Section):
     export: ExportConfig = ExportConfig()
 
     def __init__(self, **sections: Section | Mapping[str, Any]) -> None:
+        table: dict[str, Any] = dict(sections)
+        for row in rows(type(self)):
+            part = table.get(row.section)
+            if row.is_path and isinstance(part, Mapping) and isinstance(part.get(row.key), str | PurePath):
+                table[row.section] = {**part, row.key: user_path(row.name, str(part[row.key]))}
         try:
-            super().__init__(**sections)
+            self.__pydantic_validator__.validate_json(as_json(table), strict=True, self_instance=self)
         except ValidationError as error:
             raise UserError(mistakes(error, type(self))) from None
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
-    # pydantic's mark of its own constructor: files are validated without this one, as strict JSON.
+    # pydantic's mark of its own constructor: `parse_config` validates without this one.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     _sources: Mapping[str, Source] = PrivateAttr(default_factory=dict)
