@@ -88,7 +88,7 @@ def test_a_checkpoint_is_exported(run: Path, tiny_sdxl: Path, tmp_path: Path) ->
     last = load_file(run / "checkpoints" / "step-00000004" / "model.safetensors")
     assert same(unet(newest, tiny_sdxl), last)
     assert "has no checkpoint of step 3; those that are there: 2, 4" in refusal(
-        run, "diffusers", out, step=3, force=True
+        run, "single-file", out, step=3, force=True
     )
     (unfinished / "checkpoints" / "step-00000004" / "model.safetensors").write_bytes(b"cut")
     convert(unfinished, "single-file", newest, force=True)
