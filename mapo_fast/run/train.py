@@ -79,12 +79,13 @@ def fit(config: Config, *, resume: bool = False, callbacks: Callbacks | None = N
     device = choose_device(config.train, processes)
     callbacks = (callbacks if processes.main else None) or Callbacks()
     with cpu_threads(config.train.threads), joined(processes, device):
-        return _train(config, device, processes, resume, callbacks)
+        return _load_and_run(config, device, processes, resume, callbacks)
 
 
-def _train(
+def _load_and_run(
     config: Config, device: torch.device, processes: Processes, resume: bool, callbacks: Callbacks
 ) -> FitResult:
+    """Check everything and load it, before anything is written."""
     folder = open_model(config)
     introduce(folder, callbacks)
     where = f"{processes.size} × {device.type}" if processes.size > 1 else str(device)
@@ -114,7 +115,7 @@ def _train(
             config, parts, cache, diffusion, precision, device, store, previews, stop, processes
         )
         notes = [] if budget is None else budget.notes()
-        return _run(trainer, folder, identity, resume, notes, callbacks)
+        return _claim_and_run(trainer, folder, identity, resume, notes, callbacks)
 
 
 def back_end(device: torch.device) -> str:
@@ -202,7 +203,7 @@ def _claim(
     return _Claimed(store.run, checkpoint, notes)
 
 
-def _run(
+def _claim_and_run(
     trainer: Trainer,
     folder: Pipeline,
     identity: dict[str, str],
