@@ -62,7 +62,7 @@ def _lost(size: Size, height: np.ndarray, width: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Crop:
     """How an image meets its bucket: size after the resize, then the crop's corner, all in pixels."""
 
     resized: Size
@@ -71,18 +71,18 @@ class Fit:
     upscaled: bool
 
 
-def fit(size: Size, bucket: Size) -> Fit:
+def crop_to(size: Size, bucket: Size) -> Crop:
     """Cover the bucket, cut at the centre."""
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     height = max(bucket[0], round(size[0] * scale))
     width = max(bucket[1], round(size[1] * scale))
     upscaled = size[0] < bucket[0] or size[1] < bucket[1]
-    return Fit((height, width), (height - bucket[0]) // 2, (width - bucket[1]) // 2, upscaled)
+    return Crop((height, width), (height - bucket[0]) // 2, (width - bucket[1]) // 2, upscaled)
 
 
 def fit_image(image: Image.Image, bucket: Size) -> Image.Image:
     """The image resized (Lanczos) and cropped to the bucket's shape."""
-    how = fit((image.height, image.width), bucket)
+    how = crop_to((image.height, image.width), bucket)
     height, width = how.resized
     if (image.height, image.width) != how.resized:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -98,5 +98,5 @@ def time_ids(size: Size, bucket: Size, conditioning: str) -> tuple[float, ...]:
     """
     if conditioning == "shared":
         return sdxl.time_ids(bucket, (0, 0), bucket)
-    how = fit(size, bucket)
+    how = crop_to(size, bucket)
     return sdxl.time_ids(size, (how.crop_top, how.crop_left), bucket)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mapo_fast.data.buckets import fit, time_ids
+from mapo_fast.data.buckets import crop_to, time_ids
 from mapo_fast.data.choose import Candidate, Choice
 from mapo_fast.data.index import write_index
 from mapo_fast.data.leak import profile_leaks, size_leaks
@@ -72,7 +72,7 @@ def finish(
                 "duplicates": choice.duplicates,
                 "skipped": reasons(choice.skipped),
                 "truncated": len(cut),
-                "upscaled": sum(fit(size, bucket).upscaled for size, bucket in sizes.values()),
+                "upscaled": sum(crop_to(size, bucket).upscaled for size, bucket in sizes.values()),
                 "nan_retries": families["latents"].retries,
                 "warnings": _warnings(data, pairs, held, known["paired"]),
                 "converted": outcomes.count("converted"),

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mapo_fast.data.buckets import choose_bucket, fit, fit_image, make_buckets, time_ids
+from mapo_fast.data.buckets import choose_bucket, crop_to, fit_image, make_buckets, time_ids
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_the_bucket_crops_the_worse_image_least(chosen: tuple[int, int], rejecte
 @given(sizes)
 def test_fit_covers_the_bucket(size: tuple[int, int]) -> None:
     bucket = (832, 1216)
-    how = fit(size, bucket)
+    how = crop_to(size, bucket)
     assert how.resized[0] == bucket[0] or how.resized[1] == bucket[1]
     for side in (0, 1):
         offset = (how.crop_top, how.crop_left)[side]
@@ -75,7 +75,7 @@ def test_fit_image_resizes_before_it_cuts() -> None:
 
 def test_time_ids() -> None:
     size, bucket = (600, 1000), (832, 1216)
-    how = fit(size, bucket)
+    how = crop_to(size, bucket)
     own = time_ids(size, bucket, "own")
     assert own == (600, 1000, how.crop_top, how.crop_left, 832, 1216)
     assert how.crop_left > 0
