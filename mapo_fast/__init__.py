@@ -85,7 +85,12 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that `import mapo_fast` stays light."""
     if name not in _PLACES:
         raise AttributeError(f"module 'mapo_fast' has no attribute {name!r}")
-    return getattr(import_module(f"mapo_fast.{_PLACES[name]}"), name)
+    try:
+        module = import_module(f"mapo_fast.{_PLACES[name]}")
+    except ModuleNotFoundError as missing:
+        said = f"mapo_fast.{name} needs {missing.name}: pip install 'mapo_fast[train]'"
+        raise ImportError(said, name=missing.name) from missing
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

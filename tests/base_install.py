@@ -12,6 +12,15 @@ for name in ("diffusers", "transformers", "peft", "bitsandbytes", "pydantic", "t
 
 assert "mapo_kernels" not in sys.modules, "import mapo_fast is not light"
 
+assert issubclass(mapo_fast.MachineError, mapo_fast.UserError)
+said = ""
+try:
+    mapo_fast.prepare  # noqa: B018
+except ImportError as error:
+    said = str(error)
+assert said.startswith("mapo_fast.prepare needs "), said
+assert said.endswith(": pip install 'mapo_fast[train]'"), said
+
 loss = mapo_fast.MaPOLoss()
 prediction = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
 target = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(1))
