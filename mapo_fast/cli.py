@@ -94,6 +94,12 @@ ModelPath = Annotated[
 UnetPath = Annotated[
     str | None, typer.Option("--unet", help="Another UNet, a folder or a file (model.unet).")
 ]
+LoraFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora", help="LoRA added to the model, FILE or FILE=WEIGHT (model.lora). May be repeated."
+    ),
+]
 VaePath = Annotated[str | None, typer.Option("--vae", help="Another VAE, a folder or a file (model.vae).")]
 
 
@@ -104,6 +110,7 @@ def prepare(
     model: ModelPath = None,
     unet: UnetPath = None,
     vae: VaePath = None,
+    lora: LoraFiles = None,
     code: Code = None,
 ) -> None:
     """Encode images and prompts once into a cache; continues where it stopped."""
@@ -113,7 +120,7 @@ def prepare(
     output_may_fail()
     _allow(code, config)
     try:
-        run(load_config(config, _stated(overrides, model, unet, vae)), callbacks=Terminal())
+        run(load_config(config, _stated(overrides, model, unet, vae, lora)), callbacks=Terminal())
     except KeyboardInterrupt as signal:
         text = "interrupted; what is encoded is kept, the same command continues"
         raise Interrupted(getattr(signal, "number", 0), text) from None
@@ -126,6 +133,7 @@ def train(
     model: ModelPath = None,
     unet: UnetPath = None,
     vae: VaePath = None,
+    lora: LoraFiles = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in train.output.")] = False,
     code: Code = None,
 ) -> None:
@@ -135,7 +143,7 @@ def train(
 
     output_may_fail()
     _allow(code, config)
-    settings = load_config(config, _stated(overrides, model, unet, vae))
+    settings = load_config(config, _stated(overrides, model, unet, vae, lora))
     result = fit(settings, resume=resume, callbacks=Terminal())
     main = _main()
     if not result.finished:
@@ -207,6 +215,7 @@ def show(
     model: ModelPath = None,
     unet: UnetPath = None,
     vae: VaePath = None,
+    lora: LoraFiles = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     code: Code = None,
 ) -> None:
@@ -216,7 +225,7 @@ def show(
     from mapo_fast.settings.load import load_config
 
     _allow(code, config)
-    settings = load_config(config, _stated(overrides, model, unet, vae))
+    settings = load_config(config, _stated(overrides, model, unet, vae, lora))
     with Console(stderr=True).status("planning memory; the first time this takes a minute or two"):
         seen = look(settings)
     if as_json:
@@ -290,11 +299,17 @@ def doctor() -> None:
     run(Console())
 
 
-def _stated(overrides: list[str] | None, model: str | None, unet: str | None, vae: str | None) -> list[str]:
+def _stated(
+    overrides: list[str] | None,
+    model: str | None,
+    unet: str | None,
+    vae: str | None,
+    loras: list[str] | None,
+) -> list[str]:
     """`--set` and the options that name a model, as overrides of settings."""
-    paths = {"model.path": model, "model.unet": unet, "model.vae": vae}
-    named = [f"{name}={json.dumps(p, ensure_ascii=False)}" for name, p in paths.items() if p is not None]
-    return [*(overrides or ()), *named]
+    named = {"model.path": model, "model.unet": unet, "model.vae": vae, "model.lora": loras or None}
+    texts = [f"{name}={json.dumps(v, ensure_ascii=False)}" for name, v in named.items() if v is not None]
+    return [*(overrides or ()), *texts]
 
 
 def _allow(code: list[str] | None, config: Path | None) -> None:

@@ -93,12 +93,14 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _tensors(part: Part) -> list[TensorIdentity]:
-    return sorted(
+def _tensors(part: Part) -> list[Any]:
+    stored = sorted(
         TensorIdentity(name, stored.dtype, without_trailing_ones(stored.shape), stored.digest())
         for name, stored in part.stored.items()
         if not IGNORED.fullmatch(name)
     )
+    added = [[name, [one.identity() for one in part.added[name]]] for name in sorted(part.added)]
+    return [*stored, *added]
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:

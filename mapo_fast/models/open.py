@@ -14,6 +14,7 @@ from typing import Any
 
 from mapo_fast.models.configs import PipelineConfig, checked
 from mapo_fast.models.from_shapes import SCHEDULER
+from mapo_fast.models.merge import with_loras
 from mapo_fast.models.parts import Part, file_part, folder_part, renamed_part
 from mapo_fast.models.pipeline import Pipeline, Scheduler, check_pipeline
 from mapo_fast.models.recognise import (
@@ -26,6 +27,7 @@ from mapo_fast.models.recognise import (
 )
 from mapo_fast.models.sdxl import CONFIGS, WEIGHTS
 from mapo_fast.models.tokenizers import Tokenizers
+from mapo_fast.settings.loras import parse_lora
 from mapo_fast.settings.schema import Config, TrainConfig
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import read_json, unreadable
@@ -45,7 +47,7 @@ def open_model(config: Config, path: Path | None = None, *, weights: bool = True
         UserError: naming the missing or wrong part.
     """
     model = config.model
-    return open_sdxl(
+    opened = open_sdxl(
         path or model.path,
         model.vae,
         scheduler_overrides(config.train),
@@ -54,6 +56,7 @@ def open_model(config: Config, path: Path | None = None, *, weights: bool = True
         tokenizers=model.tokenizers,
         weights=weights,
     )
+    return with_loras(opened, [parse_lora("model.lora", text) for text in model.lora])
 
 
 def introduce(model: Pipeline, callbacks: Callbacks) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import BaseModel
@@ -43,6 +43,16 @@ _FIELDS = {
 """The fields that such metadata may state."""
 
 
+class Added(Protocol):
+    """What can be added to a weight."""
+
+    def product(self, shape: tuple[int, ...], /) -> Tensor:
+        """It, in fp64 and of the weight's shape."""
+
+    def identity(self) -> list[Any]:
+        """All that it depends on, for JSON."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A UNet, VAE or text encoder that can be loaded."""
@@ -58,6 +68,8 @@ class Part:
     """What its file calls them, where that is another name."""
     header: Header | None = field(default=None, repr=False)
     """Of the single file that it comes from."""
+    added: Mapping[str, tuple[Added, ...]] = field(default_factory=dict, repr=False)
+    """What is added to tensors, by canonical name: the products of LoRAs."""
 
     def shapes(self) -> Shapes:
         """Shapes of the model that the config describes, by canonical name.
@@ -112,11 +124,17 @@ class Part:
         """The tensors that the model has, by canonical name."""
         return {name: self.stored[name] for name in self.shapes()}
 
+    def tensor(self, name: str) -> Tensor:
+        """A tensor with what is added to it: as it is stored, or else in fp64, not rounded yet."""
+        tensor = self.stored[name].load()
+        for added in self.added.get(name, ()):
+            tensor = tensor.double() + added.product(tensor.shape)
+        return tensor
+
     def load(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Each tensor of the model by canonical name, in its own memory on the CPU."""
         for name, shape in self.shapes().items():
-            tensor = self.stored[name].load().to(dtype, copy=True).reshape(shape).contiguous()
-            yield name, tensor
+            yield name, self.tensor(name).to(dtype, copy=True).reshape(shape).contiguous()
 
 
 def folder_part(component: str, folder: Path, *, weights: bool = True) -> Part:

@@ -131,7 +131,7 @@ def _pieces(part: Part, dtype: torch.dtype | None, trained: Mapping[str, Tensor]
         prefix = "text_model." if part.component in texts and name != "text_projection.weight" else ""
 
         def make(name: str = name, wanted: torch.dtype = wanted, shape: tuple[int, ...] = shape) -> Tensor:
-            tensor = part.stored[name].load() if trained is None else trained[name].detach().cpu()
+            tensor = part.tensor(name) if trained is None else trained[name].detach().cpu()
             return single_file.converted(tensor, wanted, name).reshape(shape)
 
         found[prefix + name] = Piece(wanted, shape, make)

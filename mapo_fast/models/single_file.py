@@ -136,7 +136,7 @@ def _piece(
     trained: Mapping[str, Tensor] | None,
 ) -> Piece:
     kept = DTYPE if part.header is None else DTYPES[part.stored[sources[0].name].dtype]
-    if trained is not None and kept in _FP8:
+    if kept in _FP8 and (trained is not None or part.added):
         kept = DTYPE
     wanted, shapes = dtype or kept, part.shapes()
     shape = _original_shape(sources, shapes)
@@ -144,7 +144,7 @@ def _piece(
     def make() -> Tensor:
         tensors = []
         for name, place in sources:
-            tensor = part.stored[name].load() if trained is None else trained[name].detach().cpu()
+            tensor = part.tensor(name) if trained is None else trained[name].detach().cpu()
             tensor = converted(tensor, wanted, key).reshape(shapes[name])
             tensors.append(tensor.t() if place.transposed else tensor)
         return (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).reshape(shape)

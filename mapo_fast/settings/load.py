@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from mapo_fast.settings.declare import Source
 from mapo_fast.settings.given import as_json, user_path
+from mapo_fast.settings.loras import parse_lora
 from mapo_fast.settings.mistakes import mistakes
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import paths, value_of
@@ -57,6 +58,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         part = table.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str):
             part[key] = os.path.normpath(user_path(f"{path}: {name}", part[key], path.parent))
+    part = table.get("model")
+    if isinstance(part, dict) and isinstance(part.get("lora"), list):
+        part["lora"] = _resolved_loras(f"{path}: model.lora", part["lora"], path.parent)
     for override in overrides:
         apply_override(table, override)
     config = parse_config(table, where=str(path))
@@ -116,6 +120,11 @@ def _split(names: Iterable[str]) -> list[tuple[str, str, str]]:
     return [(name, *name.split(".")) for name in names]  # type: ignore[misc]
 
 
+def _resolved_loras(name: str, entries: list[Any], base: Path | None = None) -> list[Any]:
+    """`model.lora` with its paths resolved; what is no text is left to the check of types."""
+    return [str(parse_lora(name, text, base)) if isinstance(text, str) else text for text in entries]
+
+
 def apply_override(table: dict[str, Any], override: str) -> None:
     """Put one `section.key=value` into a table of settings. Raises `UserError` where it is not written so."""
     name, equals, text = override.partition("=")
@@ -130,6 +139,8 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     section = table.setdefault(keys[0], {})
     if not isinstance(section, dict):
         raise UserError(f"--set {override}: {keys[0]} is a value in the config file, not a section")
+    if name.strip() == "model.lora" and isinstance(value, list):
+        value = _resolved_loras(f"--set {name.strip()}", value)
     if name.strip() in paths() and isinstance(value, str):
         value = str(user_path(f"--set {name.strip()}", value))
     section[keys[1]] = value

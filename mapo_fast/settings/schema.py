@@ -81,6 +81,8 @@ class ModelConfig(Section):
     """Another UNet, a folder or a `.safetensors` file."""
     vae: Path | None = setting(None, affects="inputs")
     """Another VAE, a folder or a `.safetensors` file, for instance one that does not overflow in fp16."""
+    lora: tuple[str, ...] = setting((), affects="inputs")
+    """LoRA files that are added to the model before anything else, each `"FILE"` or `"FILE=WEIGHT"`."""
     base: Path | None = setting(None, affects="inputs")
     """A model with the text encoders or the VAE that a single file lacks."""
     tokenizers: Path | None = setting(None, affects="inputs")

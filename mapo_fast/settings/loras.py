@@ -1,0 +1,45 @@
+"""LoRA files with weights, as the command line and `model.lora` write them: `FILE` or `FILE=WEIGHT`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from mapo_fast.settings.given import user_path
+from mapo_fast.util.errors import UserError, shown
+
+
+class Lora(NamedTuple):
+    """A LoRA and how much of it is added."""
+
+    path: Path
+    weight: float
+
+    def __str__(self) -> str:
+        """As `parse_lora` reads it."""
+        return f"{self.path}={self.weight!r}"
+
+
+def parse_lora(name: str, text: str, base: Path | None = None) -> Lora:
+    """Read `FILE` or `FILE=WEIGHT`; what exists as a path is always one.
+
+    Args:
+        name: of the setting or option, for messages.
+        text: what stands there.
+        base: the folder that relative paths start from; the working folder by default.
+
+    Raises:
+        UserError: the weight is no finite number, or no file can have the name.
+    """
+    path = user_path(name, text, base)
+    file, equals, number = text.rpartition("=")
+    if path.exists() or not equals:
+        return Lora(path, 1.0)
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UserError(f"{name} = {shown(text)}: {number!r} is no weight; write FILE=0.8, or FILE alone")
+    return Lora(user_path(name, file, base), weight)
