@@ -687,7 +687,7 @@ def _unet() -> list[tuple[int, ...]]:
     """Shapes of all parameters of SDXL's UNet."""
     from diffusers import UNet2DConditionModel
 
-    from mapo_fast.planner.models import SDXL_UNET
+    from mapo_fast.models.full_size import SDXL_UNET
 
     with torch.device("meta"):
         return [tuple(p.shape) for p in UNet2DConditionModel(**SDXL_UNET).parameters()]

@@ -48,8 +48,8 @@ from mapo_fast.hardware.allocator import Rules
 from mapo_fast.hardware.cards import CONTEXT_GIB, Card, find_card, vram_for
 from mapo_fast.hardware.gpu import planned_rules
 from mapo_fast.hardware.host import host
+from mapo_fast.models.full_size import SDXL_UNET
 from mapo_fast.planner.ask import card_of
-from mapo_fast.planner.models import SDXL_UNET
 from mapo_fast.planner.replay import Allocator, cublas_workspace, least, reserved
 from mapo_fast.planner.search import search
 from mapo_fast.planner.store import traces

@@ -36,13 +36,13 @@ from mapo_fast.engine.step import PairInputs, predict
 from mapo_fast.loss import MaPOLoss
 from mapo_fast.models.diffusion import Diffusion
 from mapo_fast.models.fp8 import use_fp8
+from mapo_fast.models.full_size import SDXL_UNET
 from mapo_fast.models.lora import add_lora
 from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.patch import patch_unet
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.quantise import DENSE, QuantisedConv2d, QuantisedLinear, quantise_base
 from mapo_fast.models.text import encode_prompts
-from mapo_fast.planner.models import SDXL_UNET
 from mapo_kernels.fp8 import from_fp8, to_fp8
 from mapo_kernels.weights import dense_weight
 

@@ -35,8 +35,8 @@ from bench.measure import saved_bytes
 from bench.sdxl import CPU, fake_pair, make_fake
 from mapo_fast import MaPOLoss, patch_unet
 from mapo_fast.engine.step import predict
+from mapo_fast.models.full_size import SDXL_UNET
 from mapo_fast.models.lora import add_lora
-from mapo_fast.planner.models import SDXL_UNET
 
 RESULTS = Path(__file__).parent / "results" / "saved_memory.jsonl"
 MIB, GIB = 2**20, 2**30

@@ -41,7 +41,7 @@ from bench.random_cache import write_random_cache
 from mapo_fast.data.cache import PairCache
 from mapo_fast.engine.batches import MicroBatches
 from mapo_fast.hardware.cards import find_card
-from mapo_fast.planner.models import SDXL_UNET
+from mapo_fast.models.full_size import SDXL_UNET
 from mapo_fast.planner.store import traces
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.settings.schema import Config

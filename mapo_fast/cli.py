@@ -260,13 +260,17 @@ def demo(
 @app.command()
 def export(
     source: Annotated[
-        Path, typer.Argument(help="A run's folder, finished or not, or a model: a file or a pipeline folder.")
+        Path,
+        typer.Argument(help="A run's folder, finished or not, a LoRA's file, or a model's file or folder."),
     ],
-    to: Annotated[str, typer.Option("--to", help="`single-file` or `diffusers`.")],
+    to: Annotated[str, typer.Option("--to", help="`single-file`, `diffusers`, `kohya` or `peft`.")],
     out: Annotated[Path, typer.Option("--out", help="The file or folder to write.")],
     base: Annotated[
         Path | None,
-        typer.Option("--base", help="The run's start model, if it has moved; what a single file lacks."),
+        typer.Option("--base", help="The model a LoRA is for; a run's start model, if it has moved."),
+    ] = None,
+    merge: Annotated[
+        float | None, typer.Option("--merge", help="Add the LoRA at this weight to the base, and write that.")
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="`auto`, `fp16`, `bf16` or `fp32`.")] = "auto",
     step: Annotated[int | None, typer.Option("--step", help="Of a run: take this checkpoint.")] = None,
@@ -275,7 +279,7 @@ def export(
         bool, typer.Option("--no-metadata", help="Say nothing in the file of what it is.")
     ] = False,
 ) -> None:
-    """Write a run's result, or a model, as a file for ComfyUI and A1111 or as a diffusers folder."""
+    """Write a run's result, a LoRA or a model for ComfyUI and A1111, diffusers or peft."""
     from mapo_fast.run.convert import convert
 
     convert(
@@ -283,6 +287,7 @@ def export(
         to,
         out,
         base=base,
+        merge=merge,
         dtype=dtype,
         step=step,
         force=force,

@@ -257,3 +257,32 @@ def test_one_message_of_bitsandbytes_is_left_out_and_no_other() -> None:
     assert '"Failed to load CPU gemm_4bit_forward' in ops.read_text("utf-8"), (
         "no such message: drop the filter"
     )
+
+
+def test_options_that_name_a_model_replace_its_settings(
+    tiny_sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('[model]\npath = "none"\n[data]\ncache = "cache"\n[train]\noutput = "out"\nsteps = 1\n')
+    odd = tmp_path / 'a "quoted" = näme.safetensors'
+    options = [
+        "--model",
+        str(tiny_sdxl),
+        "--unet",
+        str(odd),
+        "--vae",
+        "v",
+        "--lora",
+        f"{odd}=0.5",
+        "--lora",
+        "l",
+    ]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mapo-fast", "show", str(path), "--json", *options])
+    with pytest.raises(SystemExit):
+        cli.main()
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["model.path"] == {"value": str(tiny_sdxl), "from": "command line"}
+    assert shown["model.unet"]["value"] == str(odd)
+    assert shown["model.vae"]["value"] == "v"
+    assert shown["model.lora"]["value"] == [f"{odd}=0.5", "l=1.0"]

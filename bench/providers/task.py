@@ -23,9 +23,9 @@ from mapo_fast.demo.run import TINY_SDXL
 from mapo_fast.engine.batches import MicroBatches
 from mapo_fast.engine.step import PairInputs, training_inputs
 from mapo_fast.models.diffusion import Diffusion
+from mapo_fast.models.full_size import SDXL_UNET
 from mapo_fast.models.lora import add_lora
 from mapo_fast.models.open import open_sdxl
-from mapo_fast.planner.models import SDXL_UNET
 from mapo_fast.settings.load import parse_config
 from mapo_fast.settings.schema import Config
 

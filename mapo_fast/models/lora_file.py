@@ -115,17 +115,32 @@ def read_lora(path: Path, model: Mapping[str, Part]) -> LoraFile:
     return LoraFile(path, parts, header.metadata, said.prediction if said else None)
 
 
+def is_lora(path: Path) -> bool:
+    """Whether a file or folder holds an adapter's factors, of whichever kind.
+
+    Raises:
+        UserError: a file that cannot be read as safetensors.
+    """
+    if path.is_dir():
+        return any((path / name).is_file() for name in _FILES)
+    return any(_FACTOR.fullmatch(key) or _kind(key) for key in read_header(path).tensors)
+
+
 def _file_of(path: Path) -> tuple[Path, Mapping[str, Any]]:
     """The file with the factors, and peft's config beside it."""
     if not path.exists():
         raise UserError(f"LoRA not found: {path} (it must be a .safetensors file, or peft's folder)")
     if not path.is_dir():
         return path, {}
-    for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+    for name in _FILES:
         if (path / name).is_file():
             config = path / "adapter_config.json"
             return path / name, read_json(config) if config.is_file() else {}
     raise UserError(f"{path} has no adapter_model.safetensors: name the LoRA's file")
+
+
+_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+"""Names under which peft and diffusers save."""
 
 
 # What is refused
@@ -147,9 +162,8 @@ _WAY_OUT = "merge it into a model with the program that made it, and start from 
 
 
 def _refuse_kinds(header: Header, config: Mapping[str, Any]) -> None:
-    for pattern, what in _KINDS:
-        key = next((key for key in header.tensors if re.fullmatch(pattern, key)), None)
-        if key is not None:
+    for key in header.tensors:
+        if what := _kind(key):
             raise UserError(
                 f"{header.path} is {what} (key {shown(key)}): only LoRA and LoCon can be used; {_WAY_OUT}"
             )
@@ -161,6 +175,11 @@ def _refuse_kinds(header: Header, config: Mapping[str, Any]) -> None:
         raise UserError(
             f"{header.path} is for {shown(version)} by its metadata ss_base_model_version, not for SDXL"
         )
+
+
+def _kind(key: str) -> str | None:
+    """What an adapter with such a key is, where it is no LoRA that can be used."""
+    return next((what for pattern, what in _KINDS if re.fullmatch(pattern, key)), None)
 
 
 # Names

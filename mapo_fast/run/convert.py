@@ -1,18 +1,24 @@
-"""`mapo-fast export`: a run's result, or a model, as the file or folder that another program wants.
+"""`mapo-fast export`: a run's result, a LoRA or a model, as the file or folder that another program wants.
 
 Nothing is trained and nothing is loaded whole: tensors are read, rounded and written one at a time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
+from mapo_fast.models.full_size import sdxl_parts
+from mapo_fast.models.lora_file import LoraFile, is_lora, read_lora
+from mapo_fast.models.lora_save import save_kohya, save_peft
+from mapo_fast.models.merge import with_lora
 from mapo_fast.models.open import open_model, open_sdxl
-from mapo_fast.models.parts import folder_part
+from mapo_fast.models.parts import Part, folder_part
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.save import save_folder, save_single_file
 from mapo_fast.models.single_file import metadata
@@ -26,17 +32,25 @@ from mapo_fast.util.errors import UserError
 from mapo_fast.util.progress import Callbacks
 from mapo_fast.util.tensorheader import read_header
 
-Form = Literal["single-file", "diffusers"]
-FORMS: tuple[Form, ...] = ("single-file", "diffusers")
+FORMS = ("single-file", "diffusers", "kohya", "peft")
+_OF_LORAS = ("kohya", "peft")
 
 
 class _Source(NamedTuple):
-    """What is exported."""
+    """A model that is exported."""
 
     model: Pipeline
     unet: Mapping[str, Tensor] | None
     """Trained weights in place of the model's."""
     metadata: dict[str, str] | None
+
+
+class _Adapter(NamedTuple):
+    """A LoRA that is exported, and its base where one is known."""
+
+    lora: LoraFile
+    parts: Mapping[str, Part]
+    base: Pipeline | None
 
 
 def convert(
@@ -45,30 +59,33 @@ def convert(
     out: Path,
     *,
     base: Path | None = None,
+    merge: float | None = None,
     dtype: str = "auto",
     step: int | None = None,
     force: bool = False,
     with_metadata: bool = True,
     callbacks: Callbacks | None = None,
 ) -> None:
-    """Write a run's result or a model in another form.
+    """Write a run's result, a LoRA or a model in another form.
 
     Args:
-        source: a run's folder, finished or not, or a model: a pipeline folder or a single file.
+        source: a run's folder, finished or not; a LoRA's file or peft's folder; or a model: a pipeline folder
+            or a single file.
         to: one of `FORMS`.
         out: the file or folder to write.
-        base: the start model, where it is no longer where the run found it; of a single file, the model that
-            has the parts it lacks.
+        base: the start model, where it is no longer where the run found it; the model that a LoRA is merged
+            into; of a single file, the model that has the parts it lacks.
+        merge: of a LoRA: add it at this weight to the base, and write that.
         dtype: of the weights, a key of `export.DTYPES`; `auto` keeps that of a single file and takes fp16 for
-            a folder's in a single file.
+            a folder's in a single file. A LoRA's factors are written as they are.
         step: of a run, the checkpoint to take in place of the result, or of the newest checkpoint.
         force: replace what stands at `out`.
-        with_metadata: whether a single file says what it is.
+        with_metadata: whether a file says what it is.
         callbacks: are told what is written.
 
     Raises:
         UserError: the source is none of these or damaged, the target exists or would replace the source, a
-            value is beyond fp16's range.
+            value is beyond fp16's range, base and LoRA are for different predictions.
         MachineError: the disk is full or cannot be written.
     """
     if to not in FORMS:
@@ -76,36 +93,82 @@ def convert(
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
     _check_target(source, to, out, force)
-    found = _run(source, base, step) if (source / RECORD).is_file() else _model(source, base, step)
-    callbacks = callbacks or Callbacks()
-    wanted = DTYPES[dtype]
-    if to == "diffusers":
-        save_folder(found.model, out, dtype=wanted, unet=found.unet)
+    found = _open(source, base, step)
+    if isinstance(found, _Adapter) and to in _OF_LORAS:
+        _write_lora(found, to, out, dtype, merge, with_metadata)
     else:
-        known = found.metadata if with_metadata else None
-        save_single_file(found.model, out, dtype=wanted, unet=found.unet, metadata=known)
-    callbacks.message(f"wrote {out}")
+        model = (
+            _merged(found, to, merge) if isinstance(found, _Adapter) else _unmerged(found, source, to, merge)
+        )
+        if to == "diffusers":
+            save_folder(model.model, out, dtype=DTYPES[dtype], unet=model.unet)
+        else:
+            known = model.metadata if with_metadata else None
+            save_single_file(model.model, out, dtype=DTYPES[dtype], unet=model.unet, metadata=known)
+    (callbacks or Callbacks()).message(f"wrote {out}")
 
 
-def _model(source: Path, base: Path | None, step: int | None) -> _Source:
+def _open(source: Path, base: Path | None, step: int | None) -> _Source | _Adapter:
+    if (source / RECORD).is_file():
+        return _run(source, base, step)
     if step is not None:
         raise UserError(f"--step {step}: {source} is no run; leave it out")
+    if is_lora(source):
+        opened = None if base is None else open_sdxl(base)
+        parts = sdxl_parts() if opened is None else opened.parts
+        return _Adapter(read_lora(source, parts), parts, opened)
     model = open_sdxl(source, base=base)
     return _Source(model, None, metadata(model))
 
 
-def _run(source: Path, base: Path | None, step: int | None) -> _Source:
+def _unmerged(found: _Source, source: Path, to: str, merge: float | None) -> _Source:
+    if to in _OF_LORAS:
+        raise UserError(f"--to {to}: {source} is a whole model, not a LoRA; use single-file or diffusers")
+    if merge is not None:
+        raise UserError(f"--merge {merge:g}: {source} is no LoRA; leave it out")
+    return found
+
+
+def _merged(found: _Adapter, to: str, merge: float | None) -> _Source:
+    """A LoRA's base with the LoRA in it."""
+    if merge is None:
+        raise UserError(
+            f"--to {to}: {found.lora.path} is a LoRA; --merge 1.0 adds it to its base and writes that, "
+            "--to kohya writes the LoRA"
+        )
+    if not math.isfinite(merge):
+        raise UserError(f"--merge {merge}: write a weight such as 1.0")
+    if found.base is None:
+        raise UserError(f"--merge {merge:g}: name the model that {found.lora.path} is merged into, as --base")
+    model = with_lora(found.base, found.lora, merge)
+    return _Source(model, None, metadata(model))
+
+
+def _write_lora(
+    found: _Adapter, to: str, out: Path, dtype: str, merge: float | None, with_metadata: bool
+) -> None:
+    if merge is not None:
+        raise UserError(f"--merge {merge:g} writes a whole model: use --to single-file or diffusers with it")
+    if dtype != "auto":
+        raise UserError(f"--dtype {dtype}: a LoRA's factors are written as they are; leave it out")
+    if to == "kohya":
+        save_kohya(found.lora, found.parts, out, metadata=with_metadata)
+    else:
+        save_peft(found.lora, out)
+
+
+def _run(source: Path, base: Path | None, step: int | None) -> _Source | _Adapter:
     record = read_run(source)
     assert record is not None
     config = _config(source, record.config)
     if base is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
-    if config.adapter.kind == "lora":
-        raise UserError(f"{source} trained a LoRA, not a whole model: its files are in {source / 'lora'}")
     try:
         model = open_model(config)
     except UserError as error:
         raise UserError(f"{error}; --base names the start model, if it has moved") from None
+    if config.adapter.kind == "lora":
+        return _Adapter(_trained_lora(source, record.run, step, config, model), model.parts, model)
     trained = _trained(source, record.run, step)
     expected = model.parts["unet"].shapes()
     if {name: tuple(stored.shape) for name, stored in trained.stored.items()} != expected:
@@ -117,10 +180,23 @@ def _run(source: Path, base: Path | None, step: int | None) -> _Source:
 
 def _config(source: Path, recorded: dict[str, dict[str, object]]) -> Config:
     """The settings of a run, for what an export needs of them."""
-    sections = {
-        name: recorded.get(name, {}) for name in ("model", "data", "train", "objective", "adapter", "export")
-    }
+    needed = ("model", "data", "train", "objective", "adapter", "export")
+    sections = {name: recorded[name] for name in needed if name in recorded}
     return parse_config(sections, where=str(source / RECORD))
+
+
+def _trained_lora(source: Path, run: str, step: int | None, config: Config, model: Pipeline) -> LoraFile:
+    """The LoRA of a run's result, or of a checkpoint, which does not state its alpha."""
+    if step is None and (source / "lora").is_dir():
+        return read_lora(source / "lora" / "lora_kohya.safetensors", model.parts)
+    lora = read_lora(_checkpoint(source, run, step) / "model.safetensors", model.parts)
+    rank = config.adapter.rank
+    scale = (config.adapter.alpha or rank) / rank
+    parts = {
+        component: {layer: factors._replace(scale=scale) for layer, factors in layers.items()}
+        for component, layers in lora.parts.items()
+    }
+    return replace(lora, parts=parts)
 
 
 def _trained(source: Path, run: str, step: int | None) -> Loaded:
@@ -131,20 +207,32 @@ def _trained(source: Path, run: str, step: int | None) -> Loaded:
     """
     if step is None and (source / "unet").is_dir():
         return Loaded(folder_part("unet", source / "unet").stored)
+    header = read_header(_checkpoint(source, run, step) / "model.safetensors")
+    return Loaded({name: whole(header.path, entry) for name, entry in header.tensors.items()})
+
+
+def _checkpoint(source: Path, run: str, step: int | None) -> Path:
+    """The folder of a run's checkpoint: of that step, or the newest.
+
+    Raises:
+        UserError: it is not there or of no use.
+    """
     store = CheckpointStore(source / "checkpoints", 1, run)
     checkpoint = store.newest() if step is None else store.at(step)
     if checkpoint is None:
         raise UserError(f"{source} has no result and no checkpoint yet: train it first")
-    header = read_header(checkpoint.path / "model.safetensors")
-    return Loaded({name: whole(header.path, entry) for name, entry in header.tensors.items()})
+    return checkpoint.path
 
 
 def _check_target(source: Path, to: str, out: Path, force: bool) -> None:
     """Raise `UserError` where the target must not be written."""
-    if to == "single-file" and out.suffix != ".safetensors":
-        raise UserError(f"--out {out}: a single file's name ends in .safetensors")
+    folder = to in ("diffusers", "peft")
+    if not folder and out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: the file's name must end in .safetensors")
     if not source.exists():
-        raise UserError(f"{source} not found: name a run's folder, a pipeline folder or a .safetensors file")
+        raise UserError(
+            f"{source} not found: name a run's folder, a LoRA's or model's .safetensors file, or a folder"
+        )
     if not out.exists():
         return
     real, inside = out.resolve(), source.resolve()
@@ -154,7 +242,8 @@ def _check_target(source: Path, to: str, out: Path, force: bool) -> None:
             raise UserError(f"--out {out} {what}: write elsewhere")
     if not force:
         raise UserError(f"--out {out} exists: name another, or replace it with --force")
-    if out.is_dir() != (to == "diffusers"):
+    if out.is_dir() != folder:
         raise UserError(f"--out {out} is a {'folder' if out.is_dir() else 'file'}: name another")
-    if out.is_dir() and any(out.iterdir()) and not (out / "model_index.json").is_file():
-        raise UserError(f"--out {out} is a folder with something else in it than a pipeline: name another")
+    index = "model_index.json" if to == "diffusers" else "adapter_config.json"
+    if out.is_dir() and any(out.iterdir()) and not (out / index).is_file():
+        raise UserError(f"--out {out} is a folder with something else in it than a model: name another")

@@ -13,11 +13,11 @@ import yaml
 
 from mapo_fast.models import single_file
 from mapo_fast.models.from_shapes import CONFIGS_FROM
+from mapo_fast.models.full_size import SDXL_UNET
 from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.original import PREFIXES
 from mapo_fast.models.parts import file_part
 from mapo_fast.models.recognise import IGNORED, part_alone, recognise
-from mapo_fast.planner.models import SDXL_UNET
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.tensorheader import BITS, Header, read_header
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from mapo_fast.data.buckets import make_buckets
+from mapo_fast.models.full_size import SDXL_UNET
 from mapo_fast.planner import kernels, store
 from mapo_fast.planner.kernels import compiling, kernels_of, kinds_of_shapes
-from mapo_fast.planner.models import SDXL_UNET
 from mapo_fast.settings.load import parse_config
 from mapo_fast.settings.schema import Config
 from mapo_kernels import Backend, hardware

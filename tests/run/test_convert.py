@@ -119,9 +119,9 @@ def test_models_go_both_ways(tiny_sdxl: Path, file: Path, tmp_path: Path) -> Non
 
 def test_targets_that_are_refused(tiny_sdxl: Path, file: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
-    assert "one of single-file, diffusers" in refusal(file, "zip", out)
+    assert "one of single-file, diffusers, kohya, peft" in refusal(file, "zip", out)
     assert "one of auto, fp16, bf16, fp32" in refusal(file, "single-file", out, dtype="int8")
-    assert "ends in .safetensors" in refusal(file, "single-file", tmp_path / "m.ckpt")
+    assert "must end in .safetensors" in refusal(file, "single-file", tmp_path / "m.ckpt")
     assert "not found" in refusal(tmp_path / "none", "single-file", out)
     assert "is no run; leave it out" in refusal(file, "single-file", out, step=1)
     out.write_text("before")
@@ -163,3 +163,93 @@ def test_a_single_file_that_cannot_be_written_ends_no_run(
     assert not (tmp_path / "run" / "model.safetensors").exists()
     log = (tmp_path / "run" / "log.jsonl").read_text()
     assert "model.safetensors was not written" in log
+
+
+# LoRAs
+
+
+@pytest.fixture(scope="module")
+def lora_run(run: Path, tiny_sdxl: Path) -> Path:
+    """A finished run of a LoRA whose alpha is not its rank."""
+    adapter = {"kind": "lora", "rank": 2, "alpha": 6.0}
+    table = settings(
+        tiny_sdxl, run.parent / "cache", run.parent / "lora-run", train={"steps": 4}, adapter=adapter
+    )
+    assert fit(parse_config(table)).finished
+    return run.parent / "lora-run"
+
+
+def active(folder: Path, model: Path) -> dict[str, torch.Tensor]:
+    """The UNet's weights with a run's LoRA, as peft's own merge gives them in fp64."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model, dtype=torch.float64)
+    pipeline.load_lora_weights(folder / "lora")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    return dict(pipeline.unet.state_dict())
+
+
+def test_a_run_of_a_lora_is_merged_exactly(lora_run: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
+    convert(lora_run, "diffusers", whole := tmp_path / "whole", merge=1.0)
+    convert(lora_run, "single-file", half := tmp_path / "half.safetensors", merge=1.0, dtype="bf16")
+    expected, start = active(lora_run, tiny_sdxl), open_sdxl(tiny_sdxl).load_unet().state_dict()
+    got = open_sdxl(whole).load_unet().state_dict()
+    rounded = open_sdxl(half, tokenizers=tiny_sdxl).load_unet().state_dict()
+    assert got.keys() == expected.keys()
+    assert any(not torch.equal(got[name], start[name]) for name in got)
+    for name, weight in expected.items():
+        torch.testing.assert_close(got[name], weight.float(), rtol=2e-7, atol=1e-12)
+        torch.testing.assert_close(rounded[name], weight.bfloat16().float(), rtol=2**-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["kohya", "peft"])
+def test_a_lora_goes_through_other_layouts(
+    lora_run: Path, tiny_sdxl: Path, tmp_path: Path, form: str
+) -> None:
+    there = tmp_path / ("there.safetensors" if form == "kohya" else "there")
+    convert(lora_run / "lora" / "pytorch_lora_weights.safetensors", form, there, base=tiny_sdxl)
+    convert(there, "kohya", back := tmp_path / "back.safetensors", base=tiny_sdxl)
+    assert same(load_file(back), load_file(lora_run / "lora" / "lora_kohya.safetensors"))
+
+
+def test_a_checkpoint_of_a_lora_has_its_alpha(lora_run: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
+    convert(lora_run, "kohya", out := tmp_path / "step.safetensors", step=4)
+    assert same(load_file(out), load_file(lora_run / "lora" / "lora_kohya.safetensors"))
+
+
+def test_peft_reads_its_folder(lora_run: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    convert(lora_run, "peft", folder := tmp_path / "peft")
+    merged = PeftModel.from_pretrained(
+        open_sdxl(tiny_sdxl).load_unet(torch.float64), folder
+    ).merge_and_unload()
+    expected = active(lora_run, tiny_sdxl)
+    for name, weight in merged.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-10)
+
+
+def test_what_is_asked_of_a_lora_and_cannot_be(
+    lora_run: Path, tiny_sdxl: Path, file: Path, tmp_path: Path
+) -> None:
+    lora, out = lora_run / "lora" / "lora_kohya.safetensors", tmp_path / "m.safetensors"
+    assert "is a LoRA; --merge 1.0 adds it" in refusal(lora_run, "single-file", out)
+    assert "is a whole model, not a LoRA" in refusal(file, "kohya", out)
+    assert "is no LoRA; leave it out" in refusal(file, "single-file", out, merge=1.0)
+    assert "writes a whole model" in refusal(lora_run, "kohya", out, merge=1.0)
+    assert "written as they are" in refusal(lora_run, "kohya", out, dtype="bf16")
+    assert "write a weight" in refusal(lora_run, "single-file", out, merge=float("nan"))
+    v = tmp_path / "v"
+    shutil.copytree(tiny_sdxl, v)
+    scheduler = v / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))
+    from safetensors.torch import save_file
+
+    save_file(
+        load_file(lora),
+        said := tmp_path / "said.safetensors",
+        metadata={"modelspec.prediction_type": "epsilon"},
+    )
+    assert "is for epsilon by its metadata" in refusal(said, "single-file", out, base=v, merge=1.0)
+    assert not out.exists()
