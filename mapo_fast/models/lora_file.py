@@ -199,7 +199,7 @@ def _names(model: Mapping[str, Part]) -> dict[str, tuple[str, str]]:
     for component, part in model.items():
         if component == "vae":
             continue
-        layers = [name.removesuffix(".weight") for name, s in part.shapes().items() if len(s) > 1]
+        layers = [name.removesuffix(".weight") for name, s in part.shapes.items() if len(s) > 1]
         spellings = _unet_spellings(part) if component == "unet" else _text_spellings(component)
         for layer in layers:
             if layer.endswith("embedding"):
@@ -299,7 +299,7 @@ def _checked(
     if len(pair) != 2:
         raise UserError(f"{path} has one of the two factors of {component}.{layer}: it is damaged")
     down, up = pair["down"], pair["up"]
-    shape, cut = part.shapes()[f"{layer}.weight"], without_trailing_ones
+    shape, cut = part.shapes[f"{layer}.weight"], without_trailing_ones
     rank = down.shape[0] if down.shape else 0
     fits = cut((rank, *shape[1:])) == cut(down.shape) and cut((shape[0], rank)) == cut(up.shape)
     if not rank or not fits:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,6 +72,7 @@ class Part:
     added: Mapping[str, tuple[Added, ...]] = field(default_factory=dict, repr=False)
     """What is added to tensors, by canonical name: the products of LoRAs."""
 
+    @cached_property
     def shapes(self) -> Shapes:
         """Shapes of the model that the config describes, by canonical name.
 
@@ -85,7 +87,7 @@ class Part:
         Raises:
             UserError: naming the first tensor that is missing, too many, of another shape or type.
         """
-        shapes, stored = self.shapes(), self.stored
+        shapes, stored = self.shapes, self.stored
         if not stored:
             return
         self._refuse("lacks", shapes.keys() - stored.keys())
@@ -122,7 +124,7 @@ class Part:
 
     def tensors(self) -> Mapping[str, StoredTensor]:
         """The tensors that the model has, by canonical name."""
-        return {name: self.stored[name] for name in self.shapes()}
+        return {name: self.stored[name] for name in self.shapes}
 
     def tensor(self, name: str) -> Tensor:
         """A tensor with what is added to it: as it is stored, or else in fp64, not rounded yet."""
@@ -133,7 +135,7 @@ class Part:
 
     def load(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Each tensor of the model by canonical name, in its own memory on the CPU."""
-        for name, shape in self.shapes().items():
+        for name, shape in self.shapes.items():
             yield name, self.tensor(name).to(dtype, copy=True).reshape(shape).contiguous()
 
 
@@ -181,7 +183,7 @@ def file_part(component: str, header: Header, prefix: str) -> Part:
         ) from None
     config |= _stated(header, component)
     part = Part(component, header.path, header.path, config, {}, {}, header)
-    bare = places(component, part.shapes(), config)
+    bare = places(component, part.shapes, config)
     found = {name: place._replace(key=prefix + place.key) for name, place in bare.items()}
     stored = {name: placed(header, place) for name, place in found.items() if place.key in header.tensors}
     used = {place.key for place in found.values()}

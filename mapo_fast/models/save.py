@@ -123,7 +123,7 @@ def _config(model: Pipeline, component: str) -> dict[str, object]:
 
 def _pieces(part: Part, dtype: torch.dtype | None, trained: Mapping[str, Tensor] | None) -> dict[str, Piece]:
     """A part's tensors under the names that all versions of diffusers and transformers read."""
-    shapes, texts = part.shapes(), {text_encoder(which) for which in BOTH}
+    shapes, texts = part.shapes, {text_encoder(which) for which in BOTH}
     found = {}
     for name, shape in shapes.items():
         stored = part.stored[name]

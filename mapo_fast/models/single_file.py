@@ -102,7 +102,7 @@ def _by_key(part: Part) -> dict[str, list[_Source]]:
     """The tensors that make each key of the file, in their order, without the part's prefix."""
     found: dict[str, list[_Source]] = {}
     try:
-        for name, place in places(part.component, part.shapes(), part.config).items():
+        for name, place in places(part.component, part.shapes, part.config).items():
             found.setdefault(place.key, []).append(_Source(name, place))
     except KeyError as error:
         raise UserError(
@@ -115,7 +115,7 @@ def _by_key(part: Part) -> dict[str, list[_Source]]:
 
 
 def _original_shapes(part: Part) -> Shapes:
-    shapes = part.shapes()
+    shapes = part.shapes
     return {key: _original_shape(sources, shapes) for key, sources in _by_key(part).items()}
 
 
@@ -138,7 +138,7 @@ def _piece(
     kept = DTYPE if part.header is None else DTYPES[part.stored[sources[0].name].dtype]
     if kept in _FP8 and (trained is not None or part.added):
         kept = DTYPE
-    wanted, shapes = dtype or kept, part.shapes()
+    wanted, shapes = dtype or kept, part.shapes
     shape = _original_shape(sources, shapes)
 
     def make() -> Tensor:

@@ -170,7 +170,7 @@ def _run(source: Path, base: Path | None, step: int | None) -> _Source | _Adapte
     if config.adapter.kind == "lora":
         return _Adapter(_trained_lora(source, record.run, step, config, model), model.parts, model)
     trained = _trained(source, record.run, step)
-    expected = model.parts["unet"].shapes()
+    expected = model.parts["unet"].shapes
     if {name: tuple(stored.shape) for name, stored in trained.stored.items()} != expected:
         raise UserError(
             f"{source} does not hold a UNet like that of {model.path}: --base names another model"

@@ -155,12 +155,10 @@ def test_attention_processors_of_old(model: Pipeline, factors: Factors, tmp_path
 
 
 def test_ranks_may_differ_and_weights_scale(model: Pipeline, tmp_path: Path) -> None:
-    layers = [name.removesuffix(".weight") for name in model.parts["unet"].shapes() if "attn1.to_q" in name][
-        :2
-    ]
+    layers = [name.removesuffix(".weight") for name in model.parts["unet"].shapes if "attn1.to_q" in name][:2]
     generator, tensors, deltas = torch.Generator().manual_seed(0), {}, {}
     for rank, layer in zip((1, 3), layers, strict=True):
-        width = model.parts["unet"].shapes()[f"{layer}.weight"][0]
+        width = model.parts["unet"].shapes[f"{layer}.weight"][0]
         down, up = (
             torch.randn(rank, width, generator=generator),
             torch.randn(width, rank, generator=generator),
@@ -183,7 +181,7 @@ def text_lora(path: Path, model: Pipeline) -> Path:
     tensors = {}
     for component, prefix in (("text_encoder", "lora_te1_"), ("text_encoder_2", "lora_te2_")):
         layer = "encoder.layers.0.self_attn.q_proj"
-        width = model.parts[component].shapes()[f"{layer}.weight"][0]
+        width = model.parts[component].shapes[f"{layer}.weight"][0]
         name = prefix + "text_model_" + layer.replace(".", "_")
         tensors |= {
             f"{name}.lora_down.weight": torch.ones(1, width),
