@@ -1,4 +1,4 @@
-"""A long campaign by hand: `python -m tests.fuzz --units 10` runs ten times what CI does.
+"""A long campaign by hand: `python -m tests.fuzz --units 10` runs forty times what CI does.
 
 --kind NAME          of one kind only
 --case NUMBER        one case again, with its trace
