@@ -251,7 +251,7 @@ def score_photographs(out: Path, draws: int = 8) -> list[KindScore]:
 
     from mapo_fast.data.cache import PairCache
     from mapo_fast.models.diffusion import Diffusion
-    from mapo_fast.models.open import open_sdxl
+    from mapo_fast.models.open import open_model
     from mapo_fast.run.evaluate import HeldOut
 
     config = load_config(out / "config.toml")
@@ -259,7 +259,7 @@ def score_photographs(out: Path, draws: int = 8) -> list[KindScore]:
     if not trained.is_dir():
         raise UserError(f"{trained} is missing: run `mapo-fast train {out / 'config.toml'}` first")
     torch.set_num_threads(config.train.threads)
-    folder = open_sdxl(config.model.path)
+    folder = open_model(config)
     cache = PairCache.open(config.data.cache)
     pairs = list(cache.held_out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

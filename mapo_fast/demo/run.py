@@ -27,7 +27,7 @@ from rich.table import Table
 import mapo_fast
 from mapo_fast.data.prepare import prepare
 from mapo_fast.demo import report, score, world
-from mapo_fast.models.open import open_sdxl
+from mapo_fast.models.open import open_model
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.run.train import fit
 from mapo_fast.settings.load import load_config
@@ -138,7 +138,7 @@ def _run_demo(
     except UserError:
         shutil.rmtree(out, ignore_errors=True)  # it was empty: a wrong setting leaves nothing behind
         raise
-    folder = open_sdxl(TINY_SDXL)
+    folder = open_model(configs["sft"])
     seconds: dict[str, float] = {}
 
     def stage(name: str, title: str) -> None:

@@ -14,11 +14,12 @@ from rich.console import Console
 from bench.demo import OBJECTIVES, of_plan
 from bench.memory_table import ROWS
 from mapo_fast.demo import report, score, world
-from mapo_fast.demo.run import DemoSize, run_demo
+from mapo_fast.demo.run import TINY_SDXL, DemoSize, run_demo
 from mapo_fast.run.folder import recorded_settings
 from mapo_fast.settings.load import load_config
 from mapo_fast.settings.schema import ObjectiveConfig
 from mapo_fast.util.errors import UserError
+from tests.files_of_models import make_file
 
 SMALL = DemoSize(pairs=24, steps=2, samples=12, sampling_steps=2)
 
@@ -181,3 +182,16 @@ def test_a_wrong_setting_leaves_nothing_behind(
     with pytest.raises(UserError, match=message):
         run_demo(tmp_path / "out", console=Console(quiet=True), size=TINY, **arguments)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_single_file_gives_the_figures_of_its_folder(demo: tuple[Path, str], tmp_path: Path) -> None:
+    file = make_file(TINY_SDXL, tmp_path / "tiny.safetensors")
+    named = [f"model.path={json.dumps(str(file))}", f"model.tokenizers={json.dumps(str(TINY_SDXL))}"]
+    result = run_demo(
+        tmp_path / "out", seed=3, console=Console(file=io.StringIO()), size=SMALL, overrides=named
+    )
+    folder = json.loads((demo[0] / "report.json").read_text(encoding="utf-8"))
+    for figure in ("preferred_share", "unchanged_score", "intervals_95", "colours"):
+        assert json.loads(json.dumps(result[figure])) == folder[figure]
+    assert (tmp_path / "out" / "mapo" / "model.safetensors").is_file()
