@@ -376,7 +376,7 @@ def test_pickled_weights_are_refused(
     assert bool(says) == bool(said)
 
 
-def test_a_single_checkpoint_file_is_no_model(tmp_path: Path, trap: Trap) -> None:
+def test_a_pickled_checkpoint_is_no_model(tmp_path: Path, trap: Trap) -> None:
     for name in ("model.ckpt", "model.pt", "model.bin"):
         _pickle(tmp_path / name, trap)
         assert str(tmp_path / name) in used_or_refused(lambda name=name: use(tmp_path / name))  # type: ignore[misc]

@@ -37,14 +37,18 @@ def model_names(objective: str) -> dict[str, str]:
 
 
 def next_commands() -> tuple[str, str]:
-    """What to run on one's own pairs, with the interpreter that runs now."""
+    """What to run on one's own pairs: the script beside the interpreter that runs now, if there is one."""
     python = Path(sys.executable)
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
-    recipe = "recipes/lora_300_pairs.toml --set model.path=YOUR_SDXL_FOLDER"
+    scripts = (python.with_name(name) for name in ("mapo-fast", "mapo-fast.exe"))
+    script = next((path for path in scripts if path.is_file()), None)
+    program = script or python
+    if program.is_relative_to(Path.cwd()):
+        program = program.relative_to(Path.cwd())
+    command = str(program) if script else f"{program} -m mapo_fast"
+    recipe = "recipes/lora_300_pairs.toml --model YOUR_MODEL.safetensors"
     return (
-        f"{python} -m mapo_fast prepare {recipe} --set data.source=YOUR_PAIRS_FOLDER",
-        f"{python} -m mapo_fast train   {recipe}",
+        f"{command} prepare {recipe} --set data.source=YOUR_PAIRS_FOLDER",
+        f"{command} train   {recipe}",
     )
 
 
