@@ -297,11 +297,15 @@ def export(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    model: Annotated[
+        Path | None, typer.Argument(help="Say what this model is instead: a .safetensors file or a folder.")
+    ] = None,
+) -> None:
     """Print versions, the GPU, and which kernels and attention back ends will be used and why."""
     from mapo_fast.doctor import doctor as run
 
-    run(Console())
+    run(Console(), model)
 
 
 def _stated(

@@ -50,10 +50,18 @@ class Line(NamedTuple):
     text: str
 
 
-def doctor(console: Any = None) -> None:
-    """Print the findings to a `rich.console.Console`, or to standard output for None."""
+def doctor(console: Any = None, model: Path | None = None) -> None:
+    """Print the findings to a `rich.console.Console`, or to standard output for None.
+
+    Args:
+        console: where to.
+        model: a model's file or folder, to say what it is.
+
+    Raises:
+        UserError: the model cannot be trained, and why.
+    """
     section = ""
-    for line in examine():
+    for line in examine() if model is None else _of_model(model):
         if line.section != section:
             section = line.section
             _show(console, "")
@@ -70,6 +78,12 @@ def examine() -> list[Line]:
     lines.append(Line("Packages", "kernels", _probed(_kernels_package)))
     lines += [Line("Will be used", label, _probed(probe)) for label, probe in _choices(device)]
     return lines
+
+
+def _of_model(path: Path) -> list[Line]:
+    from mapo_fast.models.describe import describe  # needs more than the base install
+
+    return [Line("Model", label, text) for label, text in describe(path)]
 
 
 def _system(device: str) -> list[tuple[str, Callable[[], str]]]:

@@ -19,6 +19,8 @@ from rich.console import Console
 
 from mapo_fast import doctor as module
 from mapo_fast.doctor import doctor, examine
+from mapo_fast.util.errors import UserError
+from tests.files_of_models import make_file
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +191,17 @@ def test_an_optimizer_that_does_nothing_is_found_out(monkeypatch: pytest.MonkeyP
 def test_xformers_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert module._xformers("cpu") == "no: it has no CPU attention"
+
+
+def test_a_model_is_described(tiny_sdxl: Path, tmp_path: Path) -> None:
+    file = make_file(tiny_sdxl, tmp_path / "tiny.safetensors", dtype=torch.float16)
+    for path, kind, dtype in ((tiny_sdxl, "pipeline folder", "F32"), (file, "single file", "F16")):
+        text = io.StringIO()
+        doctor(Console(file=text, width=300), path)
+        lines = dict(line.strip().split(":", 1) for line in text.getvalue().splitlines() if ":" in line)
+        assert kind in lines["model"]
+        assert lines["predicts"].strip().startswith("epsilon")
+        assert f"M in {dtype}" in lines["unet"]
+    (tmp_path / "no.safetensors").write_bytes(bytes(100))
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        doctor(Console(file=io.StringIO()), tmp_path / "no.safetensors")

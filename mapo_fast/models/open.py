@@ -61,12 +61,17 @@ def open_model(config: Config, path: Path | None = None, *, weights: bool = True
 
 def introduce(model: Pipeline, callbacks: Callbacks) -> None:
     """Say what the model predicts and how that is known, and what else should be known of it."""
+    callbacks.message(f"{model.path} predicts {prediction_of(model)}")
+    for remark in model.remarks:
+        callbacks.warning(remark)
+
+
+def prediction_of(model: Pipeline) -> str:
+    """What a model predicts and how that is known, in words."""
     config = model.scheduler_config
     prediction = str(config.get("prediction_type", "epsilon")).replace("_", "-").removesuffix("-prediction")
     zero = " with zero terminal SNR" if config.get("rescale_betas_zero_snr") else ""
-    callbacks.message(f"{model.path} predicts {prediction}{zero}: {model.scheduler.why}")
-    for remark in model.remarks:
-        callbacks.warning(remark)
+    return f"{prediction}{zero}: {model.scheduler.why}"
 
 
 def scheduler_overrides(config: TrainConfig) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
+from mapo_fast.models.full_size import SDXL_UNET
 from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.sdxl import (
     CONFIGS,
@@ -92,3 +94,17 @@ def test_blocks_of_different_depth_have_names_of_their_own() -> None:
     assert kohya_name("up_blocks.0.upsamplers.0.conv", [1, 3, 2]) == "lora_unet_output_blocks_2_2_conv"
     with pytest.raises(KeyError):
         kohya_name("down_blocks.3.resnets.0.conv1", [1, 3, 2])
+
+
+def test_comfyui_knows_every_layer_under_its_kohya_name() -> None:
+    """ComfyUI maps `lora_unet_` and the original name of every weight, with dots as underscores.
+
+    The list is made by this rule from the original names that sd-mecha has.
+    """
+    known = set((Path(__file__).parent / "comfyui_lora_layers.txt").read_text().split())
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(SDXL_UNET)
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    layers = [name for name, module in unet.named_modules() if isinstance(module, kinds)]
+    assert len(layers) == 794
+    assert {kohya_name(layer, [2, 2, 2]) for layer in layers} <= known
