@@ -120,12 +120,15 @@ def test_kernels_is_only_a_namespace_from_the_root() -> None:
     assert _python(spec) in ("True", "installed")
 
 
-@pytest.mark.slow
 def test_libraries_import_from_the_root() -> None:
-    """Some of them look for an installed package named `kernels`."""
-    _python(
-        "import bitsandbytes\nimport transformers.modeling_utils\nfrom diffusers import UNet2DConditionModel"
-    )
+    """Some of them look for an installed package named `kernels`; these tests have the root first."""
+    import bitsandbytes
+    import transformers.modeling_utils
+    from diffusers.models import modeling_utils
+
+    for library in (bitsandbytes, transformers.modeling_utils, modeling_utils):
+        around = [entry for entry in sys.path if entry and Path(str(library.__file__)).is_relative_to(entry)]
+        assert sys.path.index(str(ROOT)) < sys.path.index(max(around, key=len))
 
 
 @pytest.mark.slow
