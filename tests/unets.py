@@ -19,7 +19,7 @@ _COMMON: dict[str, Any] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "sdxl": {
         "attention_head_dim": (2, 4),
-        "transformer_layers_per_block": (1, 2),
+        "transformer_layers_per_block": (1, 1),
         "cross_attention_dim": 24,
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
@@ -34,6 +34,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "upcast_attention": True,
     },
 }
+DEEP = {"transformer_layers_per_block": (1, 2)}
+"""Changes to a config: two blocks in each transformer. Most tests need no second one."""
 
 
 def make_unet(family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> Any:

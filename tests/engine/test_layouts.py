@@ -195,7 +195,7 @@ def test_every_model(kind: str, patched: bool, checkpointing: Any, layout: Any) 
 
 @pytest.mark.parametrize("family", unets.FAMILIES)
 def test_blocks_are_what_diffusers_hands_over(family: str) -> None:
-    model = unets.make_unet(family)
+    model = unets.make_unet(family, **unets.DEEP)
     seen = []
 
     def recorded(block: Any, *args: Any) -> Any:

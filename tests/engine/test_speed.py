@@ -23,7 +23,7 @@ from mapo_fast.settings.schema import Config
 from tests.engine.pair_steps import pair_of_inputs
 from tests.engine.test_engine import CPU, FP64, settings, trained
 from tests.engine.test_reference import config_of, engine_of
-from tests.unets import make_unet
+from tests.unets import DEEP, make_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # dynamo's own
 
@@ -92,11 +92,11 @@ def test_every_switch_takes_the_same_steps(
 
 @pytest.mark.slow
 def test_blocks_are_compiled_once_and_not_for_every_bucket() -> None:
-    """The tiny UNet has three transformers with two blocks each, all of one width."""
+    """Four transformers with two blocks each, all of one width."""
     counters.clear()
     config = with_speed(settings(**PLANS["fused-8bit"]), compile=True)
-    truth = prepare_unet(make_unet("sdxl"), settings(**PLANS["fused-8bit"]), FP64, CPU)
-    parts = prepare_unet(make_unet("sdxl"), config, FP64, CPU)
+    truth = prepare_unet(make_unet("sdxl", **DEEP), settings(**PLANS["fused-8bit"]), FP64, CPU)
+    parts = prepare_unet(make_unet("sdxl", **DEEP), config, FP64, CPU)
     engines = [Engine(settings(**PLANS["fused-8bit"]), p, MaPOLoss(), FP64, CPU) for p in (truth, parts)]
     for pairs, side in ((3, 8), (3, 8), (2, 16), (4, 12)):
         for engine in engines:

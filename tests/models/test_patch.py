@@ -19,7 +19,7 @@ import mapo_fast
 from mapo_fast import patch_unet, unpatch_unet
 from mapo_fast.engine.layouts import apply_layout
 from mapo_fast.util.errors import UserError
-from tests.unets import FAMILIES, inputs, make_unet, run
+from tests.unets import DEEP, FAMILIES, inputs, make_unet, run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
@@ -80,7 +80,7 @@ def add_lora(
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_every_gradient_in_fp64(family: str) -> None:
-    unet = make_unet(family)
+    unet = make_unet(family, **DEEP)
     want = run(unet, family, torch.float64)
     assert len(want) == 2 + len(list(unet.parameters()))
     assert_same(run(patch_unet(unet), family, torch.float64), want)
