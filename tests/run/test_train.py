@@ -49,7 +49,11 @@ def make(tiny_sdxl: Path, cache: Path) -> Callable[..., Config]:
     return build
 
 
-LORA8 = {"adapter": {"kind": "lora", "rank": 4}, "optim": {"name": "adamw8bit", "lr": 1e-3}}
+LORA8 = {
+    "adapter": {"kind": "lora", "rank": 4},
+    "optim": {"name": "adamw8bit", "lr": 1e-3},
+    "train": {"gradient_checkpointing": True},
+}
 MODES: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA8}
 RESULT = {"full": "unet/diffusion_pytorch_model.safetensors", "lora": "lora/pytorch_lora_weights.safetensors"}
 
