@@ -82,17 +82,26 @@ def read_lora(path: Path, model: Mapping[str, Part]) -> LoraFile:
     layers = _names(model)
     factors: dict[tuple[str, str], dict[str, StoredTensor]] = {}
     alphas: dict[tuple[str, str], float] = {}
+    seen: set[tuple[tuple[str, str], str]] = set()
     unknown: list[str] = []
+    if not config and any(key.startswith("base_model.model.") for key in header.tensors):
+        raise UserError(
+            f"{path} has peft's names, and no adapter_config.json is beside it, which states its alpha: name "
+            "the folder that peft saved"
+        )
     for key, entry in header.tensors.items():
         match = _FACTOR.fullmatch(key)
         if match is None or (place := layers.get(match["layer"])) is None:
             unknown.append(key)
             continue
         stored = whole(path, entry)
-        if match["alpha"]:
+        side = "alpha" if match["alpha"] else "down" if match["side"] in _DOWN else "up"
+        if (place, side) in seen:
+            raise UserError(f"{path} has {shown(key)} twice, under another name too: it is damaged")
+        seen.add((place, side))
+        if side == "alpha":
             alphas[place] = _scalar(stored, key)
         else:
-            side = "down" if match["side"] in _DOWN else "up"
             factors.setdefault(place, {})[side] = stored
     if unknown:
         raise UserError(
@@ -130,13 +139,13 @@ def _file_of(path: Path) -> tuple[Path, Mapping[str, Any]]:
     """The file with the factors, and peft's config beside it."""
     if not path.exists():
         raise UserError(f"LoRA not found: {path} (it must be a .safetensors file, or peft's folder)")
-    if not path.is_dir():
-        return path, {}
-    for name in _FILES:
-        if (path / name).is_file():
-            config = path / "adapter_config.json"
-            return path / name, read_json(config) if config.is_file() else {}
-    raise UserError(f"{path} has no adapter_model.safetensors: name the LoRA's file")
+    if path.is_dir():
+        named = next((path / name for name in _FILES if (path / name).is_file()), None)
+        if named is None:
+            raise UserError(f"{path} has no adapter_model.safetensors: name the LoRA's file")
+        path = named
+    config = path.with_name("adapter_config.json")
+    return path, read_json(config) if path.name == _FILES[0] and config.is_file() else {}
 
 
 _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -276,14 +285,17 @@ def _stated_alphas(header: Header, config: Mapping[str, Any]) -> Callable[[str, 
 
         alpha = of("lora_alpha")
         pattern = of("alpha_pattern")
-        if isinstance(pattern, dict):
-            ends = (value for name, value in pattern.items() if layer == name or layer.endswith(f".{name}"))
-            alpha = next(ends, alpha)
-        if alpha is None:
-            return 1.0
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            raise UserError(f"{header.path} states lora_alpha = {shown(alpha)}, which is no number")
-        return alpha / (math.sqrt(rank) if of("use_rslora") else rank)
+        try:
+            if isinstance(pattern, dict):  # of regular expressions, as peft reads them
+                fits = (v for name, v in pattern.items() if re.fullmatch(rf"(.*\.)?({name})", layer))
+                alpha = next(fits, alpha)
+            if alpha is None:
+                return 1.0
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+                raise UserError(f"{header.path} states lora_alpha = {shown(alpha)}, which is no number")
+            return alpha / (math.sqrt(rank) if of("use_rslora") else rank)
+        except (re.error, OverflowError) as error:
+            raise UserError(f"{header.path} states alphas that cannot be read: {error}") from None
 
     return scale
 
@@ -302,7 +314,7 @@ def _checked(
     shape, cut = part.shapes[f"{layer}.weight"], without_trailing_ones
     rank = down.shape[0] if down.shape else 0
     fits = cut((rank, *shape[1:])) == cut(down.shape) and cut((shape[0], rank)) == cut(up.shape)
-    if not rank or not fits:
+    if not rank or not fits or len(down.shape) < 2 or len(up.shape) < 2:
         raise UserError(
             f"{path} has factors of shapes {list(up.shape)} and {list(down.shape)} for {component}.{layer}, "
             f"whose weight is {list(shape)}: it is a LoRA for another model, or damaged"

@@ -25,7 +25,7 @@ from mapo_fast.models.from_shapes import CONFIGS_FROM, MissingKeyError
 from mapo_fast.models.original import canonical, places
 from mapo_fast.models.recognise import IGNORED
 from mapo_fast.models.sdxl import CONFIGS, WEIGHTS, pooled_width
-from mapo_fast.models.stored import FLOATS, StoredTensor, placed, whole
+from mapo_fast.models.stored import FLOATS, StoredTensor, placed, rounded, whole
 from mapo_fast.models.trial import Shapes, try_text_encoder, try_unet, try_vae
 from mapo_fast.models.weight_files import weight_files
 from mapo_fast.util.errors import MachineError, UserError, shown
@@ -136,7 +136,9 @@ class Part:
     def load(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Each tensor of the model by canonical name, in its own memory on the CPU."""
         for name, shape in self.shapes.items():
-            yield name, self.tensor(name).to(dtype, copy=True).reshape(shape).contiguous()
+            tensor = self.tensor(name)
+            own = tensor.clone() if tensor.dtype == dtype else rounded(tensor, dtype)
+            yield name, own.reshape(shape).contiguous()
 
 
 def folder_part(component: str, folder: Path, *, weights: bool = True) -> Part:

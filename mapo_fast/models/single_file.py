@@ -19,7 +19,7 @@ from mapo_fast.models.original import PREFIXES, Place, places
 from mapo_fast.models.parts import CONFIGS_KEY, Part, fields_to_state
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.recognise import IGNORED
-from mapo_fast.models.stored import DTYPES, whole
+from mapo_fast.models.stored import DTYPES, rounded, whole
 from mapo_fast.models.trial import Shapes
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.tensorfile import Piece
@@ -160,7 +160,7 @@ def converted(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     """
     if tensor.dtype == dtype:
         return tensor
-    found = tensor.to(dtype)
+    found = rounded(tensor, dtype)
     if dtype is torch.float16 and not found.isfinite().all() and tensor.isfinite().all():
         largest = float(tensor.abs().max())
         raise UserError(

@@ -9,6 +9,7 @@ memory twice.
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 import sys
 from collections.abc import Iterator, Mapping
@@ -118,6 +119,23 @@ def placed(header: Header, place: Place) -> StoredTensor:
         size = (end - begin) // place.parts
         begin, end = begin + place.part * size, begin + (place.part + 1) * size
     return StoredTensor(header.path, entry.dtype, shape, begin, end, place.transposed)
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another type, each value rounded once, to the nearest.
+
+    torch converts fp64 to narrower types by way of fp32, which rounds twice. Here what fp32 cannot hold is
+    rounded to that one of its two neighbours in fp32 whose last bit is 1: a tie in a narrower type is a tie
+    in fp32 too, so that no other value is mistaken for one.
+    """
+    if tensor.dtype != torch.float64 or dtype.itemsize > 2:
+        return tensor.to(dtype)
+    near = tensor.float()
+    error = tensor - near.double()
+    even = near.view(torch.int32) % 2 == 0
+    towards = torch.where(error > 0, math.inf, -math.inf).float()
+    odd = torch.where(error.ne(0) & error.isfinite() & even, torch.nextafter(near, towards), near)
+    return odd.to(dtype)
 
 
 class Loaded(Mapping[str, Tensor]):
