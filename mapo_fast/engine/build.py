@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,8 @@ from mapo_fast.engine.shard import shard_unet
 from mapo_fast.engine.stream_weights import WeightStreaming
 from mapo_fast.engine.transfers import Transfers
 from mapo_fast.models.fp8 import use_fp8
-from mapo_fast.models.lora import add_lora
+from mapo_fast.models.lora import add_lora, add_start, lora_parameters
+from mapo_fast.models.lora_file import LoraLayer
 from mapo_fast.models.patch import patch_unet
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.quantise import quantise_base
@@ -55,16 +56,25 @@ def build_unet(
     processes: Processes = ALONE,
 ) -> TrainingUnet:
     """The folder's UNet, ready to train on the device as the settings say."""
-    parts = prepare_unet(folder.load_unet(precision.base), config, precision, device, processes)
+    start = None if folder.start is None else folder.start.parts["unet"]
+    parts = prepare_unet(folder.load_unet(precision.base), config, precision, device, processes, start)
     return with_start_model(parts, config, lambda: folder.load_unet(precision.base))
 
 
 def prepare_unet(
-    unet: Any, config: Config, precision: Precision, device: torch.device, processes: Processes = ALONE
+    unet: Any,
+    config: Config,
+    precision: Precision,
+    device: torch.device,
+    processes: Processes = ALONE,
+    start: Mapping[str, LoraLayer] | None = None,
 ) -> TrainingUnet:
     """Make a UNet on the CPU ready to train: storage, adapter, kernels, attention, streaming, pair layout.
 
     Weights that are quantised, split or streamed go to the device layer by layer or not at all.
+
+    Args:
+        start: the factors of `adapter.start`; without them, as in a memory plan, there are new ones.
     """
     train, adapter, offload = config.train, config.adapter, config.offload
     refuse_without_fp8(config, device)
@@ -76,7 +86,9 @@ def prepare_unet(
         unet.to(device)
     if config.speed.channels_last:
         unet.to(memory_format=torch.channels_last)
-    if adapter.kind == "lora":
+    if start is not None:
+        add_start(unet, start, dtype=precision.trainable)
+    elif adapter.kind == "lora":
         add_lora(
             unet,
             rank=adapter.rank,
@@ -110,7 +122,7 @@ def with_start_model(parts: TrainingUnet, config: Config, load: Callable[[], Any
         load: gives another UNet with these, on the CPU.
     """
     if config.reference == "adapter":
-        return replace(parts, start=StartModel(parts.unet))
+        return replace(parts, start=start_of(parts.unet, config))
     if config.reference != "copy":
         return parts
     copy = load().train()  # not frozen either: operators and compiled blocks would take another way
@@ -123,6 +135,12 @@ def with_start_model(parts: TrainingUnet, config: Config, load: Callable[[], Any
         parts.compiled.add(copy)
     weights = WeightStreaming(copy, parts.transfers) if config.offload.weights == "cpu" else None
     return replace(parts, start=StartModel(copy, weights))
+
+
+def start_of(unet: Any, config: Config) -> StartModel:
+    """The start model of a UNet with a LoRA that still has its start factors, or of a full fine-tune's."""
+    factors = None if config.adapter.start is None else lora_parameters(unet)
+    return StartModel(unet, factors=factors)
 
 
 def _choose_kernels(unet: Any, config: Config) -> None:

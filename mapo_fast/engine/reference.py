@@ -3,7 +3,9 @@
 Noise, timestep, flip and caption drop are functions of (seed, epoch, pair id), so the reference's errors are
 functions of the run's settings and the micro-batch's position, and there are three ways to them:
 
-    adapter       the UNet that is trained, its LoRA switched off: a forward pass more, nothing to keep
+    adapter       the UNet that is trained, its LoRA switched off: a forward pass more, nothing to keep. Where
+                  training goes on from a LoRA (`adapter.start`), the factors of its start are kept and take
+                  the place of the trained ones
     copy          a second UNet with the start weights, on the device or streamed from host memory
     precomputed   one pass over every micro-batch of the run before the first step: no second UNet, and no
                   work in a step. They stand in the run's folder, 8 bytes a pair
@@ -15,13 +17,13 @@ blocks see one half at a time, it is 0 up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mapo_fast.engine.batches import MicroBatches
 from mapo_fast.engine.processes import ALONE, Processes
@@ -41,13 +43,21 @@ class StartModel:
     Args:
         unet: the one that is trained, whose LoRA is switched off to predict; or a frozen copy.
         weights: what streams a copy's weights.
+        factors: of a LoRA that training goes on from, as they are at the start: they are kept, and take the
+            trained ones' place to predict, where the LoRA would else be switched off.
     """
 
-    def __init__(self, unet: Any, weights: WeightStreaming | None = None) -> None:
+    def __init__(
+        self,
+        unet: Any,
+        weights: WeightStreaming | None = None,
+        factors: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.unet, self.weights = unet, weights
         self._adapters = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+        self._start = [(p, p.detach().clone()) for p in (factors or {}).values()]
 
     @torch.no_grad()
     def errors(self, inputs: PairInputs, context: AbstractContextManager[Any], at_once: int = 0) -> Tensor:
@@ -58,7 +68,7 @@ class StartModel:
             context: autocast of the forward pass.
             at_once: samples in one forward pass of layout `sequential`; 0 takes all, as the other layouts do.
         """
-        with self._adapters_off(), context:
+        with self._as_at_the_start(), context:
             if at_once:
                 parts = [
                     PairInputs(*(x[i : i + at_once] for x in inputs))
@@ -70,8 +80,19 @@ class StartModel:
         return torch.cat([out.chosen_error, out.rejected_error])
 
     @contextmanager
-    def _adapters_off(self) -> Iterator[None]:
-        """As peft's `enable_adapters(False)`, which would also flip `requires_grad` of every factor."""
+    def _as_at_the_start(self) -> Iterator[None]:
+        """With the start LoRA's factors, or as peft's `enable_adapters(False)`, which would also flip
+        `requires_grad` of every factor."""
+        if self._start:
+            now = [p.data for p, _ in self._start]
+            for p, start in self._start:
+                p.data = start
+            try:
+                yield
+            finally:
+                for (p, _), data in zip(self._start, now, strict=True):
+                    p.data = data
+            return
         for layer in self._adapters:
             layer._disable_adapters = True
         try:

@@ -57,14 +57,16 @@ def encoders_identity(model: Pipeline) -> str:
 
 
 def unet_identity(model: Pipeline) -> str:
-    """SHA-256 of what a run starts from: the UNet's weights, by a sample, and its config.
+    """SHA-256 of what a run starts from: the UNet's weights, by a sample, its config, and the start LoRA.
 
     Raises:
         UserError: weights that cannot be read.
     """
     part = model.parts["unet"]
     config = per_block(checked(UnetConfig, part.config, part.config_file).model_dump())
-    return _digest([config, *_tensors(part)])
+    start = {} if model.start is None else model.start.parts["unet"]
+    goes_on = [["start", name, start[name].identity()] for name in sorted(start)]
+    return _digest([config, *_tensors(part), *goes_on])
 
 
 def files_fingerprint(model: Pipeline, components: Sequence[Component]) -> str | None:

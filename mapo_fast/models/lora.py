@@ -11,14 +11,16 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mapo_fast.models.lora_file import LoraFile, LoraLayer
 from mapo_fast.models.sdxl import KOHYA_METADATA, kohya_name, pipeline_class, residual_layers
+from mapo_fast.models.start import alpha_of
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import disk_errors
 from mapo_fast.util.folders import new_folder
@@ -72,41 +74,79 @@ def add_lora(
             parameter.data = torch.zeros_like(parameter, dtype=dtype)
 
 
+def add_start(unet: Any, layers: Mapping[str, LoraLayer], *, dtype: torch.dtype = torch.float32) -> None:
+    """Freeze `unet` and put the factors of a LoRA file beside its layers, each with its own rank and alpha.
+
+    Args:
+        unet: as in `add_lora`.
+        layers: of the file, by the names of `unet`'s modules.
+        dtype: as in `add_lora`.
+    """
+    from peft import LoraConfig
+
+    unet.requires_grad_(False)
+    config = LoraConfig(**_peft_settings(layers), init_lora_weights=False)
+    gpus = sorted({p.device.index for p in unet.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=gpus):
+        unet.add_adapter(config, adapter_name=ADAPTER)
+    modules = dict(unet.named_modules())
+    for name, layer in layers.items():
+        for factor, stored in ((modules[name].lora_A, layer.down), (modules[name].lora_B, layer.up)):
+            weight = factor[ADAPTER].weight
+            weight.data = stored.load().to(weight.device, dtype, copy=True).reshape(weight.shape)
+
+
 def lora_state_dict(unet: Any) -> dict[str, Tensor]:
     """The factors, in the model's own memory: `<layer>.lora_A.weight` (r, in), `….lora_B.weight` (out, r).
 
     To resume: `add_lora(…)`, then `checkpoint.copy_into("model", lora_state_dict(unet))`.
     """
+    return {name: parameter.detach() for name, parameter in lora_parameters(unet).items()}
+
+
+def lora_parameters(unet: Any) -> dict[str, nn.Parameter]:
+    """The factors themselves, under the same names."""
     return {
-        name.replace(f".{ADAPTER}.", "."): parameter.detach()
+        name.replace(f".{ADAPTER}.", "."): parameter
         for name, parameter in unet.named_parameters()
         if f".lora_A.{ADAPTER}." in name or f".lora_B.{ADAPTER}." in name
     }
 
 
-def save_lora(unet: Any, folder: Path) -> None:
-    """Write both files of the adapter that `add_lora` made into `folder`, which appears whole.
+def save_lora(unet: Any, folder: Path, start: LoraFile | None = None) -> None:
+    """Write both files of the adapter of `add_lora` or `add_start` into `folder`, which appears whole.
 
     Both give the outputs of the trained UNet at weight 1, also where alpha is not the rank.
+
+    Args:
+        unet: with the adapter.
+        folder: what is made.
+        start: the LoRA that training went on from; its factors of text encoders are written as they are.
 
     Raises:
         UserError: disk full or not writable.
     """
     config = unet.peft_config[ADAPTER]
     factors = lora_state_dict(unet)
+    texts = {} if start is None else {part: own for part, own in start.parts.items() if part != "unet"}
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(folder) as temporary:
             # peft keeps the targets in a set, whose order differs from process to process
             metadata = {**config.to_dict(), "target_modules": sorted(config.target_modules)}
+            of_texts: dict[str, Any] = {}
+            for part, layers in texts.items():
+                of_texts[f"{part}_lora_layers"] = _text_factors(layers)
+                of_texts[f"{part}_lora_adapter_metadata"] = _text_metadata(layers)
             pipeline_class().save_lora_weights(
-                temporary, unet_lora_layers=factors, unet_lora_adapter_metadata=metadata
+                temporary, unet_lora_layers=factors, unet_lora_adapter_metadata=metadata, **of_texts
             )
             for written in list(temporary.iterdir()):
                 rewrite(written)
             write_tensors(
                 temporary / "lora_kohya.safetensors",
-                kohya_state_dict(factors, config.lora_alpha, residual_layers(unet.config)),
+                kohya_state_dict(factors, _alphas(unet), residual_layers(unet.config))
+                | kohya_text_factors(texts),
                 {
                     "format": "pt",
                     "ss_network_module": "networks.lora",
@@ -117,7 +157,66 @@ def save_lora(unet: Any, folder: Path) -> None:
             )
 
 
-def kohya_state_dict(factors: dict[str, Tensor], alpha: float, layers: Sequence[int]) -> dict[str, Tensor]:
+def _alphas(unet: Any) -> dict[str, float]:
+    return {
+        name: float(module.lora_alpha[ADAPTER])
+        for name, module in unet.named_modules()
+        if ADAPTER in getattr(module, "lora_A", ())
+    }
+
+
+def _text_name(layer: str) -> str:
+    """As the text encoders of a pipeline's files call a layer."""
+    return layer if layer == "text_projection" else f"text_model.{layer}"
+
+
+def _text_factors(layers: Mapping[str, LoraLayer]) -> dict[str, Tensor]:
+    return {
+        f"{_text_name(name)}.lora_{side}.weight": stored.load()
+        for name, layer in layers.items()
+        for side, stored in (("A", layer.down), ("B", layer.up))
+    }
+
+
+def _text_metadata(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
+    from peft import LoraConfig
+
+    settings = _peft_settings({_text_name(name): layer for name, layer in layers.items()})
+    config = LoraConfig(**settings)
+    return {**config.to_dict(), "target_modules": settings["target_modules"]}
+
+
+def _peft_settings(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
+    """Rank, alpha and layers as peft's config has them."""
+    widest = max(layers.values(), key=lambda layer: layer.rank)
+    rank, alpha = widest.rank, alpha_of(widest)
+    alphas = {name: alpha_of(layer) for name, layer in sorted(layers.items())}
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(layers),
+        # patterns are regular expressions there
+        "rank_pattern": {re.escape(n): one.rank for n, one in sorted(layers.items()) if one.rank != rank},
+        "alpha_pattern": {re.escape(name): one for name, one in alphas.items() if one != alpha},
+    }
+
+
+def kohya_text_factors(texts: Mapping[str, Mapping[str, LoraLayer]]) -> dict[str, Tensor]:
+    """The factors of text encoders under kohya's keys, with the true alpha in each layer."""
+    state: dict[str, Tensor] = {}
+    for part, layers in texts.items():
+        number = 1 if part == "text_encoder" else 2
+        for name, layer in layers.items():
+            prefix = f"lora_te{number}_{_text_name(name).replace('.', '_')}"
+            state[f"{prefix}.lora_down.weight"] = layer.down.load()
+            state[f"{prefix}.lora_up.weight"] = layer.up.load()
+            state[f"{prefix}.alpha"] = torch.tensor(alpha_of(layer))
+    return state
+
+
+def kohya_state_dict(
+    factors: dict[str, Tensor], alphas: Mapping[str, float], layers: Sequence[int]
+) -> dict[str, Tensor]:
     """Rename `lora_state_dict`'s factors to kohya's keys and add a scalar `<layer>.alpha` to each layer."""
     state: dict[str, Tensor] = {}
     for name, factor in factors.items():
@@ -125,7 +224,7 @@ def kohya_state_dict(factors: dict[str, Tensor], alpha: float, layers: Sequence[
         prefix = kohya_name(layer, layers)
         which = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[factor_name]
         state[f"{prefix}.{which}"] = factor
-        state[f"{prefix}.alpha"] = torch.tensor(float(alpha))
+        state[f"{prefix}.alpha"] = torch.tensor(alphas[layer])
     return state
 
 

@@ -45,6 +45,18 @@ def with_loras(model: Pipeline, loras: Iterable[tuple[Path, float]]) -> Pipeline
     return model
 
 
+def with_start_lora(model: Pipeline, lora: LoraFile | None) -> Pipeline:
+    """The model whose text encoders have the LoRA that training goes on from, and that knows it.
+
+    Raises:
+        UserError: as `with_lora`.
+    """
+    if lora is None:
+        return model
+    texts = {component: layers for component, layers in lora.parts.items() if component != "unet"}
+    return replace(with_lora(model, replace(lora, parts=texts), 1.0), start=lora)
+
+
 def with_lora(model: Pipeline, lora: LoraFile, weight: float) -> Pipeline:
     """The model with a LoRA added at a weight.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from mapo_fast.models.configs import PipelineConfig, checked
 from mapo_fast.models.from_shapes import SCHEDULER
-from mapo_fast.models.merge import with_loras
+from mapo_fast.models.merge import with_loras, with_start_lora
 from mapo_fast.models.parts import Part, file_part, folder_part, renamed_part
 from mapo_fast.models.pipeline import Pipeline, Scheduler, check_pipeline
 from mapo_fast.models.recognise import (
@@ -26,6 +26,7 @@ from mapo_fast.models.recognise import (
     stated_noise,
 )
 from mapo_fast.models.sdxl import CONFIGS, WEIGHTS
+from mapo_fast.models.start import read_start
 from mapo_fast.models.tokenizers import Tokenizers
 from mapo_fast.settings.loras import parse_lora
 from mapo_fast.settings.schema import Config, TrainConfig
@@ -56,7 +57,8 @@ def open_model(config: Config, path: Path | None = None, *, weights: bool = True
         tokenizers=model.tokenizers,
         weights=weights,
     )
-    return with_loras(opened, [parse_lora("model.lora", text) for text in model.lora])
+    opened = with_loras(opened, [parse_lora("model.lora", text) for text in model.lora])
+    return with_start_lora(opened, read_start(config, opened.parts))
 
 
 def introduce(model: Pipeline, callbacks: Callbacks) -> None:

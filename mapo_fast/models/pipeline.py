@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mapo_fast.models.configs import TextConfig, VaeConfig, check_schedule, check_text, check_unet, check_vae
+from mapo_fast.models.lora_file import LoraFile
 from mapo_fast.models.original import canonical
 from mapo_fast.models.parts import Part, quiet, unloadable
 from mapo_fast.models.sdxl import Component, Which, text_encoder
@@ -51,6 +52,8 @@ class Pipeline:
     """Whether the unconditional prompt has zero embeddings (SDXL's default)."""
     remarks: tuple[str, ...] = ()
     """What the user should know of the model."""
+    start: LoraFile | None = None
+    """The LoRA that training goes on from; `parts` have its factors of text encoders, not the UNet's."""
 
     def where(self, component: Component) -> Path:
         """The folder or file of a part, for messages."""

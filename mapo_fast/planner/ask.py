@@ -64,7 +64,7 @@ def plan(
     chosen = found or card_with(nbytes, _capability(config))
     _refuse_without_bf16(config, chosen)
     refuse_card_without_fp8(config, chosen.name, chosen.capability)
-    unet, vae = parts_of(model or str(config.model.path), config)
+    config, unet, vae = parts_of(model or str(config.model.path), config)
     return search(config, unet, chosen, nbytes, limits, vae=vae, rules=planned_rules())
 
 

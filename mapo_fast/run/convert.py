@@ -163,12 +163,14 @@ def _run(source: Path, base: Path | None, step: int | None) -> _Source | _Adapte
     config = _config(source, record.config)
     if base is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
+    start = config.adapter.start
+    adapter = config.adapter.model_copy(update={"start": None})  # what was trained has it
     try:
-        model = open_model(config)
+        model = open_model(config.model_copy(update={"adapter": adapter}))
     except UserError as error:
         raise UserError(f"{error}; --base names the start model, if it has moved") from None
     if config.adapter.kind == "lora":
-        return _Adapter(_trained_lora(source, record.run, step, config, model), model.parts, model)
+        return _Adapter(_trained_lora(source, record.run, step, config, model, start), model.parts, model)
     trained = _trained(source, record.run, step)
     expected = model.parts["unet"].shapes
     if {name: tuple(stored.shape) for name, stored in trained.stored.items()} != expected:
@@ -185,11 +187,17 @@ def _config(source: Path, recorded: dict[str, dict[str, object]]) -> Config:
     return parse_config(sections, where=str(source / RECORD))
 
 
-def _trained_lora(source: Path, run: str, step: int | None, config: Config, model: Pipeline) -> LoraFile:
-    """The LoRA of a run's result, or of a checkpoint, which does not state its alpha."""
+def _trained_lora(
+    source: Path, run: str, step: int | None, config: Config, model: Pipeline, start: Path | None
+) -> LoraFile:
+    """The LoRA of a run's result, or of a checkpoint, which states neither alpha nor what is not trained."""
     if step is None and (source / "lora").is_dir():
         return read_lora(source / "lora" / "lora_kohya.safetensors", model.parts)
     lora = read_lora(_checkpoint(source, run, step) / "model.safetensors", model.parts)
+    if start is not None:
+        began = read_lora(start, model.parts)
+        layers = {n: f._replace(scale=began.parts["unet"][n].scale) for n, f in lora.parts["unet"].items()}
+        return replace(lora, parts={**began.parts, "unet": layers})
     rank = config.adapter.rank
     scale = (config.adapter.alpha or rank) / rank
     parts = {

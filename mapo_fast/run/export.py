@@ -47,7 +47,7 @@ def export(
     def write() -> list[str]:
         notes: list[str] = []
         if config.adapter.kind == "lora":
-            save_lora(unet, output / "lora")
+            save_lora(unet, output / "lora", model.start)
         else:
             save_unet(unet, output / "unet", complete)
             if config.export.single_file:

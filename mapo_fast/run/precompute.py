@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mapo_fast.engine.build import start_of
 from mapo_fast.engine.prefetch import MicroBatch, read_ahead
-from mapo_fast.engine.reference import PrecomputedErrors, StartModel
+from mapo_fast.engine.reference import PrecomputedErrors
 from mapo_fast.run.trainer import Trainer
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import affecting, value_of
@@ -46,7 +47,7 @@ def precompute(trainer: Trainer, run: str, identity: dict[str, str], callbacks: 
     )
     if not (missing := reference.missing):
         return
-    start, mine = StartModel(trainer.unet), reference.positions()
+    start, mine = start_of(trainer.unet, trainer.config), reference.positions()
     source = (
         MicroBatch(trainer.feed.inputs(*trainer.feed.batches.at(position)), share=1.0) for position in mine
     )

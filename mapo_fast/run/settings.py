@@ -11,6 +11,7 @@ from mapo_fast.engine.precision import choose_device
 from mapo_fast.engine.processes import ALONE, Processes, in_processes
 from mapo_fast.models.open import open_model
 from mapo_fast.models.pipeline import Pipeline
+from mapo_fast.models.start import with_start
 from mapo_fast.run.budget import Budget, is_planned, planned
 from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.schema import Config
@@ -74,12 +75,16 @@ def look(config: Config) -> Shown:
     except UserError as error:
         return Shown(known(config, later), unplanned=str(error))
     config = _on(config, device, ALONE)
-    if not is_planned(config, device):
+    is_open = is_planned(config, device)
+    if not is_open and config.adapter.start is None:
         return Shown(known(config))
     try:
         folder = open_model(config, weights=False)
+        config = with_start(config, folder.start, folder.parts["unet"])
     except UserError as error:
         return Shown(known(config, later), unplanned=str(error))
+    if not is_open:
+        return Shown(known(config))
     try:
         return Shown(known(final_settings(config, device, model=lambda: folder)[0]))
     except UserError as error:

@@ -24,6 +24,7 @@ from mapo_fast.hardware.driver import why_no_gpu
 from mapo_fast.models.diffusion import Diffusion
 from mapo_fast.models.open import introduce, open_model
 from mapo_fast.models.pipeline import Pipeline
+from mapo_fast.models.start import with_start
 from mapo_fast.planner.kernels import compiling
 from mapo_fast.run.adopt import adopt, start_identity
 from mapo_fast.run.budget import is_planned
@@ -88,6 +89,7 @@ def _load_and_run(
     """Check everything and load it, before anything is written."""
     folder = open_model(config)
     introduce(folder, callbacks)
+    config = with_start(config, folder.start, folder.parts["unet"])
     where = f"{processes.size} × {device.type}" if processes.size > 1 else str(device)
     callbacks.message(f"training on {where} ({back_end(device)})")
     if is_planned(config, device, processes):

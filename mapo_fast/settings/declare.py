@@ -33,13 +33,14 @@ Planned = Literal["no", "exact", "last"]
 """Whether the planner may choose a setting that is left out: no; yes, as the gradients are the same under all
 its values; or only where nothing else fits, as it changes what is computed."""
 
-Source = Literal["file", "command line", "stated", "device", "resumed run", "plan", "default"]
+Source = Literal["file", "command line", "stated", "device", "start LoRA", "resumed run", "plan", "default"]
 """Where a value comes from:
 
 file          the config file
 command line  `--set`
 stated        a program that made the config
 device        the CPU has another default, or several processes allow one value only
+start LoRA    the LoRA in `adapter.start` has it
 resumed run   the run that is continued had it, where the config leaves it to the memory plan
 plan          the memory plan chose it
 default       none of these; completed where the default does not work with what is stated (`rules.py`)

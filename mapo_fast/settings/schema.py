@@ -169,10 +169,10 @@ class ObjectiveConfig(Section):
     undesirable_weight: float | None = setting(None, affects="arithmetic")
     """`kto`: weight of unwanted images, 1."""
     reference: Literal["auto", "adapter", "copy", "precomputed"] = setting("auto", affects="execution")
-    """The frozen start model that the objective compares with. `adapter`: the LoRA switched off. `copy`: a
-    second UNet, in system RAM where offload.weights is. `precomputed`: its errors for every draw of the run,
-    computed before the first step and kept in the run's folder. `auto` is `adapter` with a LoRA and
-    `precomputed` for a full fine-tune."""
+    """The frozen start model that the objective compares with. `adapter`: the LoRA switched off, or with the
+    factors of adapter.start. `copy`: a second UNet, in system RAM where offload.weights is. `precomputed`:
+    its errors for every draw of the run, computed before the first step and kept in the run's folder. `auto`
+    is `adapter` with a LoRA and `precomputed` for a full fine-tune."""
 
     @property
     def kernel(self) -> str:
@@ -216,6 +216,10 @@ class AdapterConfig(Section):
         ("to_q", "to_k", "to_v", "to_out.0"), affects="arithmetic", min_length=1
     )
     """Names (suffixes) of the UNet layers that get an adapter."""
+    start: Path | None = setting(None, affects="inputs")
+    """A LoRA to go on from, as `model.lora` may name one. Rank, alpha and targets are its own. The reference
+    of an objective is then base + LoRA; the LoRA's part for text encoders is applied by `prepare` and written
+    unchanged with the result."""
     base: Literal["dense", "int8", "nf4", "fp8"] = setting(
         "dense", affects=("arithmetic", "reference"), planned="last"
     )
@@ -546,6 +550,10 @@ class Config(Section):
             raise ValueError(
                 f"objective.reference = 'precomputed' would compute {forwards:,} errors before the first "
                 "step and keep them in RAM: use objective.reference = 'copy', or fewer train.steps"
+            )
+        if self.adapter.start is not None and self.adapter.kind == "full":
+            raise ValueError(
+                "adapter.start goes on training a LoRA, and adapter.kind = 'full' has none: use model.lora"
             )
         if objective.reference == "adapter" and self.adapter.kind == "full":
             raise ValueError(
