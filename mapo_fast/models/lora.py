@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from mapo_fast.util.tensorfile import rewrite, write_tensors
 
 ADAPTER = "default"
 """peft's name of the one adapter."""
+NO_MORE: Mapping[str, str] = MappingProxyType({})
+"""No metadata but what the network is."""
 
 
 def add_lora(
@@ -113,7 +116,9 @@ def lora_parameters(unet: Any) -> dict[str, nn.Parameter]:
     }
 
 
-def save_lora(unet: Any, folder: Path, start: LoraFile | None = None) -> None:
+def save_lora(
+    unet: Any, folder: Path, start: LoraFile | None = None, *, metadata: Mapping[str, str] | None = NO_MORE
+) -> None:
     """Write both files of the adapter of `add_lora` or `add_start` into `folder`, which appears whole.
 
     Both give the outputs of the trained UNet at weight 1, also where alpha is not the rank.
@@ -122,6 +127,8 @@ def save_lora(unet: Any, folder: Path, start: LoraFile | None = None) -> None:
         unet: with the adapter.
         folder: what is made.
         start: the LoRA that training went on from; its factors of text encoders are written as they are.
+        metadata: what both files say beside what their network is; None lets them say nothing but what a
+            program needs to compute the same.
 
     Raises:
         UserError: disk full or not writable.
@@ -133,28 +140,33 @@ def save_lora(unet: Any, folder: Path, start: LoraFile | None = None) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(folder) as temporary:
             # peft keeps the targets in a set, whose order differs from process to process
-            metadata = {**config.to_dict(), "target_modules": sorted(config.target_modules)}
+            computes = {**config.to_dict(), "target_modules": sorted(config.target_modules)}
             of_texts: dict[str, Any] = {}
             for part, layers in texts.items():
                 of_texts[f"{part}_lora_layers"] = _text_factors(layers)
                 of_texts[f"{part}_lora_adapter_metadata"] = _text_metadata(layers)
             pipeline_class().save_lora_weights(
-                temporary, unet_lora_layers=factors, unet_lora_adapter_metadata=metadata, **of_texts
+                temporary, unet_lora_layers=factors, unet_lora_adapter_metadata=computes, **of_texts
             )
+            said = None if metadata is None else {**_network(config), **metadata}
             for written in list(temporary.iterdir()):
-                rewrite(written)
+                rewrite(written, said)
             write_tensors(
                 temporary / "lora_kohya.safetensors",
                 kohya_state_dict(factors, _alphas(unet), residual_layers(unet.config))
                 | kohya_text_factors(texts),
-                {
-                    "format": "pt",
-                    "ss_network_module": "networks.lora",
-                    "ss_network_dim": str(config.r),
-                    "ss_network_alpha": str(config.lora_alpha),
-                    **KOHYA_METADATA,
-                },
+                {"format": "pt", **(said or {})},
             )
+
+
+def _network(config: Any) -> dict[str, str]:
+    """What kohya's scripts say of a LoRA; A1111 takes a file with other metadata for one of SD 1."""
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config.r),
+        "ss_network_alpha": str(config.lora_alpha),
+        **KOHYA_METADATA,
+    }
 
 
 def _alphas(unet: Any) -> dict[str, float]:

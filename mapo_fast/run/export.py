@@ -47,7 +47,7 @@ def export(
     def write() -> list[str]:
         notes: list[str] = []
         if config.adapter.kind == "lora":
-            save_lora(unet, output / "lora", model.start)
+            save_lora(unet, output / "lora", model.start, metadata=_lora_metadata(config, model))
         else:
             save_unet(unet, output / "unet", complete)
             if config.export.single_file:
@@ -78,10 +78,32 @@ def metadata_of(config: Config, model: Pipeline) -> dict[str, str] | None:
     """The metadata of a file with a run's result; None where the config wants none."""
     if not config.export.metadata:
         return None
-    found = metadata(model)
-    name = found.get("modelspec.title", "SDXL")
-    title = config.export.title or f"{name}, aligned by {config.objective.name}"
-    return {**found, "modelspec.title": title}
+    return {**metadata(model), "modelspec.title": _title(config, model)}
+
+
+def _title(config: Config, model: Pipeline) -> str:
+    source = model.parts["unet"].header
+    name = "SDXL" if source is None else source.metadata.get("modelspec.title", "SDXL")
+    return config.export.title or f"{name}, aligned by {config.objective.name}"
+
+
+def _lora_metadata(config: Config, model: Pipeline) -> dict[str, str] | None:
+    """What a LoRA's files say of how it was trained; no date, so that the same run gives the same bytes."""
+    if not config.export.metadata:
+        return None
+    schedule = model.scheduler_config
+    found = {
+        "ss_steps": str(config.train.steps),
+        "ss_learning_rate": str(config.optim.lr),
+        "ss_optimizer": config.optim.name,
+        "ss_zero_terminal_snr": str(bool(schedule.get("rescale_betas_zero_snr"))),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.prediction_type": "v" if schedule.get("prediction_type") == "v_prediction" else "epsilon",
+        "modelspec.title": _title(config, model),
+    }
+    trigger = config.export.trigger
+    return found if trigger is None else {**found, "modelspec.trigger_phrase": trigger}
 
 
 def about_checkpoint(config: Config, step: int) -> str:

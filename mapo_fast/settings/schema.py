@@ -436,6 +436,8 @@ class ExportConfig(Section):
     """Say in the files what the model is, predicts and was made with; nothing of prompts, paths and users."""
     title: str | None = setting(None, affects="bookkeeping", min_length=1, max_length=200)
     """What programs show as the model's title; without it the start model's, with the objective's name."""
+    trigger: str | None = setting(None, affects="bookkeeping", min_length=1, max_length=200)
+    """The phrase that a LoRA's files state as its trigger; without it they state none."""
 
 
 class Config(Section):

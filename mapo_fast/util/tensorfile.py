@@ -123,10 +123,10 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def rewrite(path: Path) -> None:
-    """Write a small safetensors file again as `write_tensors` does; not atomic."""
+def rewrite(path: Path, more: Mapping[str, str] | None = None) -> None:
+    """Write a small safetensors file again as `write_tensors` does, with more metadata; not atomic."""
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
+        metadata = {**(file.metadata() or {}), **(more or {})}
     tensors = load(path.read_bytes())
     path.unlink()
     write_tensors(path, tensors, metadata)

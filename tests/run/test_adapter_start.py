@@ -25,6 +25,7 @@ from mapo_fast.planner.trace import record_step
 from mapo_fast.run.train import fit
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
+from mapo_fast.util.tensorheader import read_header
 from tests.training import make_config, make_pairs
 
 FP64 = Precision(torch.float64, torch.float64, None, scaled=False)
@@ -176,6 +177,32 @@ def make_inputs(config: Any) -> PairInputs:
 @torch.no_grad()
 def predicted(unet: Any, inputs: PairInputs) -> torch.Tensor:
     return predict(unet, inputs)
+
+
+@pytest.mark.slow
+def test_both_files_say_what_programs_show_and_nothing_private(
+    tiny_sdxl: Path, cache: Path, start: Path, tmp_path: Path
+) -> None:
+    names = ("lora_kohya.safetensors", "pytorch_lora_weights.safetensors")
+    config = config_of(
+        tiny_sdxl, cache, tmp_path / "said", start, export={"title": "Mine", "trigger": "a word"}
+    )
+    fit(config)
+    for name in names:
+        said = read_header(tmp_path / "said" / "lora" / name).metadata
+        assert said["ss_base_model_version"].startswith("sdxl_")  # else A1111 hides it
+        assert (said["ss_steps"], said["ss_network_dim"], said["ss_network_alpha"]) == ("6", "4", "6.0")
+        assert said["modelspec.title"] == "Mine"
+        assert said["modelspec.trigger_phrase"] == "a word"
+        assert said["modelspec.prediction_type"] == "epsilon"
+        assert "/" not in "".join(v for k, v in said.items() if not k.startswith("modelspec."))
+        assert "square" not in "".join(said.values())  # of the prompts
+
+    silent = config_of(tiny_sdxl, cache, tmp_path / "silent", start, export={"metadata": False})
+    fit(silent)
+    kohya, diffusers = (read_header(tmp_path / "silent" / "lora" / name).metadata for name in names)
+    assert kohya.keys() == {"format"}
+    assert diffusers.keys() == {"format", "lora_adapter_metadata"}  # without it, its scale is another
 
 
 @pytest.mark.slow
