@@ -134,11 +134,15 @@ class Part:
         return tensor
 
     def load(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor of the model by canonical name, in its own memory on the CPU."""
+        """Each tensor of the model by canonical name, on the CPU.
+
+        One that the file has in this type stays a private map of it: it is read when it is used, and what is
+        written to it stays in memory.
+        """
         for name, shape in self.shapes.items():
             tensor = self.tensor(name)
-            own = tensor.clone() if tensor.dtype == dtype else rounded(tensor, dtype)
-            yield name, own.reshape(shape).contiguous()
+            kept = tensor if tensor.dtype == dtype else rounded(tensor, dtype)
+            yield name, kept.reshape(shape).contiguous()
 
 
 def folder_part(component: str, folder: Path, *, weights: bool = True) -> Part:

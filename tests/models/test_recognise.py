@@ -2,61 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from bench.hollow import Keys, hollow, listed, sdxl_keys
 from mapo_fast.models import single_file
 from mapo_fast.models.from_shapes import CONFIGS_FROM
 from mapo_fast.models.full_size import SDXL_UNET
 from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.original import PREFIXES
 from mapo_fast.models.parts import file_part
-from mapo_fast.models.recognise import IGNORED, part_alone, recognise
+from mapo_fast.models.recognise import part_alone, recognise
 from mapo_fast.util.errors import UserError
-from mapo_fast.util.tensorheader import BITS, Header, read_header
-
-Keys = dict[str, tuple[str, tuple[int, ...]]]
-"""Type and shape by key."""
-
-
-def hollow(path: Path, keys: Mapping[str, tuple[str, tuple[int, ...]]], **metadata: str) -> Path:
-    """A file of real size with real keys, made of a hole: it takes no space on the disk."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for key, (dtype, shape) in keys.items():
-        end = offset + BITS[dtype] // 8
-        for size in shape:
-            end = offset + (end - offset) * size
-        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
-    return path
-
-
-def listed() -> dict[str, dict[str, Any]]:
-    """SDXL's keys and shapes as sd-mecha lists them."""
-    folder = resources.files("sd_mecha.extensions.builtin") / "model_configs"
-    components = yaml.safe_load((folder / "sdxl-sgm.yaml").read_text())["components"]
-    return {key: entry for part in components.values() for key, entry in part.items() if "shape" in entry}
+from mapo_fast.util.tensorheader import Header, read_header
 
 
 @pytest.fixture(scope="module")
 def sdxl() -> Keys:
-    """Those that every model has."""
-    return {
-        key: ("F16", tuple(entry["shape"]))
-        for key, entry in listed().items()
-        if not key.startswith("edm") and not IGNORED.fullmatch(key)
-    }
+    return sdxl_keys()
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +79,7 @@ def test_the_full_model_is_written_with_the_listed_keys_and_shapes(header: Heade
 
 
 def test_constants_and_leftovers_are_let_through(tmp_path: Path, sdxl: Keys) -> None:
-    rest = {
-        key: ("F32", tuple(entry["shape"]))
-        for key, entry in listed().items()
-        if key not in sdxl and not key.startswith("edm")
-    }
+    rest = {k: ("F32", s) for k, s in listed().items() if k not in sdxl and not k.startswith("edm")}
     assert len(rest) > 10
     open_sdxl(hollow(tmp_path / "m.safetensors", sdxl | rest | {"denoiser.sigmas": ("F32", (1000,))}))
 
