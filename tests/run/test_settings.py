@@ -93,7 +93,7 @@ def test_what_is_not_known_yet_is_left_to_the_start(tiny_sdxl: Path, tmp_path: P
     assert "torch sees no NVIDIA GPU" in seen.unplanned
     assert {name for name, one in seen.settings.items() if one == (None, "plan")} == PLANNED
     assert seen.settings["speed.fused_ops"] == Known(True, "default")
-    seen = look(_config(tmp_path / "none", tmp_path))  # nothing to plan
+    seen = look(_config(tmp_path / "none", tmp_path, train={"device": "cpu"}))  # nothing to plan
     assert (seen.unplanned, seen.refused) == ("", None)
     assert seen.settings["train.layout"] == Known("split", "default")
 
