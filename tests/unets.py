@@ -36,6 +36,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 DEEP = {"transformer_layers_per_block": (1, 2)}
 """Changes to a config: two blocks in each transformer. Most tests need no second one."""
+SHALLOW: dict[str, Any] = {
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "attention_head_dim": 2,
+    "transformer_layers_per_block": 1,
+}
+"""Changes to a config: one level, for tests in which any few layers of every kind will do."""
 
 
 def make_unet(family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> Any:

@@ -15,7 +15,7 @@ from mapo_fast.engine.gradient_sums import GradientSums, kept_to_nearest
 from mapo_fast.engine.precision import choose_precision
 from mapo_fast.settings.load import parse_config
 from tests.engine.pair_steps import pair_of_inputs
-from tests.unets import make_unet
+from tests.unets import SHALLOW, make_unet
 
 CPU = torch.device("cpu")
 
@@ -98,7 +98,7 @@ def gradients(kind: str, layout: str, step: int, accumulation: int = 3) -> dict[
         }
     )
     precision = choose_precision(config, CPU)
-    unet = make_unet("sdxl", dtype=precision.base, transformer_layers_per_block=1)
+    unet = make_unet("sdxl", dtype=precision.base, **SHALLOW)
     parts = prepare_unet(unet, config, precision, CPU)
     engine = Engine(config, parts, MaPOLoss(), precision, CPU)
     engine.start(1e-3, step)

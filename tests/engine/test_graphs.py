@@ -23,7 +23,7 @@ from mapo_fast.util.errors import UserError
 from mapo_kernels.ops import adamw8bit
 from tests.engine.pair_steps import pair_of_inputs
 from tests.engine.test_engine import CPU, settings
-from tests.unets import make_unet
+from tests.unets import SHALLOW, make_unet
 
 PLANS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "joint adamw": ({}, torch.float32),
@@ -126,7 +126,7 @@ def build(plan: str, device: torch.device) -> tuple[Engine, torch.dtype]:
     precision = Precision(dtype, dtype, None, scaled=False)
 
     def unet() -> Any:
-        return make_unet("sdxl", dtype=dtype, transformer_layers_per_block=1)
+        return make_unet("sdxl", dtype=dtype, **SHALLOW)
 
     parts = prepare_unet(unet(), config, precision, device)
     parts = with_start_model(parts, config, unet)
