@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from mapo_fast import __version__
+from mapo_fast.data.cache import PairCache
 from mapo_fast.engine.processes import Processes
 from mapo_fast.models.lora import save_lora
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.save import save_single_file
 from mapo_fast.models.single_file import metadata
+from mapo_fast.run.card import write_card
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.checkpoint import save_unet
 from mapo_fast.util.errors import UserError
@@ -27,15 +29,21 @@ DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": t
 
 
 def export(
-    config: Config, unet: Any, tensors: Mapping[str, Tensor], model: Pipeline, processes: Processes
+    config: Config,
+    unet: Any,
+    tensors: Mapping[str, Tensor],
+    model: Pipeline,
+    cache: PairCache,
+    processes: Processes,
 ) -> list[str]:
-    """Write the LoRA or the UNet, and the scheduler config it was trained under, to `train.output`.
+    """Write the LoRA or the UNet, the scheduler config it was trained under, and the card to `train.output`.
 
     Args:
         config: the run's.
         unet: the one that was trained.
         tensors: what was trained, by name; all processes bring their parts.
         model: the start model.
+        cache: what it was trained on.
         processes: of the run.
 
     Returns:
@@ -55,6 +63,7 @@ def export(
         with disk_errors(output):
             (output / "scheduler").mkdir(exist_ok=True)
         write_json(output / "scheduler" / "scheduler_config.json", model.scheduler_config)
+        write_card(config, model, cache, _title(config, model))
         return notes
 
     return processes.once(write)

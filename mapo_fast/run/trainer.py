@@ -105,7 +105,8 @@ class Trainer:
                 if problem := mostly_skipped(self.optimizer, self.step, self.store):
                     self._judged = True
                     raise self.processes.failed(problem)
-                notes = export(self.config, self.unet, self._model_tensors(), folder, self.processes)
+                tensors = self._model_tensors()
+                notes = export(self.config, self.unet, tensors, folder, self.cache, self.processes)
                 if log is not None:
                     for note in notes:
                         log.warning(self.step, note)

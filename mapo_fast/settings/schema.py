@@ -434,6 +434,8 @@ class ExportConfig(Section):
     """Type of that file's weights; `auto` keeps that of a single file and takes fp16 for a folder's."""
     metadata: bool = setting(True, affects="bookkeeping")
     """Say in the files what the model is, predicts and was made with; nothing of prompts, paths and users."""
+    prompts: bool = setting(False, affects="bookkeeping")
+    """Write the preview prompts into the model card."""
     title: str | None = setting(None, affects="bookkeeping", min_length=1, max_length=200)
     """What programs show as the model's title; without it the start model's, with the objective's name."""
     trigger: str | None = setting(None, affects="bookkeeping", min_length=1, max_length=200)

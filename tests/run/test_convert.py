@@ -16,7 +16,7 @@ from mapo_fast.run.convert import convert
 from mapo_fast.run.train import fit
 from mapo_fast.settings.load import parse_config
 from mapo_fast.util.errors import UserError
-from tests.files_of_models import make_file
+from tests.files_of_models import edit_file, make_file
 from tests.training import make_cache, settings
 
 pytestmark = pytest.mark.slow
@@ -253,3 +253,47 @@ def test_what_is_asked_of_a_lora_and_cannot_be(
     )
     assert "is for epsilon by its metadata" in refusal(said, "single-file", out, base=v, merge=1.0)
     assert not out.exists()
+
+
+# The card
+
+
+def test_a_run_leaves_a_card(run: Path, lora_run: Path) -> None:
+    import yaml
+
+    for folder, what in ((run, "full fine-tune"), (lora_run, "LoRA")):
+        front, body = (folder / "README.md").read_text().removeprefix("---\n").split("---\n", 1)
+        stated = yaml.safe_load(front)
+        assert stated["pipeline_tag"] == "text-to-image"
+        assert "mapo" in stated["tags"]
+        assert "license" not in stated
+        assert what in body
+        assert "pairs, held out" in body
+        assert "| preference accuracy | " in body
+        assert str(folder.parent) not in body, "no paths"
+    assert "# Mine" in (run / "README.md").read_text()
+
+
+def test_a_card_takes_licence_and_base_from_the_start_model_and_prompts_as_text(
+    run: Path, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    import yaml
+
+    evil = 'a: "b"\n---\n<script>'
+    start = edit_file(
+        Path(shutil.copy(run.parent / "start.safetensors", tmp_path / "s.safetensors")),
+        lambda tensors: None,
+        **{"modelspec.license": evil, "modelspec.title": "Base"},
+    )
+    table = settings(
+        start, run.parent / "cache", tmp_path / "run", train={"steps": 1}, export={"prompts": True}
+    )
+    table["model"]["tokenizers"] = str(tiny_sdxl)
+    table["preview"] = {"prompts": ["<b>red|blue</b>"], "steps": 1}
+    assert fit(parse_config(table)).finished
+    front, body = (tmp_path / "run" / "README.md").read_text().removeprefix("---\n").split("\n---\n\n", 1)
+    assert yaml.safe_load(front)["license"] == evil
+    assert yaml.safe_load(front)["base_model"] == "Base"
+    assert "<b>" not in body
+    assert "&lt;b&gt;red\\|blue" in body
+    assert "previews/step-00000001/00.png" in body
