@@ -74,8 +74,10 @@ def save_folder(
         unet: trained weights, by diffusers' names, in place of the model's.
 
     Raises:
-        UserError: as `save_single_file`.
+        UserError: as `save_single_file`; the tokenizers do not fit the text encoders.
     """
+    for which in BOTH:
+        model.load_tokenizer(which)  # a file has none: CLIP's own need not be the model's
     parts = {
         name: _pieces(part, dtype, unet if name == "unet" else None) for name, part in model.parts.items()
     }

@@ -157,3 +157,12 @@ def test_diffusers_reads_both_offline(
         assert bool(pipeline.scheduler.config.rescale_betas_zero_snr) == zero
     assert torch.equal(outputs["ours"], outputs["folder"])
     assert torch.equal(outputs["file"], outputs["folder"])
+
+
+def test_a_folder_gets_no_tokenizers_that_do_not_fit(tiny_sdxl: Path, tmp_path: Path) -> None:
+    save_single_file(
+        model := open_sdxl(tiny_sdxl), file := tmp_path / "m.safetensors", metadata=metadata(model)
+    )
+    with pytest.raises(UserError, match=r"name the model's own tokenizers as model\.tokenizers"):
+        save_folder(open_sdxl(file), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
