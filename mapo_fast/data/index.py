@@ -100,8 +100,9 @@ def claim(cache: Path, settings: dict[str, Any], folder: Pipeline) -> dict[str, 
         UserError: it is made for other settings, or holds something else.
     """
     path = cache / "settings.json"
-    if path.is_file():
-        if not (cache / "index.json").exists() and not list(cache.glob("shards/*.safetensors")):
+    index, shards = cache / "index.json", cache / "shards"
+    if path.is_file() and (index.exists() or shards.is_dir()):  # a run's folder has a settings.json too
+        if not index.exists() and not list(shards.glob("*.safetensors")):
             return settings
         try:
             have = translated(read_json(path), settings, folder)
@@ -110,8 +111,8 @@ def claim(cache: Path, settings: dict[str, Any], folder: Pipeline) -> dict[str, 
         if reason := difference(have, settings):
             raise UserError(f"data.cache {cache} {reason}: choose another data.cache (nothing was changed)")
         return have
-    # A kill during the very first write leaves the lock, its temporary file and nothing else.
-    own = {cache / ".lock", *cache.glob(".settings.json.*.tmp")}
+    # A kill during the first writes leaves the lock, the settings, their temporary file and nothing else.
+    own = {cache / ".lock", path, *cache.glob(".settings.json.*.tmp")}
     if cache.exists() and (not cache.is_dir() or set(cache.iterdir()) - own):
         raise UserError(f"data.cache {cache} already holds something else: choose another data.cache")
     return settings

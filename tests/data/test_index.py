@@ -102,6 +102,19 @@ def test_folder_with_other_files_is_refused(tiny_sdxl: Path, tmp_path: Path) -> 
         prepare(config(tiny_sdxl, source, tmp_path / "c" / "thesis.txt"))
 
 
+def test_a_run_s_folder_is_refused(tiny_sdxl: Path, tmp_path: Path) -> None:
+    """It has a `settings.json` as a cache has."""
+    source = jsonl_folder(tmp_path / "s", 3)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in (".lock", "run.json", "settings.json"):
+        (run / name).write_text("{}")
+    before = contents(run)
+    with pytest.raises(UserError, match="already holds something else"):
+        prepare(config(tiny_sdxl, source, run))
+    assert contents(run) == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [{"max_crop": 0.9}, {"resolution": 64}, {"vae_dtype": "bf16"}])
 def test_a_refused_prepare_leaves_the_cache_free(
