@@ -24,7 +24,13 @@ def as_json(table: Mapping[str, Any]) -> str:
     Raises:
         ValueError: a value that no setting can have.
     """
-    return json.dumps(table, default=_plain)
+    text = json.dumps(table, default=_plain, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 30) : error.end + 30]
+        raise ValueError(f"the text at {shown(near)} is not valid UTF-8: write it anew") from None
+    return text
 
 
 def _plain(value: Any) -> Any:

@@ -523,6 +523,8 @@ class Config(Section):
             raise ValueError(
                 f"objective.form = 'paper' is of objective.name = 'mapo', not {objective.name!r}"
             )
+        if objective.reading == "scale" and "reading" not in objective.known.named:
+            raise ValueError("objective.reading = 'scale' is of objective.form = 'paper': leave it out")
         for name, value in objective.settings.items():
             if name not in objective.takes:
                 of = " with objective.form = 'paper'" if objective.form == "paper" else ""
