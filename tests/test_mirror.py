@@ -14,6 +14,8 @@ OF_SEVERAL_MODULES = {
     "engine/test_kto.py": "single images, from their rows to the update",
     "engine/test_no_sync.py": "a step waits for nothing on the device",
     "engine/test_speed.py": "the switches of [speed] change no step",
+    "models/test_lora_rounding.py": "a LoRA from its file into weights, rounded once",
+    "run/test_adapter_start.py": "a run that goes on training a LoRA",
     "run/test_endings.py": "whatever ends a run",
     "run/test_plans.py": "whole runs under the plans of the memory table",
 }
