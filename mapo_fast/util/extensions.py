@@ -46,7 +46,9 @@ def allow(code: str, say: Callable[[str], None], config: Path | None = None) -> 
         raise UserError(f"--allow-code {code!r}: write it as module:function, such as my_package:register")
     if code in _allowed:
         return
-    untrusted = {Path.cwd().resolve(), *([] if config is None else [config.resolve().parent])}
+    untrusted = {Path.cwd().resolve()}
+    if config is not None:  # a link's folder, and that of the file itself
+        untrusted |= {config.parent.resolve(), config.resolve().parent}
     with _without(untrusted):
         files = _files(written["module"])
         if not files:
