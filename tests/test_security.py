@@ -636,6 +636,11 @@ def test_allowed_code_is_not_looked_for_in_the_current_folder(
     (tmp_path / "link").symlink_to(project / "inside")
     monkeypatch.syspath_prepend(str(tmp_path / "link"))
     assert f"lies in {project}" in run(*code)
+    trap.lay(tmp_path / "links")
+    monkeypatch.syspath_prepend(str(tmp_path / "links"))
+    (tmp_path / "links" / "config.toml").symlink_to(config)
+    config = tmp_path / "links" / "config.toml"
+    assert f"lies in {project}" in run(*code)  # and what lies beside the link is not found
     for wrong in ("harmful_code", "harmful_code.py", "../x:y", ":register", "a:b.c", "x: register"):
         assert "write it as module:function" in run("--allow-code", wrong)
     assert not trap.sprung
