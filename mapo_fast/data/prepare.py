@@ -67,6 +67,8 @@ def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareRes
     if data.source is None:
         raise UserError("data.source is missing: prepare needs to know where the preference pairs are")
     folder = open_model(config)
+    for remark in folder.remarks:
+        callbacks.warning(remark)
     buckets = make_buckets(data.resolution, data.bucket_step)
     for bucket in buckets:
         latent_shape(folder, bucket)

@@ -108,7 +108,7 @@ class AdamW8bit(ops.AdamW8bit, Fusable):
     states_by_memory_order = True
     """States belong to a parameter's elements by their order in memory."""
     lr_dtype = torch.float64
-    """Of a learning rate that is a tensor."""
+    """The same for a learning rate that is a tensor."""
     divides_always = True
     """`grad_scale` serves beside a gradient scaler and for fp64 gradients too."""
 

@@ -15,7 +15,7 @@ from typing import Any
 from mapo_fast.models.configs import PipelineConfig, checked
 from mapo_fast.models.from_shapes import SCHEDULER
 from mapo_fast.models.merge import with_loras, with_start_lora
-from mapo_fast.models.parts import Part, file_part, folder_part, renamed_part
+from mapo_fast.models.parts import NAMES, Part, file_part, folder_part, renamed_part
 from mapo_fast.models.pipeline import Pipeline, Scheduler, check_pipeline
 from mapo_fast.models.recognise import (
     Noise,
@@ -273,27 +273,19 @@ def _blamed(error: UserError, others: Mapping[str, Path]) -> UserError:
     return error
 
 
-_LACKING = {
-    "unet": "UNet",
-    "vae": "VAE",
-    "text_encoder": "first text encoder",
-    "text_encoder_2": "second text encoder",
-}
-
-
 def _complete(found: _Found, path: Path, base: Path | None, lacking: list[str], weights: bool) -> None:
     """Take the parts that a file lacks from another model.
 
     Raises:
         UserError: none is named, or it lacks them too.
     """
-    names = " and ".join(_LACKING[part] for part in lacking)
+    names = " and ".join(NAMES[part] for part in lacking)
     if base is None:
         raise UserError(f"{path} has no {names}: set model.base to a model that they may be taken from")
     with _readable("model.base", base):
         other = _find("model.base", base, lacking, weights)
     if missing := [part for part in lacking if part not in other.parts]:
-        raise UserError(f"{path} has no {names}, and model.base {base} has no {_LACKING[missing[0]]} either")
+        raise UserError(f"{path} has no {names}, and model.base {base} has no {NAMES[missing[0]]} either")
     found.parts.update(other.parts)
     found.tokenizers = other.tokenizers
     found.remarks.append(f"{path} has no {names}: taken from model.base {base}")

@@ -68,7 +68,7 @@ class Part:
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     """What its file calls them, where that is another name."""
     header: Header | None = field(default=None, repr=False)
-    """Of the single file that it comes from."""
+    """The header of the single file that it comes from."""
     added: Mapping[str, tuple[Added, ...]] = field(default_factory=dict, repr=False)
     """What is added to tensors, by canonical name: the products of LoRAs."""
 
@@ -197,13 +197,13 @@ def file_part(component: str, header: Header, prefix: str) -> Part:
     for key in sorted(header.tensors.keys() - used):
         if key.startswith(prefix) and not IGNORED.fullmatch(key):
             raise UserError(
-                f"{header.path} has the tensor {shown(key)}, which SDXL's {_NAMES[component]} has not: it is "
+                f"{header.path} has the tensor {shown(key)}, which SDXL's {NAMES[component]} has not: it is "
                 "another model's, or of several; take the model's file as it was published"
             )
     return Part(component, header.path, header.path, config, stored, keys, header)
 
 
-_NAMES = {
+NAMES = {
     "unet": "UNet",
     "vae": "VAE",
     "text_encoder": "first text encoder",

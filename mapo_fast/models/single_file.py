@@ -25,7 +25,7 @@ from mapo_fast.util.errors import UserError
 from mapo_fast.util.tensorfile import Piece
 
 DTYPE = torch.float16
-"""Of what comes from a folder, where nothing else is asked for."""
+"""Type of what comes from a folder, where nothing else is asked for."""
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 

@@ -178,7 +178,8 @@ def test_what_cannot_be_trained_is_named(tmp_path: Path, sdxl: Keys, change: Any
 
 
 def test_a_name_says_nothing(tmp_path: Path, sdxl: Keys) -> None:
-    open_sdxl(hollow(tmp_path / "sd15-inpainting.ckpt", sdxl))
+    path = hollow(tmp_path / "sd15-inpainting.ckpt", sdxl)
+    assert open_sdxl(path).where("unet") == path
 
 
 @pytest.mark.parametrize("part", ["unet", "vae"])
