@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mapo_fast.models.sdxl import ENCODERS
 from mapo_fast.settings.table import affecting
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from mapo_fast.models.pipeline import Pipeline
     from mapo_fast.settings.schema import DataConfig
 
-FORMAT = 4
-TAKEN_OVER = (2, 3)
+FORMAT = 5
+TAKEN_OVER = (2, 3, 4)
 """Formats whose shards are alike: `prepare` only writes the tables of such a cache anew."""
 
 
@@ -41,7 +41,7 @@ def cache_settings(folder: Pipeline, data: DataConfig) -> dict[str, Any]:
 
     return {
         "format": FORMAT,
-        "model": encoders_identity(folder),
+        **encoders_identity(folder),
         "zeros_for_empty_prompt": folder.zeros_for_empty_prompt,
         **{row.key: getattr(data, row.key) for row in affecting("cache")},
     }
@@ -64,26 +64,47 @@ def difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
             f"{zeros[1]}"
         )
     if have != want:
-        return "was made with another VAE, text encoder or tokenizer than model.path has"
+        return "was made with another VAE, text encoder or tokenizer than the model has"
     return None
+
+
+def only_text_differs(have: dict[str, Any], want: dict[str, Any]) -> bool:
+    """Whether two settings differ in the text encoders or tokenizers alone: then the latents can stay."""
+    return (
+        "text" in have
+        and have["text"] != want["text"]
+        and not difference(have | {"text": want["text"]}, want)
+    )
 
 
 def translated(have: dict[str, Any], want: dict[str, Any], folder: Pipeline) -> dict[str, Any]:
     """The settings of a cache of an earlier format as they would be of this one.
 
-    Before format 4 a model was known by its files, with their names and their configs' whole text. The
-    settings that were stay beside: runs know the cache by them.
+    Before format 4 a model was known by its files, with their names and their configs' whole text; in
+    format 4 by one digest for VAE and text. The settings that were stay beside: runs know the cache by them.
     """
     if have.get("format") not in TAKEN_OVER:
         return have
-    from mapo_fast.models.identity import files_fingerprint
+    from mapo_fast.models.identity import files_fingerprint, joint_identity
 
-    same = have.get("model") == files_fingerprint(folder, ENCODERS)
-    model = want["model"] if same else have.get("model")
-    return {**have, "format": FORMAT, "model": model, "before": have}
+    known = joint_identity(folder) if have["format"] == 4 else files_fingerprint(folder, ENCODERS)
+    now = {"format": FORMAT, "before": have.get("before", have)}
+    if have.get("model") != known:
+        return {**have, **now}
+    others = {name: value for name, value in have.items() if name != "model"}
+    return {**others, **now, "vae": want["vae"], "text": want["text"]}
 
 
-def claim(cache: Path, settings: dict[str, Any], folder: Pipeline) -> dict[str, Any]:
+class Claim(NamedTuple):
+    """What becomes of a cache folder."""
+
+    settings: dict[str, Any]
+    """What its settings.json is to hold."""
+    text_stays: bool = True
+    """False: its prompts were encoded by other text encoders or tokenizers, and only its latents stay."""
+
+
+def claim(cache: Path, settings: dict[str, Any], folder: Pipeline) -> Claim:
     """Check that the cache folder is empty, or made for these settings; nothing is written.
 
     One in which nothing has been encoded yet, which a refused `prepare` leaves, may become any other.
@@ -93,9 +114,6 @@ def claim(cache: Path, settings: dict[str, Any], folder: Pipeline) -> dict[str, 
         settings: what it is to be made for.
         folder: the model, for caches of earlier formats.
 
-    Returns:
-        What its settings.json is to hold.
-
     Raises:
         UserError: it is made for other settings, or holds something else.
     """
@@ -103,19 +121,21 @@ def claim(cache: Path, settings: dict[str, Any], folder: Pipeline) -> dict[str, 
     index, shards = cache / "index.json", cache / "shards"
     if path.is_file() and (index.exists() or shards.is_dir()):  # a run's folder has a settings.json too
         if not index.exists() and not list(shards.glob("*.safetensors")):
-            return settings
+            return Claim(settings)
         try:
             have = translated(read_json(path), settings, folder)
         except UserError as error:
             raise UserError(f"{error}: choose another data.cache") from None
+        if only_text_differs(have, settings):
+            return Claim(settings, text_stays=False)
         if reason := difference(have, settings):
             raise UserError(f"data.cache {cache} {reason}: choose another data.cache (nothing was changed)")
-        return have
+        return Claim(have)
     # A kill during the first writes leaves the lock, the settings, their temporary file and nothing else.
     own = {cache / ".lock", path, *cache.glob(".settings.json.*.tmp")}
     if cache.exists() and (not cache.is_dir() or set(cache.iterdir()) - own):
         raise UserError(f"data.cache {cache} already holds something else: choose another data.cache")
-    return settings
+    return Claim(settings)
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
@@ -237,6 +257,11 @@ class CacheIndex:
         Raises:
             UserError: naming what differs.
         """
+        if only_text_differs(self.settings, settings):
+            raise UserError(
+                f"data.cache {self.folder} was made with another text encoder or tokenizer than the model "
+                "has: run mapo-fast prepare again (no image is encoded twice)"
+            )
         if reason := difference(self.settings, settings):
             raise UserError(
                 f"data.cache {self.folder} {reason}: run mapo-fast prepare again with another data.cache"

@@ -9,14 +9,15 @@
 
 Steps 4 and 5 write shards (`shards`). Killed or interrupted at any moment, the next run reuses the scanned
 parts and the finished shards and ends with the same bytes as a run without interruption. More rows in the
-source later: the next run encodes only what is new. Nothing is trusted unread: shards and a finished cache
-are checked against their SHA-256.
+source later: the next run encodes only what is new. Other text encoders or tokenizers: only prompts are
+encoded again. Nothing is trusted unread: shards and a finished cache are checked against their SHA-256.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,14 +81,14 @@ def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareRes
             "taken for data: choose a data.cache elsewhere"
         )
     with disk_errors(data.cache):
-        claim(data.cache, settings, folder)
+        text_stays = claim(data.cache, settings, folder).text_stays
     if source.note:
         callbacks.message(source.note)
     identity = source.identity()
 
     done = read_index(data.cache)
     same = done and (done["source"], done["held_out"]) == (identity, data.held_out)
-    if done and same and is_whole(data.cache, done):
+    if done and same and text_stays and is_whole(data.cache, done):
         callbacks.message(f"{data.cache} is complete already: {done['pairs']} pairs, nothing to do")
         return summary_of(data.cache, done, time.perf_counter() - started)
 
@@ -97,7 +98,13 @@ def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareRes
     with exclusive(data.cache), gpu.capped(vram):
         # Checked again: another process may have been here. A cache of an earlier format is taken over by
         # this: its shards stay, and only its tables are written anew.
-        settings = claim(data.cache, settings, folder)
+        settings, text_stays = claim(data.cache, settings, folder)
+        if not text_stays:
+            callbacks.message(
+                f"{data.cache} was made with another text encoder or tokenizer: its prompts are encoded "
+                "again, its latents stay"
+            )
+            _remove_text(data.cache)
         write_json(data.cache / "settings.json", settings)
         known = {"settings": settings, "source": identity, "paired": source.paired}
         preparation = Preparation(config, folder, source, buckets, callbacks)
@@ -105,6 +112,14 @@ def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareRes
     summary = summary_of(data.cache, index, time.perf_counter() - started, preparation.encoded)
     report(summary, callbacks)
     return summary
+
+
+def _remove_text(cache: Path) -> None:
+    """Remove what the text encoders made; call it before settings.json names others, in case of a kill."""
+    with disk_errors(cache):
+        (cache / "index.json").unlink(missing_ok=True)
+        for shard in (cache / "shards").glob("text*"):
+            shard.unlink()
 
 
 class Preparation:

@@ -1,4 +1,4 @@
-"""What a model's parts compute, as one digest, however their files are named and cut.
+"""What a model's parts compute, as digests, however their files are named and cut.
 
 Weights count by their canonical names, types, shapes and a sample of their values; configs by the fields that
 change what is computed; tokenizers by vocabulary, merges and special tokens. So a pipeline folder has the
@@ -38,22 +38,24 @@ class TensorIdentity(NamedTuple):
     """SHA-256 of its first and last `tensorheader.SAMPLE` bytes."""
 
 
-def encoders_identity(model: Pipeline) -> str:
-    """SHA-256 of what a cache depends on: the VAE, both text encoders, both tokenizers.
+def encoders_identity(model: Pipeline) -> dict[str, str]:
+    """SHA-256 of what a cache depends on: `vae`, and `text` for both text encoders and tokenizers.
 
     Of weights, only a sample is read, so that a start takes no minute.
 
     Raises:
         UserError: weights that cannot be read, a tokenizer that cannot be loaded.
     """
-    vae = model.vae_config.model_dump(exclude=_DECODER_ONLY)
-    parts: dict[str, Any] = {"vae": [vae, *_tensors(model.parts["vae"])]}
-    for which in BOTH:
-        exclude = _TOKEN_ONLY | ({"projection_dim"} if which == 1 else set())
-        text = model.text_config(which).model_dump(exclude=exclude)
-        parts[f"text{which}"] = [text, *_tensors(model.parts[text_encoder(which)])]
-        parts[f"tokenizer{which}"] = _tokenizer(model.load_tokenizer(which))
-    return _digest(parts)
+    return {"vae": _digest(_vae(model)), "text": _digest(_text(model))}
+
+
+def joint_identity(model: Pipeline) -> str:
+    """SHA-256 of VAE, text encoders and tokenizers together, by which caches of format 4 know a model.
+
+    Raises:
+        UserError: as `encoders_identity`.
+    """
+    return _digest(_vae(model) | _text(model))
 
 
 def unet_identity(model: Pipeline) -> str:
@@ -93,6 +95,21 @@ def files_fingerprint(model: Pipeline, components: Sequence[Component]) -> str |
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _vae(model: Pipeline) -> dict[str, Any]:
+    vae = model.vae_config.model_dump(exclude=_DECODER_ONLY)
+    return {"vae": [vae, *_tensors(model.parts["vae"])]}
+
+
+def _text(model: Pipeline) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for which in BOTH:
+        exclude = _TOKEN_ONLY | ({"projection_dim"} if which == 1 else set())
+        text = model.text_config(which).model_dump(exclude=exclude)
+        parts[f"text{which}"] = [text, *_tensors(model.parts[text_encoder(which)])]
+        parts[f"tokenizer{which}"] = _tokenizer(model.load_tokenizer(which))
+    return parts
 
 
 def _tensors(part: Part) -> list[Any]:

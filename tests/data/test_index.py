@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from mapo_fast.data import prepare as prepare_module
 from mapo_fast.data.cache import PairCache
 from mapo_fast.data.prepare import prepare
-from mapo_fast.models.identity import files_fingerprint
+from mapo_fast.models.identity import files_fingerprint, joint_identity
 from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.sdxl import ENCODERS
 from mapo_fast.util.errors import UserError
@@ -27,6 +27,7 @@ from tests.data.pair_sources import (
     skipped,
     write_jsonl,
 )
+from tests.data.preparing import counting_images, said
 
 
 def test_check_accepts_its_own_model_and_settings(tiny_sdxl: Path, prepared: Path) -> None:
@@ -64,15 +65,50 @@ def test_cache_of_other_settings_is_refused(
     assert text in str(error.value)
 
 
+def test_cache_of_another_vae_is_refused(prepared: Path, other_model: Callable[[str], Path]) -> None:
+    model = other_model("vae")
+    run = config(model, prepared.parent / "s", prepared)
+    with pytest.raises(UserError, match="another VAE, text encoder or tokenizer"):
+        prepare(run)
+    with pytest.raises(UserError, match="another VAE, text encoder or tokenizer"):
+        PairCache.open(prepared).check(open_sdxl(model), run.data)
+
+
 @pytest.mark.slow
-def test_cache_of_another_model_is_refused(prepared: Path, other_model: Callable[[str], Path]) -> None:
-    for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer_2"):
-        model = other_model(part)
-        run = config(model, prepared.parent / "s", prepared)
-        with pytest.raises(UserError, match="another VAE, text encoder or tokenizer"):
-            prepare(run)
-        with pytest.raises(UserError, match="another VAE, text encoder or tokenizer"):
-            PairCache.open(prepared).check(open_sdxl(model), run.data)
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "tokenizer_2"])
+def test_other_text_encoders_have_only_prompts_encoded_again(
+    prepared: Path, copy: Path, other_model: Callable[[str], Path], part: str
+) -> None:
+    source, model = prepared.parent / "s", other_model(part)
+    run = config(model, source, copy)
+    with pytest.raises(UserError, match=r"run mapo-fast prepare again \(no image is encoded twice\)"):
+        PairCache.open(copy).check(open_sdxl(model), run.data)
+    with counting_images() as images:
+        _, text = said(run)
+    assert not images
+    assert "its prompts are encoded again, its latents stay" in text
+    PairCache.open(copy).check(open_sdxl(model), run.data)
+    prepare(config(model, source, copy.with_name("fresh")))
+    assert contents(copy) == contents(copy.with_name("fresh"))
+
+
+def test_a_kill_while_text_is_replaced_mixes_no_encoders(
+    tiny_sdxl: Path,
+    prepared: Path,
+    copy: Path,
+    other_model: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = prepared.parent / "s"
+    other = config(other_model("text_encoder"), source, copy)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "write_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(other)
+    with counting_images() as images:
+        prepare(config(tiny_sdxl, source, copy))
+    assert not images
+    assert contents(copy) == contents(prepared)
 
 
 def test_cache_of_a_pipeline_with_another_empty_prompt_is_refused(
@@ -198,17 +234,19 @@ def interrupt(*args: Any) -> None:
 
 def as_format(cache: Path, number: int, model: Path) -> None:
     """Turn a cache into what the version with this format wrote."""
-    known = files_fingerprint(open_sdxl(model), ENCODERS)
+    opened = open_sdxl(model)
+    known = joint_identity(opened) if number == 4 else files_fingerprint(opened, ENCODERS)
     for name in ("index.json", "settings.json"):
         text = json.loads((cache / name).read_text())
         settings = text["settings"] if name == "index.json" else text
         settings |= {"format": number, "model": known}
+        del settings["vae"], settings["text"]
         (cache / name).write_text(json.dumps(text))
     (cache / "pairs.npy").write_bytes(b"as that format had it")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "interrupted"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("number", "interrupted"), [(2, False), (3, True), (4, True)])
 def test_an_earlier_format_is_taken_over_without_encoding(
     tiny_sdxl: Path,
     prepared: Path,
@@ -227,7 +265,7 @@ def test_an_earlier_format_is_taken_over_without_encoding(
             patch.setattr(prepare_module, "scan", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 prepare(run)
-        assert json.loads((copy / "settings.json").read_text())["format"] == 4
+        assert json.loads((copy / "settings.json").read_text())["format"] == 5
     with pytest.raises(UserError, match="of an earlier version whose latents can be kept: run mapo-fast"):
         PairCache.open(copy)
     prepare(run)
@@ -243,10 +281,11 @@ def test_an_earlier_format_is_taken_over_without_encoding(
     assert contents(copy) == before_again
 
 
+@pytest.mark.parametrize("number", [3, 4])
 def test_an_earlier_format_of_another_model_is_refused(
-    tiny_sdxl: Path, prepared: Path, copy: Path, other_model: Callable[[str], Path]
+    tiny_sdxl: Path, prepared: Path, copy: Path, other_model: Callable[[str], Path], number: int
 ) -> None:
-    as_format(copy, 3, other_model("text_encoder_2"))
+    as_format(copy, number, other_model("text_encoder_2"))
     with pytest.raises(UserError, match="made with another VAE, text encoder or tokenizer"):
         prepare(config(tiny_sdxl, prepared.parent / "s", copy))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mapo_fast.data.cache import PairCache
 from mapo_fast.data.prepare import prepare
 from mapo_fast.engine.build import build_unet, start_of
 from mapo_fast.engine.engine import Engine
@@ -26,6 +27,7 @@ from mapo_fast.run.train import fit
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.tensorheader import read_header
+from tests.data.preparing import counting_images
 from tests.training import make_config, make_pairs
 
 FP64 = Precision(torch.float64, torch.float64, None, scaled=False)
@@ -126,6 +128,16 @@ def test_a_resume_is_bit_identical_and_text_encoders_are_carried(
                 assert found.scale == pytest.approx(factors.scale)
                 same = torch.equal(found.up.load(), factors.up.load())
                 assert same == (component != "unet"), layer
+
+
+def test_a_start_lora_leaves_the_latents_of_a_cache(tiny_sdxl: Path, start: Path, tmp_path: Path) -> None:
+    cache, data = tmp_path / "cache", {"source": str(make_pairs(tmp_path / "pairs", 4))}
+    prepare(make_config(tiny_sdxl, cache, tmp_path / "run", data=data))
+    began = config_of(tiny_sdxl, cache, tmp_path / "run", start, data=data)
+    with counting_images() as images:
+        prepare(began)
+    assert not images
+    PairCache.open(cache).check(open_model(began), began.data)
 
 
 def test_identities_count_the_start(tiny_sdxl: Path, start: Path, tmp_path: Path) -> None:
