@@ -45,9 +45,9 @@ def next_commands() -> tuple[str, str]:
     if program.is_relative_to(Path.cwd()):
         program = program.relative_to(Path.cwd())
     command = str(program) if script else f"{program} -m mapo_fast"
-    recipe = "recipes/lora_300_pairs.toml --model YOUR_MODEL.safetensors"
+    recipe = "recipes/lora.toml --model YOUR_MODEL.safetensors --set data.source=YOUR_PAIRS_FOLDER"
     return (
-        f"{command} prepare {recipe} --set data.source=YOUR_PAIRS_FOLDER",
+        f"{command} prepare {recipe}",
         f"{command} train   {recipe}",
     )
 

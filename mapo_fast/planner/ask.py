@@ -144,7 +144,7 @@ def _refuse_without_bf16(config: Config, card: Card) -> None:
 
 
 def recipe(overrides: list[str]) -> Config:
-    """What a plan without a config is for: `full_24gb.toml`, or `lora_300_pairs.toml`, with overrides.
+    """What a plan without a config is for: the preset `full`, or `lora`, with overrides.
 
     Raises:
         UserError: settings that cannot be combined.

@@ -33,9 +33,12 @@ Planned = Literal["no", "exact", "last"]
 """Whether the planner may choose a setting that is left out: no; yes, as the gradients are the same under all
 its values; or only where nothing else fits, as it changes what is computed."""
 
-Source = Literal["file", "command line", "stated", "device", "start LoRA", "resumed run", "plan", "default"]
+Source = Literal[
+    "preset", "file", "command line", "stated", "device", "start LoRA", "resumed run", "plan", "default"
+]
 """Where a value comes from:
 
+preset        `--preset`
 file          the config file
 command line  `--set`
 stated        a program that made the config

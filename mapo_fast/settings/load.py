@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
@@ -17,37 +15,59 @@ from mapo_fast.settings.declare import Source
 from mapo_fast.settings.given import as_json, user_path
 from mapo_fast.settings.loras import parse_lora
 from mapo_fast.settings.mistakes import mistakes
+from mapo_fast.settings.places import default_places
+from mapo_fast.settings.presets import preset_table
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import paths, value_of
+from mapo_fast.settings.toml import parse_toml
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import os_error, read_bytes
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 _CONFIG_BYTES = 2**20
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file, apply overrides, validate.
+def load_config(
+    path: Path | str | None = None, overrides: Sequence[str] = (), *, preset: str | None = None
+) -> Config:
+    """Read a TOML file, a preset or both, apply overrides, validate.
 
     Args:
         path: of the file. Relative paths in it are relative to its folder.
         overrides: settings to replace, as `section.key=value`; their paths are relative to the working
             folder.
+        preset: name of one of `presets.PRESETS`; what the file states takes its place.
 
     Returns:
-        The settings, which cannot be changed; `Config.sources` says where each one comes from.
+        The settings, which cannot be changed; `Config.sources` says where each one comes from. Where nothing
+        says so, the run and its cache are under `runs` in the working folder (`places.py`).
 
     Raises:
-        UserError: unreadable file, bad TOML, unknown key (with the nearest valid one), wrong type or range.
+        UserError: unknown preset, unreadable file, bad TOML, unknown key (with the nearest valid one), wrong
+            type or range.
     """
-    path = Path(path)
+    table: dict[str, Any] = {}
+    sources: dict[str, Source] = {}
+    for part, source in (
+        ({} if preset is None else preset_table(preset), "preset"),
+        ({} if path is None else _read(Path(path)), "file"),
+    ):
+        _put_over(table, part)
+        sources |= dict.fromkeys(_names(part), cast(Source, source))
+    for override in overrides:
+        name = apply_override(table, override)
+        sources[name] = "command line"
+    for name, place in default_places(table).items():
+        apply_override(table, f"{name}={json.dumps(place, ensure_ascii=False)}")
+        sources[name] = "default"
+    where = next((str(given) for given in (path, preset and f"--preset {preset}") if given), "command line")
+    config = parse_config(table, where=where)
+    return config.from_sources({name: sources[name] for name in config.stated})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The settings in a file, with their paths from the working folder."""
     try:
-        table = _toml(read_bytes(path, _CONFIG_BYTES).decode("utf-8-sig"))
+        table = parse_toml(read_bytes(path, _CONFIG_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"config file not found: {path}") from None
     except OSError as error:
@@ -61,26 +81,22 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     part = table.get("model")
     if isinstance(part, dict) and isinstance(part.get("lora"), list):
         part["lora"] = _resolved_loras(f"{path}: model.lora", part["lora"], path.parent)
-    for override in overrides:
-        apply_override(table, override)
-    config = parse_config(table, where=str(path))
-    replaced = {override.partition("=")[0].strip() for override in overrides}
-    return config.from_sources(
-        {name: "command line" if name in replaced else "file" for name in config.stated}
-    )
+    return table
 
 
-def _toml(text: str) -> dict[str, Any]:
-    """`tomllib.loads` that fails in one way: `ValueError`, also for what is nested too deeply."""
-    try:
-        if _DEEP_KEY.search(text):  # tomllib takes minutes for keys of tens of thousands of parts
-            raise RecursionError
-        return tomllib.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+def _put_over(table: dict[str, Any], part: dict[str, Any]) -> None:
+    """Put the settings of a table over another one's, key by key."""
+    for section, keys in part.items():
+        if isinstance(keys, dict) and isinstance(table.get(section), dict):
+            table[section] |= keys
+        else:
+            table[section] = keys
 
 
-_DEEP_KEY = re.compile(r"""(?:["'\w-]{1,64}\s?\.\s?){64}""")
+def _names(table: dict[str, Any]) -> list[str]:
+    """`section.key` of all settings in a table."""
+    sections = ((section, keys) for section, keys in table.items() if isinstance(keys, dict))
+    return [f"{section}.{key}" for section, keys in sections for key in keys]
 
 
 def parse_config(table: dict[str, Any], where: str = "config") -> Config:
@@ -125,15 +141,19 @@ def _resolved_loras(name: str, entries: list[Any], base: Path | None = None) -> 
     return [str(parse_lora(name, text, base)) if isinstance(text, str) else text for text in entries]
 
 
-def apply_override(table: dict[str, Any], override: str) -> None:
-    """Put one `section.key=value` into a table of settings. Raises `UserError` where it is not written so."""
+def apply_override(table: dict[str, Any], override: str) -> str:
+    """Put one `section.key=value` into a table of settings; returns the name.
+
+    Raises:
+        UserError: it is not written so.
+    """
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or len(keys) != 2 or not all(keys):
         raise UserError(f"--set {override}: write it as section.key=value, for instance --set optim.lr=1e-5")
     value: Any = text.strip()  # a bare word is a string: --set objective.name=sft
     with suppress(ValueError):
-        table_of_it = _toml(f"value = {text}")
+        table_of_it = parse_toml(f"value = {text}")
         if len(table_of_it) == 1:  # more is text with line breaks in it
             value = table_of_it["value"]
     section = table.setdefault(keys[0], {})
@@ -144,3 +164,4 @@ def apply_override(table: dict[str, Any], override: str) -> None:
     if name.strip() in paths() and isinstance(value, str):
         value = str(user_path(f"--set {name.strip()}", value))
     section[keys[1]] = value
+    return name.strip()

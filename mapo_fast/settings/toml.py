@@ -1,0 +1,25 @@
+"""TOML that fails in one way."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """`tomllib.loads` that fails in one way: `ValueError`, also for what is nested too deeply."""
+    try:
+        if _DEEP_KEY.search(text):  # tomllib takes minutes for keys of tens of thousands of parts
+            raise RecursionError
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+_DEEP_KEY = re.compile(r"""(?:["'\w-]{1,64}\s?\.\s?){64}""")
