@@ -45,9 +45,10 @@ from mapo_fast.engine.objectives import build_loss
 from mapo_fast.engine.precision import choose_precision
 from mapo_fast.hardware import gpu
 from mapo_fast.hardware.allocator import Rules
-from mapo_fast.hardware.cards import CONTEXT_GIB, Card, find_card, vram_for
+from mapo_fast.hardware.cards import CONTEXT_GIB, Card, vram_for
 from mapo_fast.hardware.gpu import planned_rules
 from mapo_fast.hardware.host import host
+from mapo_fast.hardware.names import find_card
 from mapo_fast.models.full_size import SDXL_UNET
 from mapo_fast.planner.ask import card_of
 from mapo_fast.planner.replay import Allocator, cublas_workspace, least, reserved

@@ -24,7 +24,7 @@ from typing import Any
 
 from bench.environment import environment
 from mapo_fast.hardware.allocator import EXPANDABLE, Rules
-from mapo_fast.hardware.cards import find_card
+from mapo_fast.hardware.names import find_card
 from mapo_fast.models.full_size import SDXL_UNET
 from mapo_fast.planner.replay import Allocator, cublas_workspace, reserved
 from mapo_fast.planner.store import traces

@@ -40,7 +40,7 @@ from bench.memory_table import GIB, config_of
 from bench.random_cache import write_random_cache
 from mapo_fast.data.cache import PairCache
 from mapo_fast.engine.batches import MicroBatches
-from mapo_fast.hardware.cards import find_card
+from mapo_fast.hardware.names import find_card
 from mapo_fast.models.full_size import SDXL_UNET
 from mapo_fast.planner.store import traces
 from mapo_fast.planner.timeline import simulate

@@ -10,9 +10,10 @@ from mapo_fast.engine.compile import refuse_without_triton
 from mapo_fast.engine.fp8 import capability_for, refuse_card_without_fp8, refuse_without_fp8
 from mapo_fast.engine.graphs import check_capture
 from mapo_fast.hardware.allocator import EXPANDABLE, Rules
-from mapo_fast.hardware.cards import Card, card_with, find_card
+from mapo_fast.hardware.cards import Card, card_with
 from mapo_fast.hardware.gpu import planned_rules
 from mapo_fast.hardware.host import host
+from mapo_fast.hardware.names import find_card
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.planner.models import parts_of
 from mapo_fast.planner.rates import rates_of

@@ -16,14 +16,12 @@ def size_text(nbytes: int) -> str:
 
 
 def parse_size(text: str, name: str) -> int:
-    """Bytes of a size such as "24GiB" or "11.5 GB"; GB is taken as GiB, which card makers mean.
+    """Bytes of a size such as "24GiB", "11.5 GB" or "24"; GB and a bare number mean GiB, as card makers do.
 
     Raises:
         UserError: not a size.
     """
-    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*(g|gb|gib|m|mb|mib)\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*(g|gb|gib|m|mb|mib|)\s*", text.lower())
     if match is None or float(match[1]) == 0:
-        number = re.fullmatch(r"\s*(\d{1,9}(?:\.\d+)?)\s*", text)
-        example = f"{number[1]}GiB" if number and float(number[1]) else "24GiB"
-        raise UserError(f'{name} = {text!r} is not a size; write it with its unit, "{example}"')
-    return int(float(match[1]) * (GIB if match[2].startswith("g") else 2**20))
+        raise UserError(f'{name} = {text!r} is not a size: write it as "24GiB"')
+    return int(float(match[1]) * (2**20 if match[2].startswith("m") else GIB))

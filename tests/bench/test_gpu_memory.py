@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 
 from bench import gpu_memory
 from bench.memory_table import ROWS
-from mapo_fast.hardware.cards import find_card
+from mapo_fast.hardware.names import find_card
 from mapo_fast.planner.trace import CPU
 from mapo_fast.util.sizes import GIB
 from tests.planner.test_recorder import REDUCED

@@ -11,7 +11,7 @@ import tomli_w
 
 from mapo_fast.data.buckets import make_buckets
 from mapo_fast.engine.objectives import build_loss
-from mapo_fast.hardware.cards import find_card
+from mapo_fast.hardware.names import find_card
 from mapo_fast.settings.load import apply_override, load_config
 from mapo_fast.util.sizes import parse_size
 from tests.fuzz import mutations

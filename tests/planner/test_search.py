@@ -16,8 +16,9 @@ import pytest
 
 from mapo_fast.hardware import host as planner_host
 from mapo_fast.hardware.allocator import EXPANDABLE, Rules
-from mapo_fast.hardware.cards import CARDS, card_with, find_card, usable_bytes, vram_for
+from mapo_fast.hardware.cards import CARDS, card_with, usable_bytes, vram_for
 from mapo_fast.hardware.host import Host, _container_rooms, host
+from mapo_fast.hardware.names import find_card
 from mapo_fast.models.vae import decode_bytes
 from mapo_fast.planner import search as planner_search
 from mapo_fast.planner import store
@@ -53,65 +54,6 @@ def _own_cache(traces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def exact_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reduced UNet is smaller than a CUDA context."""
     monkeypatch.setattr(planner_search, "usable_bytes", lambda vram: vram)
-
-
-@pytest.mark.parametrize("name", ["4090", "rtx 4090", "RTX4090", "RTX 4090 24 GB", "NVIDIA GeForce RTX 4090"])
-def test_a_card_is_known_by_its_names(name: str) -> None:
-    assert find_card(name).name == "RTX 4090"
-
-
-def test_memory_tells_cards_of_one_name_apart_and_super_is_another() -> None:
-    assert find_card("NVIDIA A100-SXM4-80GB").name == "A100 80GB"
-    assert find_card("NVIDIA H100 80GB HBM3").name == "H100 80GB"
-    assert [find_card(f"RTX 4060 Ti{size}").gib for size in (" 16GB", " 8 GB")] == [16, 8]
-    assert [find_card(f"RTX 4090 {size}").gib for size in ("48GB", "11.5 GiB")] == [48, 11.5]
-    laptop = find_card("NVIDIA GeForce RTX 3060 Laptop GPU 6GB")
-    assert laptop.gib == 6
-    assert laptop.rates.source.endswith("a laptop's is slower")
-    with pytest.raises(
-        UserError, match=r'say how much memory the laptop.s has, as in "RTX 3060 Laptop GPU 6GB"'
-    ):
-        find_card("RTX 3060 Laptop GPU")
-    with pytest.raises(UserError):
-        find_card("NVIDIA GeForce RTX 4070 Ti SUPER")
-
-
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [
-        ("RTX 3050", "4 or 6 or 8"),
-        ("rtx 3060", "8 or 12"),
-        ("RTX 2060", "6 or 12"),
-        ("NVIDIA GeForce RTX 3080", "10 or 12"),
-        ("4060 Ti", "8 or 16"),
-        ("RTX 5060 Ti", "8 or 16"),
-        ("A100", "40 or 80"),
-        ("H100", "80 or 94"),
-        ("RTX 3060 16GB", "8 or 12"),
-    ],
-)
-def test_a_card_that_is_made_with_several_sizes_is_asked_for_its_own(name: str, sizes: str) -> None:
-    with pytest.raises(UserError, match=f"is made with {sizes} GB: say which, as in --card") as asked:
-        find_card(name)
-    assert "\n" not in str(asked.value)
-    example = re.search(r'--card "(.*)"$', str(asked.value))
-    assert example is not None
-    assert find_card(example[1]).name == example[1]
-
-
-def test_unknown_cards_and_sizes_are_one_line() -> None:
-    with pytest.raises(UserError, match="RTX 4090"):
-        find_card("RTX 409")
-    for wrong, example in (
-        ("12", "12GiB"),
-        ("7.5", "7.5GiB"),
-        ("0", "24GiB"),
-        ("lots", "24GiB"),
-        ("-3GiB", "24GiB"),
-    ):
-        with pytest.raises(UserError, match=f'--vram = {wrong!r} is not a size; .* "{example}"'):
-            parse_size(wrong, "--vram")
-    assert parse_size("1.5 GB", "--vram") == 3 * GIB // 2
 
 
 def test_the_slowest_card_with_enough_memory_is_assumed() -> None:
