@@ -269,6 +269,12 @@ def export(
         Path | None,
         typer.Option("--base", help="The model a LoRA is for; a run's start model, if it has moved."),
     ] = None,
+    tokenizers: Annotated[
+        Path | None,
+        typer.Option(
+            "--tokenizers", help="With --to diffusers: a folder with tokenizer/ and tokenizer_2/, not CLIP's."
+        ),
+    ] = None,
     merge: Annotated[
         float | None, typer.Option("--merge", help="Add the LoRA at this weight to the base, and write that.")
     ] = None,
@@ -278,15 +284,18 @@ def export(
     no_metadata: Annotated[
         bool, typer.Option("--no-metadata", help="Say nothing in the file of what it is.")
     ] = False,
+    code: Code = None,
 ) -> None:
     """Write a run's result, a LoRA or a model for ComfyUI and A1111, diffusers or peft."""
     from mapo_fast.run.convert import convert
 
+    _allow(code, None)
     convert(
         source,
         to,
         out,
         base=base,
+        tokenizers=tokenizers,
         merge=merge,
         dtype=dtype,
         step=step,

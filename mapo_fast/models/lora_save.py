@@ -103,7 +103,7 @@ def _kohya(component: str, layer: str, part: Part) -> str:
 
 def _metadata(lora: LoraFile) -> dict[str, str]:
     ranks = {factors.rank for layers in lora.parts.values() for factors in layers.values()}
-    kept = {k: v for k, v in lora.metadata.items() if k.startswith(("ss_", "modelspec."))}
+    kept = {k: v for k, v in lora.metadata.items() if k.startswith(("ss_", "modelspec.", "mapo_fast."))}
     return {
         "format": "pt",
         "ss_network_module": "networks.lora",

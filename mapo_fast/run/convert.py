@@ -23,11 +23,12 @@ from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.save import save_folder, save_single_file
 from mapo_fast.models.single_file import metadata
 from mapo_fast.models.stored import Loaded, whole
-from mapo_fast.run.export import DTYPES, metadata_of
+from mapo_fast.run.export import DTYPES
 from mapo_fast.run.folder import RECORD, read_run
+from mapo_fast.run.metadata import lora_metadata_of, metadata_of
 from mapo_fast.settings.load import parse_config
 from mapo_fast.settings.schema import Config
-from mapo_fast.util.checkpoint import CheckpointStore
+from mapo_fast.util.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.progress import Callbacks
 from mapo_fast.util.tensorheader import read_header
@@ -59,6 +60,7 @@ def convert(
     out: Path,
     *,
     base: Path | None = None,
+    tokenizers: Path | None = None,
     merge: float | None = None,
     dtype: str = "auto",
     step: int | None = None,
@@ -75,6 +77,8 @@ def convert(
         out: the file or folder to write.
         base: the start model, where it is no longer where the run found it; the model that a LoRA is merged
             into; of a single file, the model that has the parts it lacks.
+        tokenizers: the folder with `tokenizer/` and `tokenizer_2/` that go into a pipeline folder, where a
+            single file's are not CLIP's own.
         merge: of a LoRA: add it at this weight to the base, and write that.
         dtype: of the weights, a key of `export.DTYPES`; `auto` keeps that of a single file and takes fp16 for
             a folder's in a single file. A LoRA's factors are written as they are.
@@ -92,8 +96,10 @@ def convert(
         raise UserError(f"--to {to}: one of {', '.join(FORMS)}")
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
+    if tokenizers is not None and to != "diffusers":
+        raise UserError(f"--tokenizers: --to {to} writes no tokenizers; leave it out")
     _check_target(source, to, out, force)
-    found = _open(source, base, step)
+    found = _open(source, base, tokenizers, step)
     if isinstance(found, _Adapter) and to in _OF_LORAS:
         _write_lora(found, to, out, dtype, merge, with_metadata)
     else:
@@ -108,16 +114,16 @@ def convert(
     (callbacks or Callbacks()).message(f"wrote {out}")
 
 
-def _open(source: Path, base: Path | None, step: int | None) -> _Source | _Adapter:
+def _open(source: Path, base: Path | None, tokenizers: Path | None, step: int | None) -> _Source | _Adapter:
     if (source / RECORD).is_file():
-        return _run(source, base, step)
+        return _run(source, base, tokenizers, step)
     if step is not None:
         raise UserError(f"--step {step}: {source} is no run; leave it out")
     if is_lora(source):
-        opened = None if base is None else open_sdxl(base)
+        opened = None if base is None else open_sdxl(base, tokenizers=tokenizers)
         parts = sdxl_parts() if opened is None else opened.parts
         return _Adapter(read_lora(source, parts), parts, opened)
-    model = open_sdxl(source, base=base)
+    model = open_sdxl(source, base=base, tokenizers=tokenizers)
     return _Source(model, None, metadata(model))
 
 
@@ -157,12 +163,12 @@ def _write_lora(
         save_peft(found.lora, out)
 
 
-def _run(source: Path, base: Path | None, step: int | None) -> _Source | _Adapter:
+def _run(source: Path, base: Path | None, tokenizers: Path | None, step: int | None) -> _Source | _Adapter:
     record = read_run(source)
     assert record is not None
     config = _config(source, record.config)
-    if base is not None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"path": base})})
+    others = {name: path for name, path in (("path", base), ("tokenizers", tokenizers)) if path is not None}
+    config = config.model_copy(update={"model": config.model.model_copy(update=others)})
     start = config.adapter.start
     adapter = config.adapter.model_copy(update={"start": None})  # what was trained has it
     try:
@@ -177,12 +183,12 @@ def _run(source: Path, base: Path | None, step: int | None) -> _Source | _Adapte
         raise UserError(
             f"{source} does not hold a UNet like that of {model.path}: --base names another model"
         )
-    return _Source(model, trained, metadata_of(config, model))
+    return _Source(model, trained, metadata_of(config, model, source, step))
 
 
 def _config(source: Path, recorded: dict[str, dict[str, object]]) -> Config:
     """The settings of a run, for what an export needs of them."""
-    needed = ("model", "data", "train", "objective", "adapter", "export")
+    needed = ("model", "data", "train", "objective", "adapter", "optim", "preview", "export")
     sections = {name: recorded[name] for name in needed if name in recorded}
     return parse_config(sections, where=str(source / RECORD))
 
@@ -193,7 +199,9 @@ def _trained_lora(
     """The LoRA of a run's result, or of a checkpoint, which states neither alpha nor what is not trained."""
     if step is None and (source / "lora").is_dir():
         return read_lora(source / "lora" / "lora_kohya.safetensors", model.parts)
-    lora = read_lora(_checkpoint(source, run, step) / "model.safetensors", model.parts)
+    checkpoint = _checkpoint(source, run, step)
+    lora = read_lora(checkpoint.path / "model.safetensors", model.parts)
+    lora = replace(lora, metadata=lora_metadata_of(config, model, source, checkpoint.step) or {})
     if start is not None:
         began = read_lora(start, model.parts)
         layers = {n: f._replace(scale=began.parts["unet"][n].scale) for n, f in lora.parts["unet"].items()}
@@ -215,12 +223,12 @@ def _trained(source: Path, run: str, step: int | None) -> Loaded:
     """
     if step is None and (source / "unet").is_dir():
         return Loaded(folder_part("unet", source / "unet").stored)
-    header = read_header(_checkpoint(source, run, step) / "model.safetensors")
+    header = read_header(_checkpoint(source, run, step).path / "model.safetensors")
     return Loaded({name: whole(header.path, entry) for name, entry in header.tensors.items()})
 
 
-def _checkpoint(source: Path, run: str, step: int | None) -> Path:
-    """The folder of a run's checkpoint: of that step, or the newest.
+def _checkpoint(source: Path, run: str, step: int | None) -> Checkpoint:
+    """A run's checkpoint: of that step, or the newest.
 
     Raises:
         UserError: it is not there or of no use.
@@ -229,7 +237,7 @@ def _checkpoint(source: Path, run: str, step: int | None) -> Path:
     checkpoint = store.newest() if step is None else store.at(step)
     if checkpoint is None:
         raise UserError(f"{source} has no result and no checkpoint yet: train it first")
-    return checkpoint.path
+    return checkpoint
 
 
 def _check_target(source: Path, to: str, out: Path, force: bool) -> None:

@@ -14,8 +14,8 @@ from mapo_fast.engine.processes import Processes
 from mapo_fast.models.lora import save_lora
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.save import save_single_file
-from mapo_fast.models.single_file import metadata
 from mapo_fast.run.card import write_card
+from mapo_fast.run.metadata import lora_metadata_of, metadata_of, title_of
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.checkpoint import save_unet
 from mapo_fast.util.errors import UserError
@@ -55,7 +55,7 @@ def export(
     def write() -> list[str]:
         notes: list[str] = []
         if config.adapter.kind == "lora":
-            save_lora(unet, output / "lora", model.start, metadata=_lora_metadata(config, model))
+            save_lora(unet, output / "lora", model.start, metadata=lora_metadata_of(config, model, output))
         else:
             save_unet(unet, output / "unet", complete)
             if config.export.single_file:
@@ -63,7 +63,7 @@ def export(
         with disk_errors(output):
             (output / "scheduler").mkdir(exist_ok=True)
         write_json(output / "scheduler" / "scheduler_config.json", model.scheduler_config)
-        write_card(config, model, cache, _title(config, model))
+        write_card(config, model, cache, title_of(config, model))
         return notes
 
     return processes.once(write)
@@ -72,47 +72,14 @@ def export(
 def _write_single_file(config: Config, model: Pipeline, unet: Mapping[str, Tensor]) -> list[str]:
     path = config.train.output / SINGLE_FILE
     try:
-        save_single_file(
-            model, path, dtype=DTYPES[config.export.dtype], unet=unet, metadata=metadata_of(config, model)
-        )
+        said = metadata_of(config, model, config.train.output)
+        save_single_file(model, path, dtype=DTYPES[config.export.dtype], unet=unet, metadata=said)
     except UserError as error:  # what was trained is in unet/
         return [
             f"{SINGLE_FILE} was not written: {error}; mapo-fast export {config.train.output} "
             "--to single-file writes it from the run"
         ]
     return []
-
-
-def metadata_of(config: Config, model: Pipeline) -> dict[str, str] | None:
-    """The metadata of a file with a run's result; None where the config wants none."""
-    if not config.export.metadata:
-        return None
-    return {**metadata(model), "modelspec.title": _title(config, model)}
-
-
-def _title(config: Config, model: Pipeline) -> str:
-    source = model.parts["unet"].header
-    name = "SDXL" if source is None else source.metadata.get("modelspec.title", "SDXL")
-    return config.export.title or f"{name}, aligned by {config.objective.name}"
-
-
-def _lora_metadata(config: Config, model: Pipeline) -> dict[str, str] | None:
-    """What a LoRA's files say of how it was trained; no date, so that the same run gives the same bytes."""
-    if not config.export.metadata:
-        return None
-    schedule = model.scheduler_config
-    found = {
-        "ss_steps": str(config.train.steps),
-        "ss_learning_rate": str(config.optim.lr),
-        "ss_optimizer": config.optim.name,
-        "ss_zero_terminal_snr": str(bool(schedule.get("rescale_betas_zero_snr"))),
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.prediction_type": "v" if schedule.get("prediction_type") == "v_prediction" else "epsilon",
-        "modelspec.title": _title(config, model),
-    }
-    trigger = config.export.trigger
-    return found if trigger is None else {**found, "modelspec.trigger_phrase": trigger}
 
 
 def about_checkpoint(config: Config, step: int) -> str:

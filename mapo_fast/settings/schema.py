@@ -433,9 +433,10 @@ class ExportConfig(Section):
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = setting("auto", affects="bookkeeping")
     """Type of that file's weights; `auto` keeps that of a single file and takes fp16 for a folder's."""
     metadata: bool = setting(True, affects="bookkeeping")
-    """Say in the files what the model is, predicts and was made with; nothing of prompts, paths and users."""
+    """Say in the files what the model is, predicts and was made with, with the last preview as a thumbnail;
+    nothing of prompts, paths and users."""
     prompts: bool = setting(False, affects="bookkeeping")
-    """Write the preview prompts into the model card."""
+    """Write the preview prompts into the model card, and with the path of the data into files' metadata."""
     title: str | None = setting(None, affects="bookkeeping", min_length=1, max_length=200)
     """What programs show as the model's title; without it the start model's, with the objective's name."""
     trigger: str | None = setting(None, affects="bookkeeping", min_length=1, max_length=200)

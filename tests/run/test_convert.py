@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from mapo_fast.models.identity import encoders_identity
 from mapo_fast.models.open import open_sdxl
 from mapo_fast.run.convert import convert
 from mapo_fast.run.train import fit
@@ -297,3 +298,19 @@ def test_a_card_takes_licence_and_base_from_the_start_model_and_prompts_as_text(
     assert "<b>" not in body
     assert "&lt;b&gt;red\\|blue" in body
     assert "previews/step-00000001/00.png" in body
+
+
+def test_tokenizers_of_a_file_with_another_vocabulary_are_named(
+    file: Path, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "pipeline"
+    assert "tokenizer" in refusal(file, "diffusers", out)
+    assert not out.exists()
+    convert(file, "diffusers", out, tokenizers=tiny_sdxl)
+    assert encoders_identity(open_sdxl(out)) == encoders_identity(open_sdxl(tiny_sdxl))
+    assert "no tokenizers; leave it out" in refusal(
+        file, "single-file", tmp_path / "x.safetensors", tokenizers=tiny_sdxl
+    )
+    assert "model.tokenizers not found" in refusal(
+        file, "diffusers", tmp_path / "y", tokenizers=tmp_path / "no"
+    )
