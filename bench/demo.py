@@ -97,7 +97,8 @@ def main() -> int:
             result = run_demo(out, seed=seed, objective=job.objective, overrides=job.overrides, size=job.size)
             if job.file == "demo" and seed == 0:
                 shutil.copy(out / "report.png", RESULTS / "demo_seed0.png")
-        row = {"bench": "demo", **job.fields, **result}
+        fired = {model: [one["step"] for one in found] for model, found in result["warnings"].items()}
+        row = {"bench": "demo", **job.fields, **result, "warnings": fired}
         if job.objective == "mapo":
             row["accepted"] = accepted(result)
         row["environment"] = environment()

@@ -1,7 +1,7 @@
 """The demo's report: one HTML file that needs nothing else, and one picture for the README.
 
-Every number comes from the dict that `report.json` holds; images are embedded as base64, there are no
-scripts and no links to other files or sites.
+Every number comes from the dict that `report.json` holds; images are embedded as base64. The one script
+serves the button that copies commands; nothing is fetched.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import base64
 import html
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +169,9 @@ alt="Eight pairs of drawings: the same shape in red above, in blue below.">
 </section>
 <section>
 <h2>How the training went</h2>
-<img class="curves" src="{_svg(_curves(logs, objective))}"
-alt="Six charts over the optimizer steps: {_curves_text(logs, objective)}">
+<p>{_curves_text(logs, objective)}</p>
+{_warnings(result)}
+{_charts(logs, objective)}
 <ul>
 <li><b>Loss</b> alone says little: the two objectives differ, and {name}'s falls mostly by its
 margin term.</li>
@@ -179,7 +180,7 @@ margin term.</li>
 the trainer warns: that is the price of the margin, and a reason not to train longer.</li>
 <li><b>Margin</b> is rejected minus chosen error: what {name} widens and SFT leaves almost
 alone.{no_margin}</li>
-<li><b>Saturation</b>, σ(−z), is the share of the margin's gradient that is left: near 0 the pairs are
+<li><b>Saturation</b>, σ(z), is the share of the margin's gradient that is used up: near 1 the pairs are
 learnt and more steps only do harm.</li>
 <li><b>Preference accuracy</b> is the share of training pairs whose chosen image has the lower error. It has
 no 50&nbsp;% baseline, so on <b>held-out</b> pairs only its change from the start counts (band: 95&nbsp;%
@@ -188,7 +189,8 @@ interval, paired).</li>
 </section>
 <section>
 <h2>Next: your own pairs</h2>
-<pre><code>{html.escape(chr(10).join(next_commands()))}</code></pre>
+<div class="commands"><button type="button">Copy</button>
+<pre><code>{html.escape(chr(10).join(next_commands()))}</code></pre></div>
 <p>Data formats and settings stand in the README. To run this page's trainings again, see
 <code>config_{objective}.toml</code> and <code>config_sft.toml</code> beside it (with another
 train.output).</p>
@@ -274,50 +276,91 @@ def _pair_examples(folder: Path) -> str:
     return _png(sheet([*chosen, *rejected], columns=len(chosen)))
 
 
-def _curves(logs: Mapping[str, list[dict[str, Any]]], objective: str) -> Figure:
+Plot = Callable[[Axes, str, list[dict[str, Any]], dict[str, Any]], None]
+"""Draws one model's curve: axes, model, its log, style."""
+
+
+def _charts(logs: Mapping[str, list[dict[str, Any]]], objective: str) -> str:
+    """A chart for each figure, in a grid that has as many columns as the page is wide for."""
     names = model_names(objective)
-    figure = Figure(figsize=(11, 6.2), facecolor="white", layout="constrained")
-    axes = figure.subplots(2, 3)
-    loss, error, margin, saturation, accuracy, held_out = axes.flat
-    for (model, entries), colour in zip(logs.items(), _COLOURS[1:], strict=True):
-        rows = [entry for entry in entries if entry["event"] == "step"]
-        steps = [row["step"] for row in rows]
-        style = {"color": colour, "label": names[model], "linewidth": 1.8}
-        loss.plot(steps, [row["loss"] for row in rows], **style)
-        for key, dash in (("chosen_error", "-"), ("rejected_error", "--")):
-            label = f"{names[model]}, {key.split('_')[0]}"
-            error.plot(steps, [row[key] for row in rows], **{**style, "label": label}, linestyle=dash)
-        if paired := "margin" in rows[0]:
-            margin.plot(steps, [row["margin"] for row in rows], **style)
-        if model == objective:  # SFT has no margin term that could saturate
-            saturation.plot(steps, [row["saturation"] for row in rows], **style)
-        accuracy.plot(steps, [row["accuracy"] for row in rows], **style)
-        if paired:
-            _plot_held_out(held_out, [entry for entry in entries if entry["event"] == "evaluation"], style)
-    titles = ("Loss", "Error", "Margin", "Saturation", "Preference accuracy", "Held-out accuracy, change")
-    for axis, title in zip(axes.flat, titles, strict=True):
-        axis.set_title(title, loc="left", weight="bold")
-        axis.set_xlabel("optimizer step")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
-    saturation.set_ylim(0, 1)
-    accuracy.set_ylim(0, 1.03)
-    return figure
+    charts: dict[str, Plot] = {
+        "Loss": _curve("loss"),
+        "Error": _plot_errors,
+        "Margin": _curve("margin"),
+        "Saturation": _curve("saturation", only=objective),  # SFT has no margin term that could saturate
+        "Preference accuracy": _curve("accuracy"),
+        "Held-out accuracy, change": _plot_held_out,
+    }
+    parts = []
+    for title, plot in charts.items():
+        figure = Figure(figsize=(4.2, 3.1), facecolor="white", layout="constrained")
+        axes = figure.subplots()
+        for (model, entries), colour in zip(logs.items(), _COLOURS[1:], strict=True):
+            plot(axes, model, entries, {"color": colour, "label": names[model], "linewidth": 1.8})
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if title in ("Saturation", "Preference accuracy"):
+            axes.set_ylim(0, 1.03)
+        if not axes.lines:
+            continue
+        axes.legend(frameon=False, fontsize=8)
+        caption = html.escape(title)
+        parts.append(
+            f'<figure><figcaption>{caption}</figcaption><img class="chart" src="{_svg(figure)}" '
+            f'alt="Curves of {caption} over the optimizer steps"></figure>'
+        )
+    return f'<div class="charts">{"".join(parts)}</div>'
 
 
-def _plot_held_out(axis: Axes, entries: list[dict[str, Any]], style: dict[str, Any]) -> None:
-    changes = [entry["accuracy_change"] for entry in entries]
-    steps = [entry["step"] for entry in entries]
-    axis.plot(steps, [change["mean"] for change in changes], **style, marker="o", markersize=4)
+def _rows(entries: list[dict[str, Any]], event: str, key: str) -> list[dict[str, Any]]:
+    return [entry for entry in entries if entry["event"] == event and key in entry]
+
+
+def _curve(key: str, only: str | None = None) -> Plot:
+    """A figure of the log's lines of training steps; of one model only, where that is stated."""
+
+    def plot(axes: Axes, model: str, entries: list[dict[str, Any]], style: dict[str, Any]) -> None:
+        rows = _rows(entries, "step", key)
+        if rows and only in (None, model):
+            axes.plot([row["step"] for row in rows], [row[key] for row in rows], **style)
+
+    return plot
+
+
+def _plot_errors(axes: Axes, model: str, entries: list[dict[str, Any]], style: dict[str, Any]) -> None:
+    for key, dash in (("chosen_error", "-"), ("rejected_error", "--")):
+        label = f"{style['label']}, {key.split('_')[0]}"
+        _curve(key)(axes, model, entries, {**style, "label": label, "linestyle": dash})
+
+
+def _plot_held_out(axes: Axes, model: str, entries: list[dict[str, Any]], style: dict[str, Any]) -> None:
+    rows = _rows(entries, "evaluation", "accuracy_change")
+    if not rows:  # single images have no accuracy
+        return
+    changes, steps = [row["accuracy_change"] for row in rows], [row["step"] for row in rows]
+    axes.plot(steps, [change["mean"] for change in changes], **style, marker="o", markersize=4)
     # The interval is missing where only one pair is held out.
     low = [change["mean"] if change["low"] is None else change["low"] for change in changes]
     high = [change["mean"] if change["high"] is None else change["high"] for change in changes]
-    axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _warnings(result: Mapping[str, Any]) -> str:
+    """What the trainer warned of in each run."""
+    names = model_names(result["objective"])
+    rows = [
+        f"<li><b>{names[model]}, step {one['step']}:</b> {html.escape(one['message'])}</li>"
+        for model, found in result["warnings"].items()
+        for one in found
+    ]
+    if not rows:
+        return '<p class="note">The trainer gave no warning in either run.</p>'
+    return f'<div class="warned"><p><b>The trainer warned:</b></p><ul>{"".join(rows)}</ul></div>'
 
 
 def _curves_text(logs: Mapping[str, list[dict[str, Any]]], objective: str) -> str:
-    """The charts in words, for those who cannot see them."""
+    """The charts in words."""
     names = model_names(objective)
     parts = []
     for model, entries in logs.items():
@@ -379,11 +422,28 @@ figcaption { font-weight: 600; padding: 0.3rem 0; }
 img { max-width: 100%; height: auto; }
 .pixels { image-rendering: pixelated; width: 100%; }
 .pairs { max-width: 40rem; }
-.curves { width: 100%; }
-pre { background: #f4f4f4; padding: 0.9rem 1rem; overflow-x: auto; font-size: 0.9rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem; }
+.chart { width: 100%; }
+.warned { padding: 0.1rem 1rem; background: #fff6dd; border-left: 5px solid #b98900; max-width: 46rem;
+  overflow-wrap: anywhere; }
+.commands { position: relative; }
+.commands button { position: absolute; top: 0.4rem; right: 0.4rem; font: inherit; font-size: 0.85rem; }
+pre { background: #f4f4f4; padding: 2.6rem 1rem 0.9rem; font-size: 0.9rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 </style>
 </head>
 <body>{body}
+<script>
+for (const button of document.querySelectorAll(".commands button")) {
+  button.addEventListener("click", () => {
+    const range = document.createRange();
+    range.selectNodeContents(button.parentElement.querySelector("code"));
+    getSelection().removeAllRanges();
+    getSelection().addRange(range);  // what is selected can be copied where the page may not
+    button.textContent = document.execCommand("copy") ? "Copied" : "Selected";
+  });
+}
+</script>
 </body>
 </html>
 """

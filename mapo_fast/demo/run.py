@@ -29,6 +29,7 @@ from mapo_fast.data.prepare import prepare
 from mapo_fast.demo import report, score, world
 from mapo_fast.models.open import open_model
 from mapo_fast.models.pipeline import Pipeline
+from mapo_fast.run.log import read_log
 from mapo_fast.run.train import fit
 from mapo_fast.settings.load import load_config
 from mapo_fast.settings.schema import Config, ObjectiveConfig
@@ -174,6 +175,7 @@ def _run_demo(
         "seconds": 0.0,
         "seconds_by_stage": stages,
         "seed": seed,
+        "warnings": {model: _warnings(out / model) for model in ("sft", objective)},
         "settings": asdict(size)
         | {
             "steps": configs[objective].train.steps,
@@ -309,6 +311,12 @@ def _figures(cells: report.Cells, prompts: dict[str, score.Prompts]) -> dict[str
     }
 
 
+def _warnings(run: Path) -> list[dict[str, Any]]:
+    """Step and message of each warning that the trainer gave in a run."""
+    entries = read_log(run / "log.jsonl")
+    return [{key: one[key] for key in ("step", "message")} for one in entries if one["event"] == "warning"]
+
+
 def _print_result(console: Console, result: dict[str, Any], out: Path) -> None:
     table = Table(title="share of images, 95 % interval", title_justify="left")
     table.add_column("prompts")
@@ -319,6 +327,11 @@ def _print_result(console: Console, result: dict[str, Any], out: Path) -> None:
         cells = [report.percent(result, figure, model) for model in names]
         table.add_row(name, *cells)
     console.print(table)
+    for model, found in result["warnings"].items():
+        for one in found:
+            say(
+                console, f"{names[model]}, step {one['step']}: the trainer warned: {one['message']}", "yellow"
+            )
     say(console, f"Report: {out / 'report.html'}   ({result['seconds']:.0f} s in all)")
     console.print("\n[bold]Next, your own pairs[/bold] (formats and settings: README.md):")
     for line in report.next_commands():

@@ -44,13 +44,7 @@ class MicroBatches:
         self.pairs, self.pairs_per_batch, self.seed = pairs, pairs_per_batch, seed
         self._paired = paired
         self._size = pairs_per_batch if paired else 2 * pairs_per_batch
-        self._buckets: list[_Bucket] = []
-        start = 0
-        while start < len(pairs):
-            name = pairs[start].bucket
-            stop = bisect_right(range(len(pairs)), name, lo=start, key=lambda i: pairs[i].bucket)
-            self._buckets.append(_Bucket(name, start, stop))
-            start = stop
+        self._buckets = _buckets(pairs)
         counts = [-(-(b.stop - b.start) // self._size) for b in self._buckets]
         self._first = [0, *accumulate(counts)]
         """Number of each bucket's first micro-batch, before the shuffle of all."""
@@ -67,3 +61,19 @@ class MicroBatches:
         end = min(begin + self._size, stop - start)
         places = list(range(begin, end)) + [0] * ((end - begin) % 2 if not self._paired else 0)
         return epoch, [self.pairs[start + order[i]] for i in places]
+
+
+def most_frequent(pairs: Sequence[CachedPair]) -> tuple[int, int] | None:
+    """Height and width of the bucket with the most pairs (they are sorted by bucket); None without pairs."""
+    largest = max(_buckets(pairs), key=lambda bucket: bucket.stop - bucket.start, default=None)
+    return None if largest is None else largest.name
+
+
+def _buckets(pairs: Sequence[CachedPair]) -> list[_Bucket]:
+    """The ranges of equal buckets, found by bisection: data sets may have millions of pairs."""
+    found: list[_Bucket] = []
+    while (start := found[-1].stop if found else 0) < len(pairs):
+        name = pairs[start].bucket
+        stop = bisect_right(range(len(pairs)), name, lo=start, key=lambda i: pairs[i].bucket)
+        found.append(_Bucket(name, start, stop))
+    return found

@@ -19,6 +19,7 @@ from mapo_fast import __version__
 from mapo_fast.data.cache import PairCache
 from mapo_fast.models.open import prediction_of
 from mapo_fast.models.pipeline import Pipeline
+from mapo_fast.run.preview_files import file_name, previews_folder
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.files import atomic_path, sha256_file
 
@@ -115,13 +116,15 @@ def _held_out(output: Path) -> Iterator[str]:
 
 def _previews(config: Config) -> Iterator[str]:
     """Start and end side by side."""
-    folders = sorted((config.train.output / "previews").glob("step-*"))
+    folders = sorted(previews_folder(config).glob("step-*"))
     if len(folders) < 2:
         return
     yield "## Before and after"
     rows = ["| before | after |", "|---|---|"]
     for index, prompt in enumerate(config.preview.prompts):
-        cells = [f"![](previews/{folder.name}/{index:02d}.png)" for folder in (folders[0], folders[-1])]
+        side = config.data.resolution
+        name = file_name(index, prompt, (side, side), side)
+        cells = [f"![](previews/{folder.name}/{name})" for folder in (folders[0], folders[-1])]
         rows.append(f"| {' | '.join(cells)} |")
         if config.export.prompts:
             rows.append(f"| {_text(prompt)} | |")

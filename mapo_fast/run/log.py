@@ -7,9 +7,10 @@ is strict JSON.
     start        the beginning of a session; `step` is where it starts from, `run` the run's id
     step         loss, chosen_error, rejected_error (of single images: of wanted and unwanted ones), margin
                  (mean e_l − e_w; not of single images), logits (mean z), saturation
-                 (mean σ(−z)), saturated (share of pairs with σ(−z) < 0.05), accuracy (share of pairs with
-                 z > 0; with a reference model: pairs of which the chosen image has improved more), grad_norm,
-                 lr, pairs_per_s, peak_memory_mib, skipped_steps; compile_s, what speed.compile took so far
+                 (mean σ(z), near 1 for learnt pairs), saturated (share of pairs with σ(−z) < 0.05), accuracy
+                 (share of pairs with z > 0; with a reference model: pairs of which the chosen image has
+                 improved more), grad_norm, lr, pairs_per_s, peak_memory_mib, skipped_steps; compile_s, what
+                 speed.compile took so far
     evaluation   held-out figures, each against the start model
     warning      message
     end          whether the run is finished, and the session's seconds
@@ -27,7 +28,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -57,6 +58,7 @@ class RunLog:
         start_step: int = 0,
         wandb: str | None = None,
         run: str = "",
+        earlier: Callable[[], str] = lambda: "take an earlier checkpoint",
     ) -> None:
         """Open the log.
 
@@ -69,6 +71,7 @@ class RunLog:
                 run warns like an uninterrupted one.
             wandb: Weights & Biases project that mirrors TensorBoard; None for none.
             run: id of the run. Another run's log under this name is moved aside, with a warning.
+            earlier: says how to take an earlier checkpoint, for the monitor's warnings.
 
         Raises:
             UserError: disk full or not writable, or wandb is asked for and not installed or does not start.
@@ -89,7 +92,7 @@ class RunLog:
         self.evaluated = any(e["event"] == "evaluation" and e["step"] == start_step for e in kept)
         """Whether the step that the log starts from has been evaluated."""
         self._training = False
-        self._monitor = Monitor(self._warn)
+        self._monitor = Monitor(self._warn, earlier)
         self._replaying = True
         for entry in kept:
             if entry["event"] == "step":
@@ -123,6 +126,13 @@ class RunLog:
         self._scalars("held_out", step, figures, flush=True)
         self._callbacks.evaluation(step, figures)
         self._monitor.evaluation(step, figures)
+
+    def images(self, step: int, paths: Sequence[Path]) -> None:
+        """Show previews in TensorBoard, each under its file's name."""
+        if (board := self._board) is None:
+            return
+        with self._mirror("TensorBoard"):
+            board.add_images([(f"previews/{path.stem}", path) for path in paths], step)
 
     def warning(self, step: int, message: str) -> None:
         """Say a warning and log it."""

@@ -99,7 +99,7 @@ class Looks:
         if due and not evaluated:
             self._evaluate(step, log, context)
         if config.preview.prompts and (always or is_due(step, config.preview.every)) and not previewed:
-            self._preview(step, context)
+            self._preview(step, log, context)
 
     def _done(self, step: int, log: RunLog | None) -> tuple[bool, bool]:
         """Whether an earlier session has evaluated this step, and written its previews."""
@@ -117,13 +117,15 @@ class Looks:
 
         self.processes.once(report)
 
-    def _preview(self, step: int, context: AbstractContextManager[None]) -> None:
+    def _preview(self, step: int, log: RunLog | None, context: AbstractContextManager[None]) -> None:
         def write() -> bool:
             assert self.previews is not None
             try:
-                self.previews.write(self.unet, step, context, main=self.processes.main)
+                written = self.previews.write(self.unet, step, context, main=self.processes.main)
             except StopNow:
                 return False
+            if log is not None:
+                log.images(step, written)
             return True
 
         if self.processes.shard(self.config) and not self.processes.main:

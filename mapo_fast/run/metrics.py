@@ -21,8 +21,9 @@ _HALVES = ("chosen_error", "rejected_error")
 class Metrics:
     """Sums over the pairs and steps since the last `reset`.
 
-    `margin` is mean(e_l − e_w), `saturation` mean σ(−logit) (the share of the margin's gradient that is
-    left), `saturated` the share of pairs where that is below 0.05, `accuracy` the share with logit > 0.
+    `margin` is mean(e_l − e_w). `saturation` is mean σ(logit): the share of the margin's gradient that is
+    used up, near 1 for pairs that are learnt. `saturated` is the share of pairs with less than 0.05 of it
+    left, `accuracy` the share with logit > 0.
     Of single images, which count as half a pair, `chosen_error` is the wanted ones' and `rejected_error` the
     others', and there is no `margin`.
     A micro-batch with a figure that is not finite is left out of the sums: its step is skipped and counted.
@@ -62,14 +63,14 @@ class Metrics:
 
     def add(self, out: LossOutput) -> None:
         """Add one micro-batch's loss output of B pairs, or 2B single samples."""
-        strength, ones = torch.sigmoid(-out.logits), torch.ones_like(out.logits)
+        ones = torch.ones_like(out.logits)
         chosen, rejected = out.halves
         rows = torch.stack(
             [
                 out.loss.detach().expand(len(ones)),
                 out.logits,
-                strength,
-                (strength < SATURATED_BELOW).to(ones.dtype),
+                torch.sigmoid(out.logits),
+                (torch.sigmoid(-out.logits) < SATURATED_BELOW).to(ones.dtype),
                 out.correct.to(ones.dtype),
                 ones,
                 *chosen,

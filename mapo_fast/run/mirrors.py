@@ -40,6 +40,16 @@ class TensorBoard:
         if flush:
             self._writer.flush()
 
+    def add_images(self, images: Iterable[tuple[str, Path]], step: int) -> None:
+        """Add pictures by name, from their files."""
+        import numpy as np
+        from PIL import Image
+
+        for name, path in images:
+            with Image.open(path) as image:
+                self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        self._writer.flush()
+
     def close(self) -> None:
         """Write what is waiting and close the file."""
         try:

@@ -42,16 +42,21 @@ _DRIFT = 0.05
 class Monitor:
     """Turns logged figures into warnings, each condition once per run."""
 
-    def __init__(self, warn: Callable[[int, str], None]) -> None:
-        """`warn(step, message)` is called for each warning."""
-        self._warn = warn
+    def __init__(self, warn: Callable[[int, str], None], earlier: Callable[[], str]) -> None:
+        """Watch a run.
+
+        Args:
+            warn: called with step and message for each warning.
+            earlier: says how to take an earlier checkpoint, as the end of a sentence.
+        """
+        self._warn, self._earlier = warn, earlier
         self._warned: set[str] = set()
         self._first: list[float] = []
         self._recent: list[float] = []
         self._saturated: list[float] = []
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Look at one logging interval's figures, named as in `runlog`."""
+        """Look at one logging interval's figures, named as in `log.jsonl`."""
         if (skipped := metrics.get("skipped_steps")) and skipped > 0:
             self._once(
                 "skipped",
@@ -85,8 +90,8 @@ class Monitor:
             self._once(
                 "non-finite",
                 step,
-                "the model's predictions on held-out pairs are not finite: it has diverged. Take an earlier "
-                "checkpoint and lower optim.lr",
+                "the model's predictions on held-out pairs are not finite: it has diverged. Lower optim.lr, "
+                "and {earlier}",
             )
         if change is not None and error is not None and change["low"] is not None:
             start = error - change["mean"]
@@ -98,8 +103,8 @@ class Monitor:
                 "drift",
                 step,
                 f"the predictions have moved {math.sqrt(drift):.0%} (root mean square) away from the start "
-                "model. Look at the previews; if other prompts suffer, take an earlier checkpoint, lower "
-                "optim.lr or train fewer steps",
+                "model. Look at the previews; if other prompts suffer, lower optim.lr, train fewer steps, or "
+                "{earlier}",
             )
 
     def _check_training_error(self, step: int) -> None:
@@ -116,11 +121,10 @@ class Monitor:
             "chosen_error",
             step,
             f"the chosen images' error on {where} pairs rose from {before:.4f} to {now:.4f}: the margin "
-            "grows at the cost of the images you prefer. Lower optim.lr or objective.beta, or take an "
-            "earlier checkpoint",
+            "grows at the cost of the images you prefer. Lower optim.lr or objective.beta, or {earlier}",
         )
 
     def _once(self, condition: str, step: int, message: str) -> None:
         if condition not in self._warned:
             self._warned.add(condition)
-            self._warn(step, message)
+            self._warn(step, message.replace("{earlier}", self._earlier()))

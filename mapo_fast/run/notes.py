@@ -1,4 +1,4 @@
-"""What the user should know before a run's first step."""
+"""What the user should know before a run's first step, and what to type where a run goes wrong."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from mapo_fast.data.cache import PairCache
 from mapo_fast.engine.gradient_sums import kept_to_nearest
 from mapo_fast.settings.optimizers import OPTIMIZERS
 from mapo_fast.settings.schema import Config
-from mapo_fast.util.checkpoint import Checkpoint
+from mapo_fast.util.checkpoint import Checkpoint, CheckpointStore
+from mapo_fast.util.console import command_line
 
 
 def notes_of(
@@ -62,3 +63,14 @@ def notes_of(
         )
         notes.append(f"no {what} cannot be measured")
     return notes
+
+
+def earlier_checkpoint(config: Config, store: CheckpointStore) -> str:
+    """How to take the newest checkpoint that there is, as the end of a sentence."""
+    steps = [step for step, _ in store.found()]
+    if not steps:
+        return "stop here (no checkpoint is written yet: see train.checkpoint_every)"
+    step, lora = max(steps), config.adapter.kind == "lora"
+    command = ["mapo-fast", "export", str(config.train.output), "--step", str(step)]
+    command += ["--to", "kohya" if lora else "single-file", "--out", f"step-{step}.safetensors"]
+    return f"take the checkpoint of step {step}, while it is kept: {command_line(command)}"

@@ -1,5 +1,7 @@
 """Previews: the same prompts and start noise sampled at several steps of a run.
 
+Each prompt is sampled as a square and, where most pairs have another shape, in that shape too.
+
 The text encoders are loaded once, before the UNet (on the CPU where the GPU's budget is too small for them),
 and the VAE only while it decodes, one image at a time and in tiles where it is larger than 512 × 512 pixels.
 Beside the UNet and its optimizer that takes 0.3 GiB of weights and 0.8 GiB to work in, whatever the image's
@@ -20,15 +22,31 @@ from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.sample import decode_latents, sample_latents, sampler
 from mapo_fast.models.text import PromptEmbeds, empty_prompt, encode_prompts
 from mapo_fast.models.vae import use_tiles
+from mapo_fast.run.preview_files import Size, jobs, save, step_folder, write_contact_sheet
 from mapo_fast.settings.schema import Config
-from mapo_fast.util.files import atomic_path, disk_errors
+from mapo_fast.util.files import disk_errors
 
 
 class Previews:
     """Samples a run's preview prompts; make it before the UNet is loaded."""
 
-    def __init__(self, config: Config, folder: Pipeline, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, folder: Pipeline, device: torch.device, shape: Size | None = None
+    ) -> None:
+        """Encode the prompts.
+
+        Args:
+            config: the run's settings.
+            folder: the model.
+            device: to sample on.
+            shape: of most pairs' images, (height, width) in pixels.
+
+        Raises:
+            UserError: the model's scheduler cannot sample.
+        """
         self.config, self.folder, self.device = config, folder, device
+        square = (config.data.resolution, config.data.resolution)
+        self.sizes: tuple[Size, ...] = tuple(dict.fromkeys((square, shape or square)))
         self.poll: Callable[[], None] = lambda: None
         """Called after each denoising step, by all that sample; what it raises ends a preview."""
         self.poll_alone: Callable[[], None] = lambda: None
@@ -56,8 +74,8 @@ class Previews:
 
     def complete(self, step: int) -> bool:
         """Whether all images of a step are there."""
-        count, folder = len(self.config.preview.prompts), self._folder(step)
-        return all((folder / f"{index:02d}.png").is_file() for index in range(count))
+        folder = step_folder(self.config, step)
+        return all((folder / name).is_file() for _, _, name in jobs(self.config, self.sizes))
 
     def write(
         self,
@@ -66,40 +84,46 @@ class Previews:
         context: AbstractContextManager[None],
         *,
         main: bool = True,
-    ) -> None:
-        """Write `<output>/previews/step-XXXXXXXX/NN.png`, one image per prompt.
+    ) -> list[Path]:
+        """Write `<output>/previews/step-XXXXXXXX/NN-words-of-the-prompt.png`, and the contact sheet.
 
         Processes other than the main one only sample: a UNet that is split runs in all of them.
+
+        Returns:
+            The images that were written, without the contact sheet.
         """
-        preview, side = self.config.preview, self.config.data.resolution
+        preview = self.config.preview
         with context:
-            latents = sample_latents(
-                unet,
-                self.folder,
-                self.prompts,
-                self.empty,
-                seeds=[preview.seed + i for i in range(len(preview.prompts))],
-                height=side,
-                width=side,
-                steps=preview.steps,
-                guidance=preview.guidance,
-                batch_size=1,
-                poll=self.poll,
-            )
+            latents = [
+                sample_latents(
+                    unet,
+                    self.folder,
+                    self.prompts,
+                    self.empty,
+                    seeds=[preview.seed + i for i in range(len(preview.prompts))],
+                    height=height,
+                    width=width,
+                    steps=preview.steps,
+                    guidance=preview.guidance,
+                    batch_size=1,
+                    poll=self.poll,
+                )
+                for height, width in self.sizes
+            ]
         if not main:
-            return
+            return []
         vae = use_tiles(self.folder.load_vae(torch.float32).to(self.device))
-        target = self._folder(step)
+        target, written = step_folder(self.config, step), []
         with disk_errors(target):
             target.mkdir(parents=True, exist_ok=True)
-        for index, latent in enumerate(torch.split(latents, 1)):
-            self.poll_alone()
-            (image,) = decode_latents(vae, latent, batch_size=1)
-            with atomic_path(target / f"{index:02d}.png") as temporary:
-                image.save(temporary, format="PNG")
+            single = (latent for size in latents for latent in torch.split(size, 1))
+            for (index, _, name), latent in zip(jobs(self.config, self.sizes), single, strict=True):
+                self.poll_alone()
+                (image,) = decode_latents(vae, latent, batch_size=1)
+                save(image, target / name, self.config, index, step)
+                written.append(target / name)
+            write_contact_sheet(self.config, self.sizes)
         del vae
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what decoding took, for the rest of the step
-
-    def _folder(self, step: int) -> Path:
-        return self.config.train.output / "previews" / f"step-{step:08d}"
+        return written

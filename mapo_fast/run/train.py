@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 
 from mapo_fast.data.buckets import make_buckets
 from mapo_fast.data.cache import PairCache
+from mapo_fast.engine.batches import most_frequent
 from mapo_fast.engine.build import build_unet
 from mapo_fast.engine.precision import choose_device, choose_precision, cpu_threads
 from mapo_fast.engine.processes import Processes, environment, joined
@@ -40,7 +42,7 @@ from mapo_fast.run.folder import (
 from mapo_fast.run.health import check_start
 from mapo_fast.run.log import RunLog
 from mapo_fast.run.mirrors import find_wandb
-from mapo_fast.run.notes import notes_of
+from mapo_fast.run.notes import earlier_checkpoint, notes_of
 from mapo_fast.run.precompute import precompute
 from mapo_fast.run.preview import Previews
 from mapo_fast.run.settings import final_settings
@@ -104,7 +106,7 @@ def _load_and_run(
     processes.once(lambda: check_output(config, identity, resume=resume, processes=processes.size))
     with nullcontext() if budget is None else budget.kept():
         sampling = config.preview.prompts and (processes.main or processes.shard(config))
-        previews = Previews(config, folder, device) if sampling else None
+        previews = Previews(config, folder, device, most_frequent(cache.train)) if sampling else None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # text encoders are gone and are not the plan's
         buckets = make_buckets(config.data.resolution, config.data.bucket_step)
@@ -243,6 +245,7 @@ def _claim_and_run(
                 start_step=trainer.step,
                 wandb=config.train.wandb,
                 run=run,
+                earlier=partial(earlier_checkpoint, config, trainer.store),
             )
             held.enter_context(log)
             for note in notes + notes_of(config, trainer.cache, checkpoint, resume, processes.size):

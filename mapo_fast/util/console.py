@@ -6,9 +6,11 @@ that was closed.
 
 from __future__ import annotations
 
+import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -40,6 +42,11 @@ def encode_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # tests and notebooks replace them
             stream.reconfigure(errors="backslashreplace")
+
+
+def command_line(words: Sequence[str]) -> str:
+    """A command as one would type it on this system, with quotes where a word needs them."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 class _Unfailing:
@@ -84,20 +91,21 @@ def unfailing(console: Console) -> Console:
     return console
 
 
-_LINE = (
-    ("loss", "loss {:.4f}"),
-    ("chosen_error", "chosen {:.4f}"),
-    ("rejected_error", "rejected {:.4f}"),
-    ("margin", "margin {:+.4f}"),
-    ("saturation", "sigma(-z) {:.2f}"),
-    ("accuracy", "accuracy {:.2f}"),
-    ("grad_norm", "grad {:.2f}"),
-    ("lr", "lr {:.1e}"),
-    ("pairs_per_s", "{:.2f} pairs/s"),
-    ("peak_memory_mib", "{:.0f} MiB"),
-    ("skipped_steps", "skipped {:.0f}"),
-    ("compile_s", "compiling {:.0f} s"),
-)
+_LINE = {
+    "loss": "loss {:.4f}",
+    "chosen_error": "chosen error {:.4f}",
+    "rejected_error": "rejected error {:.4f}",
+    "margin": "margin {:+.4f}",
+    "saturation": "saturation {:.0%}",
+    "accuracy": "accuracy {:.0%}",
+    "grad_norm": "grad norm {:.2f}",
+    "lr": "lr {:.1e}",
+    "pairs_per_s": "{:.2f} pairs/s",
+    "peak_memory_mib": "peak memory {:,.0f} MiB",
+    "skipped_steps": "skipped steps {:.0f}",
+    "compile_s": "compile {:.0f} s",
+}
+"""The figures of the console's line, in order and by the names that `log.jsonl` and TensorBoard have too."""
 
 
 class Terminal(Callbacks):
@@ -156,9 +164,10 @@ class Terminal(Callbacks):
         """Print the figures of training steps in one line."""
         if self._bar is not None and "pairs_per_s" in figures:
             self._bar.update(self._task, speed=f"{figures['pairs_per_s']:.2f} pairs/s")
-        parts = [form.format(figures[name]) for name, form in _LINE if name in figures]
+        shown = {name: form for name, form in _LINE.items() if name in figures}
         if not figures.get("skipped_steps"):
-            parts = [part for part in parts if not part.startswith("skipped")]
+            shown.pop("skipped_steps", None)
+        parts = [form.format(figures[name]) for name, form in shown.items()]
         say(self.console, f"step {step}/{total}  " + "  ".join(parts) + self._eta(step, total), wrap=True)
 
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """A very small demo from end to end, and its report."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -52,15 +53,18 @@ def test_report_html_is_self_contained_and_says_the_same(demo: tuple[Path, str])
     page = (demo[0] / "report.html").read_text(encoding="utf-8")
     result = json.loads((demo[0] / "report.json").read_text(encoding="utf-8"))
     sources = re.findall(r'(?:src|href|srcset|data|action)\s*=\s*"([^"]{0,60})', page)
-    assert len(sources) == 8  # two sets of three grids, the pairs, the curves
+    assert len(sources) == 13  # two sets of three grids, the pairs, six charts
     assert all(source.startswith("data:image/") for source in sources)
     without_images = re.sub(r'"data:[^"]*"', '""', page)
-    assert not re.search(r"https?:|<script|<link|<iframe|@import|url\(", without_images)
+    assert not re.search(r"https?:|<script\s|<link|<iframe|@import|url\(", without_images)
+    warned = [one["message"] for found in result["warnings"].values() for one in found]
+    assert all(html.escape(message) in page for message in warned)
+    assert ("gave no warning" in page) == (not warned)
     for figure in ("preferred_share", "unchanged_score"):
         for model in report.model_names("mapo"):
             assert f"<td>{report.percent(result, figure, model)}" in page
     images = re.findall(r"<img[^>]*>", page, flags=re.S)
-    assert len(images) == 8
+    assert len(images) == 13
     assert all(re.search(r'alt="[^"]{10,}"', image) for image in images)
     for data in re.findall(r"data:image/png;base64,([^\"]+)", page):
         Image.open(io.BytesIO(base64.b64decode(data))).verify()

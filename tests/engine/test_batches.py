@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from mapo_fast.engine.batches import MicroBatches
+from mapo_fast.engine.batches import MicroBatches, most_frequent
 
 
 @dataclass(frozen=True)
@@ -47,3 +47,9 @@ def test_epochs_and_seeds_differ() -> None:
     other = MicroBatches(PAIRS, 4, seed=1)  # type: ignore[arg-type]
     assert first != second
     assert first != [other.at(i)[1] for i in range(batches.per_epoch)]
+
+
+def test_the_most_frequent_bucket() -> None:
+    assert most_frequent(PAIRS) == (64, 64)  # type: ignore[arg-type]
+    assert most_frequent(PAIRS[:20]) == (32, 96)  # type: ignore[arg-type]
+    assert most_frequent([]) is None

@@ -297,7 +297,7 @@ def test_a_card_takes_licence_and_base_from_the_start_model_and_prompts_as_text(
     assert yaml.safe_load(front)["base_model"] == "Base"
     assert "<b>" not in body
     assert "&lt;b&gt;red\\|blue" in body
-    assert "previews/step-00000001/00.png" in body
+    assert "previews/step-00000001/00-b-red-blue-b.png" in body
 
 
 def test_tokenizers_of_a_file_with_another_vocabulary_are_named(

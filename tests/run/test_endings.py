@@ -221,7 +221,7 @@ def test_what_ends_a_run_saves_the_last_finished_step(
         truth = truth | {"log": made(tmp_path / "run")["log"]}
     assert_same(tmp_path / "run", truth)
     if previews:
-        assert len(list((tmp_path / "run" / "previews").glob("*/00.png"))) == 1 + STEPS
+        assert len(list((tmp_path / "run" / "previews").glob("*/00-red.png"))) == 1 + STEPS
 
 
 @pytest.mark.slow
@@ -446,7 +446,7 @@ def test_a_signal_in_a_preview_leaves_it_and_the_resume_makes_it(
     write = Previews.write
     sampled: list[int] = []
 
-    def signalled(self: Previews, unet: Any, step: int, *args: Any, **kwargs: Any) -> None:
+    def signalled(self: Previews, unet: Any, step: int, *args: Any, **kwargs: Any) -> list[Path]:
         if step != LAST:
             return write(self, unet, step, *args, **kwargs)
 

@@ -202,8 +202,9 @@ def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
         "margin change +0.0010; drift 0.002"
     )
     assert lines[1].startswith(
-        "step 10/100  loss 0.1000  chosen 0.1000  rejected 0.2000  margin +0.1000  sigma(-z) 0.25  "
-        "accuracy 0.75  grad 1.50  lr 1.0e-05  2.00 pairs/s  1000 MiB  ETA 0:00:0"
+        "step 10/100  loss 0.1000  chosen error 0.1000  rejected error 0.2000  margin +0.1000  "
+        "saturation 25%  accuracy 75%  grad norm 1.50  lr 1.0e-05  2.00 pairs/s  "
+        "peak memory 1,000 MiB  ETA 0:00:0"
     )
     assert len(lines) == 3
     assert text(terminal).isascii()  # a Windows pipe may not take more
@@ -222,7 +223,7 @@ def test_skipped_steps_are_shown_once_there_are_some(tmp_path: Path) -> None:
         log.step(1, FIGURES)
         assert "skipped" not in text(terminal)
         log.step(2, {**FIGURES, "skipped_steps": 2.0})
-    assert "skipped 2" in text(terminal)
+    assert "skipped steps 2" in text(terminal)
     assert "warning at step 2: 2 step(s) had gradients that were not finite" in text(terminal)
 
 

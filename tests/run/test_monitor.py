@@ -14,7 +14,9 @@ from mapo_fast.run.monitor import SATURATED_BELOW, Monitor
 class Recorder:
     def __init__(self) -> None:
         self.warnings: list[tuple[int, str]] = []
-        self.monitor = Monitor(lambda step, message: self.warnings.append((step, message)))
+        self.monitor = Monitor(
+            lambda step, message: self.warnings.append((step, message)), lambda: "take step 7"
+        )
 
 
 def test_saturated_means_a_dead_margin_gradient() -> None:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import time
@@ -15,8 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from mapo_fast.cli import app
 from mapo_fast.data.cache import PairCache
 from mapo_fast.data.prepare import prepare
 from mapo_fast.engine.step import training_inputs
@@ -24,10 +28,12 @@ from mapo_fast.models.diffusion import Diffusion
 from mapo_fast.models.open import open_sdxl
 from mapo_fast.run.feed import Feed
 from mapo_fast.run.log import read_log
+from mapo_fast.run.notes import earlier_checkpoint
 from mapo_fast.run.preview import Previews
 from mapo_fast.run.train import fit
 from mapo_fast.run.trainer import Trainer
 from mapo_fast.settings.schema import Config
+from mapo_fast.util.checkpoint import CheckpointStore
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import exclusive
 from tests.tiny import make_tiny_sdxl
@@ -491,7 +497,7 @@ def test_v_prediction_with_zero_terminal_snr_and_an_fp16_only_folder(cache: Path
     fit(make_config(model, data, output, train={"steps": 2}, preview={"prompts": ["red"], "steps": 2}))
     written = json.loads((output / "scheduler" / "scheduler_config.json").read_text())
     assert (written["prediction_type"], written["rescale_betas_zero_snr"]) == ("v_prediction", True)
-    assert len(list((output / "previews").rglob("*.png"))) == 2
+    assert len(list((output / "previews").glob("*/*.png"))) == 2
     with pytest.raises(UserError, match="zero terminal SNR with epsilon-prediction"):
         fit(make_config(model, data, tmp_path / "other", train={"prediction": "epsilon"}))
 
@@ -507,10 +513,30 @@ def test_a_cache_of_another_model_is_refused(cache: Path, tmp_path: Path) -> Non
 def test_previews_are_the_same_prompts_and_noise(make: Callable[..., Config], tmp_path: Path) -> None:
     preview = {"prompts": ["red", "blue"], "steps": 2, "every": 1}
     fit(make(tmp_path / "run", train={"steps": 2}, optim={"lr": 1e-12}, preview=preview))
-    folders = sorted((tmp_path / "run" / "previews").iterdir())
+    sheet, *folders = sorted((tmp_path / "run" / "previews").iterdir())
+    assert sheet.name == "contact-sheet.png"
     assert [f.name for f in folders] == ["step-00000000", "step-00000001", "step-00000002"]
-    assert (folders[0] / "00.png").read_bytes() == (folders[2] / "00.png").read_bytes()
-    assert (folders[0] / "00.png").read_bytes() != (folders[0] / "01.png").read_bytes()
+    first, last, other = (
+        Image.open(path)
+        for path in (folders[0] / "00-red.png", folders[2] / "00-red.png", folders[0] / "01-blue.png")
+    )
+    assert first.tobytes() == last.tobytes() != other.tobytes()
+    assert first.text["parameters"].startswith("red\nSteps: 2, Sampler: Euler, CFG scale: 5, Seed: 0, Size: ")
+    [board] = (tmp_path / "run" / "tensorboard").iterdir()
+    assert b"previews/01-blue" in board.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_warning_names_a_command_that_works(make: Callable[..., Config], tmp_path: Path) -> None:
+    config = make(tmp_path / "a run", adapter={"kind": "lora", "rank": 2}, train={"steps": 2})
+    fit(config)
+    said = earlier_checkpoint(config, CheckpointStore(tmp_path / "a run" / "checkpoints", 1))
+    command = shlex.split(said[said.index("mapo-fast ") :])
+    assert command[:2] == ["mapo-fast", "export"]
+    target = tmp_path / command.pop()
+    result = CliRunner().invoke(app, [*command[1:], str(target)])
+    assert result.exit_code == 0, result.output
+    assert target.is_file()
 
 
 def test_missing_xformers_is_named(
