@@ -74,10 +74,11 @@ def _of_both(config: Config, model: Pipeline, run: Path, step: int | None) -> di
 def _thumbnail(previews: Path, step: int | None) -> str | None:
     """A step's first preview, or the last step's, as a data URL; None where none can be read."""
     folders = sorted(previews.glob("step-*")) if step is None else [previews / f"step-{step:08d}"]
-    if not folders:
+    files = sorted(folders[-1].glob("00*.png")) if folders else []
+    if not files:
         return None
     try:
-        image = decode_image((folders[-1] / "00.png").read_bytes())
+        image = decode_image(files[0].read_bytes())
     except (OSError, ImageProblemError):  # anybody may have moved or changed it
         return None
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
