@@ -49,8 +49,7 @@ if TYPE_CHECKING:
     from mapo_fast.loss import MaPOLoss, PreferenceLoss, SFTLoss
     from mapo_fast.models.patch import patch_unet, unpatch_unet
     from mapo_fast.planner.ask import plan
-    from mapo_fast.planner.plan import Plan
-    from mapo_fast.planner.search import PlanResult
+    from mapo_fast.planner.plan import Plan, PlanResult
     from mapo_fast.run.folder import FitResult
     from mapo_fast.run.train import fit
     from mapo_fast.settings.load import load_config
@@ -65,7 +64,7 @@ _PLACES = {
     "MaPOLoss": "loss",
     "MachineError": "util.errors",
     "Plan": "planner.plan",
-    "PlanResult": "planner.search",
+    "PlanResult": "planner.plan",
     "PreferenceLoss": "loss",
     "PrepareResult": "data.summary",
     "SFTLoss": "loss",

@@ -160,18 +160,21 @@ def train(
 @app.command(cls=_Configured)
 def plan(
     config: Annotated[
-        Path | None, typer.Argument(help="TOML file; its settings are kept. Without it, the recipes' ones.")
+        Path | None, typer.Argument(help="TOML file; its settings are kept. Without it, those of --preset.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="`lora` by default, or another recipe's name.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="`sdxl`, or a diffusers SDXL pipeline folder.")
+        str | None, typer.Option("--model", help="An SDXL model; `sdxl`, by default, needs no file.")
     ] = None,
     resolution: Annotated[
         str | None, typer.Option("--resolution", help="Side of the images in pixels.")
     ] = None,
     adapter: Annotated[str | None, typer.Option("--adapter", help="`full` or `lora`.")] = None,
-    vram: Annotated[str | None, typer.Option("--vram", help='GPU memory, such as "24GiB".')] = None,
+    vram: Annotated[str | None, typer.Option("--vram", help="GPU memory in GiB, such as 24.")] = None,
     card: Annotated[str | None, typer.Option("--card", help='The card, such as "RTX 4090".')] = None,
-    ram: Annotated[str | None, typer.Option("--ram", help="System RAM; this machine's by default.")] = None,
+    ram: Annotated[str, typer.Option("--ram", help="Free system RAM in GiB.")] = "32",
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     picture: Annotated[
@@ -179,33 +182,39 @@ def plan(
     ] = None,
     code: Code = None,
 ) -> None:
-    """Predict memory and time of training; choose the fastest settings that fit. No GPU, no weights."""
+    """Say whether training fits a card, how long it takes, and what to type. No GPU, no weights."""
     from mapo_fast.planner import report
-    from mapo_fast.planner.ask import plan as run
-    from mapo_fast.planner.ask import recipe
-    from mapo_fast.settings.load import load_config
+    from mapo_fast.planner.question import question
     from mapo_fast.util.errors import UserError
 
-    if picture is not None:
-        report.check_picture(picture)
     if resolution is not None and not resolution.isdecimal():
         raise UserError(f"--resolution {resolution!r} is not a number of pixels: write --resolution 1024")
     _allow(code, config)
     given = {"data.resolution": resolution, "adapter.kind": adapter}
     stated = [*(overrides or ()), *(f"{name}={value}" for name, value in given.items() if value is not None)]
-    settings = recipe(stated) if config is None else load_config(config, stated)
+    settings, run = question(config, preset, stated, model)
     if config is None and model is None:
         model = "sdxl"
+    if picture is not None:
+        from mapo_fast.planner.picture import check_picture
+
+        check_picture(picture)
     with Console(stderr=True).status("tracing training steps; the first time this takes a minute or two"):
-        found = run(settings, card=card, vram=vram, ram=ram, model=model)
+        from mapo_fast.planner.ask import plan as ask
+
+        found = ask(
+            settings, card=card, vram=vram, ram=ram, model=model or ("sdxl" if config is None else None)
+        )
     if as_json:
-        typer.echo(report.as_json(found))
-    for line in () if as_json else report.as_text(found).split("\n"):
+        typer.echo(report.as_json(found, run))
+    for line in () if as_json else report.as_text(found, run).split("\n"):
         typer.echo(printable(line))
     if found.chosen is None:
         raise typer.Exit(3)
     if picture is not None:
-        report.plot(found, picture)
+        from mapo_fast.planner.picture import plot
+
+        plot(found, picture)
 
 
 @app.command(cls=_Configured)

@@ -9,7 +9,6 @@ where torch has none, and under WSL, where drivers refuse them (pytorch#192330).
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -22,16 +21,12 @@ import torch.nn.functional as F
 
 from mapo_fast.hardware.allocator import LARGE_SEGMENT, MIB, Rules
 from mapo_fast.hardware.cards import CONTEXT_GIB
+from mapo_fast.hardware.host import in_wsl
 from mapo_fast.util.errors import UserError
 
 DISPLAY_GIB = 0.5
 """What a desktop may take while a run lasts."""
 _EXPANDABLE = "expandable_segments"
-
-
-def in_wsl() -> bool:
-    """Whether this Linux runs inside Windows."""
-    return "microsoft" in platform.release().lower()
 
 
 # --- torch's allocator ---

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
-from mapo_fast.hardware.gpu import in_wsl
-
 PROCESS_BYTES = 3 * 2**30
 """Python, torch, the CUDA libraries and the data of a run; assumed."""
 TENSOR_BYTES = 128 * 2**20
 """The largest tensor: saving brings one at a time to the host."""
+
+
+def in_wsl() -> bool:
+    """Whether this Linux runs inside Windows."""
+    return "microsoft" in platform.release().lower()
 
 
 class Host(NamedTuple):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from mapo_fast.engine.compile import refuse_without_triton
@@ -16,14 +14,17 @@ from mapo_fast.hardware.host import host
 from mapo_fast.hardware.names import find_card
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.planner.models import parts_of
+from mapo_fast.planner.plan import PlanResult
 from mapo_fast.planner.rates import rates_of
-from mapo_fast.planner.search import PlanResult, search
+from mapo_fast.planner.search import search
 from mapo_fast.planner.stages import vae_of
-from mapo_fast.settings.load import apply_override, parse_config
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.sizes import GIB, parse_size, size_text
 from mapo_kernels import backend
+
+RAM = "32GiB"
+"""Free system RAM of the machine that a plan is for, where nobody says."""
 
 
 def plan(
@@ -31,7 +32,7 @@ def plan(
     *,
     card: str | None = None,
     vram: str | None = None,
-    ram: str | None = None,
+    ram: str = RAM,
     model: str | None = None,
 ) -> PlanResult:
     """Find the fastest way to train as `config` says that fits a card; no GPU and no weights are needed.
@@ -42,7 +43,7 @@ def plan(
         config: its settings are kept, and those of the memory plan that it leaves open are chosen.
         card: such as "RTX 4090".
         vram: GPU memory, such as "24GiB", in place of the card's and of `train.vram`.
-        ram: system memory, such as "64GiB"; this machine's by default.
+        ram: free system memory, such as "64GiB"; 32 GiB by default, whatever this machine has.
         model: "sdxl", or a model in place of `model.path`.
 
     Returns:
@@ -61,7 +62,7 @@ def plan(
     if not sizes:
         raise UserError('say which card: --card "RTX 4090", or --vram 24GiB')
     nbytes = min(sizes)  # a run has no more than its card either
-    limits = host(None if ram is None else parse_size(ram, "--ram"))
+    limits = host(parse_size(ram, "--ram"))
     chosen = found or card_with(nbytes, _capability(config))
     _refuse_without_bf16(config, chosen)
     refuse_card_without_fp8(config, chosen.name, chosen.capability)
@@ -142,30 +143,3 @@ def _refuse_without_bf16(config: Config, card: Card) -> None:
             f"{card.name} cannot do bf16 (train.precision = {config.train.precision!r}): use 'fp16' with "
             "adapter.kind = 'lora', or 'fp32'"
         )
-
-
-def recipe(overrides: list[str]) -> Config:
-    """What a plan without a config is for: the preset `full`, or `lora`, with overrides.
-
-    Raises:
-        UserError: settings that cannot be combined.
-    """
-    given: dict[str, Any] = {}
-    for override in overrides:
-        apply_override(given, override)
-    full = given.get("adapter", {}).get("kind") == "full"
-    table: dict[str, Any] = {
-        "model": {"path": "sdxl"},
-        "data": {"cache": "cache"},
-        "adapter": {"kind": "full"} if full else {"kind": "lora", "rank": 16},
-        "optim": {"name": "adamw8bit"},
-        "train": {
-            "output": "run",
-            "accumulation": 32 if full else 4,
-            "precision": "pure_bf16" if full else "bf16",
-        },
-        "preview": {"prompts": ["a prompt"]},
-    }
-    for override in overrides:
-        apply_override(table, override)
-    return parse_config(table, where="plan")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mapo_fast.hardware.cards import Card
+from mapo_fast.hardware.host import Host
 from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.schema import Config
+
+if TYPE_CHECKING:  # it imports torch, which a plan that is looked up does without
+    from mapo_fast.planner.trace import Trace
 
 GIB = 2**30
 GRAPHS = "graph buffers"
@@ -41,31 +47,86 @@ class Plan(NamedTuple):
 
     @property
     def time(self) -> str:
-        """How long a step takes, in words."""
+        """How long a step takes."""
         if self.accumulation == 1:
-            return f"{self.ms:.0f} ms a step"
-        each = self.ms / self.accumulation
-        return f"{self.ms:.0f} ms a step of {self.accumulation} micro-batches ({each:.0f} ms each)"
+            return f"{seconds_text(self.ms / 1e3)} a step"
+        each = seconds_text(self.ms / 1e3 / self.accumulation)
+        return f"{seconds_text(self.ms / 1e3)} a step of {self.accumulation} micro-batches ({each} each)"
 
     @property
     def name(self) -> str:
-        """In a few words."""
-        get = self.settings.get
-        blocks = get("train.gradient_checkpointing", True)
-        words = [str(get("train.layout", ""))]
-        words.append(
-            "no checkpointing"
-            if blocks is False
-            else "checkpointed"
-            if blocks is True
-            else "partly checkpointed"
-        )
-        if get("train.fused_step"):
-            words.append("fused step")
-        offloaded = [
-            part for part in ("optimizer", "weights", "activations") if get(f"offload.{part}") == "cpu"
-        ]
-        if offloaded:
-            words.append(f"{' and '.join(offloaded)} in system RAM")
-        words += self.changes
-        return ", ".join(word for word in words if word)
+        """How it trains, in a few words."""
+        values = {name: self.settings[name] for name in WORDS if name in self.settings}
+        words = [in_words(name, value) for name, value in values.items() if value not in (False, "gpu")]
+        if values.get("train.gradient_checkpointing") is False:
+            words.insert(1, in_words("train.gradient_checkpointing", False))
+        return ", ".join([*words, *self.changes])
+
+
+WORDS: dict[str, dict[Any, str]] = {
+    "train.layout": {
+        "joint": "both images at once",
+        "split": "one image at a time in each block",
+        "sequential": "one image at a time",
+    },
+    "train.gradient_checkpointing": {True: "activations recomputed", False: "activations kept"},
+    "train.fused_step": {
+        True: "weights updated in the backward pass",
+        False: "weights updated after the backward pass",
+    },
+    "offload.optimizer": {"gpu": "optimizer states on the card", "cpu": "optimizer states in system RAM"},
+    "offload.weights": {"gpu": "weights on the card", "cpu": "weights in system RAM"},
+    "offload.activations": {"gpu": "activations on the card", "cpu": "activations in system RAM"},
+}
+"""What the values of planned settings do."""
+
+
+def in_words(name: str, value: Any) -> str:
+    """What a planned setting does; empty for one that has no words."""
+    if isinstance(value, (list, tuple)):
+        return "some activations recomputed"
+    return WORDS.get(name, {}).get(value, "")
+
+
+def seconds_text(seconds: float) -> str:
+    """A time as people say it: "0.85 s", "12 s", "3 min", "1 h 27 min", "2 d 5 h"."""
+    if seconds < 59.5:
+        return f"{seconds:.{2 if seconds < 1 else 1 if seconds < 10 else 0}f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+class Loser(NamedTuple):
+    """A plan that was not chosen."""
+
+    plan: Plan
+    """Its time is corrected as the chosen plan's own trace has corrected that one's."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What the planner found; all figures are predictions."""
+
+    card: Card
+    vram: int
+    usable: int
+    """Bytes that a plan may reserve."""
+    host: Host
+    chosen: Plan | None
+    trace: Trace | None
+    """That of the chosen plan; None where it was looked up."""
+    others: list[Loser]
+    stages: dict[str, int]
+    """Peak bytes of the run's other stages on the device, see `stages.py`."""
+    how_to_prepare: str
+    """With which settings `prepare` fits, where it does not as it is."""
+    advice: str
+    """The smallest change that would fit, where nothing does."""
+    enough: int
+    """Bytes of GPU memory that would do, where nothing fits; 0 where none would."""

@@ -1,78 +1,148 @@
-"""What the planner found, for people, for programs, and as a picture."""
+"""What the planner found, for people and for programs."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from mapo_fast.hardware.cards import CONTEXT_GIB, WORKSPACE_GIB
-from mapo_fast.planner.plan import GRAPHS, Plan
-from mapo_fast.planner.search import PlanResult
-from mapo_fast.planner.timeline import simulate
-from mapo_fast.planner.trace import CATEGORIES, ON_DEVICE
-from mapo_fast.util.errors import UserError
+from mapo_fast.hardware.cards import vram_for
+from mapo_fast.planner.plan import GRAPHS, Loser, Plan, PlanResult, in_words, seconds_text
+from mapo_fast.settings.schema import Config
 from mapo_fast.util.sizes import GIB, size_text
 
 RUNNERS_UP = 6
-PICTURES = (".png", ".svg", ".pdf")
+_CATEGORIES = {
+    "parameters": "weights",
+    "gradients": "gradients",
+    "states": "optimizer states",
+    "saved": "activations for the backward pass",
+    "transient": "working memory",
+    "staging": "buffers for copies",
+    GRAPHS: "CUDA graphs",
+}
+_STAGES = {"prepare": "preparing the images", "previews": "previews"}
+_WIDTH = 36
 
 
-def as_text(outcome: PlanResult) -> str:
-    """The plan, where its memory goes, and why others lost; all figures are predictions."""
-    card, usable = outcome.card, max(0, outcome.usable) / GIB
-    lines = [
-        f"{outcome.vram / GIB:.2f} GiB: {usable:.2f} GiB for a plan beside CUDA context and workspaces; "
-        f"rates {card.rates.source}"
-    ]
+class Run(NamedTuple):
+    """The run that a plan is for."""
+
+    steps: int
+    images: str
+    """What a step trains on, such as "4 pairs"."""
+    command: str
+    """What starts it."""
+    preset: str | None = None
+
+
+def run_of(config: Config, command: str, preset: str | None = None) -> Run:
+    """The run of a config."""
+    number = config.train.pairs_per_batch * config.train.accumulation
+    if config.objective.known.samples == "single":
+        images = f"{2 * number} images"
+    else:
+        images = f"{number} pair{'s' if number > 1 else ''}"
+    return Run(config.train.steps, images, command, preset)
+
+
+def sentence(plan: Plan, vram: int, run: Run, card: str) -> str:
+    """Memory, and the time of a step and of all steps, in one line."""
+    step = plan.ms / 1e3
+    needed = vram_for(plan.reserved) / GIB
+    return (
+        f"fits: {needed:.1f} of {vram / GIB:.3g} GiB; about {seconds_text(step)} a step of {run.images}, "
+        f"{run.steps:,} steps in {seconds_text(step * run.steps)}; predicted for {card}"
+    )
+
+
+def as_text(outcome: PlanResult, run: Run) -> str:
+    """The answer in one sentence and what to type; then where memory goes, and why others lost."""
     if outcome.chosen is None:
-        lines += ["nothing fits", outcome.advice]
+        lines = [_does_not_fit(outcome), outcome.advice]
         lines += [f"--vram {size_text(outcome.enough)} would do"] if outcome.enough else []
     else:
-        plan = outcome.chosen
-        lines += [
+        lines = [
+            sentence(outcome.chosen, outcome.vram, run, outcome.card.name),
+            *([outcome.how_to_prepare] if outcome.how_to_prepare else []),
             "",
-            f"{plan.name}",
-            f"  {plan.peak / GIB:.2f} GiB on the card, {plan.reserved / GIB:.2f} reserved; {plan.time} "
-            "(predicted)",
-            f"  {plan.pinned / GIB:.1f} GiB of system RAM pinned, {plan.host / GIB:.1f} GiB used at most",
+            f"  {run.command}",
             "",
-            *_settings(plan),
+            *_how(outcome.chosen),
             "",
-            *(f"  {name:<14}{size / GIB:7.2f} GiB" for name, size in plan.device.items()),
-            f"  {'allocator':<14}{(plan.reserved - plan.peak) / GIB:7.2f} GiB",
-            f"  {'CUDA context':<14}{CONTEXT_GIB:7.2f} GiB",
-            f"  {'workspaces':<14}{WORKSPACE_GIB:7.2f} GiB",
+            *_memory(outcome, outcome.chosen),
             "",
-            "other stages, beside CUDA context and workspaces:",
-            *(f"  {name:<14}{size / GIB:7.2f} GiB" for name, size in outcome.stages.items()),
-            *([f"  {outcome.how_to_prepare}"] if outcome.how_to_prepare else []),
+            *_assumed(outcome),
         ]
-        if plan.settings.get("train.fused_step"):
-            lines.append("\nwith the fused step optim.max_grad_norm clips by the norm of the step before")
     if outcome.others:
-        lines += ["", "not chosen:"]
-        lines += [
-            f"  {loser.plan.peak / GIB:6.2f} GiB {loser.plan.ms:7.0f} ms  {loser.plan.name}: {loser.reason}"
-            for loser in outcome.others[:RUNNERS_UP]
-        ]
+        lines += ["", "not chosen:", *map(_loser, outcome.others[:RUNNERS_UP])]
     return "\n".join(lines)
 
 
-def _settings(plan: Plan) -> list[str]:
-    lines = []
-    for name, value in plan.settings.items():
-        text = json.dumps(value)
-        lines.append(f"  {name} = {text}")
-    return lines
+def _loser(loser: Loser) -> str:
+    plan = loser.plan
+    memory, time = vram_for(plan.reserved) / GIB, seconds_text(plan.ms / 1e3)
+    return f"  {memory:6.2f} GiB  {time:>6} a step  {plan.name}: {loser.reason}"
 
 
-def as_json(outcome: PlanResult) -> str:
-    """One object; sizes in bytes, times in ms."""
+def _does_not_fit(outcome: PlanResult) -> str:
+    left = max(0, outcome.usable) / GIB
+    return (
+        f"does not fit: of {outcome.vram / GIB:.3g} GiB, {left:.2f} are left for training beside CUDA and "
+        f"its libraries ({vram_for(0) / GIB:.2f})"
+    )
+
+
+def _how(plan: Plan) -> list[str]:
+    """The planned settings, each with what it does."""
+    rows = [(in_words(name, value), f"{name} = {json.dumps(value)}") for name, value in plan.settings.items()]
+    lines = [f"  {words:<{_WIDTH + 4}}  {setting}" for words, setting in rows]
+    if plan.changes:
+        lines.append(f"  no plan fits that changes no result: this one has {', '.join(plan.changes)}")
+    if plan.settings.get("train.fused_step"):
+        lines.append("  gradients are clipped by the norm of the step before (optim.max_grad_norm)")
+    return [f"how: {plan.name}", *lines]
+
+
+def _memory(outcome: PlanResult, plan: Plan) -> list[str]:
+    rows = {_CATEGORIES.get(name, name): size for name, size in plan.device.items()}
+    rows["unused parts of allocated blocks"] = plan.reserved - plan.peak
+    rows["CUDA and its libraries"] = vram_for(0)
+    rows["together"] = vram_for(plan.reserved)
+    beside = {_STAGES[name]: size + vram_for(0) for name, size in outcome.stages.items()}
+    return [
+        "memory on the card:",
+        *(f"  {name:<{_WIDTH}}{size / GIB:6.2f} GiB" for name, size in rows.items()),
+        "before and between the steps:",
+        *(f"  {name:<{_WIDTH}}{size / GIB:6.2f} GiB" for name, size in beside.items()),
+        "system RAM:",
+        f"  {'at most':<{_WIDTH}}{plan.host / GIB:6.2f} GiB",
+        f"  {'of it pinned':<{_WIDTH}}{plan.pinned / GIB:6.2f} GiB",
+    ]
+
+
+def _assumed(outcome: PlanResult) -> list[str]:
+    memory, ram = outcome.vram / GIB, outcome.host.ram / GIB
+    return [
+        f"assumed: {memory:.3g} GiB of GPU memory and {ram:.3g} GiB of system RAM are free (--vram, --ram)",
+        f"rates {outcome.card.rates.source}",
+        "the time is that of the steps: preparing the images, previews and evaluations come on top",
+    ]
+
+
+def as_json(outcome: PlanResult, run: Run) -> str:
+    """One object; sizes in bytes, times in ms, the whole run's in s."""
+    plan = outcome.chosen
     return json.dumps(
         {
+            "fits": plan is not None,
+            "sentence": _does_not_fit(outcome)
+            if plan is None
+            else sentence(plan, outcome.vram, run, outcome.card.name),
+            "command": run.command,
+            "preset": run.preset,
+            "steps": run.steps,
+            "seconds": None if plan is None else round(plan.ms / 1e3 * run.steps),
+            "needed": outcome.enough if plan is None else vram_for(plan.reserved),
             "card": outcome.card.name,
             "rates": outcome.card.rates._asdict(),
             "vram": outcome.vram,
@@ -82,7 +152,7 @@ def as_json(outcome: PlanResult) -> str:
             "kind_of_figure": "predicted",
             "stages": outcome.stages,
             "how_to_prepare": outcome.how_to_prepare,
-            "plan": None if outcome.chosen is None else _row(outcome.chosen),
+            "plan": None if plan is None else _row(plan),
             "others": [_row(loser.plan) | {"reason": loser.reason} for loser in outcome.others],
             "advice": outcome.advice,
             "enough": outcome.enough,
@@ -104,46 +174,3 @@ def _row(plan: Plan) -> dict[str, Any]:
         "accumulation": plan.accumulation,
         "traced": plan.traced,
     }
-
-
-def check_picture(path: Path) -> None:
-    """Before the search, which takes longer.
-
-    Raises:
-        UserError: no picture can be written there.
-    """
-    if path.suffix.lower() not in PICTURES:
-        raise UserError(f"--plot {path}: the name must end in {', '.join(PICTURES)}")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--plot {path}: the folder does not exist")
-
-
-def plot(outcome: PlanResult, path: Path) -> None:
-    """Draw the chosen plan's memory over its step.
-
-    Raises:
-        ValueError: there is no plan.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    if outcome.trace is None or outcome.chosen is None:
-        raise ValueError("there is no plan to draw")
-    trace = outcome.trace
-    ends = np.maximum.accumulate(simulate(trace, outcome.card).ends) * 1e3
-    figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
-    live, labels = list(trace.live[ON_DEVICE]), [*CATEGORIES[ON_DEVICE]]
-    if GRAPHS in outcome.chosen.device:
-        live.append(np.full(len(ends), outcome.chosen.device[GRAPHS]))
-        labels.append(GRAPHS)
-    axes.stackplot(ends, np.array(live) / GIB, labels=labels, step="post")
-    axes.axhline(outcome.usable / GIB, color="black", linewidth=1, linestyle="--", label="usable")
-    what = "ms"
-    if trace.accumulation > trace.micro_batches:
-        what += f" of {trace.micro_batches} of {trace.accumulation} micro-batches"
-    axes.set(xlabel=f"{what}, rates of {outcome.card.name} (predicted)", ylabel="GiB", xlim=(0, ends[-1]))
-    axes.legend(loc="upper left", ncols=4, fontsize="small")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

@@ -16,14 +16,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from mapo_fast.hardware.allocator import EXPANDABLE, Rules
 from mapo_fast.hardware.cards import Card, usable_bytes, vram_for
 from mapo_fast.hardware.host import Host
 from mapo_fast.planner.family import BLOCKS, Family, stated
-from mapo_fast.planner.plan import Plan
+from mapo_fast.planner.plan import Loser, Plan, PlanResult
 from mapo_fast.planner.stages import SDXL_VAE, Vae, how_to_prepare, preparing, previewing
 from mapo_fast.planner.store import Tracing
 from mapo_fast.planner.trace import Trace
@@ -34,37 +33,6 @@ from mapo_fast.util.sizes import GIB, size_text
 
 BOTHER = 0.01
 """A plan has to be this much faster for everything that it moves off the card, and for fusing the step."""
-
-
-class Loser(NamedTuple):
-    """A plan that was not chosen."""
-
-    plan: Plan
-    """Its time is corrected as the chosen plan's own trace has corrected that one's."""
-    reason: str
-
-
-@dataclass(frozen=True)
-class PlanResult:
-    """What the planner found; all figures are predictions."""
-
-    card: Card
-    vram: int
-    usable: int
-    """Bytes that a plan may reserve."""
-    host: Host
-    chosen: Plan | None
-    trace: Trace | None
-    """Of the chosen plan."""
-    others: list[Loser]
-    stages: dict[str, int]
-    """Peak bytes of the run's other stages on the device, see `stages.py`."""
-    how_to_prepare: str
-    """With which settings `prepare` fits, where it does not as it is."""
-    advice: str
-    """The smallest change that would fit, where nothing does."""
-    enough: int
-    """Bytes of GPU memory that would do, where nothing fits; 0 where none would."""
 
 
 def search(

@@ -20,8 +20,7 @@ from mapo_fast.hardware import gpu
 from mapo_fast.hardware.cards import CONTEXT_GIB, vram_for
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.planner.ask import plan_run, refusal
-from mapo_fast.planner.plan import Plan
-from mapo_fast.planner.search import PlanResult
+from mapo_fast.planner.plan import Plan, PlanResult
 from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import kept_at_resume

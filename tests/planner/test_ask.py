@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,13 +15,18 @@ import torch
 
 from mapo_fast import cli
 from mapo_fast.planner import ask as planner_ask
-from mapo_fast.planner.ask import recipe
+from mapo_fast.planner.question import question
 from mapo_fast.settings.load import load_config, parse_config
+from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.sizes import GIB
 from mapo_kernels.hardware import Card
 
 pytestmark = pytest.mark.usefixtures("planned_here")
+
+
+def planned_for(settings: list[str]) -> Config:
+    return question(None, None, settings, None)[0]
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, model: Path, *args: str) -> int:
@@ -39,10 +45,18 @@ def test_a_plan_as_text_as_json_and_as_a_picture(
     picture = tmp_path / "memory.png"
     assert plan(monkeypatch, tiny_sdxl, "--card", "RTX 3060 12GB", "--plot", str(picture)) == 0
     text = capsys.readouterr().out
-    assert text.startswith("12.00 GiB: ")
-    assert "(predicted)" in text
-    for part in ("parameters", "gradients", "states", "saved", "transient", "staging", "CUDA context"):
+    first, _, command, *_ = text.split("\n")
+    assert re.fullmatch(
+        r"fits: \d\.\d of 12 GiB; about 0\.\d\d s a step of 4 pairs, 600 steps in .* (s|min); "
+        "predicted for RTX 3060 12GB",
+        first,
+    )
+    assert command == (
+        f"  mapo-fast train --preset lora --model {tiny_sdxl} --data PAIRS --set data.resolution=64"
+    )
+    for part in ("weights", "gradients", "optimizer states", "working memory", "CUDA and its libraries"):
         assert f"\n  {part} " in text
+    assert "12 GiB of GPU memory and 64 GiB of system RAM are free" in text
     assert "train.layout = " in text
     assert "not chosen:" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -52,7 +66,11 @@ def test_a_plan_as_text_as_json_and_as_a_picture(
     assert found["card"] == "RTX 3060 12GB"
     assert found["vram"] == 12 * GIB
     assert sum(n for name, n in found["plan"]["device"].items() if name != "host") == found["plan"]["peak"]
-    assert f"\n{found['plan']['name']}\n" in text
+    assert f"\nhow: {found['plan']['name']}\n" in text
+    assert found["fits"]
+    assert (found["preset"], found["steps"], f"  {found['command']}") == ("lora", 600, command)
+    assert found["sentence"] == first
+    assert found["seconds"] == round(found["steps"] * found["plan"]["ms"] / 1e3)
     assert all(other["reason"] for other in found["others"])
 
 
@@ -63,10 +81,12 @@ def test_a_folder_of_configs_is_enough(
     heavy = shutil.ignore_patterns("*.safetensors", "vocab.json", "merges.txt", "tokenizer.json")
     shutil.copytree(tiny_sdxl, tmp_path / "configs", ignore=heavy)
     texts = []
-    for model in (tiny_sdxl, tmp_path / "configs"):
+    models = (tiny_sdxl, tmp_path / "configs")
+    for model in models:
         assert plan(monkeypatch, model, "--card", "RTX 3060 12GB") == 0
         texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1]
+    answers = [text.replace(str(model), "MODEL") for text, model in zip(texts, models, strict=True)]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.slow
@@ -75,7 +95,7 @@ def test_what_does_not_fit_says_what_would_and_that_fits(
 ) -> None:
     assert plan(monkeypatch, tiny_sdxl, "--vram", "560MiB") == 3
     text = capsys.readouterr().out
-    assert "nothing fits" in text
+    assert text.startswith("does not fit: of 0.547 GiB, 0.00 are left for training")
     (line,) = (line for line in text.splitlines() if line.endswith("would do"))
     assert plan(monkeypatch, tiny_sdxl, *line.split()[:2]) == 0
 
@@ -87,8 +107,9 @@ def test_previews_are_planned_for_the_folders_own_vae(
     """As a run does: SDXL's VAE alone is more than what is left of 700 MiB."""
     prompt = 'preview.prompts=["red square"]'
     assert plan(monkeypatch, tiny_sdxl, "--vram", "700MiB", "--set", prompt) == 0
+    assert capsys.readouterr().out.startswith("fits: ")
     assert plan(monkeypatch, tiny_sdxl, "--vram", "560MiB", "--set", prompt) == 3
-    assert "GiB: 0.00 GiB for a plan" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("does not fit")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +144,7 @@ def test_a_plan_has_what_a_run_on_the_card_would_have(
 
 def test_a_size_in_the_config_is_checked_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.vram = 'lots' is not a size"):
-        recipe(["train.vram=lots"])
+        planned_for(["train.vram=lots"])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +174,7 @@ def test_a_card_that_cannot_multiply_fp8_is_refused(
     )
     assert not asked
     for settings in ([setting], []):
-        planner_ask.plan(recipe([f"adapter.kind={kind}", *settings]), vram="24GiB", ram="64GiB")
+        planner_ask.plan(planned_for([f"adapter.kind={kind}", *settings]), vram="24GiB", model="sdxl")
     assert asked[0][2].name == "RTX 4090"
     assert asked[1][2].name == "RTX 3090"
 
@@ -162,7 +183,7 @@ def test_a_step_that_no_graph_holds_is_refused_before_it_is_planned(monkeypatch:
     monkeypatch.setattr(planner_ask, "search", lambda *args: pytest.fail("planned"))
     settings = ["adapter.kind=full", "speed.cuda_graph=true", "train.accumulation=2"]
     with pytest.raises(UserError, match="holds a step of one micro-batch"):
-        planner_ask.plan(recipe(settings), vram="24GiB", ram="64GiB")
+        planner_ask.plan(planned_for(settings), vram="24GiB", model="sdxl")
     offloaded = [
         "adapter.kind=full",
         "speed.cuda_graph=true",
@@ -170,7 +191,7 @@ def test_a_step_that_no_graph_holds_is_refused_before_it_is_planned(monkeypatch:
         "offload.activations='cpu'",
     ]
     with pytest.raises(UserError, match=r"holds no copies from system RAM.*use speed\.cuda_graph = false"):
-        planner_ask.plan(recipe(offloaded), vram="24GiB", ram="64GiB")
+        planner_ask.plan(planned_for(offloaded), vram="24GiB", model="sdxl")
 
 
 def test_a_run_is_refused_before_it_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,17 +215,33 @@ def test_a_resolution_that_is_none_is_one_line(
     assert "data.resolution" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_without_a_config_the_recipes_settings_are_planned(kind: str) -> None:
-    theirs = load_config(None, ["model.path=sdxl", "data.source=pairs"], preset=kind)
-    ours = recipe([f"adapter.kind={kind}"])
-    assert ours.adapter == theirs.adapter
-    assert ours.optim.name == theirs.optim.name
-    assert bool(ours.preview.prompts) == bool(theirs.preview.prompts)
-    for name in ("accumulation", "pairs_per_batch", "precision"):
-        assert getattr(ours.train, name) == getattr(theirs.train, name)
-    assert (ours.data.resolution, ours.data.max_tokens) == (theirs.data.resolution, theirs.data.max_tokens)
-    assert recipe([f"adapter.kind={kind}", "train.accumulation=2"]).train.accumulation == 2
+@pytest.mark.parametrize(
+    ("preset", "settings", "expected"),
+    [
+        (None, [], "lora"),
+        (None, ["adapter.kind=full"], "full"),
+        ("kto-lora", [], "kto-lora"),
+    ],
+)
+def test_without_a_config_a_preset_is_planned(preset: str | None, settings: list[str], expected: str) -> None:
+    config, run = question(None, preset, settings, None)
+    theirs = load_config(None, ["model.path=m", "data.source=d"], preset=expected)
+    for section in ("adapter", "objective", "optim", "preview"):
+        assert getattr(config, section) == getattr(theirs, section)
+    assert run.preset == expected
+    assert run.command == f"mapo-fast train --preset {expected} --model MODEL.safetensors --data PAIRS"
+    assert run.images == {"lora": "4 pairs", "full": "32 pairs", "kto-lora": "16 images"}[expected]
+
+
+def test_what_to_paste_has_what_was_asked_with(tmp_path: Path) -> None:
+    config = tmp_path / "my config.toml"
+    config.write_text("[train]\nsteps = 7\n")
+    settings, run = question(config, None, ["optim.lr=1e-6"], "sdxl")
+    assert (settings.optim.lr, run.steps, run.preset) == (1e-6, 7, None)
+    assert run.command == f"mapo-fast train '{config}' --model MODEL.safetensors --set optim.lr=1e-6"
+    assert question(None, "full", ["train.accumulation=1"], "a.safetensors")[1].command == (
+        "mapo-fast train --preset full --model a.safetensors --data PAIRS --set train.accumulation=1"
+    )
 
 
 def test_a_card_without_bf16_is_refused_in_one_line(

@@ -23,9 +23,9 @@ from mapo_fast.models.vae import decode_bytes
 from mapo_fast.planner import search as planner_search
 from mapo_fast.planner import store
 from mapo_fast.planner.family import BLOCKS, Family, prefixes, stated
+from mapo_fast.planner.picture import check_picture
 from mapo_fast.planner.plan import Plan
 from mapo_fast.planner.replay import Allocator, cublas_workspace, reserved
-from mapo_fast.planner.report import check_picture
 from mapo_fast.planner.search import search
 from mapo_fast.planner.stages import Vae
 from mapo_fast.planner.timeline import simulate
