@@ -9,7 +9,7 @@
 #   make gpu-check PART=ops     what needs an NVIDIA GPU: kernel tests, then microbenchmarks
 #   make gpu-check PART=memory  likewise: the engine's tests, then the memory table's rows at full size
 #   make gpu-check PART=step    likewise: whole training steps beside other recipes, and every switch
-#   make proof             long campaigns that CI does not run; each appends a row to bench/results
+#   make proof             what CI does not run: long campaigns that append rows to bench/results, and whole grids of tests
 #   make test-base         the loss with the base install only; patch_unet with diffusers beside it
 #
 # PIP_ARGS is handed to pip, for instance to choose the CPU build of torch:
@@ -72,6 +72,7 @@ gpu-check: $(VENV)/.installed
 proof: $(VENV)/.installed
 	$(BIN)/python -m bench.kills --append
 	$(BIN)/python -m tests.fuzz --units 20 --append
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m proof
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -18,8 +18,9 @@ gc.disable()  # until all is imported: nothing of it is garbage, and looking tak
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays: later collections, which tests and libraries ask for, leave it out."""
+    """What is imported stays, so no collection looks at it; and the tests' garbage is small."""
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
     gc.enable()
 
 
@@ -29,8 +30,13 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that no worker is left alone with one of them; `gpu` skips without one."""
-    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+    """First what forks this process, which has not grown yet; then the longest; `gpu` skips without one.
+
+    The longest, so that no worker is left alone with one of them.
+    """
+    items.sort(
+        key=lambda item: (not item.get_closest_marker("forks"), not item.get_closest_marker("timeout"))
+    )
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
