@@ -63,7 +63,7 @@ def settings(model: Path, cache: Path, output: Path, /, **sections: dict[str, An
             "log_every": 2,
             "checkpoint_every": 2,
             "evaluate_every": 0,
-            "evaluate_pairs": 2,
+            "evaluate_pairs": 1,
             "caption_dropout": 0.2,
             "threads": 1,
         },

@@ -8,9 +8,11 @@ import pytest
 
 from bench import memory_table
 from tests.covering import covering_plans
+from tests.tiers import some_of
 
 ROWS = [json.loads(line) for line in memory_table.RESULTS.read_text(encoding="utf-8").splitlines()]
-TRACED = covering_plans([row["plan"] for row in ROWS])
+COVERING = covering_plans([row["plan"] for row in ROWS])
+QUICK = ("full, everything streamed", "LoRA, nf4 base, checkpointed")
 """A trace of SDXL takes seconds. `bench.memory_table --write` makes all rows again."""
 
 
@@ -26,7 +28,11 @@ def test_targets_are_reached(row: dict[str, float]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", TRACED, ids=lambda number: ROWS[number]["name"])
+@pytest.mark.parametrize(
+    "number",
+    some_of(COVERING, [i for i in COVERING if ROWS[i]["name"] not in QUICK]),
+    ids=lambda number: ROWS[number]["name"],
+)
 def test_a_trace_made_now_agrees(number: int) -> None:
     made = memory_table.row(number)
     assert made["peak_gib"] == pytest.approx(ROWS[number]["peak_gib"], abs=0.02)

@@ -109,7 +109,13 @@ def gradients(kind: str, layout: str, step: int, accumulation: int = 3) -> dict[
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "layout"), [("full", "joint"), ("lora", "split"), ("full", "sequential"), ("lora", "sequential")]
+    ("kind", "layout"),
+    [
+        ("full", "joint"),
+        ("lora", "split"),
+        pytest.param("full", "sequential", marks=pytest.mark.proof),
+        pytest.param("lora", "sequential", marks=pytest.mark.proof),
+    ],
 )
 def test_pure_bf16_rounds_its_sums_stochastically(kind: str, layout: str) -> None:
     """Equal sums at the same step, as after a resume; others at another one; and near what autograd adds."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mapo_fast import MaPOLoss
+from mapo_fast import MaPOLoss, cli
 from mapo_fast.data.cache import PairCache
 from mapo_fast.engine import reference
 from mapo_fast.engine.build import prepare_unet
@@ -44,6 +46,7 @@ from tests.training import make_cache, make_config, settings
 from tests.unets import make_unet
 
 pytestmark = [
+    pytest.mark.forks,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
 ]
@@ -51,6 +54,7 @@ pytestmark = [
 FP64 = Precision(torch.float64, torch.float64, None, scaled=False)
 CPU = torch.device("cpu")
 ALONE = Processes()
+ROOT = Path(__file__).parents[2]
 SHARDED = {"train": {"shard": True}}
 
 
@@ -163,7 +167,7 @@ def one_step(engine: Engine) -> tuple[dict[str, Tensor], Tensor]:
         ("full", "split", True, False),
         ("lora", "sequential", False, False),
         ("full", "split", True, True),
-        ("full", "sequential", True, True),
+        pytest.param("full", "sequential", True, True, marks=pytest.mark.proof),
     ],
 )
 def test_two_processes_give_the_gradients_of_one(
@@ -493,18 +497,55 @@ def test_launchers_that_want_to_shard_by_themselves_are_refused(
 # --- The command ---
 
 
+SUM = """
+import torch
+from mapo_fast.engine.processes import environment, joined
+processes, total = environment(), torch.tensor([1.0])
+with joined(processes, torch.device("cpu")):
+    processes.sum_(total)
+open(f"rank-{processes.rank}", "w").write(f"{processes.size} {total.item()}")
+"""
+
+
 @pytest.mark.slow
-def test_accelerate_launch_trains_and_writes_once(tiny_sdxl: Path, cache: Path, tmp_path: Path) -> None:
+def test_accelerate_launch_connects_its_processes(tmp_path: Path) -> None:
+    (tmp_path / "sum.py").write_text(SUM, encoding="utf-8")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", "0", "sum.py"]
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    done = subprocess.run(
+        launch,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == ["2 2.0"] * 2
+
+
+@pytest.mark.slow
+def test_two_processes_train_say_and_write_once(
+    tiny_sdxl: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train = {"steps": 2, "evaluate_pairs": 1}
     table = settings(tiny_sdxl, cache, tmp_path / "run", train=train)
     (tmp_path / "config.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", "0", "-m", "mapo_fast", "train", str(tmp_path / "config.toml")]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("training on 2 × cpu") == 1
-    assert done.stdout.count("finished: 2 steps") == 1
+    monkeypatch.setattr(sys, "argv", ["mapo-fast", "train", str(tmp_path / "config.toml")])
+
+    def run() -> Any:
+        out = io.StringIO()
+        with redirect_stdout(out), pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code or 0, out.getvalue()
+
+    answers = together(tmp_path / "answers", run)
+    assert [code for code, _ in answers] == [0, 0]
+    said = "".join(text for _, text in answers)
+    assert said.count("training on 2 × cpu") == 1
+    assert said.count("finished: 2 steps") == 1
     steps = [e["step"] for e in read_log(tmp_path / "run" / "log.jsonl") if e["event"] == "step"]
     assert steps == [2]
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]

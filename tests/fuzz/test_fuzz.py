@@ -10,7 +10,7 @@ import pytest
 from tests.fuzz.campaign import campaign, make
 from tests.fuzz.kinds import KINDS, Kind
 
-UNITS = float(os.environ.get("MAPO_FAST_FUZZ", "0.25"))
+UNITS = float(os.environ.get("MAPO_FAST_FUZZ", "0.15"))
 
 
 @pytest.mark.slow

@@ -301,6 +301,7 @@ def check(case: Case) -> None:
 SHAPES = [(80, 64), (5000,), (4096,), (4095,), (7, 11), (1,), (0,), (3, 0, 2), (8209,)]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_fp64(device: str, dtype: torch.dtype, grad: torch.dtype) -> None:

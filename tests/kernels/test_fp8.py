@@ -51,6 +51,7 @@ def rounded(x: Tensor, factors: Tensor | None = None) -> Tensor:
     return from_fp8(*to_fp8(x, factors), torch.float64)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (33, 48), (5, 1100), (2, 20000)])
 def test_rounds_to_the_nearest_even(device: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
@@ -110,6 +111,7 @@ def test_factors_and_strides(device: str) -> None:
     assert to_fp8(x[:0]).codes.shape == (0, 80)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("rank", [0, 4])
 def test_products(device: str, dtype: torch.dtype, rank: int) -> None:

@@ -63,6 +63,7 @@ def test_codes_times_scale(device: str, groups: int, last: bool) -> None:
     assert torch.equal(same[0], from_int8(codes, absmax[:, :1], torch.float32).flatten(1))
 
 
+@pytest.mark.grid
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(("size", "geometry"), GEOMETRIES)
@@ -83,6 +84,7 @@ def test_convolution(
         assert_three_way(a, b.double(), c, name=name)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("kind", ["nf4 nested", "int8"])
 def test_linear(device: str, kind: str, dtype: torch.dtype) -> None:

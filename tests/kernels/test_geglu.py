@@ -55,6 +55,7 @@ def check(projected: Tensor) -> None:
 # --- Values and gradients ---
 
 
+@pytest.mark.grid
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def check(
 # --- Values and gradients ---
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_fp64(device: str, dtype: torch.dtype, last: bool) -> None:
@@ -94,6 +95,7 @@ def test_without_silu(device: str, dtype: torch.dtype) -> None:
     check(x, 4, weight, bias, silu=False)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(
     ("shape", "groups"),
@@ -316,6 +318,7 @@ def _corner_kernel(out, channels, positions, LAST: tl.constexpr, WIDE: tl.conste
     tl.store(out + tl.arange(0, 1)[:, None] + tl.arange(0, 1)[None, :], offset)
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("_launches")
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(("channels", "height"), [(320, 128), (2**15, 2**8), (2**15 + 32, 2**8)])

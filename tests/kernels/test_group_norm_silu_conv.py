@@ -80,6 +80,7 @@ def check(leaves: list[Tensor], groups: int = 2, *, ulps: float = 2.0, **geometr
 # --- Values and gradients ---
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("x_last", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_fp64(device: str, dtype: torch.dtype, x_last: bool) -> None:

@@ -105,6 +105,7 @@ def check(
 # --- Values and gradients ---
 
 
+@pytest.mark.grid
 @pytest.mark.slow
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -262,6 +263,7 @@ def test_statistics_are_corrected(device: str, offset: float) -> None:
     assert (rstd.double() / truth - 1).abs().max() <= 1e-6
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
 @pytest.mark.parametrize("value", [0.0, 0.1, -777.7, 3e4])
 def test_constant_rows(device: str, dtype: torch.dtype, value: float) -> None:

@@ -91,6 +91,7 @@ def check_layer(
 # --- Values and gradients ---
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -203,6 +203,7 @@ def test_a_saturated_logit_is_linear_or_zero(device: str) -> None:
     assert slope.tolist() == [[2500.0, 0.0], [-2500.0, 0.0]]
 
 
+@pytest.mark.grid
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["chosen", "rejected", "reference"])
 @pytest.mark.parametrize("objective", FAMILY)

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("_nan_in_fresh_memory")
 # --- Values and gradients ---
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("objective", MAPO)
 def test_matches_fp64(device: str, objective: str, dtype: torch.dtype) -> None:
@@ -87,6 +88,7 @@ def test_sdxl_latents(device: str) -> None:
     check(*make((4, 4, 128, 128), device, torch.bfloat16))
 
 
+@pytest.mark.grid
 @pytest.mark.slow
 @pytest.mark.parametrize("gap", [0.0, 1e-6, 1e-3, 0.03, 0.3, 1.0, 4.0, 17.0, 40.0])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -187,6 +189,7 @@ MASKS = [
 ]
 
 
+@pytest.mark.grid
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", MASKS)
@@ -348,6 +351,7 @@ def test_limit_at_zero_error(device: str) -> None:
     torch.testing.assert_close(equal.loss.item(), 0.1 * math.log(2))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("objective", MAPO)
 @pytest.mark.parametrize("error", [2e3, 1e6, 1e30])
 def test_huge_finite_errors_are_finite(device: str, objective: str, error: float) -> None:
@@ -359,6 +363,7 @@ def test_huge_finite_errors_are_finite(device: str, objective: str, error: float
         assert torch.isfinite(gradient(out, prediction)[0]).all()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("objective", MAPO)
 @pytest.mark.parametrize("sample", [1, 4])
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -294,6 +294,7 @@ def targets(
 KINDS = ["epsilon", "v", "flow"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_target_made_again(device: str, kind: str, dtype: torch.dtype) -> None:

@@ -19,7 +19,7 @@ from mapo_fast.settings.load import parse_config
 from mapo_fast.settings.schema import Config
 from mapo_kernels import Backend, hardware
 from mapo_kernels.hardware import INTERPRETING, Card
-from tests.planner.test_recorder import REDUCED
+from tests.planner.test_recorder import REDUCED, TWO_BLOCKS
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no kernels to compile")
 pytestmark = [
@@ -59,7 +59,7 @@ def test_sdxls_buckets_divide_in_few_ways() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels_last", [False, pytest.param(True, marks=pytest.mark.proof)])
 def test_sdxl_compiles_few_kernels_and_none_for_another_bucket(
     channels_last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,16 +77,16 @@ def test_sdxl_compiles_few_kernels_and_none_for_another_bucket(
 @pytest.mark.slow
 def test_fewer_blocks_launch_the_same_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpointed by name too, where the few blocks have other names."""
-    config = settings("lora")
+    config, unet_config = settings("lora"), TWO_BLOCKS
     names = ("down_blocks.1.attentions.0.transformer_blocks.1",)
     named = config.model_copy(
         update={"train": config.train.model_copy(update={"gradient_checkpointing": names})}
     )
-    few = kernels_of(named, REDUCED, [(256, 256)], target(), RTX)
+    few = kernels_of(named, unet_config, [(256, 256)], target(), RTX)
     monkeypatch.setattr(kernels, "_smaller", lambda config, unet_config: (config, unet_config))
     all_blocks = {**config.train.model_dump(), "gradient_checkpointing": True}
     config = config.model_copy(update={"train": type(config.train).model_validate(all_blocks)})
-    assert few.keys() == kernels_of(config, REDUCED, [(256, 256)], target(), RTX).keys()
+    assert few.keys() == kernels_of(config, unet_config, [(256, 256)], target(), RTX).keys()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from mapo_fast.settings.load import parse_config
 from mapo_fast.settings.schema import Config
 from mapo_kernels import AdamW8bit, add_rounded_, fp8_linear, group_norm_silu_conv
 from mapo_kernels.hardware import INTERPRETING, Card
+from tests.tiers import some_of
 
 CARD = Card(89, 128)
 REDUCED: dict[str, Any] = {
@@ -33,14 +34,16 @@ REDUCED: dict[str, Any] = {
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
     "attention_head_dim": [2, 4],
-    "transformer_layers_per_block": [1, 2],
+    "transformer_layers_per_block": [1, 1],
     "cross_attention_dim": 64,
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 32,
     "projection_class_embeddings_input_dim": 6 * 32 + 64,
 }
-"""SDXL in small, with 7.6 million parameters."""
+"""SDXL in small, with 4 million parameters."""
+TWO_BLOCKS = REDUCED | {"transformer_layers_per_block": [1, 2]}
+"""With two blocks in each transformer."""
 
 
 def settings(**sections: dict[str, Any]) -> Config:
@@ -123,7 +126,7 @@ def real_peak(config: Config) -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETING, reason="operators would run in Triton's interpreter")
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", some_of(PLANS, ("checkpointed", "lora, sequential")))
 def test_the_prediction_is_within_three_percent_of_the_allocator(
     name: str,
 ) -> None:
@@ -137,7 +140,7 @@ def test_the_prediction_is_within_three_percent_of_the_allocator(
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETING, reason="operators would run in Triton's interpreter")
-@pytest.mark.parametrize("fused_ops", [True, False])
+@pytest.mark.parametrize("fused_ops", [True, pytest.param(False, marks=pytest.mark.proof)])
 @pytest.mark.filterwarnings("ignore")  # dynamo's own
 def test_a_compiled_step_needs_no_more_than_predicted(
     fused_ops: bool, monkeypatch: pytest.MonkeyPatch
@@ -269,8 +272,14 @@ def test_what_a_kernel_of_ours_changes_in_place_is_read_and_written() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "some",
-    [PLANS["split, fused"], {"adapter": {"kind": "lora"}, "train": {"layout": "joint", "precision": "bf16"}}],
-    ids=["full", "LoRA"],
+    [
+        pytest.param(PLANS["split, fused"], id="full"),
+        pytest.param(
+            {"adapter": {"kind": "lora"}, "train": {"layout": "joint", "precision": "bf16"}},
+            id="LoRA",
+            marks=pytest.mark.proof,
+        ),
+    ],
 )
 def test_what_only_a_first_step_does_is_in_no_other(
     some: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -33,6 +33,7 @@ from mapo_fast.run.trainer import Trainer
 from mapo_fast.util.console import Terminal
 from mapo_fast.util.errors import FailedRunError, MachineError, UserError
 from mapo_fast.util.signals import Interrupted, exit_code
+from tests.tiers import some_of
 from tests.training import make_cache, make_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -201,7 +202,7 @@ ENDINGS: dict[str, tuple[Callable[[Exception, pytest.MonkeyPatch], None], Except
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ENDINGS)
+@pytest.mark.parametrize("name", some_of(ENDINGS, ("log, I/O error", "preview, I/O error")))
 def test_what_ends_a_run_saves_the_last_finished_step(
     make: Make, truth: dict[str, Any], tmp_path: Path, name: str
 ) -> None:

@@ -46,7 +46,7 @@ def sections(plan: dict[str, Any], **train_settings: Any) -> dict[str, dict[str,
         },
         "optim": {"name": "adamw8bit"},
         "speed": {"fused_ops": True},  # as on a GPU
-        "preview": {"prompts": ["red square"], "every": 2, "steps": 2},
+        "preview": {"prompts": ["red square"], "every": 2, "steps": 1},
     }
     for name, value in plan.items():
         section, key = name.split(".")
