@@ -11,7 +11,13 @@ setup(
     packages=[*find_packages(include=["mapo_fast*"]), "mapo_fast.recipes", *find_packages("kernels")],
     package_dir={"mapo_fast.recipes": "recipes", "mapo_kernels": "kernels/mapo_kernels"},
     package_data={
-        "mapo_fast": ["py.typed", "demo/assets/**/*", "demo/assets/*", "models/assets/*"],
+        "mapo_fast": [
+            "py.typed",
+            "demo/assets/**/*",
+            "demo/assets/*",
+            "models/assets/*",
+            "planner/plans.json",
+        ],
         "mapo_fast.recipes": ["*.toml"],
         "mapo_kernels": ["py.typed"],
     },

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from mapo_fast.data.summary import PrepareResult
     from mapo_fast.loss import MaPOLoss, PreferenceLoss, SFTLoss
     from mapo_fast.models.patch import patch_unet, unpatch_unet
-    from mapo_fast.planner.ask import plan
+    from mapo_fast.planner.answer import plan
     from mapo_fast.planner.plan import Plan, PlanResult
     from mapo_fast.run.folder import FitResult
     from mapo_fast.run.train import fit
@@ -72,7 +72,7 @@ _PLACES = {
     "UserError": "util.errors",
     "load_config": "settings.load",
     "patch_unet": "models.patch",
-    "plan": "planner.ask",
+    "plan": "planner.answer",
     "prepare": "data.prepare",
     "fit": "run.train",
     "unpatch_unet": "models.patch",

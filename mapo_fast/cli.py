@@ -183,7 +183,9 @@ def plan(
     code: Code = None,
 ) -> None:
     """Say whether training fits a card, how long it takes, and what to type. No GPU, no weights."""
+    from mapo_fast.hardware.holders import gpus
     from mapo_fast.planner import report
+    from mapo_fast.planner.answer import plan as ask
     from mapo_fast.planner.question import question
     from mapo_fast.util.errors import UserError
 
@@ -199,16 +201,23 @@ def plan(
         from mapo_fast.planner.picture import check_picture
 
         check_picture(picture)
-    with Console(stderr=True).status("tracing training steps; the first time this takes a minute or two"):
-        from mapo_fast.planner.ask import plan as ask
-
+    with Console(stderr=True).status("looking for the fastest plan that fits") as status:
         found = ask(
-            settings, card=card, vram=vram, ram=ram, model=model or ("sdxl" if config is None else None)
+            settings,
+            card=card,
+            vram=vram,
+            ram=ram,
+            model=model,
+            traced=picture is not None,
+            progress=lambda made, asked: status.update(f"training steps traced: {made} of {asked}"),
         )
     if as_json:
         typer.echo(report.as_json(found, run))
     for line in () if as_json else report.as_text(found, run).split("\n"):
         typer.echo(printable(line))
+    if not (card or vram or settings.train.vram or as_json):
+        for note in (report.held_note(found, gpu) for gpu in gpus()[:1]):
+            typer.echo(printable(f"\n{note}") if note else "")
     if found.chosen is None:
         raise typer.Exit(3)
     if picture is not None:

@@ -22,6 +22,7 @@ import torch
 
 from mapo_fast import __version__
 from mapo_fast.hardware.driver import driver, why_no_gpu
+from mapo_fast.hardware.holders import gpus, held_text
 from mapo_fast.util.console import say
 from mapo_fast.util.errors import printable
 
@@ -92,6 +93,7 @@ def _system(device: str) -> list[tuple[str, Callable[[], str]]]:
         ("python", lambda: f"{platform.python_version()} ({sys.executable})"),
         ("platform", platform.platform),
         ("gpu", _gpu if device == "cuda" else lambda: f"none that torch can use: {why_no_gpu()}"),
+        *([("gpu memory", _held)] if device == "cuda" else []),
         (
             "cpu",
             lambda: f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads (train.threads)",
@@ -159,6 +161,14 @@ def _gpu() -> str:
             f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         )
     return "; ".join(found) + f"; driver {driver() or 'unknown'}"
+
+
+def _held() -> str:
+    """Who else holds memory of the GPUs."""
+    found = gpus()
+    if not found:
+        return f"unknown who holds it (nvidia-ml-py is missing: {_TRAIN})"
+    return "; ".join(held_text(gpu) or "no other program holds any" for gpu in found)
 
 
 def _memory() -> str:

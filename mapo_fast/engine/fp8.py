@@ -1,19 +1,13 @@
-"""Whether a card multiplies fp8, for settings that ask for it."""
+"""Whether a device multiplies fp8, for settings that ask for it."""
 
 from __future__ import annotations
 
 import torch
 
+from mapo_fast.settings.fp8 import capability_for, refusal
 from mapo_fast.settings.schema import Config
-from mapo_fast.util.errors import UserError
-from mapo_kernels.capability import OLDEST_FP8_CAPABILITY
 from mapo_kernels.fp8 import in_fp8
 from mapo_kernels.hardware import card
-
-
-def capability_for(config: Config) -> int:
-    """The least compute capability that the settings need for fp8, 89 for 8.9; 0 where none asks for it."""
-    return 0 if _asking(config) is None else OLDEST_FP8_CAPABILITY
 
 
 def refuse_without_fp8(config: Config, device: torch.device) -> None:
@@ -23,35 +17,4 @@ def refuse_without_fp8(config: Config, device: torch.device) -> None:
         UserError: naming the setting that asks for it, and what to set instead.
     """
     if capability_for(config) and device.type == "cuda" and not in_fp8(device):
-        raise _refusal(config, torch.cuda.get_device_name(device), card(device).capability)
-
-
-def refuse_card_without_fp8(config: Config, name: str, capability: int) -> None:
-    """Likewise for a card that is not there.
-
-    Raises:
-        UserError: in the same words.
-    """
-    if capability < capability_for(config):
-        raise _refusal(config, name, capability)
-
-
-def _refusal(config: Config, name: str, capability: int) -> UserError:
-    asking = _asking(config)
-    assert asking is not None
-    setting, instead = asking
-    if capability >= OLDEST_FP8_CAPABILITY:
-        return UserError(f"{setting} needs Triton on Linux, which {name} has not here: {instead}")
-    return UserError(
-        f"{setting} needs Triton, Linux and a GPU of compute capability 8.9 or newer (RTX 40, H100), not "
-        f"{name} ({capability // 10}.{capability % 10}): {instead}"
-    )
-
-
-def _asking(config: Config) -> tuple[str, str] | None:
-    """The setting that asks for products in fp8, if one does, and what to do instead."""
-    if config.adapter.base == "fp8":
-        return "adapter.base = 'fp8'", "use adapter.base = 'int8', as small and more exact"
-    if config.speed.fp8:
-        return "speed.fp8 = true", "set speed.fp8 = false"
-    return None
+        raise refusal(config, torch.cuda.get_device_name(device), card(device).capability)

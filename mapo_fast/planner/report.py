@@ -6,6 +6,7 @@ import json
 from typing import Any, NamedTuple
 
 from mapo_fast.hardware.cards import vram_for
+from mapo_fast.hardware.holders import Gpu, held_text
 from mapo_fast.planner.plan import GRAPHS, Loser, Plan, PlanResult, in_words, seconds_text
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.sizes import GIB, size_text
@@ -82,6 +83,18 @@ def _loser(loser: Loser) -> str:
     plan = loser.plan
     memory, time = vram_for(plan.reserved) / GIB, seconds_text(plan.ms / 1e3)
     return f"  {memory:6.2f} GiB  {time:>6} a step  {plan.name}: {loser.reason}"
+
+
+def held_note(outcome: PlanResult, gpu: Gpu) -> str:
+    """Who holds memory that the plan needs, and what to do; empty where enough is free."""
+    plan, held = outcome.chosen, held_text(gpu)
+    if plan is None or not held or vram_for(plan.reserved) <= gpu.free:
+        return ""
+    free = f"{int(10 * gpu.free / GIB) / 10:.1f}"
+    return (
+        f"{held}: close it, or see which slower plan fits beside it with "
+        f'mapo-fast plan --card "{outcome.card.name}" --vram {free}'
+    )
 
 
 def _does_not_fit(outcome: PlanResult) -> str:

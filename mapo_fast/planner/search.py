@@ -24,7 +24,7 @@ from mapo_fast.hardware.host import Host
 from mapo_fast.planner.family import BLOCKS, Family, stated
 from mapo_fast.planner.plan import Loser, Plan, PlanResult
 from mapo_fast.planner.stages import SDXL_VAE, Vae, how_to_prepare, preparing, previewing
-from mapo_fast.planner.store import Tracing
+from mapo_fast.planner.store import Progress, Tracing, no_progress
 from mapo_fast.planner.trace import Trace
 from mapo_fast.settings.load import parse_config, with_settings
 from mapo_fast.settings.optimizers import OPTIMIZERS
@@ -44,16 +44,18 @@ def search(
     *,
     vae: Vae = SDXL_VAE,
     rules: Rules = EXPANDABLE,
+    progress: Progress = no_progress,
 ) -> PlanResult:
     """Choose a plan for training `config`'s UNet on a card with `vram` bytes of free memory.
 
     Args:
         vae: what previews are decoded with.
         rules: of torch's allocator there.
+        progress: told how many traces are made, of how many.
     """
     if config.speed.cuda_graph:
         card = card._replace(rates=card.rates._replace(host=0.0))  # a step is launched at once
-    with closing(Tracing(kernels=card.kernels)) as tracing:
+    with closing(Tracing(kernels=card.kernels, progress=progress)) as tracing:
         return _Search(config, unet_config, card, vram, host, vae, tracing, rules).outcome()
 
 

@@ -14,7 +14,7 @@ import os
 import sys
 import uuid
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
@@ -26,13 +26,19 @@ from typing import Any
 import numpy as np
 
 import mapo_kernels
+from mapo_fast.planner.relevant import traced_settings
 from mapo_fast.planner.trace import Mark, Trace, record_step
 from mapo_fast.settings.optimizers import OPTIMIZERS
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.files import open_regular, parse_json
 
+Progress = Callable[[int, int], None]
 _Work = tuple[Path, str, dict[str, Any], bool]
 _ARRAYS = ("kinds", "flops", "nbytes", "links", "live", "kept", "sizes", "events")
+
+
+def no_progress(made: int, asked: int) -> None:
+    """Tell nobody."""
 
 
 def folder() -> Path:
@@ -53,8 +59,14 @@ class Tracing:
     Importing torch and diffusers takes as long as half a trace: the other one serves until `close`.
     """
 
-    def __init__(self, *, kernels: bool = True) -> None:
-        self.kernels = kernels
+    def __init__(self, *, kernels: bool = True, progress: Progress = no_progress) -> None:
+        """Start none yet.
+
+        Args:
+            progress: told how many traces are made, of how many that have been asked for.
+        """
+        self.kernels, self.progress = kernels, progress
+        self.made = self.asked = 0
         self._pool: ProcessPoolExecutor | None = None
 
     def close(self) -> None:
@@ -72,6 +84,8 @@ class Tracing:
             if i not in found
         }
         futures = self._begin(dict(list(work.items())[1:]))
+        self.asked += len(work)
+        self.progress(self.made, self.asked)
         try:
             for i in range(len(configs)):
                 while i not in found:
@@ -85,6 +99,9 @@ class Tracing:
                         Exception
                     ):  # it may not know what was registered here; what fails fails here too
                         found[i] = futures.pop(i).result()
+                if i in work:
+                    self.made += 1
+                    self.progress(self.made, self.asked)
                 yield found.pop(i)
         finally:
             for future in futures.values():
@@ -151,20 +168,9 @@ def _record(work: _Work) -> Trace:
 
 def digest(config: Config, unet_config: dict[str, Any], kernels: bool) -> str:
     """A name for a trace: of all that it depends on."""
-    table = config.model_dump(mode="json", include={"adapter", "objective", "offload", "optim"})
-    table["train"] = config.train.model_dump(
-        mode="json",
-        include={
-            "pairs_per_batch", "accumulation", "precision", "layout", "gradient_checkpointing", "fused_step",
-            "attention",
-        },
-    )  # fmt: skip
-    table["optim"].pop("lr")
-    table["speed"] = config.speed.model_dump(mode="json", include={"fused_ops", "channels_last", "fp8"})
     parts = [
         kernels,
-        table,
-        [config.data.resolution, config.data.max_tokens],
+        traced_settings(config),
         sorted(unet_config.items(), key=str),
         _sources(),
         _source_of(OPTIMIZERS[config.optim.name].build),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import psutil
@@ -18,7 +18,12 @@ import torch
 from mapo_fast.engine.processes import ALONE, Processes
 from mapo_fast.hardware import gpu
 from mapo_fast.hardware.cards import CONTEXT_GIB, vram_for
+from mapo_fast.hardware.holders import gpus, held_text, of_uuid
+from mapo_fast.hardware.host import host
+from mapo_fast.hardware.names import find_card
 from mapo_fast.models.pipeline import Pipeline
+from mapo_fast.planner import shipped
+from mapo_fast.planner.answer import RAM
 from mapo_fast.planner.ask import plan_run, refusal
 from mapo_fast.planner.plan import Plan, PlanResult
 from mapo_fast.settings.load import with_settings
@@ -169,8 +174,7 @@ def planned(
     shortage = ""
     if wanted is None or free < wanted:
         vram, source = free, "the card's free memory"
-        if wanted is not None:
-            shortage = _shortage(wanted, free, device)
+        shortage = _held(device) if wanted is None else _shortage(wanted, free, device)
     else:
         vram, source = wanted, "train.vram"
     if recorded is not None:
@@ -183,6 +187,8 @@ def planned(
         return outcome.chosen, _smaller(outcome, outcome.chosen), outcome.card.rates.source
 
     chosen, smaller, rates = processes.once(choose)
+    if shortage and wanted is None:
+        shortage += _whole_card(config, device, chosen)
     return chosen.apply(config), Budget(device, vram, chosen, smaller, rates, source, shortage)
 
 
@@ -203,13 +209,34 @@ def _smaller(outcome: PlanResult, chosen: Plan) -> Plan | None:
     return min(others, key=lambda plan: plan.ms, default=None)
 
 
+def _held(device: torch.device) -> str:
+    """Which other programs hold the card's memory; empty where none does or nobody can say."""
+    if device.type != "cuda":
+        return ""
+    local = of_uuid(gpus(), str(torch.cuda.get_device_properties(device).uuid))
+    return "" if local is None else held_text(local)
+
+
+def _whole_card(config: Config, device: torch.device, chosen: Plan) -> str:
+    """What to do about it: how the run is planned for the whole card, if that is known and differs."""
+    name, total = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    whole = None
+    with suppress(UserError):  # a card that the table does not have
+        card = find_card(f"{name} {total / GIB:.0f}GB")
+        found = shipped.find(config, card, int(card.gib * GIB), host(parse_size(RAM, "ram")))
+        whole = None if found is None else found.chosen
+    if whole is None:
+        return ": close it, and a faster plan may fit"
+    if whole.settings == chosen.settings:
+        return ": this run is planned as on a free card"
+    return f": close it for {whole.name} ({whole.time}), or go on with this plan, which fits"
+
+
 def _shortage(wanted: int, free: int, device: torch.device) -> str:
     """Why a run gets less than train.vram."""
     asked, available = f"train.vram = {wanted / GIB:.2f} GiB", f"{free / GIB:.2f} GiB"
     total = torch.cuda.get_device_properties(device).total_memory
     if wanted > total:
         return f"{asked} is more than the card's {total / GIB:.2f} GiB: the run has what is free, {available}"
-    return (
-        f"{asked} is more than the {available} that are free: other programs hold the rest (nvidia-smi lists "
-        "them), and the run has what is free"
-    )
+    held = _held(device) or "other programs hold the rest (nvidia-smi lists them)"
+    return f"{asked} is more than the {available} that are free: {held}, and the run has what is free"

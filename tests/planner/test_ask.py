@@ -14,6 +14,7 @@ import tomli_w
 import torch
 
 from mapo_fast import cli
+from mapo_fast.planner import answer
 from mapo_fast.planner import ask as planner_ask
 from mapo_fast.planner.question import question
 from mapo_fast.settings.load import load_config, parse_config
@@ -138,7 +139,7 @@ def test_a_plan_has_what_a_run_on_the_card_would_have(
     train = {"output": "run"} | ({} if written is None else {"vram": written})
     table = {"model": {"path": str(tiny_sdxl)}, "data": {"cache": "cache"}, "train": train}
     config.write_text(tomli_w.dumps(table))
-    planner_ask.plan(load_config(config), vram=vram, card=card, ram="64GiB")
+    answer.plan(load_config(config), vram=vram, card=card, ram="64GiB")
     assert asked[0][3] == expected * GIB
 
 
@@ -174,7 +175,7 @@ def test_a_card_that_cannot_multiply_fp8_is_refused(
     )
     assert not asked
     for settings in ([setting], []):
-        planner_ask.plan(planned_for([f"adapter.kind={kind}", *settings]), vram="24GiB", model="sdxl")
+        answer.plan(planned_for([f"adapter.kind={kind}", *settings]), vram="24GiB", ram="64GiB", model="sdxl")
     assert asked[0][2].name == "RTX 4090"
     assert asked[1][2].name == "RTX 3090"
 
@@ -183,7 +184,7 @@ def test_a_step_that_no_graph_holds_is_refused_before_it_is_planned(monkeypatch:
     monkeypatch.setattr(planner_ask, "search", lambda *args: pytest.fail("planned"))
     settings = ["adapter.kind=full", "speed.cuda_graph=true", "train.accumulation=2"]
     with pytest.raises(UserError, match="holds a step of one micro-batch"):
-        planner_ask.plan(planned_for(settings), vram="24GiB", model="sdxl")
+        answer.plan(planned_for(settings), vram="24GiB", ram="64GiB", model="sdxl")
     offloaded = [
         "adapter.kind=full",
         "speed.cuda_graph=true",
@@ -191,7 +192,7 @@ def test_a_step_that_no_graph_holds_is_refused_before_it_is_planned(monkeypatch:
         "offload.activations='cpu'",
     ]
     with pytest.raises(UserError, match=r"holds no copies from system RAM.*use speed\.cuda_graph = false"):
-        planner_ask.plan(planned_for(offloaded), vram="24GiB", model="sdxl")
+        answer.plan(planned_for(offloaded), vram="24GiB", ram="64GiB", model="sdxl")
 
 
 def test_a_run_is_refused_before_it_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,16 @@ import torch
 from mapo_fast.engine import compile as compile_module
 from mapo_fast.hardware import gpu
 from mapo_fast.hardware.allocator import EXPANDABLE
+from mapo_fast.hardware.holders import Gpu, Holder
 from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.pipeline import Pipeline
+from mapo_fast.planner import shipped
 from mapo_fast.planner.plan import Plan
+from mapo_fast.run import budget as run_budget
 from mapo_fast.run import preview
 from mapo_fast.run.budget import Budget, planned
 from mapo_fast.run.train import back_end, fit
+from mapo_fast.settings.load import parse_config
 from mapo_fast.util.errors import UserError
 from mapo_kernels import Backend
 from tests.training import make_cache, make_config
@@ -146,7 +150,9 @@ class PretendedCard:
             "memory_reserved": lambda device: int(reserved * GIB),
             "memory_allocated": lambda device: 0,
             "get_device_name": lambda device: "RTX 4090",
-            "get_device_properties": lambda device: SimpleNamespace(total_memory=24 * GIB, major=8, minor=9),
+            "get_device_properties": lambda device: SimpleNamespace(
+                total_memory=24 * GIB, major=8, minor=9, uuid="12"
+            ),
             "current_device": lambda: 0,
             "max_memory_allocated": lambda device: 7 * GIB,
             "max_memory_reserved": lambda device: 9 * GIB,
@@ -262,6 +268,33 @@ def test_what_is_not_free_is_not_planned_for(
     assert budget.shortage == "" if not note else note in budget.notes()[1]
     with budget.kept():
         assert card.caps[-1][0] == pytest.approx((planned_for - 0.4) / 24)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "note"),
+    [
+        (
+            "RTX 4090",
+            {"train.layout": "joint"},
+            ": close it for both images at once (1.0 s a step), or go on",
+        ),
+        ("RTX 4090", {"train.layout": "split"}, ": this run is planned as on a free card"),
+        ("RTX 9999", {}, ": close it, and a faster plan may fit"),
+    ],
+)
+def test_a_run_names_what_holds_memory_and_what_a_free_card_would_do(
+    monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, str], note: str
+) -> None:
+    PretendedCard(monkeypatch, free=10, reserved=0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    holder = Holder("python (ComfyUI)", int(6.9 * GIB))
+    monkeypatch.setattr(run_budget, "gpus", lambda: [Gpu(name, "GPU-12", 12 * GIB, 5 * GIB, [holder])])
+    whole = plan_of("joint", 8 * GIB)._replace(settings=settings, ms=1000.0)
+    monkeypatch.setattr(shipped, "find", lambda *asked: SimpleNamespace(chosen=whole))
+    config = parse_config({"model": {"path": "m"}, "data": {"cache": "c"}, "train": {"output": "r"}})
+    chosen = whole._replace(settings={"train.layout": "split"})
+    said = run_budget._held(CUDA) + run_budget._whole_card(config, CUDA, chosen)
+    assert said.startswith(f"python (ComfyUI) holds 6.9 of 12.0 GiB{note}")
 
 
 def test_what_the_run_itself_holds_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:

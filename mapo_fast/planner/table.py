@@ -1,0 +1,158 @@
+"""Makes the table of plans that is shipped: `python -m mapo_fast.planner.table [PRESET ...]`.
+
+Every preset is planned for every size of memory and for every card that it can train on, with 32 GiB of free
+system RAM, under Linux. Traces and replays are made once for all cards. Where code has changed and no answer
+has, which one row of each preset shows, the table keeps its rows. Presets that are named are made anew in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+from unittest import mock
+
+from mapo_fast.hardware.allocator import CapReachedError
+from mapo_fast.hardware.cards import CARDS, Card
+from mapo_fast.hardware.host import host
+from mapo_fast.models.full_size import SDXL_UNET
+from mapo_fast.planner import replay, shipped, store
+from mapo_fast.planner.answer import RAM, card_and_memory
+from mapo_fast.planner.plan import Plan, PlanResult
+from mapo_fast.planner.question import question
+from mapo_fast.planner.report import RUNNERS_UP
+from mapo_fast.planner.search import search
+from mapo_fast.planner.trace import Trace
+from mapo_fast.settings.presets import PRESETS
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.files import atomic_path
+from mapo_fast.util.sizes import parse_size
+
+SIZES = (6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 80)
+"""GiB of memory that are planned for without a card."""
+
+
+def questions(preset: str) -> Iterator[tuple[Config, Card, int]]:
+    """All that the table answers about a preset."""
+    config, _ = question(None, preset, [], None)
+    for size in SIZES:
+        yield (config, *card_and_memory(config, None, f"{size}GiB"))
+    for card in CARDS:
+        try:
+            yield (config, *card_and_memory(config, card.name, None))
+        except UserError:  # it cannot do bf16
+            continue
+
+
+def answers(preset: str) -> Iterator[tuple[str, PlanResult]]:
+    """The answers to these questions, under their keys."""
+    limits = host(parse_size(RAM, "ram"))
+    for config, card, vram in questions(preset):
+        yield shipped.key(config, card, vram, limits), search(config, SDXL_UNET, card, vram, limits)
+
+
+def holds(table: dict[str, Any], asked: Iterable[tuple[str, int]]) -> bool:
+    """Whether the table has what is answered now to some questions: presets, each with GiB of memory."""
+    limits = host(parse_size(RAM, "ram"))
+    for preset, gib in asked:
+        config, _ = question(None, preset, [], None)
+        card, vram = card_and_memory(config, None, f"{gib}GiB")
+        plans = list(table["plans"])
+        made = row(search(config, SDXL_UNET, card, vram, limits), plans)
+        known = table["answers"].get(shipped.key(config, card, vram, limits), {})
+        if made != {name: known.get(name) for name in made}:
+            return False
+    return True
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Read a trace, and replay it under the same rules, once for all cards."""
+    traces: dict[Any, Trace | None] = {}
+    replays: dict[Any, int | None] = {}
+    read, reserved = store._read, replay.reserved
+
+    def read_once(path: Any) -> Trace | None:
+        if traces.get(path) is None:
+            traces[path] = read(path)
+        return traces[path]
+
+    def reserved_once(trace: Trace, allocator: replay.Allocator, cap: int | None = None) -> int:
+        asked = (trace.events.tobytes(), trace.sizes.tobytes(), tuple(trace.begins), allocator, cap)
+        known = hashlib.sha256(repr(asked[2:]).encode() + asked[0] + asked[1]).digest()
+        if known not in replays:
+            try:
+                replays[known] = reserved(trace, allocator, cap)
+            except CapReachedError:
+                replays[known] = None
+        found = replays[known]
+        if found is None:
+            raise CapReachedError
+        return found
+
+    with (
+        mock.patch.object(store, "_read", read_once),
+        mock.patch.object(replay, "reserved", reserved_once),
+    ):
+        yield
+
+
+def row(outcome: PlanResult, plans: list[dict[str, Any]]) -> dict[str, Any]:
+    """An answer as the table has it; plans that are new are appended to `plans`."""
+
+    def entry(plan: Plan) -> list[Any]:
+        fields = plan._asdict()
+        ms = float(f"{fields.pop('ms'):.5g}")
+        if fields not in plans:
+            plans.append(fields)
+        return [plans.index(fields), ms]
+
+    return {
+        "chosen": None if outcome.chosen is None else entry(outcome.chosen),
+        "others": [[*entry(loser.plan), loser.reason] for loser in outcome.others[:RUNNERS_UP]],
+        "stages": outcome.stages,
+        "how_to_prepare": outcome.how_to_prepare,
+        "advice": outcome.advice,
+        "enough": outcome.enough,
+    }
+
+
+def write(table: dict[str, Any]) -> None:
+    """One plan and one answer a line."""
+    lines = [f"{json.dumps(name)}: {json.dumps(table[name])}" for name in ("files", "code", "made_with")]
+    plans = ",\n".join(json.dumps(plan) for plan in table["plans"])
+    rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(row)}" for key, row in table["answers"].items())
+    lines += [f'"plans": [\n{plans}\n]', f'"answers": {{\n{rows}\n}}']
+    with atomic_path(shipped.FILE) as file:
+        file.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
+
+
+def main(presets: list[str]) -> None:
+    """Make the rows of these presets, or of all; say how far it is."""
+    packages = {name: metadata.version(name).split("+")[0] for name in ("torch", "diffusers", "peft")}
+    made_by = {"files": shipped.files(), "code": shipped.code(), "made_with": packages}
+    table = shipped.read() | made_by
+    if not presets and table["answers"] and holds(table, [(preset, 24) for preset in PRESETS]):
+        write(table)
+        print("no answer has changed: the rows are kept")
+        return
+    if not presets:
+        table |= {"plans": [], "answers": {}}
+    with remembering():
+        for preset in presets or PRESETS:
+            for key, outcome in answers(preset):
+                made = row(outcome, table["plans"])
+                table["answers"][key] = {"asked": [preset, outcome.card.name]} | made
+            write(table)
+            cpu = sum(os.times()[:4])
+            print(f"{preset}: {len(table['answers'])} answers so far, {cpu / 60:.1f} min of CPU", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
