@@ -4,8 +4,10 @@
 #   make test-fast         first check of a change: most tests of every room, in a minute and one process
 #   make test              all tests, then the kernels' in Triton's interpreter, in two processes (WORKERS=0: in one)
 #   make lint              ruff, ruff format, mypy
+#   make docs              the pages of docs/ into build/docs; a broken link fails
 #   make races             the kernels under two checkers for races and bounds, without a GPU
 #   make compile           the kernels with the Triton that torch's CUDA build pins
+#   make lock              uv.lock and constraints.txt, after a change of pyproject.toml's dependencies
 #   make gpu-check PART=ops     what needs an NVIDIA GPU: kernel tests, then microbenchmarks
 #   make gpu-check PART=memory  likewise: the engine's tests, then the memory table's rows at full size
 #   make gpu-check PART=step    likewise: whole training steps beside other recipes, and every switch
@@ -26,7 +28,7 @@ BIN := $(VENV)/bin
 TTSEM := $(VENV)/ttsem
 TRITON := $(VENV)/triton-3.7.1
 
-.PHONY: install demo test test-fast test-base lint format races compile gpu-check proof clean
+.PHONY: install lock demo test test-fast test-base lint docs format races compile gpu-check proof clean
 
 install: $(VENV)/.installed
 
@@ -44,6 +46,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
@@ -76,10 +81,20 @@ proof: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[train,examples,dev]"
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"  # the first that knows --group
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[train,examples]" --group dev --group docs
 	# a test reads a table in it: what it asks for (torchvision, timm) stays out
 	$(BIN)/python -m pip install --quiet --no-deps open_clip_torch==3.3.0
 	touch $@
+
+# After a change of pyproject.toml's dependencies; needs uv. PyPI's CUDA build of torch pins another triton than its CPU
+# build takes, so triton is only capped.
+lock:
+	uv lock
+	{ echo '# The versions of every environment of the Makefile: exported from uv.lock by `make lock`.'; \
+	  uv export --frozen --no-hashes --no-annotate --no-header --no-emit-project --no-emit-package triton \
+	    --extra train --extra examples --all-groups; \
+	  echo "triton<=3.9.0 ; sys_platform == 'linux'"; } > constraints.txt
 
 # A wheel, not an editable install: this also proves that the wheel is complete. Bytecode of all of torch for one
 # short program would cost more than it saves.

@@ -93,7 +93,7 @@ class Case:
     """What `torch.compile` is given; usually the eager function."""
     uses: frozenset[str] = MEASURED
     headline: bool = False
-    """Measured first; the README shows these."""
+    """Measured first; the docs show these."""
     floor: Callable[[Any], dict[str, int]] | None = None
     """Least bytes by pass from the inputs, where `least_bytes` below does not know them."""
 

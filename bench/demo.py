@@ -1,6 +1,6 @@
 """The demo over several seeds, under every plan of the memory table, or with every objective.
 
-    python -m bench.demo --seeds 0 1 2     → bench/results/demo.jsonl, and demo_seed0.png of seed 0
+    python -m bench.demo --seeds 0 1 2     → bench/results/demo.jsonl; of seed 0 docs/results/demo_seed0.png
     python -m bench.demo --plans           → bench/results/demo_plans.jsonl
     python -m bench.demo --objectives      → bench/results/demo_objectives.jsonl
 
@@ -27,6 +27,7 @@ from mapo_fast.demo.run import DemoSize, run_demo
 from mapo_kernels.objectives import objective_names
 
 RESULTS = Path(__file__).parent / "results"
+PLOTS = Path(__file__).parents[1] / "docs" / "results"
 OBJECTIVES = tuple(name for name in objective_names() if name != "sft")
 """All but the control of each run."""
 FEWER = DemoSize(samples=96)
@@ -96,7 +97,7 @@ def main() -> int:
             out = Path(folder) / "demo"
             result = run_demo(out, seed=seed, objective=job.objective, overrides=job.overrides, size=job.size)
             if job.file == "demo" and seed == 0:
-                shutil.copy(out / "report.png", RESULTS / "demo_seed0.png")
+                shutil.copy(out / "report.png", PLOTS / "demo_seed0.png")
         fired = {model: [one["step"] for one in found] for model, found in result["warnings"].items()}
         row = {"bench": "demo", **job.fields, **result, "warnings": fired}
         if job.objective == "mapo":

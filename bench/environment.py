@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
             versions[name] = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -1,4 +1,4 @@
-"""The READMEs' tables of objectives, from the registry."""
+"""The docs' tables of objectives, from the registry."""
 
 from __future__ import annotations
 

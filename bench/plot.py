@@ -1,6 +1,6 @@
 """Plots of the microbenchmarks, from bench/results/ops.jsonl: `python -m bench.plot`.
 
-Prints a table per GPU, writes bench/results/ops_GPU.png, and brings the tables in the READMEs up to date.
+Prints a table per GPU, writes docs/results/ops_GPU.png, and brings the tables in the docs up to date.
 Without rows from a GPU there is no table and no plot.
 """
 
@@ -11,10 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench import readme
-from bench.op_tables import LIBRARIES, RESULTS, Row, newest, rows, table
+from bench.op_tables import LIBRARIES, Row, newest, rows, table
+
+PLOTS = Path(__file__).parents[1] / "docs" / "results"
 
 
-def plot(measured: Iterable[Row], folder: Path = RESULTS) -> list[Path]:
+def plot(measured: Iterable[Row], folder: Path = PLOTS) -> list[Path]:
     """A bar chart per GPU: share of the copy bandwidth of each provider, by headline case."""
     import matplotlib
 
@@ -43,6 +45,9 @@ def plot(measured: Iterable[Row], folder: Path = RESULTS) -> list[Path]:
         axes.set_yticks([y + 0.4 - height / 2 for y in range(len(shown))], list(shown), fontsize=7)
         axes.invert_yaxis()
         axes.set_xlabel(f"least bytes per second, % of a copy's, on one {gpu}")
+        axes.set_title(
+            f"Memory throughput of the kernels and of other libraries, measured on one {gpu}", fontsize=9
+        )
         axes.legend(fontsize=7)
         figure.tight_layout()
         path = folder / f"ops_{re.sub(r'[^A-Za-z0-9]+', '_', gpu)}.png"

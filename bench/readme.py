@@ -1,4 +1,4 @@
-"""The READMEs' tables, from the results files and the registry: `python -m bench.readme` rewrites them.
+"""Tables of the README and the docs, from results files and the registry: `python -m bench.readme` writes them.
 
 Between `<!-- results: NAME -->` and `<!-- end -->` nothing is typed by hand; a test compares the two.
 """
@@ -183,25 +183,27 @@ def ops() -> str:
     return op_tables.table(op_tables.rows())
 
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {
-        "demo": demo,
-        "photographs": photographs,
-        "objective_settings": objective_tables.named,
-        "objectives": objectives,
-        "memory": memory,
+    ROOT / "README.md": {"demo": demo},
+    DOCS / "objectives.md": {"objective_settings": objective_tables.named},
+    DOCS / "kernels" / "paired_loss.md": {"formulas": objective_tables.formulas},
+    DOCS / "results" / "demo.md": {"demo": demo},
+    DOCS / "results" / "photographs.md": {"photographs": photographs},
+    DOCS / "results" / "objectives.md": {"objectives": objectives},
+    DOCS / "results" / "memory.md": {"memory": memory},
+    DOCS / "results" / "scaling.md": {"dataset": step_tables.dataset},
+    DOCS / "results" / "speed.md": {
         "providers": step_tables.providers,
         "switches": step_tables.switches,
         "targets": step_tables.targets,
-        "dataset": step_tables.dataset,
-        "saved_memory": saved_memory,
     },
-    README.parent / "kernels" / "README.md": {
+    DOCS / "results" / "kernels.md": {
         "ops": ops,
         "traffic": traffic,
         "resources": resources,
-        "formulas": objective_tables.formulas,
+        "saved_memory": saved_memory,
     },
 }
 """Which sections stand on which page."""

@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from mapo_fast.planner.timeline import simulate
 from mapo_fast.settings.schema import Config
 
 RESULTS = Path(__file__).parent / "results" / "scaling.jsonl"
+PLOTS = Path(__file__).parents[1] / "docs" / "results"
 VALUES: dict[str, tuple[int, ...]] = {
     "pairs": (1, 2, 4, 8, 16),
     "resolution": (512, 768, 1024, 1280, 1536),
@@ -179,7 +181,7 @@ def row(axis: str, value: int, kind: str, card: str) -> dict[str, Any]:
     return point | predicted(axis, value, kind, card)
 
 
-def plot(rows: list[dict[str, Any]], folder: Path = RESULTS.parent) -> list[Path]:
+def plot(rows: list[dict[str, Any]], folder: Path = PLOTS) -> list[Path]:
     """A picture per axis: the newest point of each value, by card."""
     import matplotlib
 
@@ -211,12 +213,19 @@ def plot(rows: list[dict[str, Any]], folder: Path = RESULTS.parent) -> list[Path
             panel.set_xlabel(LABELS[axis])
             panel.set_ylabel(names[name])
         panels[0].legend(fontsize=7)
+        figure.suptitle(_title(axis, curves), fontsize=9)
         figure.tight_layout()
         path = folder / f"scaling_{re.sub('[^a-z]', '_', axis)}.png"
         figure.savefig(path, dpi=110)
         pyplot.close(figure)
         written.append(path)
     return written
+
+
+def _title(axis: str, curves: Iterable[str]) -> str:
+    """What the plot shows, for which machine, and whether it was measured."""
+    what = "Start of training" if axis == "dataset" else "Training step of SDXL, one GPU"
+    return f"{what}: {'; '.join(curves)}"
 
 
 def main() -> None:

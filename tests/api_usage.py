@@ -1,9 +1,7 @@
 """The Python API as its users' type checkers see it; `mypy` reads this file and nobody runs it."""
 
 from pathlib import Path
-from typing import Any
-
-from typing_extensions import assert_type
+from typing import Any, assert_type
 
 from mapo_fast import (
     Callbacks,

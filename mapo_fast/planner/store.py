@@ -134,18 +134,7 @@ def _no_main() -> Iterator[None]:
 
 @contextmanager
 def _safe_path() -> Iterator[None]:
-    """A new process begins with `python -c`, which looks for modules in the current folder first: not here.
-
-    Python 3.10 has no switch for it and starts in the folder of this file.
-    """
-    if sys.version_info < (3, 11):
-        before = Path.cwd()
-        os.chdir(Path(__file__).parent)
-        try:
-            yield
-        finally:
-            os.chdir(before)
-        return
+    """A new process begins with `python -c`, which would look for modules in the current folder first."""
     stated = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:

@@ -40,7 +40,7 @@ from mapo_kernels.objectives import (
 )
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 _EVERY = 10**9
 """The largest interval in steps: longer than any run, for people who write «never» as a large number."""
