@@ -1,4 +1,4 @@
-"""Tables of the README and the docs, from results files and the registry: `python -m bench.readme` writes them.
+"""Tables of the README and the docs, from results files and registry: `python -m bench.readme` writes them.
 
 Between `<!-- results: NAME -->` and `<!-- end -->` nothing is typed by hand; a test compares the two.
 """
