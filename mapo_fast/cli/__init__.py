@@ -11,22 +11,17 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from mapo_fast.util import extensions
+import typer
+from rich.console import Console
+
+from mapo_fast.cli.app import Configured, allow, app, is_main
+from mapo_fast.cli.options import Code, ConfigFile, LoraFiles, ModelPath, Overrides, UnetPath, VaePath, stated
+from mapo_fast.cli.training import prepare, train
 from mapo_fast.util.console import Terminal, encode_anything, output_may_fail, say
 from mapo_fast.util.errors import printable
 from mapo_fast.util.files import one_line
-from mapo_fast.util.signals import Interrupted, exit_code, interruptible
-
-try:
-    import typer
-    import typer.core
-    from rich.console import Console
-except ImportError as missing:
-    raise SystemExit(
-        f"mapo-fast: {missing.name} is not installed; the command line needs pip install 'mapo_fast[train]'"
-    ) from None
 
 _LIBRARIES = {
     "HF_HUB_OFFLINE": "1",
@@ -39,125 +34,11 @@ _PATIENCE = 10.0
 """Seconds that another process of a run leaves the first one to report what is wrong for both."""
 
 
-class _Commands(typer.core.TyperGroup):
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command; a signal that it does not answer itself ends it with 128 + its number.
-
-        Ctrl-C too, where click would end it with 1.
-        """
-        try:
-            with interruptible():
-                return super().invoke(ctx)
-        except KeyboardInterrupt as signal:
-            typer.echo(str(signal) or "interrupted", err=True)
-            raise typer.Exit(exit_code(getattr(signal, "number", None))) from None
+app.command(cls=Configured)(prepare)
+app.command(cls=Configured)(train)
 
 
-class _Configured(typer.core.TyperCommand):
-    """A command that reads a config: its help ends with all settings."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """The usual help, then a line for each setting."""
-        from mapo_fast.settings.page import help_text
-
-        super().format_help(ctx, formatter)
-        formatter.write(help_text())
-
-
-app = typer.Typer(
-    cls=_Commands,
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Preference fine-tuning of Stable Diffusion XL with MaPO on one GPU.",
-)
-
-ConfigFile = Annotated[Path, typer.Argument(help="TOML file; see recipes/ for commented ones.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Replace one setting: section.key=value (see below). May be repeated."),
-]
-Code = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--allow-code",
-        help="Call module:function of an installed package, which adds objectives, optimizers or data "
-        "sources. May be repeated.",
-    ),
-]
-
-
-ModelPath = Annotated[
-    str | None,
-    typer.Option("--model", help="SDXL model: a .safetensors file or a pipeline folder (model.path)."),
-]
-UnetPath = Annotated[
-    str | None, typer.Option("--unet", help="Another UNet, a folder or a file (model.unet).")
-]
-LoraFiles = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--lora", help="LoRA added to the model, FILE or FILE=WEIGHT (model.lora). May be repeated."
-    ),
-]
-VaePath = Annotated[str | None, typer.Option("--vae", help="Another VAE, a folder or a file (model.vae).")]
-
-
-@app.command(cls=_Configured)
-def prepare(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    model: ModelPath = None,
-    unet: UnetPath = None,
-    vae: VaePath = None,
-    lora: LoraFiles = None,
-    code: Code = None,
-) -> None:
-    """Encode images and prompts once into a cache; continues where it stopped."""
-    from mapo_fast.data.prepare import prepare as run
-    from mapo_fast.settings.load import load_config
-
-    output_may_fail()
-    _allow(code, config)
-    try:
-        run(load_config(config, _stated(overrides, model, unet, vae, lora)), callbacks=Terminal())
-    except KeyboardInterrupt as signal:
-        text = "interrupted; what is encoded is kept, the same command continues"
-        raise Interrupted(getattr(signal, "number", 0), text) from None
-
-
-@app.command(cls=_Configured)
-def train(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    model: ModelPath = None,
-    unet: UnetPath = None,
-    vae: VaePath = None,
-    lora: LoraFiles = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in train.output.")] = False,
-    code: Code = None,
-) -> None:
-    """Fine-tune on a prepared cache; under accelerate launch or torchrun, on one GPU per process."""
-    from mapo_fast.run.train import fit
-    from mapo_fast.settings.load import load_config
-
-    output_may_fail()
-    _allow(code, config)
-    settings = load_config(config, _stated(overrides, model, unet, vae, lora))
-    result = fit(settings, resume=resume, callbacks=Terminal())
-    main = _main()
-    if not result.finished:
-        saved = result.saved_step
-        if main:
-            where = "before the first step" if saved is None else f"at step {saved}, saved"
-            typer.echo(f"stopped {where}; continue with the same command and --resume", err=True)
-        raise typer.Exit(exit_code(result.signal))
-    if not main:
-        return
-    say(Console(), f"finished: {result.step} steps; result in {result.model}, log in {result.log}")
-
-
-@app.command(cls=_Configured)
+@app.command(cls=Configured)
 def plan(
     config: Annotated[
         Path | None, typer.Argument(help="TOML file; its settings are kept. Without it, those of --preset.")
@@ -191,10 +72,10 @@ def plan(
 
     if resolution is not None and not resolution.isdecimal():
         raise UserError(f"--resolution {resolution!r} is not a number of pixels: write --resolution 1024")
-    _allow(code, config)
+    allow(code, config)
     given = {"data.resolution": resolution, "adapter.kind": adapter}
-    stated = [*(overrides or ()), *(f"{name}={value}" for name, value in given.items() if value is not None)]
-    settings, run = question(config, preset, stated, model)
+    named = [*(overrides or ()), *(f"{name}={value}" for name, value in given.items() if value is not None)]
+    settings, run = question(config, preset, named, model)
     if config is None and model is None:
         model = "sdxl"
     if picture is not None:
@@ -226,7 +107,7 @@ def plan(
         plot(found, picture)
 
 
-@app.command(cls=_Configured)
+@app.command(cls=Configured)
 def show(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -242,8 +123,8 @@ def show(
     from mapo_fast.settings import view
     from mapo_fast.settings.load import load_config
 
-    _allow(code, config)
-    settings = load_config(config, _stated(overrides, model, unet, vae, lora))
+    allow(code, config)
+    settings = load_config(config, stated(overrides, model, unet, vae, lora))
     with Console(stderr=True).status("planning memory; the first time this takes a minute or two"):
         seen = look(settings)
     if as_json:
@@ -335,29 +216,6 @@ def doctor(
     run(Console(), model)
 
 
-def _stated(
-    overrides: list[str] | None,
-    model: str | None,
-    unet: str | None,
-    vae: str | None,
-    loras: list[str] | None,
-) -> list[str]:
-    """`--set` and the options that name a model, as overrides of settings."""
-    named = {"model.path": model, "model.unet": unet, "model.vae": vae, "model.lora": loras or None}
-    texts = [f"{name}={json.dumps(v, ensure_ascii=False)}" for name, v in named.items() if v is not None]
-    return [*(overrides or ()), *texts]
-
-
-def _allow(code: list[str] | None, config: Path | None) -> None:
-    for one in code or []:
-        extensions.allow(one, lambda line: typer.echo(printable(line), err=True), config)
-
-
-def _main() -> bool:
-    """Whether this is the process that talks, of those of a launch."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def main() -> None:
     """Entry point of the `mapo-fast` script and of `python -m mapo_fast`."""
     # Nothing here is ever fetched from a hub, and the libraries' loading bars would bury our own output.
@@ -370,7 +228,7 @@ def main() -> None:
         error = one_line(caught)
         if error is None:
             raise
-        if not _main():  # once the first process has ended, its launcher ends this one
+        if not is_main():  # once the first process has ended, its launcher ends this one
             time.sleep(_PATIENCE)
         if not error.reported:
             print(f"mapo-fast: {error}", file=sys.stderr)

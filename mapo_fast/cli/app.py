@@ -1,0 +1,65 @@
+"""The `mapo-fast` program, to which the other files of this folder add their commands."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from mapo_fast.util import extensions
+from mapo_fast.util.errors import printable
+from mapo_fast.util.signals import exit_code, interruptible
+
+try:
+    import typer
+    import typer.core
+except ImportError as missing:
+    raise SystemExit(
+        f"mapo-fast: {missing.name} is not installed; the command line needs pip install 'mapo_fast[train]'"
+    ) from None
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; a signal that it does not answer itself ends it with 128 + its number.
+
+        Ctrl-C too, where click would end it with 1.
+        """
+        try:
+            with interruptible():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as signal:
+            typer.echo(str(signal) or "interrupted", err=True)
+            raise typer.Exit(exit_code(getattr(signal, "number", None))) from None
+
+
+class Configured(typer.core.TyperCommand):
+    """A command that reads a config: its help ends with all settings."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The usual help, then a line for each setting."""
+        from mapo_fast.settings.page import help_text
+
+        super().format_help(ctx, formatter)
+        formatter.write(f"\n{help_text()}")
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's help costs more than all else that it takes
+    help="Preference fine-tuning of Stable Diffusion XL with MaPO on one GPU.",
+)
+
+
+def allow(code: list[str] | None, config: Path | None) -> None:
+    """Call what `--allow-code` names."""
+    for one in code or []:
+        extensions.allow(one, lambda line: typer.echo(printable(line), err=True), config)
+
+
+def is_main() -> bool:
+    """Whether this is the process that talks, of those of a launch."""
+    return os.environ.get("RANK", "0") == "0"
