@@ -76,8 +76,6 @@ def plan(
     given = {"data.resolution": resolution, "adapter.kind": adapter}
     named = [*(overrides or ()), *(f"{name}={value}" for name, value in given.items() if value is not None)]
     settings, run = question(config, preset, named, model)
-    if config is None and model is None:
-        model = "sdxl"
     if picture is not None:
         from mapo_fast.planner.picture import check_picture
 
@@ -188,7 +186,7 @@ def export(
     """Write a run's result, a LoRA or a model for ComfyUI and A1111, diffusers or peft."""
     from mapo_fast.run.convert import convert
 
-    _allow(code, None)
+    allow(code, None)
     convert(
         source,
         to,
