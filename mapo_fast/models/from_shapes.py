@@ -109,7 +109,7 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
 
 def clip_config(shapes: Shapes) -> dict[str, Any]:
     """CLIP ViT-L's config as transformers has it. Raises `MissingKeyError` as `unet_config`."""
-    vocabulary, width = _shape(shapes, "embeddings.token_embedding.weight", 2)
+    vocabulary, width = (_dim(shapes, "embeddings.token_embedding.weight", i) for i in (0, 1))
     return _text_config(
         vocabulary,
         width,
@@ -123,7 +123,7 @@ def clip_config(shapes: Shapes) -> dict[str, Any]:
 
 def open_clip_config(shapes: Shapes) -> dict[str, Any]:
     """OpenCLIP ViT-bigG's config as transformers has it. Raises `MissingKeyError` as `unet_config`."""
-    vocabulary, width = _shape(shapes, "token_embedding.weight", 2)
+    vocabulary, width = (_dim(shapes, "token_embedding.weight", i) for i in (0, 1))
     return _text_config(
         vocabulary,
         width,
@@ -163,15 +163,11 @@ CONFIGS_FROM = {
 }
 
 
-def _shape(shapes: Shapes, key: str, dims: int) -> tuple[int, ...]:
-    shape = shapes.get(key, ())
-    if len(shape) < dims:
-        raise MissingKeyError(key)
-    return shape
-
-
 def _dim(shapes: Shapes, key: str, index: int) -> int:
-    return _shape(shapes, key, index + 1)[index]
+    shape = shapes.get(key, ())
+    if len(shape) <= index:
+        raise MissingKeyError(key)
+    return shape[index]
 
 
 def _numbered(shapes: Shapes, prefix: str) -> int:

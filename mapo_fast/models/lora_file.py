@@ -23,7 +23,7 @@ from torch import Tensor
 from mapo_fast.models.parts import Part, without_trailing_ones
 from mapo_fast.models.recognise import stated_noise
 from mapo_fast.models.sdxl import original_layer, residual_layers
-from mapo_fast.models.stored import FLOATS, StoredTensor, whole
+from mapo_fast.models.stored import DTYPES, FLOATS, StoredTensor, whole
 from mapo_fast.util.errors import UserError, shown
 from mapo_fast.util.files import parse_json, read_json
 from mapo_fast.util.tensorheader import Header, read_header
@@ -184,6 +184,28 @@ def _refuse_kinds(header: Header, config: Mapping[str, Any]) -> None:
         raise UserError(
             f"{header.path} is for {shown(version)} by its metadata ss_base_model_version, not for SDXL"
         )
+    if (width := _text_width(header)) in _OLDER:
+        raise UserError(
+            f"{header.path} is a LoRA for {_OLDER[width]}, whose text is {width} wide: only one that "
+            "was trained on SDXL can be used"
+        )
+
+
+_OLDER = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2"}
+"""Models by the width of what their cross-attention reads; SDXL's is 2048."""
+
+
+def _text_width(header: Header) -> int | None:
+    """The width of the text that a LoRA's model reads, where it has a layer that shows it."""
+    for key, entry in header.tensors.items():
+        match = _FACTOR.fullmatch(key)
+        if match and match["side"] in _DOWN and len(entry.shape) > 1 and _READS_TEXT.search(match["layer"]):
+            return entry.shape[1]
+    return None
+
+
+_READS_TEXT = re.compile(r"attn2[._](processor[._])?to_[kv]$|^lora_te_text_model_.*_self_attn_[qkv]_proj$")
+"""Layers that read text; `lora_te` is the one text encoder of models before SDXL."""
 
 
 def _kind(key: str) -> str | None:
@@ -261,6 +283,8 @@ def _text_spellings(component: str) -> Callable[[str], Iterator[str]]:
 def _scalar(stored: StoredTensor, key: str) -> float:
     if math.prod(stored.shape) != 1:
         raise UserError(f"{stored.file} has {shown(key)} of shape {list(stored.shape)}, not one number")
+    if stored.dtype not in DTYPES:
+        raise UserError(f"{stored.file} has {shown(key)} as {stored.dtype}, which is no alpha's type")
     return float(stored.load().double().reshape(()))
 
 

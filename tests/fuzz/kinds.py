@@ -2,8 +2,10 @@
 
 from tests.fuzz.kind import Kind
 from tests.fuzz.of_data import Cache, Columns, Images, Prepare, Source
-from tests.fuzz.of_models import Load, Model
+from tests.fuzz.of_models import Load, Lora, Model, SingleFile
 from tests.fuzz.of_runs import Log, Run
 from tests.fuzz.of_settings import Toml, Words
 
-KINDS: tuple[type[Kind], ...] = (Toml, Words, Model, Load, Run, Log, Cache, Prepare, Source, Columns, Images)
+KINDS: tuple[type[Kind], ...] = (
+    Toml, Words, Model, Load, SingleFile, Lora, Run, Log, Cache, Prepare, Source, Columns, Images,
+)  # fmt: skip

@@ -223,6 +223,7 @@ def refusal(path: Path, model: Pipeline) -> str:
 
 
 LAYER = "lora_unet_input_blocks_1_0_in_layers_2"
+SD1 = "down_blocks_0_attentions_0_transformer_blocks_0"
 
 
 @pytest.mark.parametrize(
@@ -248,6 +249,10 @@ LAYER = "lora_unet_input_blocks_1_0_in_layers_2"
             "whose weight is",
         ),
         ({f"{LAYER}.alpha": (2,)}, "not one number"),
+        ({f"lora_unet_{SD1}_attn2_to_k.lora_down.weight": (4, 768)}, "for Stable Diffusion 1"),
+        ({f"unet.{SD1.replace('_', '.')}.attn2.processor.to_v_lora.down.weight": (4, 768)}, "Diffusion 1"),
+        ({f"lora_unet_{SD1}_attn2_to_v.lora_down.weight": (4, 1024)}, "for Stable Diffusion 2"),
+        ({"lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": (4, 1024)}, "Diffusion 2"),
         ({}, "no LoRA"),
     ],
 )
@@ -269,6 +274,16 @@ def test_values_that_are_no_numbers(
     tensors[key] = torch.full_like(tensors[key], value)
     save_file(tensors, path)
     assert "damaged" in refusal(path, model) or "no number" in refusal(path, model)
+
+
+def test_an_alpha_of_a_type_that_is_none_of_torch_s(
+    model: Pipeline, unet: Any, factors: Factors, tmp_path: Path
+) -> None:
+    path = ours_kohya(tmp_path, unet, factors)
+    data = path.read_bytes()
+    head, _, rest = data.partition(b'.alpha":{"dtype":"F32"')
+    path.write_bytes(head + b'.alpha":{"dtype":"U32"' + rest)
+    assert "U32" in refusal(path, model)
 
 
 @pytest.mark.parametrize("version", ["sd_v1.5", "flux1"])

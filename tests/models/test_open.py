@@ -271,6 +271,12 @@ def test_a_missing_key_is_named(copy: Path, key: str) -> None:
     assert key in text or "label_emb" in key
 
 
+def test_a_vocabulary_of_three_dimensions_is_named(copy: Path) -> None:
+    key = "conditioner.embedders.1.model.token_embedding.weight"
+    edit_file(copy, lambda tensors: tensors.update({key: tensors[key][None].clone()}))
+    assert str(copy) in refusal(copy)
+
+
 def test_what_does_not_fit_is_named(copy: Path) -> None:
     key = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
     edit_file(copy, lambda tensors: tensors.update({key: torch.zeros(7, 24)}))
