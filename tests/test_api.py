@@ -331,3 +331,9 @@ def test_in_a_fresh_process_the_page_s_code_imports_what_it_uses_and_only_callba
     lines = done.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines if "loss" in line] == ["1/2", "2/2"]
     assert lines[-1] == "8 {} True run/lora"
+
+
+@pytest.mark.parametrize("name", ["fit", "plan", "prepare"])
+def test_a_path_in_place_of_a_config_is_named(name: str) -> None:
+    with pytest.raises(TypeError, match=r"must be a Config, not str: load_config\(path\) reads a file"):
+        getattr(mapo_fast, name)("config.toml")

@@ -41,6 +41,7 @@ from mapo_fast.models.fp32 import exact_fp32
 from mapo_fast.models.open import open_model
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.sdxl import BOTH
+from mapo_fast.settings.load import expect_config
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import disk_errors, exclusive, write_json
@@ -63,6 +64,7 @@ def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareRes
             process, too many skipped rows, too little disk space. What has been encoded stays and is reused.
         MachineError: the disk or the memory failed.
     """
+    expect_config(config)
     started, callbacks = time.perf_counter(), callbacks or Callbacks()
     data = config.data
     if data.source is None:

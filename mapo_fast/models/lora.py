@@ -241,7 +241,7 @@ def kohya_state_dict(
 
 
 def _check_targets(unet: Any, targets: Sequence[str]) -> None:
-    modules = dict(unet.named_modules())
+    modules = {name: module for name, module in unet.named_modules() if name}  # the UNet itself has none
     layers = [name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)]
     endings = sorted({re.split(r"\.(?=[a-z])", name)[-1] for name in layers})
     for target in targets:

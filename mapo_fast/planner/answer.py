@@ -14,6 +14,7 @@ from mapo_fast.hardware.names import find_card
 from mapo_fast.planner import shipped
 from mapo_fast.planner.plan import PlanResult
 from mapo_fast.settings.fp8 import capability_for, refuse_card_without_fp8
+from mapo_fast.settings.load import expect_config
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.sizes import GIB, parse_size
@@ -56,6 +57,7 @@ def plan(
         UserError: an unknown card or model, neither a card nor a size of its memory, a size that is none,
             settings that the card cannot do.
     """
+    expect_config(config)
     assumed, nbytes = card_and_memory(config, card, vram)
     limits = host(parse_size(ram, "--ram"))
     model = model or str(config.model.path)

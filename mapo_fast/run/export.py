@@ -84,8 +84,7 @@ def _write_single_file(config: Config, model: Pipeline, unet: Mapping[str, Tenso
 
 def about_checkpoint(config: Config, step: int) -> str:
     """The text of a checkpoint's `README.txt`: what it is, and how to use it."""
-    train, adapter = config.train, config.adapter
-    lora = adapter.kind == "lora"
+    train, lora = config.train, config.adapter.kind == "lora"
     return _ABOUT.format(
         step=step,
         steps=train.steps,
@@ -93,10 +92,19 @@ def about_checkpoint(config: Config, step: int) -> str:
         version=__version__,
         result="lora/" if lora else "unet/",
         holds="the LoRA's factors" if lora else "the whole UNet, under diffusers' names",
-        use=(_USE_LORA if lora else _USE_FULL).format(
-            base=str(config.model.path.absolute()), scale=(adapter.alpha or adapter.rank) / adapter.rank
-        ),
+        use=_use(config, step),
     )
+
+
+def _use(config: Config, step: int) -> str:
+    """How to try a checkpoint."""
+    adapter, base = config.adapter, config.model.path.absolute()
+    if adapter.start is not None:  # its layers have scales of their own, and it may have text encoders
+        return _USE_STARTED.format(output=config.train.output.absolute(), step=step)
+    pipeline = f"from_{'single_file' if base.is_file() else 'pretrained'}({str(base)!r})"
+    if adapter.kind == "full":
+        return _USE_FULL.format(pipeline=pipeline)
+    return _USE_LORA.format(pipeline=pipeline, scale=(adapter.alpha or adapter.rank) / adapter.rank)
 
 
 _ABOUT = """\
@@ -111,26 +119,34 @@ To continue the run, repeat its command with --resume.
     state.json             run, step and counters; SHA-256 of itself and of the files above
     README.txt             this text, which no program reads
 
-To try this step in diffusers, from this folder:
-
-{use}"""
+To try this step{use}"""
 
 _USE_FULL = """\
+ in diffusers, from this folder:
+
     from diffusers import StableDiffusionXLPipeline
     from safetensors.torch import load_file
 
-    pipe = StableDiffusionXLPipeline.from_pretrained({base!r})
+    pipe = StableDiffusionXLPipeline.{pipeline}
     pipe.unet.load_state_dict(load_file("model.safetensors"))
 """
 
 _USE_LORA = """\
+ in diffusers, from this folder:
+
     from diffusers import StableDiffusionXLPipeline
     from safetensors.torch import load_file
 
-    pipe = StableDiffusionXLPipeline.from_pretrained({base!r})
+    pipe = StableDiffusionXLPipeline.{pipeline}
     factors = {{"unet." + name: factor for name, factor in load_file("model.safetensors").items()}}
     pipe.load_lora_weights(factors, adapter_name="step")
     pipe.set_adapters("step", {scale})
 
 Given the file itself, load_lora_weights loads nothing and does not say so: the names lack "unet.".
+"""
+
+_USE_STARTED = """\
+, write it as a LoRA file. The factors alone lack the scales of their layers and the text encoders' part:
+
+    mapo-fast export {output} --step {step} --to kohya --out step-{step}.safetensors
 """

@@ -48,6 +48,7 @@ from mapo_fast.run.preview import Previews
 from mapo_fast.run.settings import final_settings
 from mapo_fast.run.starts import keep_settings
 from mapo_fast.run.trainer import Trainer
+from mapo_fast.settings.load import expect_config
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.util.errors import UserError
@@ -76,6 +77,7 @@ def fit(config: Config, *, resume: bool = False, callbacks: Callbacks | None = N
         FailedRunError: the model diverged, or too many steps were skipped.
         KeyboardInterrupt: a second signal, or one before the first step was begun.
     """
+    expect_config(config)
     processes = environment()
     if config.train.wandb is not None:
         find_wandb()

@@ -96,7 +96,8 @@ class OneOf:
         if name in (names := self.names()):
             return name
         *first, last = map(repr, names)
-        raise ValueError("; ".join([f"Input should be {', '.join(first)} or {last}", *problems]))
+        known = f"Input should be {', '.join(first)} or {last}, or one that --allow-code adds"
+        raise ValueError("; ".join([known, *problems]))
 
 
 class Setting(NamedTuple):

@@ -99,6 +99,14 @@ def _names(table: dict[str, Any]) -> list[str]:
     return [f"{section}.{key}" for section, keys in sections for key in keys]
 
 
+def expect_config(config: object) -> None:
+    """Raise `TypeError` for what is no `Config`, such as a file's path."""
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"config must be a Config, not {type(config).__name__}: load_config(path) reads a file"
+        )
+
+
 def parse_config(table: dict[str, Any], where: str = "config") -> Config:
     """Validate a nested dict of settings. Raises `UserError` as `load_config` does."""
     try:

@@ -229,6 +229,7 @@ def test_kohya_file_has_original_names_and_the_true_alpha(tmp_path: Path) -> Non
         ("attn1", r"'attn1' is down_blocks\S+attn1, not a linear or convolution layer"),
         ("xyz", "matches no layer of the UNet; layers end in conv, conv1"),
         ("o_q", "did you mean to_q"),
+        ("", "'' matches no layer of the UNet"),
     ],
 )
 def test_targets_that_match_nothing_are_refused(target: str, message: str) -> None:

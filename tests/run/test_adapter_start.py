@@ -23,6 +23,7 @@ from mapo_fast.models.open import open_model, open_sdxl
 from mapo_fast.models.sdxl import pooled_width
 from mapo_fast.models.start import with_start
 from mapo_fast.planner.trace import record_step
+from mapo_fast.run.export import about_checkpoint
 from mapo_fast.run.train import fit
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
@@ -138,6 +139,14 @@ def test_a_start_lora_leaves_the_latents_of_a_cache(tiny_sdxl: Path, start: Path
         prepare(began)
     assert not images
     PairCache.open(cache).check(open_model(began), began.data)
+
+
+def test_a_checkpoint_of_a_started_run_says_how_its_scales_are_kept(
+    tiny_sdxl: Path, start: Path, tmp_path: Path
+) -> None:
+    text = about_checkpoint(config_of(tiny_sdxl, tmp_path, tmp_path / "run", start), 4)
+    assert f"mapo-fast export {tmp_path / 'run'} --step 4 --to kohya" in text
+    assert "set_adapters" not in text
 
 
 def test_identities_count_the_start(tiny_sdxl: Path, start: Path, tmp_path: Path) -> None:
