@@ -161,10 +161,14 @@ def converted(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     if tensor.dtype == dtype:
         return tensor
     found = rounded(tensor, dtype)
-    if dtype is torch.float16 and not found.isfinite().all() and tensor.isfinite().all():
+    if not found.isfinite().all() and tensor.isfinite().all():
         largest = float(tensor.abs().max())
+        if dtype is torch.float16:
+            raise UserError(
+                f"{key} has a value of {largest:.4g}, beyond fp16's range of 65504: write bf16 (--dtype bf16)"
+            )
         raise UserError(
-            f"{key} has a value of {largest:.4g}, beyond fp16's range of 65504: write bf16 (--dtype bf16)"
+            f"{key} has a value of {largest:.4g}, beyond {dtype}'s range: merge at a lower weight"
         )
     return found
 

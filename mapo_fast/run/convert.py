@@ -5,7 +5,6 @@ Nothing is trained and nothing is loaded whole: tensors are read, rounded and wr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +34,8 @@ from mapo_fast.util.tensorheader import read_header
 
 FORMS = ("single-file", "diffusers", "kohya", "peft")
 _OF_LORAS = ("kohya", "peft")
+_HEAVIEST = 1e6
+"""The largest weight of a LoRA; more is a slip, and beyond what fp64 holds in the end."""
 
 
 class _Source(NamedTuple):
@@ -142,8 +143,8 @@ def _merged(found: _Adapter, to: str, merge: float | None) -> _Source:
             f"--to {to}: {found.lora.path} is a LoRA; --merge 1.0 adds it to its base and writes that, "
             "--to kohya writes the LoRA"
         )
-    if not math.isfinite(merge):
-        raise UserError(f"--merge {merge}: write a weight such as 1.0")
+    if not abs(merge) <= _HEAVIEST:
+        raise UserError(f"--merge {merge:g}: write a weight such as 1.0, at most {_HEAVIEST:g}")
     if found.base is None:
         raise UserError(f"--merge {merge:g}: name the model that {found.lora.path} is merged into, as --base")
     model = with_lora(found.base, found.lora, merge)
@@ -249,7 +250,7 @@ def _check_target(source: Path, to: str, out: Path, force: bool) -> None:
         raise UserError(
             f"{source} not found: name a run's folder, a LoRA's or model's .safetensors file, or a folder"
         )
-    if not out.exists():
+    if not out.exists() and not out.is_symlink():  # a link to nothing is something, too
         return
     real, inside = out.resolve(), source.resolve()
     if real == inside or inside.is_relative_to(real):

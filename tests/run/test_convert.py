@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -314,3 +315,10 @@ def test_tokenizers_of_a_file_with_another_vocabulary_are_named(
     assert "model.tokenizers not found" in refusal(
         file, "diffusers", tmp_path / "y", tokenizers=tmp_path / "no"
     )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a permission there")
+def test_a_link_to_nothing_is_not_replaced(file: Path, tmp_path: Path) -> None:
+    (link := tmp_path / "link.safetensors").symlink_to(tmp_path / "nowhere.safetensors")
+    assert "exists: name another" in refusal(file, "single-file", link)
+    assert link.is_symlink()
