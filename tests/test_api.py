@@ -315,7 +315,7 @@ assert "pydantic" in sys.modules and not {"torch", "numpy", "diffusers"} & {*sys
 def test_in_a_fresh_process_the_page_s_code_imports_what_it_uses_and_only_callbacks_print(
     tiny_sdxl: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "python-api.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "sdxl").symlink_to(tiny_sdxl, target_is_directory=True)
     (tmp_path / "pairs").symlink_to(pairs, target_is_directory=True)
