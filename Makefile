@@ -7,6 +7,7 @@
 #   make docs              the pages of docs/ into build/docs; a broken link fails
 #   make races             the kernels under two checkers for races and bounds, without a GPU
 #   make compile           the kernels with the Triton that torch's CUDA build pins
+#   make browser           Debian's Chromium, for the tests of pages, which skip without it
 #   make lock              uv.lock and constraints.txt, after a change of pyproject.toml's dependencies
 #   make gpu-check PART=ops     what needs an NVIDIA GPU: kernel tests, then microbenchmarks
 #   make gpu-check PART=memory  likewise: the engine's tests, then the memory table's rows at full size
@@ -28,7 +29,7 @@ BIN := $(VENV)/bin
 TTSEM := $(VENV)/ttsem
 TRITON := $(VENV)/triton-3.7.1
 
-.PHONY: install lock demo test test-fast test-base lint docs format races compile gpu-check proof clean
+.PHONY: install browser lock demo test test-fast test-base lint docs format races compile gpu-check proof clean
 
 install: $(VENV)/.installed
 
@@ -86,6 +87,10 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	# a test reads a table in it: what it asks for (torchvision, timm) stays out
 	$(BIN)/python -m pip install --quiet --no-deps open_clip_torch==3.3.0
 	touch $@
+
+browser: $(VENV)/.installed
+	$$(test "$$(id -u)" = 0 || echo sudo) apt-get install --yes --no-install-recommends chromium
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group browser
 
 # After a change of pyproject.toml's dependencies; needs uv. PyPI's CUDA build of torch pins another triton than its CPU
 # build takes, so triton is only capped.

@@ -20,6 +20,7 @@ from mapo_fast.run.folder import recorded_settings
 from mapo_fast.settings.load import load_config
 from mapo_fast.settings.schema import ObjectiveConfig
 from mapo_fast.util.errors import UserError
+from tests.browser import opened
 from tests.files_of_models import make_file
 
 SMALL = DemoSize(pairs=24, steps=2, samples=12, sampling_steps=2)
@@ -68,6 +69,16 @@ def test_report_html_is_self_contained_and_says_the_same(demo: tuple[Path, str])
     assert all(re.search(r'alt="[^"]{10,}"', image) for image in images)
     for data in re.findall(r"data:image/png;base64,([^\"]+)", page):
         Image.open(io.BytesIO(base64.b64decode(data))).verify()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1400])
+def test_report_html_fits_a_phone_and_a_desk(demo: tuple[Path, str], width: int) -> None:
+    with opened(demo[0] / "report.html", width) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.click(".commands button")
+        assert page.inner_text(".commands button") in ("Copied", "Selected")
+        assert page.evaluate("getSelection().toString().trim()") == page.inner_text(".commands code").strip()
 
 
 @pytest.mark.slow
