@@ -165,7 +165,7 @@ def test_a_composed_step_lasts_as_long_as_all_its_micro_batches() -> None:
         assert composed.ms == pytest.approx(traced.ms, rel=0.1)
         times[count] = traced
     assert times[16].ms == pytest.approx(16 * times[1].ms, rel=0.15)
-    assert "ms a step of 16 micro-batches (" in times[16].time
+    assert " s a step of 16 micro-batches (" in times[16].time
     assert "micro-batches" not in times[1].time
 
 
