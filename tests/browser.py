@@ -1,4 +1,4 @@
-"""Pages in a real browser: Debian's Chromium, headless. `make browser` brings it; without it the tests skip."""
+"""Pages in a real browser: Debian's Chromium, headless. `make browser` brings it; tests skip without."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 
 _QUIET = (
-    "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
-)
     "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
 )
 """Chromium asks its maker's hosts for this and that otherwise."""
