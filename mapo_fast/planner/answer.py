@@ -67,7 +67,7 @@ def plan(
             return known
     from mapo_fast.planner import ask
 
-    return ask.compute(config, assumed, nbytes, limits, model, progress)
+    return ask.compute(config, assumed, nbytes, limits, model, traced=traced, progress=progress)
 
 
 def card_and_memory(config: Config, card: str | None, vram: str | None) -> tuple[Card, int]:

@@ -12,13 +12,15 @@ from mapo_fast.hardware.cards import Card, card_with
 from mapo_fast.hardware.gpu import planned_rules
 from mapo_fast.hardware.host import Host, host
 from mapo_fast.hardware.names import find_card
+from mapo_fast.models.full_size import SDXL_UNET
 from mapo_fast.models.pipeline import Pipeline
+from mapo_fast.planner import shipped
 from mapo_fast.planner.answer import least_capability
-from mapo_fast.planner.models import parts_of
+from mapo_fast.planner.models import parts_of, unet_of
 from mapo_fast.planner.plan import PlanResult
 from mapo_fast.planner.rates import rates_of
 from mapo_fast.planner.search import search
-from mapo_fast.planner.stages import vae_of
+from mapo_fast.planner.stages import SDXL_VAE, vae_of
 from mapo_fast.planner.store import Progress, no_progress
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
@@ -27,15 +29,27 @@ from mapo_kernels import backend
 
 
 def compute(
-    config: Config, card: Card, vram: int, limits: Host, model: str, progress: Progress = no_progress
+    config: Config,
+    card: Card,
+    vram: int,
+    limits: Host,
+    model: str,
+    *,
+    traced: bool = False,
+    progress: Progress = no_progress,
 ) -> PlanResult:
-    """Plan for a card that need not be here.
+    """Plan for a card that need not be here; of a model like SDXL the table is asked first.
 
     Args:
         model: "sdxl", or a model's file or folder.
+        traced: do not ask the table.
         progress: told how many traces are made, of how many.
     """
     config, unet, vae = parts_of(model, config)
+    if unet is SDXL_UNET and vae is SDXL_VAE and not traced:
+        known = shipped.find(config, card, vram, limits)
+        if known is not None:
+            return known
     return search(config, unet, card, vram, limits, vae=vae, rules=planned_rules(), progress=progress)
 
 
@@ -64,7 +78,7 @@ def plan_run(
     check_capture(config, device)
     card = card_of(device) if device.type == "cuda" else card_with(vram, least_capability(config))
     limits = host(None, processes)
-    return search(config, folder.config("unet"), card, vram, limits, vae=vae_of(folder), rules=rules)
+    return search(config, unet_of(folder), card, vram, limits, vae=vae_of(folder), rules=rules)
 
 
 def refusal(outcome: PlanResult, source: str) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+
+from diffusers import UNet2DConditionModel
 
 from mapo_fast.models.full_size import SDXL_UNET, sdxl_parts
 from mapo_fast.models.open import open_model
+from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.start import read_start, with_start
 from mapo_fast.planner.stages import SDXL_VAE, Vae, vae_of
 from mapo_fast.settings.given import user_path
@@ -30,6 +34,19 @@ def parts_of(model: str, config: Config) -> tuple[Config, dict[str, Any], Vae]:
     try:
         folder = open_model(config, user_path("--model", model), weights=False)
         config = with_start(config, folder.start, folder.parts["unet"])
-        return config, folder.config("unet"), vae_of(folder)
+        return config, unet_of(folder), vae_of(folder)
     except UserError as error:
         raise UserError(f"{error}; without a model: --model sdxl") from None
+
+
+def unet_of(folder: Pipeline) -> dict[str, Any]:
+    """The config of a model's UNet; SDXL's own where it is no other, so that all of these share traces."""
+    unet = folder.config("unet")
+    return SDXL_UNET if _in_full(unet) == _in_full(SDXL_UNET) else unet
+
+
+def _in_full(unet: dict[str, Any]) -> dict[str, Any]:
+    """All that a UNet is built by, with defaults; the size of its images is no part of it."""
+    known = {p.name: p.default for p in inspect.signature(UNet2DConditionModel.__init__).parameters.values()}
+    found = {name: unet.get(name, known[name]) for name in known if name not in ("self", "sample_size")}
+    return {name: tuple(v) if isinstance(v, list) else v or None for name, v in found.items()}

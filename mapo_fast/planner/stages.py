@@ -38,12 +38,15 @@ SDXL_VAE = Vae({"block_out_channels": [128, 256, 512, 512]}, FP32 * 83_653_863)
 
 
 def vae_of(folder: Pipeline) -> Vae:
-    """The VAE of a pipeline folder, by its config."""
+    """The VAE of a pipeline folder, by its config; SDXL's own where it is no other."""
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
         vae: Any = AutoencoderKL.from_config(folder.config("vae"))
-    return Vae(folder.config("vae"), FP32 * sum(p.numel() for p in vae.parameters()))
+    found = Vae(folder.config("vae"), FP32 * sum(p.numel() for p in vae.parameters()))
+    widths = "block_out_channels"
+    same = found.nbytes == SDXL_VAE.nbytes and list(found.config[widths]) == SDXL_VAE.config[widths]
+    return SDXL_VAE if same else found
 
 
 def preparing(config: Config, vae: Vae) -> int:

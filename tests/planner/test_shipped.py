@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 
 from mapo_fast.hardware.cards import CARDS
 from mapo_fast.hardware.holders import Gpu, Holder
 from mapo_fast.hardware.host import Host, host
-from mapo_fast.planner import answer, ask, shipped, table
+from mapo_fast.models.full_size import SDXL_UNET
+from mapo_fast.planner import answer, ask, models, shipped, table
 from mapo_fast.planner.plan import Plan, PlanResult
 from mapo_fast.planner.question import question
 from mapo_fast.planner.report import held_note
+from mapo_fast.planner.stages import SDXL_VAE
 from mapo_fast.settings.presets import PRESETS
 from mapo_fast.util.sizes import GIB
 
@@ -77,6 +82,29 @@ def test_what_is_looked_up_is_what_was_computed(made: PlanResult) -> None:
 def test_other_questions_are_computed(made: PlanResult, settings: list[str], asked: dict[str, Any]) -> None:
     given = {"card": "RTX 3060 12GB", "model": "sdxl"} | asked
     assert answer.plan(config(*settings), **given) == "computed"
+
+
+def test_a_model_that_is_sdxl_is_looked_up_too(made: PlanResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a config as diffusers writes it, defaults and all."""
+    with torch.device("meta"):
+        full = dict(UNet2DConditionModel.from_config(SDXL_UNET | {"layers_per_block": 1}).config)
+    for change, expected in (({"layers_per_block": 2}, True), ({}, False)):
+        written = json.loads(json.dumps({**full, **change, "sample_size": 96, "upcast_attention": None}))
+        monkeypatch.setattr(models, "open_model", lambda *_, **__: Folder(written))  # noqa: B023
+        monkeypatch.setattr(models, "with_start", lambda config, *_: config)
+        monkeypatch.setattr(models, "vae_of", lambda _: SDXL_VAE)
+        found = answer.plan(config(), card="RTX 3060 12GB", model="juggernaut")
+        assert found == (made if expected else "computed")
+
+
+class Folder:
+    start = None
+
+    def __init__(self, unet: dict[str, Any]) -> None:
+        self.unet, self.parts = unet, {"unet": None}
+
+    def config(self, part: str) -> dict[str, Any]:
+        return self.unet
 
 
 def test_a_table_of_other_code_or_for_another_system_is_not_used(
