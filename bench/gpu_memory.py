@@ -51,7 +51,7 @@ from mapo_fast.hardware.host import host
 from mapo_fast.hardware.names import find_card
 from mapo_fast.models.full_size import SDXL_UNET
 from mapo_fast.planner.ask import card_of
-from mapo_fast.planner.replay import Allocator, cublas_workspace, least, reserved
+from mapo_fast.planner.replay import Allocator, Replays, cublas_workspace, reserved
 from mapo_fast.planner.search import search
 from mapo_fast.planner.store import traces
 from mapo_fast.planner.timeline import simulate
@@ -119,7 +119,7 @@ def predict(name: str, card: Card) -> list[dict[str, Any]]:
         sizes = trace.peak, reserved(trace, allocator)
         found = _prediction(settings, *sizes, simulate(trace, card).step, card)
         if name in ALLOCATORS:
-            found["least_cap_gib"] = round(least(trace, allocator) / GIB, 3)
+            found["least_cap_gib"] = round(Replays().least(trace, allocator) / GIB, 3)
         return [found]
     gib, asked = RANKINGS[name]
     config, rules = config_of(asked), planned_rules()

@@ -17,7 +17,7 @@ from mapo_fast.hardware.allocator import EXPANDABLE, Rules
 from mapo_fast.hardware.cards import Card
 from mapo_fast.hardware.host import highest
 from mapo_fast.planner.plan import GRAPHS, Plan
-from mapo_fast.planner.replay import Allocator, cublas_workspace, least, needed
+from mapo_fast.planner.replay import Allocator, cublas_workspace
 from mapo_fast.planner.store import Tracing
 from mapo_fast.planner.timeline import simulate
 from mapo_fast.planner.trace import Trace
@@ -169,7 +169,7 @@ class Family:
         if name not in self._overheads:
             trace = self.traces[name]
             peak = trace.peak + sum(self._graphs(trace.peak - trace.lasting).values())
-            self._overheads[name] = max(0, least(trace, self.allocator) - peak)
+            self._overheads[name] = max(0, self.tracing.replays.least(trace, self.allocator) - peak)
         return self._overheads[name]
 
     def _best(self, settings: dict[str, Any], room: int) -> Plan | None:
@@ -310,7 +310,7 @@ class Family:
         return plan._replace(
             device=at_peak | graphs,
             peak=trace.peak + sum(graphs.values()),
-            reserved=needed(trace, self.allocator, self.usable),
+            reserved=self.tracing.replays.needed(trace, self.allocator, self.usable),
             pinned=pinned,
             host=highest(pinned, self._loaded()),
             ms=simulate(trace, self.card).step,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 from mapo_fast.hardware.allocator import MIB, Block, CachingAllocator, CapReachedError, Rules
@@ -77,37 +78,49 @@ def reserved(trace: Trace, allocator: Allocator, cap: int | None = None) -> int:
     return caching.peak
 
 
-def least(trace: Trace, allocator: Allocator) -> int:
-    """The least cap under which these steps run; with expandable segments what they reserve under none."""
-    enough = reserved(trace, allocator)
-    if allocator.rules.expandable:
+class Replays:
+    """Replays of traces, each one made once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, Allocator, int | None], tuple[Trace, int | None]] = {}
+
+    def reserved(self, trace: Trace, allocator: Allocator, cap: int | None = None) -> int | None:
+        """As `reserved`; None where these steps need more than the cap."""
+        key = id(trace), allocator, cap
+        if key not in self._known:
+            found = None
+            with suppress(CapReachedError):
+                found = reserved(trace, allocator, cap)
+            self._known[key] = trace, found  # a trace that is kept keeps its id
+        return self._known[key][1]
+
+    def least(self, trace: Trace, allocator: Allocator) -> int:
+        """The least cap under which these steps run; with expandable segments what they reserve without."""
+        enough = self._uncapped(trace, allocator)
+        if allocator.rules.expandable:
+            return enough
+        short = trace.peak
+        while enough - short > EXACT * trace.peak:
+            middle = (short + enough) // 2
+            if self.reserved(trace, allocator, middle) is not None:
+                enough = middle
+            else:
+                short = middle
         return enough
-    short = trace.peak
-    while enough - short > EXACT * trace.peak:
-        middle = (short + enough) // 2
-        if _runs(trace, allocator, middle):
-            enough = middle
-        else:
-            short = middle
-    return enough
 
+    def needed(self, trace: Trace, allocator: Allocator, room: int) -> int:
+        """What these steps reserve under a cap of `room` bytes; where they do not run, the least that does.
 
-def needed(trace: Trace, allocator: Allocator, room: int) -> int:
-    """What these steps reserve under a cap of `room` bytes; where they do not run, the least that does.
+        More than `room` says that they do not run.
+        """
+        most = self._uncapped(trace, allocator)
+        if most <= room:
+            return most
+        if self.reserved(trace, allocator, room) is not None:
+            return room
+        return max(room + 1, self.least(trace, allocator))
 
-    More than `room` says that they do not run.
-    """
-    most = reserved(trace, allocator)
-    if most <= room:
-        return most
-    if _runs(trace, allocator, room):
-        return room
-    return max(room + 1, least(trace, allocator))
-
-
-def _runs(trace: Trace, allocator: Allocator, cap: int) -> bool:
-    try:
-        reserved(trace, allocator, cap)
-    except CapReachedError:
-        return False
-    return True
+    def _uncapped(self, trace: Trace, allocator: Allocator) -> int:
+        found = self.reserved(trace, allocator)
+        assert found is not None
+        return found

@@ -45,6 +45,7 @@ def search(
     vae: Vae = SDXL_VAE,
     rules: Rules = EXPANDABLE,
     progress: Progress = no_progress,
+    tracing: Tracing | None = None,
 ) -> PlanResult:
     """Choose a plan for training `config`'s UNet on a card with `vram` bytes of free memory.
 
@@ -52,11 +53,14 @@ def search(
         vae: what previews are decoded with.
         rules: of torch's allocator there.
         progress: told how many traces are made, of how many.
+        tracing: what makes the traces, where it serves other questions too; it is not closed.
     """
     if config.speed.cuda_graph:
         card = card._replace(rates=card.rates._replace(host=0.0))  # a step is launched at once
-    with closing(Tracing(kernels=card.kernels, progress=progress)) as tracing:
+    if tracing is not None:
         return _Search(config, unet_config, card, vram, host, vae, tracing, rules).outcome()
+    with closing(Tracing(kernels=card.kernels, progress=progress)) as own:
+        return _Search(config, unet_config, card, vram, host, vae, own, rules).outcome()
 
 
 class _Search:

@@ -27,6 +27,7 @@ import numpy as np
 
 import mapo_kernels
 from mapo_fast.planner.relevant import traced_settings
+from mapo_fast.planner.replay import Replays
 from mapo_fast.planner.trace import Mark, Trace, record_step
 from mapo_fast.settings.optimizers import OPTIMIZERS
 from mapo_fast.settings.schema import Config
@@ -59,13 +60,16 @@ class Tracing:
     Importing torch and diffusers takes as long as half a trace: the other one serves until `close`.
     """
 
-    def __init__(self, *, kernels: bool = True, progress: Progress = no_progress) -> None:
+    def __init__(self, *, kernels: bool = True, progress: Progress = no_progress, keep: bool = False) -> None:
         """Start none yet.
 
         Args:
             progress: told how many traces are made, of how many that have been asked for.
+            keep: traces in memory too, for many questions in turn.
         """
-        self.kernels, self.progress = kernels, progress
+        self.kernels, self.progress, self.keep = kernels, progress, keep
+        self.replays = Replays()
+        self._kept: dict[Path, Trace] = {}
         self.made = self.asked = 0
         self._pool: ProcessPoolExecutor | None = None
 
@@ -77,7 +81,7 @@ class Tracing:
     def traces(self, configs: Sequence[Config], unet_config: dict[str, Any]) -> Generator[Trace, None, None]:
         """One after the other; those behind a trace that is not asked for any more are not made."""
         paths = [folder() / f"{digest(config, unet_config, self.kernels)}.npz" for config in configs]
-        found = {i: trace for i, path in enumerate(paths) if (trace := _read(path)) is not None}
+        found = {i: trace for i, path in enumerate(paths) if (trace := self._known(path)) is not None}
         work = {
             i: (path, configs[i].model_dump_json(), unet_config, self.kernels)
             for i, path in enumerate(paths)
@@ -99,6 +103,8 @@ class Tracing:
                         Exception
                     ):  # it may not know what was registered here; what fails fails here too
                         found[i] = futures.pop(i).result()
+                if self.keep:
+                    self._kept[paths[i]] = found[i]
                 if i in work:
                     self.made += 1
                     self.progress(self.made, self.asked)
@@ -106,6 +112,9 @@ class Tracing:
         finally:
             for future in futures.values():
                 future.cancel()
+
+    def _known(self, path: Path) -> Trace | None:
+        return self._kept.get(path) or _read(path)
 
     def _begin(self, work: dict[int, _Work]) -> dict[int, Future[Trace]]:
         if not work or (os.cpu_count() or 1) == 1 or multiprocessing.current_process().daemon:

@@ -7,27 +7,24 @@ has, which one row of each preset shows, the table keeps its rows. Presets that 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from importlib import metadata
 from typing import Any
-from unittest import mock
 
-from mapo_fast.hardware.allocator import CapReachedError
 from mapo_fast.hardware.cards import CARDS, Card
 from mapo_fast.hardware.host import host
 from mapo_fast.models.full_size import SDXL_UNET
-from mapo_fast.planner import replay, shipped, store
+from mapo_fast.planner import shipped
 from mapo_fast.planner.answer import RAM, card_and_memory
 from mapo_fast.planner.plan import Plan, PlanResult
 from mapo_fast.planner.question import question
 from mapo_fast.planner.report import RUNNERS_UP
 from mapo_fast.planner.search import search
-from mapo_fast.planner.trace import Trace
+from mapo_fast.planner.store import Tracing
 from mapo_fast.settings.presets import PRESETS
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
@@ -50,64 +47,36 @@ def questions(preset: str) -> Iterator[tuple[Config, Card, int]]:
             continue
 
 
-def answers(preset: str) -> Iterator[tuple[str, PlanResult]]:
+def answers(preset: str, tracing: Tracing) -> Iterator[tuple[str, PlanResult]]:
     """The answers to these questions, under their keys."""
     limits = host(parse_size(RAM, "ram"))
     for config, card, vram in questions(preset):
-        yield shipped.key(config, card, vram, limits), search(config, SDXL_UNET, card, vram, limits)
+        yield (
+            shipped.key(config, card, vram, limits),
+            search(config, SDXL_UNET, card, vram, limits, tracing=tracing),
+        )
 
 
 def holds(table: dict[str, Any], asked: Iterable[tuple[str, int]]) -> bool:
     """Whether the table has what is answered now to some questions: presets, each with GiB of memory."""
+    with closing(Tracing(keep=True)) as tracing:
+        return all(_holds(table, preset, gib, tracing) for preset, gib in asked)
+
+
+def _holds(table: dict[str, Any], preset: str, gib: int, tracing: Tracing) -> bool:
     limits = host(parse_size(RAM, "ram"))
-    for preset, gib in asked:
-        config, _ = question(None, preset, [], None)
-        card, vram = card_and_memory(config, None, f"{gib}GiB")
-        plans = list(table["plans"])
-        made = row(search(config, SDXL_UNET, card, vram, limits), plans)
-        known = table["answers"].get(shipped.key(config, card, vram, limits), {})
-        if made != {name: known.get(name) for name in made}:
-            return False
-    return True
-
-
-@contextmanager
-def remembering() -> Iterator[None]:
-    """Read a trace, and replay it under the same rules, once for all cards."""
-    traces: dict[Any, Trace | None] = {}
-    replays: dict[Any, int | None] = {}
-    read, reserved = store._read, replay.reserved
-
-    def read_once(path: Any) -> Trace | None:
-        if traces.get(path) is None:
-            traces[path] = read(path)
-        return traces[path]
-
-    def reserved_once(trace: Trace, allocator: replay.Allocator, cap: int | None = None) -> int:
-        asked = (trace.events.tobytes(), trace.sizes.tobytes(), tuple(trace.begins), allocator, cap)
-        known = hashlib.sha256(repr(asked[2:]).encode() + asked[0] + asked[1]).digest()
-        if known not in replays:
-            try:
-                replays[known] = reserved(trace, allocator, cap)
-            except CapReachedError:
-                replays[known] = None
-        found = replays[known]
-        if found is None:
-            raise CapReachedError
-        return found
-
-    with (
-        mock.patch.object(store, "_read", read_once),
-        mock.patch.object(replay, "reserved", reserved_once),
-    ):
-        yield
+    config, _ = question(None, preset, [], None)
+    card, vram = card_and_memory(config, None, f"{gib}GiB")
+    made = row(search(config, SDXL_UNET, card, vram, limits, tracing=tracing), list(table["plans"]))
+    known = table["answers"].get(shipped.key(config, card, vram, limits), {})
+    return made == {name: known.get(name) for name in made}
 
 
 def row(outcome: PlanResult, plans: list[dict[str, Any]]) -> dict[str, Any]:
     """An answer as the table has it; plans that are new are appended to `plans`."""
 
     def entry(plan: Plan) -> list[Any]:
-        fields = plan._asdict()
+        fields = json.loads(json.dumps(plan._asdict()))  # as they are read again
         ms = float(f"{fields.pop('ms'):.5g}")
         if fields not in plans:
             plans.append(fields)
@@ -144,9 +113,9 @@ def main(presets: list[str]) -> None:
         return
     if not presets:
         table |= {"plans": [], "answers": {}}
-    with remembering():
+    with closing(Tracing(keep=True)) as tracing:
         for preset in presets or PRESETS:
-            for key, outcome in answers(preset):
+            for key, outcome in answers(preset, tracing):
                 made = row(outcome, table["plans"])
                 table["answers"][key] = {"asked": [preset, outcome.card.name]} | made
             write(table)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mapo_fast.hardware.allocator import EXPANDABLE, MIB, CachingAllocator, CapReachedError, Rules
-from mapo_fast.planner.replay import Allocator, cublas_workspace, least, needed, reserved
+from mapo_fast.planner.replay import Allocator, Replays, cublas_workspace, reserved
 from mapo_fast.planner.trace import CATEGORIES, Trace, record_step
 from tests.planner.test_recorder import PLANS, REDUCED, settings
 
@@ -190,10 +190,10 @@ def test_a_step_runs_under_the_cap_that_is_said_to_be_needed_and_under_no_less_t
     step = record_step(settings(**PLANS[name], data={"resolution": 256}), REDUCED)
     for rules in (DEFAULT, EXPANDABLE):
         allocator = Allocator(rules, cublas_workspace(86))
-        found = least(step, allocator)
+        found = Replays().least(step, allocator)
         assert step.peak + 2 * allocator.workspace < found < 1.5 * step.peak + 60 * MIB
         assert reserved(step, allocator, found) <= found
-        assert needed(step, allocator, 2 * found) == reserved(step, allocator)
-        assert needed(step, allocator, step.peak) > step.peak
+        assert Replays().needed(step, allocator, 2 * found) == reserved(step, allocator)
+        assert Replays().needed(step, allocator, step.peak) > step.peak
         with pytest.raises(CapReachedError):
             reserved(step, allocator, step.peak)

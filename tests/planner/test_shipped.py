@@ -44,7 +44,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanResult:
     monkeypatch.setattr(table, "PRESETS", ("lora",))
     monkeypatch.setattr(table, "SIZES", ())
     monkeypatch.setattr(table, "CARDS", [outcome(None).card])
-    monkeypatch.setattr(table, "search", lambda *asked: outcome(CHOSEN))
+    monkeypatch.setattr(table, "search", lambda *asked, **_: outcome(CHOSEN))
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(shipped, "in_wsl", lambda: False)
     monkeypatch.setattr(ask, "search", lambda *asked, **_: "computed")
