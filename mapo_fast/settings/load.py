@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from mapo_fast.settings.declare import Source
 from mapo_fast.settings.given import as_json, user_path
 from mapo_fast.settings.loras import parse_lora
-from mapo_fast.settings.mistakes import mistakes
+from mapo_fast.settings.mistakes import meant, mistakes
 from mapo_fast.settings.places import default_places
 from mapo_fast.settings.presets import preset_table
 from mapo_fast.settings.schema import Config
@@ -158,7 +158,8 @@ def apply_override(table: dict[str, Any], override: str) -> str:
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or len(keys) != 2 or not all(keys):
-        raise UserError(f"--set {override}: write it as section.key=value, for instance --set optim.lr=1e-5")
+        hint = meant(keys[-1], Config) or "for instance --set objective.name=dpo"
+        raise UserError(f"--set {override}: write it as section.key=value ({hint})")
     value: Any = text.strip()  # a bare word is a string: --set objective.name=sft
     with suppress(ValueError):
         table_of_it = parse_toml(f"value = {text}")

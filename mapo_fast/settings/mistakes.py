@@ -7,12 +7,28 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from mapo_fast.settings.foreign import foreign
 from mapo_fast.util.errors import shown
 
 
 def mistakes(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first few mistakes that pydantic found in a `model`, which has sections."""
-    return "; ".join(dict.fromkeys(_explain(one, model) for one in error.errors()[:3]))
+    """The first few mistakes that pydantic found in a `model`, which has sections.
+
+    Unknown keys come first: where a whole section is missing, they say why.
+    """
+    found = sorted(error.errors(), key=lambda one: one["type"] not in _UNKNOWN)
+    return "; ".join(dict.fromkeys(_explain(one, model) for one in found[:3]))
+
+
+def meant(key: str, model: type[BaseModel]) -> str | None:
+    """What an unknown key means: another trainer's setting, or one of another section."""
+    if known := foreign(key):
+        return known.hint
+    homes = [f"{section}.{key}" for section in model.model_fields if key in _fields(model, [section])]
+    return f"did you mean {' or '.join(homes)}?" if homes else None
+
+
+_UNKNOWN = ("extra_forbidden", "unknown_setting")
 
 
 _SHAPES = {
@@ -27,7 +43,13 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
     loc = [str(part) for part in error["loc"]][:2]  # what follows names a member of a union
     loc += [error["ctx"]["key"]] if error["type"] == "unknown_setting" else []
     name = ".".join(loc)
-    if error["type"] in ("extra_forbidden", "unknown_setting"):
+    if error["type"] in _UNKNOWN:
+        if len(loc) == 1 and isinstance(error["input"], dict):  # a section, with keys of its own
+            hints = {f"{name}.{key}": foreign(key) for key in error["input"]}
+            if said := [f"unknown key {key} ({one.hint})" for key, one in hints.items() if one][:3]:
+                return "; ".join(said)
+        elif hint := meant(loc[-1], model):
+            return f"unknown key {name} ({hint})"
         known = list(_fields(model, loc[:-1]))
         near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
         if near:
