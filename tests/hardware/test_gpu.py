@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: told[-1] if told else "")
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
     monkeypatch.setattr(gpu.sys, "platform", "linux")
-    monkeypatch.setattr(gpu.platform, "release", lambda: "6.8.0-generic")
+    monkeypatch.setattr(platform, "release", lambda: "6.8.0-generic")
     monkeypatch.setattr(gpu, "_try", lambda device: None)
     return told
 
@@ -47,13 +48,13 @@ def test_a_torch_that_does_not_tell_its_settings_is_told_ours(
 
 
 @pytest.mark.parametrize(
-    ("platform", "release"), [("win32", "10"), ("linux", "5.15.167.4-microsoft-standard-WSL2")]
+    ("system", "release"), [("win32", "10"), ("linux", "5.15.167.4-microsoft-standard-WSL2")]
 )
 def test_windows_and_wsl_are_planned_for_without_them(
-    settings: list[str], platform: str, release: str, monkeypatch: pytest.MonkeyPatch
+    settings: list[str], system: str, release: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu.sys, "platform", platform)
-    monkeypatch.setattr(gpu.platform, "release", lambda: release)
+    monkeypatch.setattr(gpu.sys, "platform", system)
+    monkeypatch.setattr(platform, "release", lambda: release)
     assert gpu.choose_rules(CUDA) == gpu.planned_rules() == Rules()
     assert not settings
 
@@ -168,7 +169,7 @@ def test_a_display_is_found(
             raise subprocess.CalledProcessError(6, command)
         return SimpleNamespace(stdout=answer)
 
-    monkeypatch.setattr(gpu.sys, "platform", platform)
+    monkeypatch.setattr(gpu.sys, "platform", system)
     monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(gpu.subprocess, "run", run)
     properties = SimpleNamespace(uuid="12-34")
