@@ -150,7 +150,7 @@ def test_a_card_without_free_memory_is_one_line(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("platform", "answer", "expected"),
+    ("system", "answer", "expected"),
     [
         ("linux", "Enabled\n", True),
         ("linux", "Disabled\n", False),
@@ -159,7 +159,7 @@ def test_a_card_without_free_memory_is_one_line(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_a_display_is_found(
-    platform: str, answer: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+    system: str, answer: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
 
