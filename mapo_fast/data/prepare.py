@@ -76,7 +76,7 @@ def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareRes
     for bucket in buckets:
         latent_shape(folder, bucket)
     settings = cache_settings(folder, data)
-    source = open_source(data.source)
+    source = open_source(data.source, default_caption=data.default_caption)
     if data.cache.resolve().is_relative_to(data.source.resolve()):
         raise UserError(
             f"data.cache {data.cache} lies inside data.source {data.source}, where its own files would be "

@@ -46,6 +46,7 @@ _ALIKE = {
     "data.max_tokens": "max_token_length tokenizer_max_length",
     "data.flip": "flip_aug random_flip",
     "data.bucket_step": "bucket_reso_steps aspect_bucket_alignment",
+    "data.default_caption": "instance_prompt class_tokens",
     "adapter.rank": "network_dim lora_rank lora_r dim",
     "adapter.alpha": "network_alpha lora_alpha",
     "adapter.targets": "lora_target_modules target_modules",

@@ -96,6 +96,8 @@ class DataConfig(Section):
     source: Path | None = setting(None, affects="inputs")
     """Pick-a-Pic parquet file or folder, Hugging Face dataset folder, folder with `pairs.jsonl`, or
     `chosen/` + `rejected/` folders; or single images with labels, for `kto`. Needed by `prepare` only."""
+    default_caption: str | None = setting(None, affects="inputs", min_length=1, max_length=2000)
+    """The prompt of images that have no caption, or a blank one; without it they are skipped and listed."""
     cache: Path = setting(affects="inputs")
     """Folder of the cache that `prepare` writes and `train` reads."""
     resolution: int = setting(1024, affects="cache", ge=16, le=4096, multiple_of=8)

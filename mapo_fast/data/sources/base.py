@@ -79,6 +79,8 @@ class PreferencePairs(ABC):
     """What `prepare` tells the user about how the source is read."""
     where: Path
     """What the user named; `open_source` sets it."""
+    default_caption: str = ""
+    """The prompt of images that have none, `data.default_caption`; `open_source` sets it."""
 
     @classmethod
     @abstractmethod
@@ -122,8 +124,13 @@ class PreferencePairs(ABC):
         """All files that the rows come from, in an order that does not change: see `identity`."""
 
     def identity(self) -> str:
-        """Hash of the files' names, sizes and times: changes when the source may have changed."""
+        """Hash of the files' names, sizes and times: changes when the source may have changed.
+
+        So does another default caption.
+        """
         digest = hashlib.sha256(f"{type(self).__name__} {len(self)}".encode())
+        if self.default_caption:
+            digest.update(f"\n{self.default_caption}".encode())
         with reading(self.where):
             for file in self.files():
                 digest.update(b"\n" + os.fsencode(os.path.realpath(file)))  # a name need not be valid UTF-8

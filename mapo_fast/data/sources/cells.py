@@ -17,8 +17,15 @@ from mapo_fast.util.errors import shown
 _WORDS = {"true": 1.0, "false": 0.0}
 
 
-def clean_prompt(index: int, name: str, prompt: object, key: str = "prompt") -> str | SkippedRow:
-    """The prompt without surrounding white space, or why the row cannot be used. Bytes are read as UTF-8."""
+def clean_prompt(
+    index: int, name: str, prompt: object, key: str = "prompt", *, default: str = ""
+) -> str | SkippedRow:
+    """The prompt without surrounding white space, or why the row cannot be used. Bytes are read as UTF-8.
+
+    A prompt that is missing or blank is the `default` where there is one.
+    """
+    if default and is_missing(prompt):
+        return default
     if prompt is None:
         return SkippedRow(index, name, "missing caption", f"{key} is missing or null")
     text = _plain(prompt)

@@ -78,7 +78,8 @@ class DatasetPairs(PreferencePairs):
         for index in rows:
             name = f"{self._where.name}:{index}"
             row = self._whole(self._small[index])
-            verdict = self.columns.judge(index, name, {key: cell(row[key][0]) for key in self.columns.small})
+            small = {key: cell(row[key][0]) for key in self.columns.small}
+            verdict = self.columns.judge(index, name, small, self.default_caption)
             if isinstance(verdict, SkippedRow):
                 yield verdict
             else:

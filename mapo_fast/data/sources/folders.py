@@ -1,7 +1,7 @@
 """Preference pairs from two folders, `chosen/` + `rejected/` or `w/` + `l/`.
 
-File names are equal up to the suffix, subfolders included, and a caption `<name>.txt` is next to the chosen
-or the rejected image.
+File names are equal up to the suffix, subfolders included, and a caption `<name>.txt` or `<name>.caption` is
+next to the chosen or the rejected image. Of one name's two captions the `.txt` is read.
 
 A file is an image by its suffix (`IMAGE_SUFFIXES`; whether it can be decoded is found when it is read), or by
 what goes with it: a file with another suffix, or none, that has a caption or a twin in the other folder. What
@@ -28,7 +28,7 @@ mpo pbm pcx pgm png pnm ppm psd qoi sgi svg tga tif tiff webp
 arw cr2 cr3 dng nef orf raf rw2 emf eps exr hdr wmf
 """
 _TOOLS = """
-bak caption csv db ini json jsonl lock log md npy npz parquet pt safetensors sha256 tmp toml tsv txt xml xmp
+bak csv db ini json jsonl lock log md npy npz parquet pt safetensors sha256 tmp toml tsv txt xml xmp
 yaml yml
 """
 IMAGE_SUFFIXES = frozenset(_IMAGES.split())
@@ -56,7 +56,7 @@ class _Side(NamedTuple):
 
 
 class TwinFolderPairs(PreferencePairs):
-    """`chosen/` and `rejected/` (or `w/` and `l/`) with equal names, and `.txt` captions in either."""
+    """`chosen/` and `rejected/` (or `w/` and `l/`) with equal names, and captions in either."""
 
     looked_for = "chosen/ + rejected/ folders, w/ + l/ folders"
 
@@ -70,7 +70,11 @@ class TwinFolderPairs(PreferencePairs):
         """See `PreferencePairs.open`."""
         names = twin_folders(path)
         assert names is not None
-        return cls(path, *names)
+        pairs = cls(path, *names)
+        if names == ("w", "l"):
+            kohya = "w/ and l/ as kohya's DPO data have them: w/ is chosen, l/ is rejected"
+            pairs.note = "; ".join(filter(None, [kohya, pairs.note]))
+        return pairs
 
     def __init__(self, folder: Path, chosen: str, rejected: str) -> None:
         self.folder, self.names = folder, (chosen, rejected)
@@ -128,13 +132,17 @@ class TwinFolderPairs(PreferencePairs):
             if texts:
                 where = f"{side}/{texts[0].name}"
                 try:
-                    prompt = clean_prompt(index, name, _caption(texts[0].path), where)
+                    text = _caption(texts[0].path)
                 except (OSError, ValueError) as error:
                     detail = f"{where}: {getattr(error, 'strerror', None) or error}"
                     return SkippedRow(index, name, "unreadable caption", detail)
+                prompt = clean_prompt(index, name, text, where, default=self.default_caption)
                 break
         else:
-            return SkippedRow(index, name, "missing caption", f"no {stem}.txt next to {beside}")
+            if not self.default_caption:
+                detail = f"no {stem}.txt or {stem}.caption next to {beside}"
+                return SkippedRow(index, name, "missing caption", detail)
+            prompt = self.default_caption
         if isinstance(prompt, SkippedRow):
             return prompt
         chosen, rejected = (
@@ -156,7 +164,7 @@ def _caption(path: Path) -> str:
 
 
 def _side(folder: Path) -> _Side:
-    side = _Side({}, {}, {})
+    side, second = _Side({}, {}, {}), dict[str, list[Entry]]()
     for entry in list_files(folder):
         directory, slash, name = entry.name.rpartition("/")
         if name.startswith("."):
@@ -165,6 +173,8 @@ def _side(folder: Path) -> _Side:
         stem, suffix = form(f"{directory}{slash}{base or name}"), suffix.lower() if base else ""
         if suffix == "txt":
             kind = side.captions
+        elif suffix == "caption":
+            kind = second
         elif suffix in IMAGE_SUFFIXES:
             kind = side.images
         elif suffix in _COMPANIONS:
@@ -172,4 +182,6 @@ def _side(folder: Path) -> _Side:
         else:
             kind = side.others
         kind.setdefault(stem, []).append(entry)
+    for stem, entries in second.items():
+        side.captions.setdefault(stem, entries)
     return side

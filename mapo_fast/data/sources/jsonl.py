@@ -116,7 +116,7 @@ class JsonlPairs(PreferencePairs):
                 needs = f"needs the keys prompt, {', '.join(self._keys)} with text values"
                 found = f"{key} = {shown(row[key])}" if key in row else f"{key} is missing"
                 return SkippedRow(index, name, "bad line", f"{needs}: {found}")
-        prompt = clean_prompt(index, name, row.get("prompt"))
+        prompt = clean_prompt(index, name, row.get("prompt"), default=self.default_caption)
         if isinstance(prompt, SkippedRow):
             return prompt
         label: float | bool | SkippedRow | None = row.get("label")

@@ -154,9 +154,8 @@ class ParquetPairs(PreferencePairs):
                 for other in [key for key in passes if key[0] != group]:
                     passes.pop(other).close()
                 small = self._row(passes, group, self.columns.small, row)
-                verdict = self.columns.judge(
-                    index, name, {key: cell(small.column(key)[0]) for key in self.columns.small}
-                )
+                cells = {key: cell(small.column(key)[0]) for key in self.columns.small}
+                verdict = self.columns.judge(index, name, cells, self.default_caption)
                 if isinstance(verdict, SkippedRow):
                     found: PairRecord | SkippedRow = verdict
                 else:

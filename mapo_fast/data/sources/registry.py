@@ -82,8 +82,12 @@ def _recognised(path: Path) -> type[PreferencePairs] | None:
     return next((source for source in known_sources() if source.recognises(path)), None)
 
 
-def open_source(path: Path) -> PreferencePairs:
+def open_source(path: Path, *, default_caption: str | None = None) -> PreferencePairs:
     """The preference pairs at a path; no image is read.
+
+    Args:
+        path: a file or folder.
+        default_caption: the prompt of images that have none; without it they are skipped.
 
     Raises:
         UserError: as `find_source`; or the layout is ambiguous or unreadable.
@@ -92,5 +96,5 @@ def open_source(path: Path) -> PreferencePairs:
     source = find_source(path)
     with reading(path):
         pairs = source.open(path)
-    pairs.where = path
+    pairs.where, pairs.default_caption = path, default_caption or ""
     return pairs

@@ -48,11 +48,11 @@ class Columns:
     kind: Literal["ranked", "named", "single"]
     """Pick-a-Pic's columns, where labels say which image is chosen; chosen and rejected; or one image."""
 
-    def judge(self, index: int, name: str, row: dict[str, Any]) -> Verdict | SkippedRow:
-        """What a row says, or why it cannot be used."""
+    def judge(self, index: int, name: str, row: dict[str, Any], default: str) -> Verdict | SkippedRow:
+        """What a row says, or why it cannot be used; one without a prompt has the `default`."""
         if self.kind == "single":
             good = wanted(index, name, row["label"])
-            prompt = clean_prompt(index, name, row["prompt"])
+            prompt = clean_prompt(index, name, row["prompt"], default=default)
             for skipped in (good, prompt):
                 if isinstance(skipped, SkippedRow):
                     return skipped
@@ -60,7 +60,7 @@ class Columns:
             return Verdict(str(prompt), chosen, rejected, None)
         first, second = self.images
         if self.kind == "named":
-            prompt = clean_prompt(index, name, row["prompt"])
+            prompt = clean_prompt(index, name, row["prompt"], default=default)
             return prompt if isinstance(prompt, SkippedRow) else Verdict(prompt, first, second, None)
         cells = row["label_0"], row["label_1"]
         found = f"label_0 = {shown(cells[0])}, label_1 = {shown(cells[1])}"
@@ -76,7 +76,7 @@ class Columns:
             return SkippedRow(index, name, "bad label", f"{found}: needed are numbers that add up to 1")
         if best == worst:
             return SkippedRow(index, name, "tie", found)
-        prompt = clean_prompt(index, name, row["caption"], "caption")
+        prompt = clean_prompt(index, name, row["caption"], "caption", default=default)
         if isinstance(prompt, SkippedRow):
             return prompt
         if best < worst:

@@ -212,3 +212,8 @@ def test_lines_without_end_and_other_encodings(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(ok, encoding="utf-16")
     with pytest.raises(Exception, match="is UTF-16: save it as UTF-8"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("prompt", [None, "", "  ", b"", "a cat"])
+def test_a_default_prompt_takes_the_place_of_none(prompt: object) -> None:
+    assert clean_prompt(0, "row", prompt, default="a thing") == (prompt if prompt == "a cat" else "a thing")

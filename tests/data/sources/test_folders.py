@@ -8,7 +8,7 @@ import pytest
 from PIL import features
 
 from mapo_fast.data.images.decode import ImageProblemError, decode_image
-from mapo_fast.data.sources.base import SkippedRow
+from mapo_fast.data.sources.base import PairRecord, SkippedRow
 from mapo_fast.data.sources.registry import open_source
 from mapo_fast.util.errors import UserError
 from tests.data.pair_sources import encoded, picture, png
@@ -115,12 +115,43 @@ def test_captions_of_every_encoding(tmp_path: Path, caption: bytes, reason: str)
     assert isinstance(row, SkippedRow) or row.prompt == "a café"
 
 
+def test_captions_with_kohya_s_suffix(tmp_path: Path) -> None:
+    names: dict[str, bytes | str] = {f"{side}/{n}.png": png(i) for i, side in enumerate("wl") for n in "abcd"}
+    names |= {"w/a.caption": "one", "l/b.CAPTION": "two", "w/c.caption": "no", "w/c.txt": "three"}
+    source = open_source(files(tmp_path, names))
+    assert [row.prompt if isinstance(row, PairRecord) else row.reason for row in source.read(range(4))] == [
+        "one",
+        "two",
+        "three",
+        "missing caption",
+    ]
+    assert {path.name for path in source.files()} >= {"a.caption", "b.CAPTION", "c.txt"}
+    assert source.note == "w/ and l/ as kohya's DPO data have them: w/ is chosen, l/ is rejected"
+
+
+def test_images_without_a_caption_have_the_default_one(tmp_path: Path) -> None:
+    names: dict[str, bytes | str] = {
+        f"{side}/{n}.png": png(i) for i, side in enumerate(("chosen", "rejected")) for n in "abcd"
+    }
+    names |= {"chosen/a.txt": "own", "chosen/b.txt": " ", "chosen/d.txt": b"\xff"}
+    source = open_source(files(tmp_path, names), default_caption="a thing")
+    assert [row.prompt if isinstance(row, PairRecord) else row.reason for row in source.read(range(4))] == [
+        "own",
+        "a thing",
+        "a thing",
+        "unreadable caption",
+    ]
+    identities = {open_source(tmp_path, default_caption=text).identity() for text in (None, "a", "a thing")}
+    assert len(identities) == 3
+    assert source.identity() in identities
+
+
 def test_details_name_the_files_that_were_looked_for(tmp_path: Path) -> None:
     source = files(tmp_path, {"chosen/a.png": png(0), "rejected/a.jpg": png(1), "rejected/b.png": png(1)})
     first, second = open_source(source).read([0, 1])
     assert isinstance(first, SkippedRow)
     assert isinstance(second, SkippedRow)
-    assert first.detail == "no a.txt next to chosen/a.png or rejected/a.jpg"
+    assert first.detail == "no a.txt or a.caption next to chosen/a.png or rejected/a.jpg"
     assert second.detail == "no image b.* in chosen/"
 
 
