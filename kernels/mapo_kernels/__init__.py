@@ -1,8 +1,8 @@
 """Fused Triton kernels for training diffusion UNets on preferences; needs torch, uses Triton if it is there.
 
 Nothing here imports `mapo_fast`. The operators are in `ops`, a module each: registration and public function,
-and its kernels and launchers, unless these are long: then they are in a module with an underscore beside it.
-Their definitions in fp64 are in `reference`. `hardware` says what runs on a device, `weights` and `fp8` hold
+and its kernels and launchers. Long kernels have a module of their own, with an underscore, next to it.
+The definitions in fp64 are in `reference`. `hardware` says what runs on a device, `weights` and `fp8` hold
 what frozen layers store, `objectives` and `capability` are data.
 
 Importing this package imports neither torch nor Triton; the first use of a public name does.

@@ -46,13 +46,13 @@ class Setting(NamedTuple):
     low: float = 0.0
     high: float = math.inf
     role: Literal["free", "schedule", "ignored"] = "free"
-    """`free`: a config may state it. `schedule`: the noise schedule does, by the setting's name. `ignored`:
-    taken, for calls that serve several objectives, and not used."""
+    """`free`: a config may set it. `schedule`: the noise schedule sets it, by the setting's name. `ignored`:
+    accepted, for calls that serve several objectives, and not used."""
     symbol: str = ""
-    """In the formulas, where that is not its name."""
+    """Its symbol in formulas, where that is not its name."""
     advice: str = ""
-    """Of a setting that a config has to state: for what, and what is in use. Its default is for callers of
-    the loss."""
+    """Makes the setting required in a config: says when to set it and which values are in use. The default is
+    then for callers of the loss only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +81,13 @@ class Objective:
     baseline: bool = False
     """Whether it compares with the mean gain of an optimizer step's samples (`kto_baseline`)."""
     named: Mapping[str, str] = field(default_factory=dict)
-    """What a config says to mean it, where that is more than its key: `name`, and `form` and `reading`."""
+    """`name`, `form` and `reading` of a config that mean it, where the key alone is not its name."""
     loss: str = ""
     """Formula, for the documentation."""
     logit: str = ""
-    """The same of the logit z."""
+    """Formula of the logit z, for the documentation."""
     about: str = ""
-    """What stands behind its name in the documentation."""
+    """Text after its name in the documentation."""
 
     @property
     def samples(self) -> Literal["pair", "single"]:
@@ -115,7 +115,7 @@ _PAPER_BETA = Setting(
     "and style, 1024 for personalisation",
 )
 _DIFFUSION_DPO = {"beta": Setting(5000.0)}
-"""Of the authors and of diffusers' example, which has one default for all its losses."""
+"""The defaults of the authors and of diffusers' example, which has one for all its losses."""
 _UNREFERENCED_BETA = Setting(250.0)
 """Ours, as none is released: the slope T·λ/2 of MaPO's logit at small errors."""
 
@@ -257,7 +257,7 @@ def objective_names() -> tuple[str, ...]:
 
 
 def objective_key(name: str, **form: str) -> str:
-    """The key in `OBJECTIVES` of what a config calls `name`, in the form and reading that it states.
+    """The key in `OBJECTIVES` of what a config calls `name`, in its form and reading.
 
     Raises:
         KeyError: there is none.
@@ -270,7 +270,7 @@ def objective_key(name: str, **form: str) -> str:
 
 
 def setting_names() -> tuple[str, ...]:
-    """The names of all settings that a config may state, of whichever objective."""
+    """The names of all objectives' settings that a config may set."""
     return tuple(
         dict.fromkeys(
             name for known in OBJECTIVES.values() for name, s in known.settings.items() if s.role == "free"
@@ -290,9 +290,9 @@ def resolve(name: str) -> Any:
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _TAKEN = ("name", "form", "reading", "reference")
-"""Keys of a config's `[objective]` that are no settings of an objective."""
+"""Keys of a config's `[objective]` that are not settings of an objective."""
 _OF_SCHEDULE = "num_train_timesteps"
-"""The setting that a noise schedule states."""
+"""The setting that comes from the noise schedule."""
 
 
 def register_objective(name: str, objective: Objective) -> None:

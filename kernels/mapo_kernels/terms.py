@@ -75,7 +75,7 @@ class Terms(NamedTuple):
     dloss/de_w and dloss/de_l. r_w and r_l are 0 without a reference; label and baseline may be None. a, b and
     c are the objective's settings in order, those that it has not 0."""
     twin: Callable[..., PairTerms]
-    """The same in torch, called with `Pairs` and as many settings as the objective has."""
+    """The kernel's function in torch, called with `Pairs` and as many settings as the objective has."""
 
 
 # --- In kernels. Literals stand in them because Triton reads no Python globals. ---

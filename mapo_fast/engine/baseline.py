@@ -2,10 +2,10 @@
 
     k = max(0, mean of g = r − e over the samples of the optimizer step, of all processes)
 
-It is a number: no gradient flows into it. With one micro-batch a step it is exactly that. A micro-batch that
-is one of several cannot wait for the later ones, whose errors need forward passes of their own: it takes the
-mean over the last micro-batches, itself included, as many as a step has. So at a step's last micro-batch it
-is the step's own mean again, and before that the rest comes from the step before, one update older.
+It is a number: no gradient flows into it. With gradient accumulation A it is a running mean over the last A
+micro-batches: a micro-batch cannot wait for the later ones of its step, whose errors need forward passes of
+their own. The mean is exact on a step's last micro-batch. Before that, part of it comes from the step before
+and is one update old.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class Baseline:
     """The mean over the last micro-batches, on the device; nothing waits for it.
 
     Args:
-        micro_batches: that a process takes in a step.
+        micro_batches: micro-batches of one process in a step.
         device: where the UNet computes.
-        processes: of the run.
+        processes: the run's processes.
     """
 
     def __init__(self, micro_batches: int, device: torch.device, processes: Processes = ALONE) -> None:
         self._processes = processes
         self._recent = torch.zeros(micro_batches, 2, dtype=torch.float64, device=device)
-        """Sum of g and number of samples of each, of all processes; in place, as a graph's steps need it."""
+        """Sum of g and number of samples per micro-batch, over all processes; in place for CUDA graphs."""
         self._before = self._recent.clone()
 
     def begin(self) -> None:
@@ -42,7 +42,7 @@ class Baseline:
     def __call__(self, gains: Tensor) -> Tensor:
         """Add a micro-batch's g, (n,), and return k, 0-d fp64; all processes call it together.
 
-        What is not finite is left out: its step will be skipped, the later ones will not.
+        Values that are not finite are left out: their step is skipped, the later ones are not.
         """
         gains = gains.detach().double()
         finite = torch.isfinite(gains)

@@ -5,8 +5,8 @@ of a bucket are shuffled and cut into micro-batches (the last one may be smaller
 shuffled. Resume needs no state but the position, and no order is stored: memory and start do not grow with
 the number of pairs.
 
-Single images (Diffusion-KTO) come two for a pair, in any mix of labels. Where a bucket has an odd number of
-them, one, another one in each epoch, comes twice.
+Single images (Diffusion-KTO) take the place of pairs two by two, in any mix of labels. Where a bucket has an
+odd number of images, one of them comes twice, another one in each epoch.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class TrainingUnet:
     """What gives the reference's errors in every step."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights where they are up to date: of streamed ones, those in host memory."""
+        """The up-to-date weights; streamed ones are those in host memory."""
         return dict(self.unet.state_dict()) if self.weights is None else self.weights.state_dict()
 
 
@@ -55,7 +55,7 @@ def build_unet(
     device: torch.device,
     processes: Processes = ALONE,
 ) -> TrainingUnet:
-    """The folder's UNet, ready to train on the device as the settings say."""
+    """The model's UNet, ready to train on the device as the settings say."""
     start = None if folder.start is None else folder.start.parts["unet"]
     parts = prepare_unet(folder.load_unet(precision.base), config, precision, device, processes, start)
     return with_start_model(parts, config, lambda: folder.load_unet(precision.base))
@@ -115,17 +115,17 @@ def prepare_unet(
 
 
 def with_start_model(parts: TrainingUnet, config: Config, load: Callable[[], Any]) -> TrainingUnet:
-    """Add what gives the reference's errors in every step, if the settings want something that does.
+    """Add the start model that gives the reference's errors in every step, if the settings ask for it.
 
     Args:
-        parts: whose UNet still has its start weights.
-        load: gives another UNet with these, on the CPU.
+        parts: the UNet, which still has its start weights.
+        load: gives another UNet with the start weights, on the CPU.
     """
     if config.reference == "adapter":
         return replace(parts, start=start_of(parts.unet, config))
     if config.reference != "copy":
         return parts
-    copy = load().train()  # not frozen either: operators and compiled blocks would take another way
+    copy = load().train()  # requires_grad stays: frozen weights take another code path
     if config.offload.weights == "gpu":
         copy.to(parts.transfers.device)
     if config.speed.channels_last:
@@ -138,7 +138,7 @@ def with_start_model(parts: TrainingUnet, config: Config, load: Callable[[], Any
 
 
 def start_of(unet: Any, config: Config) -> StartModel:
-    """The start model of a UNet with a LoRA that still has its start factors, or of a full fine-tune's."""
+    """The start model of a UNet that has not been trained yet: with a LoRA, or in a full fine-tune."""
     factors = None if config.adapter.start is None else lora_parameters(unet)
     return StartModel(unet, factors=factors)
 

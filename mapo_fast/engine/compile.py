@@ -7,7 +7,7 @@ aspect bucket compiles nothing.
 
 What a step predicts without gradients (a reference; the extra forward of layout `sequential`) has to have the
 bits of what it predicts with them, so the same code runs, as if there were gradients; what a block saves for
-them is dropped behind it. Evaluations and previews, in eval mode, run the blocks as they are.
+them is dropped after it. Evaluations and previews, in eval mode, run the blocks as they are.
 
 The fused operators stay what they are inside: what they recompute in backward is not saved.
 """
@@ -33,15 +33,15 @@ BACKEND = "inductor"
 """torch.compile's own default."""
 
 VARIANTS = 32
-"""Of one block's code, at most: a quantised LoRA in `split` takes up to 7 for each of SDXL's two widths, and
-torch gives up at 8."""
+"""Most compiled variants of one block's code. A quantised LoRA in `split` takes up to 7 for each of SDXL's
+two widths; torch's own limit is 8."""
 
 
 class CompiledBlocks:
     """Compiles the transformer blocks of a UNet, in place, when each kind of them first runs.
 
-    What it compiles is its own and goes with it, as does the limit that it gives torch: no training of a
-    process meets another one's.
+    Compiled code and torch's limit belong to this object and go with it, so several trainings in one process
+    do not affect each other.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -55,11 +55,11 @@ class CompiledBlocks:
 
     @property
     def seconds(self) -> float:
-        """What has been spent on compiling since."""
+        """Seconds spent on compiling so far."""
         return self._clock.seconds
 
     def add(self, unet: Any) -> None:
-        """Compile the blocks of another UNet too, whose blocks are of the same kinds: with the same code."""
+        """Compile another UNet's blocks too, with the same code; they must be of the same kinds."""
         for block in unet.modules():
             if isinstance(block, BasicTransformerBlock):
                 kind = type(block)
@@ -69,7 +69,7 @@ class CompiledBlocks:
 
 
 def refuse_without_triton(config: Config, device: torch.device) -> None:
-    """Inductor compiles to Triton on a GPU.
+    """Refuse `speed.compile` on a GPU without Triton, which Inductor compiles to.
 
     Raises:
         UserError: speed.compile on a GPU where Triton cannot start; the message says why.
@@ -113,7 +113,7 @@ def _where_steps_are(forward: Any) -> Any:
 
 
 def _with_own_code(function: Any) -> Any:
-    """The same function with a copy of its code, by which dynamo finds and counts what it has compiled."""
+    """A function with its own copy of the code: dynamo finds and counts what it has compiled by the code."""
     made = FunctionType(
         function.__code__.replace(),
         function.__globals__,

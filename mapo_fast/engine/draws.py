@@ -67,7 +67,7 @@ class EpochOrder:
         self._secret = _key(seed, epoch, "", purpose)
 
     def __getitem__(self, index: int) -> int:
-        """What stands at a place; 0 ≤ index < count.
+        """The number at a place; 0 ≤ index < count.
 
         Raises:
             IndexError: there is no such place.

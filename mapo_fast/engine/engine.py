@@ -36,11 +36,11 @@ class Engine:
 
     Args:
         config: the run's settings.
-        parts: what `build_unet` or `prepare_unet` made for them.
+        parts: the UNet that `build_unet` or `prepare_unet` made for these settings.
         loss: the objective, as `build_loss` makes it.
         precision: storage and arithmetic types of the run.
         device: where the UNet computes.
-        processes: of the run; each gives its micro-batches, and all take the same step.
+        processes: the run's processes; each gives its micro-batches, and all take the same step.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Engine:
         self.baseline: Baseline | None = None
         if config.objective.known.baseline:
             self.baseline = Baseline(config.train.accumulation, device, processes)
-            self._scratch = False  # all samples of a micro-batch have a part in each one's coefficient
+            self._scratch = False  # each coefficient depends on every sample of the micro-batch
         self.changing = False
         """Whether an update is under way: weights and states may be those of a half-made step."""
         self.scaler = torch.amp.GradScaler(device.type) if precision.scaled else None
@@ -112,7 +112,7 @@ class Engine:
         self._graphs = graphs(self._whole_step, self.device, keep)
 
     def start(self, lr: float, step: int = 0) -> None:
-        """Begin an optimizer step at learning rate `lr`, after `step` others, on which rounding depends."""
+        """Begin optimizer step number `step`, on which rounding depends, at learning rate `lr`."""
         if self._sums is not None:
             self._sums.start(step)
         if self.baseline is not None:
@@ -134,11 +134,11 @@ class Engine:
 
         Args:
             inputs: B pairs, or 2B single samples.
-            share: of the step's pairs.
+            share: the micro-batch's fraction of the step's pairs.
             reference_errors: (2B,) precomputed errors of the start model, chosen half first; without them
                 the start model of `parts`, if there is one, makes them.
-            labels: (B,) soft labels, for an objective that needs them; of single samples (2B,) bool, which
-                are wanted.
+            labels: (B,) soft labels, for an objective that needs them. For single samples (2B,) bool: which
+                of them are wanted.
 
         Returns:
             The micro-batch's loss, errors and logits.
@@ -206,7 +206,7 @@ class Engine:
             self.baseline.drop()
 
     def _finish(self) -> Tensor:
-        if not self._sharded:  # those of shards are summed in backward
+        if not self._sharded:  # gradients of shards are summed in backward
             self.processes.sum_gradients(self.parameters)
         self.changing = True
         norm = self.optimizer.step()

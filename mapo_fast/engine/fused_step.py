@@ -6,17 +6,17 @@ most 0.13 are alive. A complete gradient means that backward needs the weight no
 has also made its input's gradient. Checkpointing has to be non-reentrant, where a weight that a block uses
 twice completes once.
 
-What differs from a step after backward:
+Differences from a step after backward:
 
 - Clipping. A global norm is known only when backward ends, after the first updates. So `max_grad_norm`
   scales by the norm of the step before, the newest one that was finite; the first step is not clipped (Adam's
   first update does not depend on the gradient's scale). `optim.max_update_rms` instead clips each tensor's
   update by itself and is the same in both.
-- What is not finite. If the loss is not, the whole step changes nothing, as without fusing. If the loss is
-  and a gradient is not, its tensor is skipped and the others are updated. Both are counted on the device.
+- Inf and NaN. If the loss is not finite, the whole step changes nothing, as without fusing. If only a
+  gradient is not finite, its tensor is skipped and the others are updated. Both are counted on the device.
 
 Everything else is equal bit by bit: AdamW8bit's random bits depend on the parameter's number and its step.
-How an optimizer updates a group of tensors is its own business (`optimizers.Fusable`).
+The optimizer itself updates a group of tensors (`optimizers.Fusable`).
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class FusedStep:
 
     Args:
         optimizer: just built.
-        parameters: the optimizer's, on one device.
+        parameters: the optimizer's parameters, on one device.
         max_grad_norm: see the top of this file; 0 is no clipping.
         states: where the optimizer's states are streamed from.
         weights: where weights are streamed from; it is told when a unit has its new values.
-        group_bytes: of gradients, or of states if they are larger, that are applied together.
+        group_bytes: bytes of gradients, or of states if they are larger, that are applied together.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class FusedStep:
         self.skipped_in_a_row = torch.zeros((), device=device)
         self.skipped_tensors = torch.zeros((), device=device)
         self._norm = torch.zeros((), device=device)
-        """Of the newest step with a finite one."""
+        """Gradient norm of the newest step whose norm was finite."""
         self._running = False
         self._start()
 
@@ -150,7 +150,7 @@ class FusedStep:
         """Take over what `state` gave, or a `GuardedOptimizer`'s.
 
         Raises:
-            UserError: of another optimizer or other parameters.
+            UserError: the state belongs to another optimizer or other parameters.
         """
         if self.states is not None:
             self.states.restore(tensors, state["optimizer"])

@@ -1,8 +1,9 @@
 """Sums of bf16 gradients over micro-batches, rounded stochastically.
 
 Autograd adds to `.grad` in the parameter's type, to nearest: in bf16 a sum of hundreds of micro-batches loses
-what is small beside it (`add_rounded.py` has the numbers). Here a hook adds as soon as a parameter's new
-gradient is complete, which autograd would do at the same place: no more memory is needed, and no more read.
+summands that are small next to it (`add_rounded.py` has the numbers). Here a hook adds as soon as a
+parameter's new gradient is complete, which autograd would do at the same place: no more memory is needed, and
+no more read.
 
 The random bits are a function of (seed, step, addition within it, parameter, element), so that a run that
 goes on from a checkpoint adds the same.
@@ -34,7 +35,7 @@ def kept_to_nearest(count: int) -> float:
 
 
 class GradientSums:
-    """Between backward passes `.grad` is what it always is: the sum so far.
+    """Adds gradients with stochastic rounding; between backward passes `.grad` is the sum so far, as always.
 
     Args:
         parameters: bf16 leaves that autograd accumulates into.
@@ -55,7 +56,7 @@ class GradientSums:
 
     @contextmanager
     def adding(self) -> Iterator[None]:
-        """Within, one backward pass, whose gradients are added to those of the passes before."""
+        """Add the gradients of the one backward pass in this context to those of the passes before."""
         self._number += 1
         self._before = {p: p.grad for p in self.parameters if p.grad is not None}
         for p in self._before:

@@ -11,10 +11,10 @@ and makes optimizer states. Capturing computes nothing; the replay that follows 
 
 Memory. All graphs share one pool, as only one of them runs at a time. Everything that a captured step makes
 comes from it, gradients too, and it stays reserved, as large as the largest step. Whatever runs outside
-(evaluation, previews, the first step of a shape) is beside it, so the planner counts a step's own memory
-twice: `graph buffers`. A shape's first step gives its memory back before the capture. Not counted: a graph's
-inputs, a few MiB for each shape, and what fragments the pool where one shape's blocks are too small for
-another's tensors, at worst as much as a step makes for each further shape.
+(evaluation, previews, the first step of a shape) comes on top, so the planner counts a step's own memory
+twice: `graph buffers`. A shape's first step gives its memory back before the capture. Two things are not
+predicted: a graph's inputs, a few MiB for each shape, and memory that graphs of different shapes cannot share
+because one shape's blocks are too small for another's tensors: at worst one step's memory per further shape.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
 
 MOST_GRAPHS = 32
-"""Of shapes in use; the one not used for longest is captured again when it is due."""
+"""Most graphs kept, one per shape; the one not used for longest is dropped and captured again when needed."""
 
 Step = Callable[[Sequence[Tensor | None]], Any]
 
@@ -45,7 +45,7 @@ class Captured(NamedTuple):
     result: Any
     """Tensors that it writes."""
     kept: Any
-    """What else has to live as long."""
+    """Objects that have to live as long as the graph."""
 
 
 class StepGraphs:

@@ -162,7 +162,7 @@ class _BlockRunner:
 
 
 def _halves(value: Any, samples: int) -> tuple[Any, Any]:
-    """Both halves of a tensor with one row per sample; everything else serves both as it is.
+    """The halves of a tensor with one row per sample; non-batched arguments go to both halves unchanged.
 
     One `chunk` for both: backward then joins their gradients once and fills nothing with zeros.
     """

@@ -7,10 +7,9 @@ from mapo_fast.settings.schema import ObjectiveConfig
 
 
 def build_loss(config: ObjectiveConfig, num_train_timesteps: int) -> Loss:
-    """The objective as a module, with its stated settings over its defaults.
+    """The objective as a module, with the config's settings over its defaults.
 
-    It takes (prediction, target), chosen half first or single samples, and what the objective needs beside
-    them.
+    It takes (prediction, target), chosen half first or single samples, and what else the objective needs.
     """
     schedule = {"num_train_timesteps": float(num_train_timesteps)}
     given = {name: schedule[name] for name, s in config.known.settings.items() if s.role == "schedule"}

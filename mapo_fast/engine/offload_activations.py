@@ -3,7 +3,7 @@
 Non-reentrant checkpointing keeps a block's inputs as saved tensors, outside its own hooks: the hooks of
 `around` see exactly them. On the way forward an input is stored while its block computes, and its device
 memory is given up when the next one is stored. On the way back each input that is asked for also starts the
-fetch of the one before it, behind which the block's recomputation and backward run.
+fetch of the one before it, while the block's recomputation and backward run.
 
 What stays on the device: small tensors (the time embedding, a pair's prompt embeddings) and what is saved
 twice, for it lives on the device anyway (the prompt embeddings of a large batch are an input of every block).
@@ -38,13 +38,13 @@ class _Saved:
         flat = x.as_strided((x.numel(),), (1,))
         self.flat: Tensor | None = flat
         self.ticket: Ticket = transfers.store(host, flat)
-        """Of the newest copy between the two."""
+        """Ticket of the newest copy between host memory and device."""
 
 
 class ActivationOffload:
     """Stores and fetches the inputs of checkpointed blocks; one object serves all steps.
 
-    Beside the inputs of the block at work, the device holds one on its way out or one on its way in.
+    Besides the inputs of the block at work, the device holds one on its way out or one on its way in.
     """
 
     def __init__(self, transfers: Transfers) -> None:
@@ -52,11 +52,11 @@ class ActivationOffload:
         self._memory: list[Tensor] = []
         """Host buffers, (nbytes,) uint8."""
         self._free: list[int] = []
-        """Numbers of those that no saved tensor uses; a heap."""
+        """Numbers of the buffers that no saved tensor uses; a heap."""
         self._waiting: weakref.WeakValueDictionary[int, _Saved] = weakref.WeakValueDictionary()
-        """What backward has not asked for yet, by number."""
+        """Saved tensors that backward has not asked for yet, by number."""
         self._leaving: _Saved | None = None
-        """What was stored last and is still on the device."""
+        """The tensor that was stored last and is still on the device."""
         self._stored: weakref.WeakKeyDictionary[torch.UntypedStorage, set[Any]] = weakref.WeakKeyDictionary()
         """Which parts, by offset and shape, were stored of device memory that is still alive."""
 

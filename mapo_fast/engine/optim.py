@@ -1,4 +1,4 @@
-"""Optimizers behind one guard: a step whose gradients are not finite changes nothing and is counted.
+"""Optimizers with one guard: a step whose gradients are not finite changes nothing and is counted.
 
 The flag stays on the device. An optimizer that supports torch's gradient scalers by itself (torch's fused
 ones, our AdamW8bit) takes it as `found_inf` and turns the update into a no-op without the host ever waiting;
@@ -28,7 +28,7 @@ def build_optimizer(
     """The optimizer that a config names, over these parameters; `seed` is for stochastic rounding.
 
     Raises:
-        TypeError: it is not what its entry says.
+        TypeError: the built object is not what its entry says.
     """
     known = OPTIMIZERS[config.name]
     optimizer = resolve(known.build)(parameters, config, seed)
@@ -43,7 +43,7 @@ def build_optimizer(
 
 
 def norms(gradients: list[Tensor]) -> Tensor:
-    """(n,) norms of n gradients, in fp32, of fp64 ones in fp64: bf16 would be up to 0.4 % off."""
+    """(n,) norms of n gradients, in fp32 (fp64 for fp64 gradients): bf16 would be up to 0.4 % off."""
     dtype = torch.promote_types(torch.float32, max((g.dtype for g in gradients), key=lambda d: d.itemsize))
     return torch.stack(torch._foreach_norm(gradients, 2, dtype=dtype))
 
@@ -122,7 +122,7 @@ class GuardedOptimizer:
         """Take over what `state` gave, or a `FusedStep`'s.
 
         Raises:
-            UserError: of another optimizer or other parameters.
+            UserError: the state belongs to another optimizer or other parameters.
         """
         restore_optimizer_state(self.optimizer, tensors, state["optimizer"])
         self.skipped.fill_(state["skipped"])

@@ -19,7 +19,7 @@ from mapo_fast.settings.optimizers import REMOVED
 from mapo_fast.util.errors import UserError
 
 _IMPLEMENTATION_KEYS = ("params", "fused", "foreach", "capturable", "differentiable", "maximize")
-"""Group entries that say how a step is computed: those of the new optimizer count."""
+"""Group entries that say how a step is computed: the new optimizer's values are kept."""
 
 
 def flatten_optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -76,10 +76,10 @@ def restore_optimizer_state(
         optimizer: just built, over the same parameters in the same groups.
         tensors: (name, tensor) pairs, used one by one: `checkpoint.views("optimizer")`.
         description: the dict that went with them.
-        place: memory that is there for the state of this name of a parameter; used if shape and dtype fit.
+        place: existing memory for a parameter's state of this name; used if shape and dtype fit.
 
     Raises:
-        UserError: made by another or a removed optimizer class, or for parameters of other shapes.
+        UserError: the state was made by another or a removed optimizer class, or for other shapes.
     """
     parameters = _parameters(optimizer)
     if description["class"] == "PagedAdamW8bit":

@@ -19,23 +19,23 @@ from mapo_kernels.ops import adamw8bit as ops
 
 
 class Fusable(torch.optim.Optimizer, ABC):
-    """What an optimizer is where its entry says `fused_step`: it can take a step with some parameters."""
+    """An optimizer whose entry says `fused_step`: it can take a step with some of its parameters."""
 
     shared_states: tuple[str, ...] = ()
     """Names of states that all parameters share; they stay on the device when states are offloaded."""
 
     @abstractmethod
     def initial_state(self, parameter: Tensor) -> dict[str, Any]:
-        """The state that the first step would make: what a run needs is allocated before it runs."""
+        """The state that the first step would make, so that a run can allocate it before it starts."""
 
     @abstractmethod
     def update_group(self, parameters: Sequence[Tensor], skip: Tensor, divisor: Tensor | None) -> None:
         """Take a step with some parameters, whose states are there.
 
         Args:
-            parameters: n that have a gradient; the others have none.
+            parameters: n parameters that have a gradient; the others have none.
             skip: (n,) fp32 on the device; where it is not 0, the parameter and its state stay as they are.
-            divisor: 0-d fp32 on the device, which the gradients are divided by first; None: by nothing.
+            divisor: 0-d fp32 on the device that the gradients are divided by first; None leaves them.
         """
 
 
@@ -63,7 +63,7 @@ def _adam(config: OptimConfig) -> dict[str, Any]:
 
 
 class AdamW(torch.optim.AdamW, Fusable):
-    """torch's fused one; it takes `found_inf` and `grad_scale` on the device."""
+    """torch's fused AdamW; it takes `found_inf` and `grad_scale` on the device."""
 
     def initial_state(self, parameter: Tensor) -> dict[str, Any]:
         """As `Fusable.initial_state`."""
@@ -76,7 +76,7 @@ class AdamW(torch.optim.AdamW, Fusable):
         return {p: group for group in self.param_groups for p in group["params"]}
 
     def update_group(self, parameters: Sequence[Tensor], skip: Tensor, divisor: Tensor | None) -> None:
-        """What torch's fused step does, tensor by tensor, as it takes one flag for all that it is given."""
+        """Run torch's fused step tensor by tensor, because it takes one skip flag per call."""
         states = [self.state[p] for p in parameters]
         torch._foreach_add_([state["step"] for state in states], list((1 - skip).unbind()))
         for p, state, flag in zip(parameters, states, skip.unbind(), strict=True):
@@ -108,9 +108,9 @@ class AdamW8bit(ops.AdamW8bit, Fusable):
     states_by_memory_order = True
     """States belong to a parameter's elements by their order in memory."""
     lr_dtype = torch.float64
-    """The same for a learning rate that is a tensor."""
+    """Dtype of a learning rate that is a tensor."""
     divides_always = True
-    """`grad_scale` serves beside a gradient scaler and for fp64 gradients too."""
+    """`grad_scale` also works next to a gradient scaler and for fp64 gradients."""
 
     def initial_state(self, parameter: Tensor) -> dict[str, Any]:
         """As `Fusable.initial_state`."""
@@ -123,7 +123,7 @@ class AdamW8bit(ops.AdamW8bit, Fusable):
 
 
 class Adafactor(torch.optim.Adafactor, Fusable):
-    """torch's; it reads norms of every tensor on the host by itself, and the flags are read there too."""
+    """torch's Adafactor, which reads every tensor's norms on the host; the skip flags are read there too."""
 
     def initial_state(self, parameter: Tensor) -> dict[str, Any]:
         """As `Fusable.initial_state`."""

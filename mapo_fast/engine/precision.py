@@ -33,7 +33,7 @@ class Precision:
     base: torch.dtype
     """Storage of the UNet's weights."""
     trainable: torch.dtype
-    """Storage of what is trained: the same weights, or the LoRA factors."""
+    """Storage of the trained parameters: the UNet's weights, or the LoRA factors."""
     autocast: torch.dtype | None
     """Arithmetic under autocast; None computes in the stored type."""
     scaled: bool
@@ -43,7 +43,7 @@ class Precision:
         """The autocast context of forward passes.
 
         Autocast's cache of cast weights stays off: it would hold a half-precision copy of every weight
-        until the forward pass ends, beside the gradients of the micro-batches before.
+        until the forward pass ends, on top of the gradients of the micro-batches before.
         """
         if self.autocast is None:
             return nullcontext()
@@ -75,7 +75,7 @@ def choose_precision(config: Config, device: torch.device) -> Precision:
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Within, torch computes in so many threads on the CPU; 0 leaves their number."""
+    """Let torch use this many CPU threads within the context; 0 leaves the number as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -85,7 +85,7 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def choose_device(config: TrainConfig, processes: Processes = ALONE) -> torch.device:
-    """The device of a run; of several processes on a machine each one has its own GPU.
+    """The device of a run; with several processes on a machine, each one has its own GPU.
 
     Raises:
         UserError: `cuda` is asked for and there is no NVIDIA GPU that torch can use, or not one for each.

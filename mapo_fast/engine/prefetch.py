@@ -23,7 +23,7 @@ class MicroBatch(NamedTuple):
 
     inputs: PairInputs
     share: float
-    """Of its optimizer step's pairs."""
+    """The micro-batch's fraction of its optimizer step's pairs."""
     reference_errors: Tensor | None = None
     labels: Tensor | None = None
 
@@ -31,12 +31,12 @@ class MicroBatch(NamedTuple):
 class Prefetch(Iterator[MicroBatch]):
     """The items of an iterator, the next one in the making. Use it as a context manager.
 
-    What the iterator raises is raised where its item would have come. Beside the item that was given out
-    last, one more is on the device.
+    An exception of the iterator is raised in place of its item. The device holds one item more than the one
+    that was given out last.
 
     Args:
         source: makes the items; used by one thread at a time.
-        device: where they lie.
+        device: where the items are.
     """
 
     def __init__(self, source: Iterator[MicroBatch], device: torch.device) -> None:

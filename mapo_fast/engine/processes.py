@@ -3,7 +3,7 @@
 `torchrun` and `accelerate launch` say by environment variables who is who; torch.distributed does the rest:
 NCCL between GPUs, gloo between CPUs and for whatever the hosts tell each other.
 
-Gradients are summed once a step, behind the last micro-batch's backward, in buckets. DistributedDataParallel
+Gradients are summed once a step, after the last micro-batch's backward, in buckets. DistributedDataParallel
 would sum them during that backward instead. It is not used, because
 
 - it keeps a second set of gradient memory, or holds all gradients throughout forward too (`gradient_as_
@@ -12,7 +12,7 @@ would sum them during that backward instead. It is not used, because
 - the sum is a function of .grad and nothing else, so every layout, checkpointing, offload, adapter and
   optimizer works as in one process.
 
-What that costs is the overlap: 2 (W − 1) / W times the gradients' bytes through the slowest link, once a step
+The price is the overlap: 2 (W − 1) / W times the gradients' bytes through the slowest link, once a step
 whatever the accumulation; of a LoRA next to nothing. `train.shard` (FSDP2) overlaps.
 """
 
@@ -41,7 +41,7 @@ from mapo_fast.util.signals import StopNow, StopRequest
 T = TypeVar("T")
 
 BUCKET_BYTES = 64 * 2**20
-"""Of gradients that are summed in one message."""
+"""Gradient bytes per all-reduce."""
 
 _PATIENCE = timedelta(hours=2)
 """How long the others wait while process 0 plans, saves or samples previews."""
@@ -60,17 +60,17 @@ class Processes:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """This one among those of its machine: the number of its GPU."""
+    """This process among those of its machine: the number of its GPU."""
     local_size: int = 1
     """Processes on this machine: they share its memory."""
 
     @property
     def main(self) -> bool:
-        """Whether this one writes files and talks."""
+        """Whether this process writes files and console output."""
         return self.rank == 0
 
     def shard(self, config: Config) -> bool:
-        """Whether they split one model among them."""
+        """Whether the processes split one model among them."""
         return config.train.shard and self.size > 1
 
     def largest(self, value: float) -> float:
@@ -86,11 +86,11 @@ class Processes:
         return -self.largest(-value)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
+        """Whether the flag is set in any process."""
         return self.largest(float(flag)) > 0
 
     def poll(self, stop: StopRequest) -> None:
-        """Leave what can be left, by `StopNow`, if any process got a signal; all call it together."""
+        """Raise `StopNow` if any process got a signal; all processes call this together."""
         if self.any(stop.requested):
             raise StopNow
 
@@ -159,7 +159,7 @@ class Processes:
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Add up .grad over the processes, which all have the same ones, in place.
 
-        What one process cannot represent (inf, NaN) reaches all of them.
+        A value that is not finite (inf, NaN) in one process reaches all of them.
         """
         if self.size == 1:
             return
@@ -178,7 +178,7 @@ ALONE = Processes()
 
 
 def in_processes(config: Config, processes: Processes) -> Config:
-    """The config as several processes can train it: the step is not fused into backward.
+    """The config as several processes train it: the step is not fused into backward.
 
     Raises:
         UserError: a setting that works in one process only.
@@ -206,7 +206,7 @@ def in_processes(config: Config, processes: Processes) -> Config:
 
 
 def _fusing(config: Config) -> list[tuple[str, str, str]]:
-    """The stated settings that fuse a config's step: name, value, and the value that does not."""
+    """The settings in a config that fuse the step: name, value, and the value that does not."""
     causes = [("train.fused_step", "true", "false")] if "fused_step" in config.train.model_fields_set else []
     for part in ("optimizer", "weights") if config.adapter.kind == "full" else ("optimizer",):
         if part in config.offload.model_fields_set and getattr(config.offload, part) == "cpu":
@@ -215,10 +215,10 @@ def _fusing(config: Config) -> list[tuple[str, str, str]]:
 
 
 def environment() -> Processes:
-    """What the launcher says; one process where there was none.
+    """The processes that the launcher started; one process without a launcher.
 
     Raises:
-        UserError: it asks for what this trainer does in its own way.
+        UserError: the launcher asks for a feature that this trainer has settings for, or sets odd values.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise UserError(
@@ -252,7 +252,7 @@ def joined(processes: Processes, device: torch.device) -> Iterator[None]:
     """Connect the processes of a launch, until the context ends.
 
     Raises:
-        MachineError: another process is gone.
+        MachineError: another process has ended.
     """
     if processes.size == 1:
         yield
@@ -278,18 +278,18 @@ def joined(processes: Processes, device: torch.device) -> Iterator[None]:
 
 
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out", re.IGNORECASE)
-"""In what a collective raises when another process is gone; gloo raises plain `RuntimeError`s."""
+"""Matches the message of a collective's error after another process has ended; gloo raises `RuntimeError`."""
 
 
 def connection_lost(error: Exception) -> bool:
-    """Whether this is what torch raises where another process of the run does not answer any more."""
+    """Whether torch raised this error because another process of the run no longer answers."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
     )
 
 
 def _lost(error: Exception, rank: int, peers: list[tuple[str, int]]) -> MachineError:
-    """What a survivor says, with the processes that are gone; the first one that is left says it for all."""
+    """A survivor's message that names the processes that ended; the first survivor reports it for all."""
     gone: list[int] = []
     until = time.monotonic() + 1.0  # a process closes its connections a moment before it is gone
     while not gone and time.monotonic() < until:
@@ -318,7 +318,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _as_line(error: Exception) -> tuple[str, bool]:
-    """What another process says of an error, and whether the machine is to blame."""
+    """An error as one line for the other processes, and whether the machine is to blame."""
     line = one_line(error)
     return str(line or repr(error)), line is None or isinstance(line, MachineError)
 

@@ -8,7 +8,7 @@ functions of the run's settings and the micro-batch's position, and there are th
                   the place of the trained ones
     copy          a second UNet with the start weights, on the device or streamed from host memory
     precomputed   one pass over every micro-batch of the run before the first step: no second UNet, and no
-                  work in a step. They stand in the run's folder, 8 bytes a pair
+                  work in a step. They are kept in the run's folder, 8 bytes a pair
 
 No graph is built for any of them. The forward pass is the step's own (batch, arithmetic, kernels), so at the
 start of training a pair's margin is 0 and not a rounding error times β; in layout `split`, whose checkpointed
@@ -34,17 +34,17 @@ from mapo_fast.util.sealed import read_sealed, write_sealed
 from mapo_kernels import paired_loss
 
 PART = 256
-"""Micro-batches in one file of precomputed errors: what a kill may cost."""
+"""Micro-batches in one file of precomputed errors: the most work that a killed run repeats."""
 
 
 class StartModel:
     """The start model, ready to predict.
 
     Args:
-        unet: the one that is trained, whose LoRA is switched off to predict; or a frozen copy.
-        weights: what streams a copy's weights.
-        factors: of a LoRA that training goes on from, as they are at the start: they are kept, and take the
-            trained ones' place to predict, where the LoRA would else be switched off.
+        unet: the trained UNet, whose LoRA is switched off to predict; or a frozen copy.
+        weights: streams the weights of a copy.
+        factors: the start factors of a LoRA that training goes on from. To predict they replace the trained
+            factors; the LoRA is then not switched off.
     """
 
     def __init__(
@@ -81,8 +81,10 @@ class StartModel:
 
     @contextmanager
     def _as_at_the_start(self) -> Iterator[None]:
-        """With the start LoRA's factors, or as peft's `enable_adapters(False)`, which would also flip
-        `requires_grad` of every factor."""
+        """Compute with the start LoRA's factors, or without the LoRA.
+
+        peft's `enable_adapters(False)` would also flip `requires_grad` of every factor.
+        """
         if self._start:
             now = [p.data for p, _ in self._start]
             for p, start in self._start:
@@ -105,17 +107,17 @@ class StartModel:
 class PrecomputedErrors:
     """The start model's errors for the first micro-batches of a run, kept in a folder.
 
-    `errors-000000.safetensors`, …: each has `errors` (n, 2P) fp32 for up to `PART` positions in a row, of a
-    micro-batch of B ≤ P pairs the first 2B in use, chosen half first; and says of which run and positions
-    they are. A file is whole or absent. A damaged one, or one that is another's, is made again.
+    Files `errors-000000.safetensors`, … each have `errors` (n, 2P) fp32 for up to `PART` consecutive
+    positions. A micro-batch of B ≤ P pairs uses the first 2B, chosen half first. A file also names its run
+    and positions. It is whole or absent. A damaged file, or one of another run, is made again.
 
     Args:
-        folder: where they are kept.
-        identity: all that they depend on.
+        folder: where the errors are kept.
+        identity: everything that the errors depend on.
         batches: the run's micro-batches.
         count: positions that the run will visit.
         device: where the UNet computes.
-        processes: of the run; they share the work, each keeps all errors, and the main one writes them.
+        processes: the run's processes. They share the work, each keeps all errors, the main one writes them.
     """
 
     def __init__(
@@ -130,16 +132,16 @@ class PrecomputedErrors:
         self.folder, self.device, self.processes = folder, device, processes
         self._identity = identity
         self.refused: list[str] = []
-        """Files that are there and are made again, and why."""
+        """Existing files that are made again, and why."""
         self._table = torch.full((count, 2 * batches.pairs_per_batch), float("nan"))
         if device.type == "cuda":  # only from pinned memory does the copy to the device not wait
             self._table = self._table.pin_memory()
         self._done = {first: self._read(first) for first in range(0, count, PART)}
-        """First position of a part → its positions that are known."""
+        """First position of a part → number of its known positions."""
 
     @property
     def missing(self) -> int:
-        """Positions that are not known yet."""
+        """Number of positions whose errors are not known yet."""
         return len(self._table) - sum(self._done.values())
 
     def positions(self) -> list[int]:
@@ -147,13 +149,14 @@ class PrecomputedErrors:
         return [group[self.processes.rank % len(group)] for _, groups in self._groups() for group in groups]
 
     def compute(self, errors: Iterator[Tensor]) -> Generator[int]:
-        """Fill in what is missing, part by part; yields positions as they are done.
+        """Compute the missing errors, part by part; yields positions as they are done.
 
-        Whoever stops in between, by closing the iterator, keeps what was done. Several processes go together,
-        as many positions at a time, and have to stop together.
+        Closing the iterator early keeps what was done. Several processes go together, as many positions at a
+        time, and have to stop together.
 
         Args:
-            errors: (2B,) on the device, of the micro-batches at `positions`; made when they are asked for.
+            errors: (2B,) on the device, one for each micro-batch at `positions`, computed as they are
+                iterated.
         """
         for first, groups in self._groups():
             known = self._done[first]
@@ -169,7 +172,7 @@ class PrecomputedErrors:
                     self._keep(first, known, found)
 
     def _groups(self) -> list[tuple[int, list[range]]]:
-        """First position of a part, and its missing ones in groups of as many as there are processes."""
+        """First position of each part, and its missing positions in groups of one per process."""
         size, parts = self.processes.size, []
         for first, known in self._done.items():
             last = min(first + PART, len(self._table))
@@ -183,7 +186,7 @@ class PrecomputedErrors:
         return self._table[position, : 2 * pairs].to(self.device, non_blocking=True)
 
     def _read(self, first: int) -> int:
-        """Take over a part that is on disk; returns its positions."""
+        """Take over a part that is on disk; returns its number of positions."""
         rows, path = self._table[first : first + PART], part_path(self.folder, first)
         try:
             tensors = read_sealed(path, part_of(self._identity, first))
@@ -213,5 +216,5 @@ def part_path(folder: Path, first: int) -> Path:
 
 
 def part_of(identity: dict[str, Any], first: int) -> dict[str, Any]:
-    """What that file says that it is."""
+    """Identity record in the file of the `PART` positions from `first` on."""
     return {"what": "errors of the start model", "position": first, **identity}

@@ -4,7 +4,7 @@ The loss couples the halves. With e_w,i and e_l,i the mean squared errors of pai
 
     L = 1/B · Σ_i f(e_w,i, e_l,i)        ∇L = Σ_i  c_w,i · ∇e_w,i  +  c_l,i · ∇e_l,i
 
-    c_w,i = ∂L/∂e_w,i = 1/B · ∂f/∂e_w (e_w,i, e_l,i)        c_l,i = ∂L/∂e_l,i likewise
+    c_w,i = ∂L/∂e_w,i = 1/B · ∂f/∂e_w (e_w,i, e_l,i)        c_l,i = ∂L/∂e_l,i
 
 so a half's gradient depends on the other half through one number per pair, and that number needs both
 errors. The chosen half cannot wait for it with its activations in memory: that would be `joint`. But the
@@ -59,7 +59,7 @@ def sequential_backward(
 
     Args:
         inputs: B pairs, chosen half first.
-        parameters: all that the UNet trains.
+        parameters: all trained parameters of the UNet.
         weight: the micro-batch's share of the optimizer step.
         scratch: pair by pair with a second set of gradients, instead of all B pairs at once with an extra
             forward pass.
@@ -67,10 +67,10 @@ def sequential_backward(
             coefficient, so it may overflow where `joint`'s does not, or the other way round.
         context: autocast of the forward passes, entered anew for each.
         sums: adds gradients of the parameters; None leaves it to autograd.
-        given: what else the loss takes of all pairs: `reference_errors`, `labels`; `baseline`.
+        given: the loss's other inputs for all pairs: `reference_errors`, `labels`; `baseline`.
 
     Returns:
-        What `loss(prediction, target)` would return, detached.
+        The result of `loss(prediction, target)`, detached.
     """
     halves = _Halves(unet, inputs, loss, weight, scale, context or nullcontext(), sums, given or {})
     return halves.pair_by_pair(parameters) if scratch else halves.half_by_half()
@@ -164,7 +164,7 @@ def _scale_and_add(
 
 
 def _replayable(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """A context that starts from the random state of now, and leaves it as it found it."""
+    """A factory of contexts that start from the current random state and restore the state they found."""
     devices = [device] if device.type == "cuda" else []
     state = torch.get_rng_state()
     states = [torch.cuda.get_rng_state(d) for d in devices]

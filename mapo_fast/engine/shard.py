@@ -1,9 +1,9 @@
 """A full fine-tune whose weights, gradients and optimizer states are split among processes: torch's FSDP2.
 
 Each block gathers its weights before it runs, forward and backward, and its gradients are summed and split
-behind its backward, beside the blocks around it. Parameters are DTensors, of which a process holds one part
-and trains it as if it were all: the optimizer has no use for the rest. (torch's foreach and fused functions
-take DTensors too, but look at every pair of a list's tensors first: minutes for SDXL's 1,680.)
+after its backward, while the blocks around it compute. Parameters are DTensors, of which a process holds one
+part and trains it as if it were all: the optimizer has no use for the rest. (torch's foreach and fused
+functions take DTensors too, but look at every pair of a list's tensors first: minutes for SDXL's 1,680.)
 
 Checkpoints and results hold whole tensors, so that a run goes on with any number of processes.
 """
@@ -40,13 +40,13 @@ def shard_unet(unet: Any, device: torch.device, processes: int) -> None:
 
 
 class ShardedOptimizer(GuardedOptimizer):
-    """The optimizer of this process's part of each parameter; its `state` is that of whole ones.
+    """The optimizer of this process's part of each parameter; its `state` is of whole parameters.
 
     Args:
-        build: makes the optimizer of a list of parameters, one that can `shard`.
+        build: makes the optimizer of a list of parameters; its entry must say `shard`.
         parameters: DTensors.
-        max_grad_norm: of all parts together.
-        processes: that have the other parts.
+        max_grad_norm: largest norm of all parts together.
+        processes: the run's processes.
     """
 
     def __init__(
@@ -62,20 +62,20 @@ class ShardedOptimizer(GuardedOptimizer):
         super().__init__(build(parts), parts, max_grad_norm=max_grad_norm, scaler=None)
 
     def step(self) -> Tensor:
-        """As `GuardedOptimizer.step`, in all processes together."""
+        """Take the guarded step in all processes together; see `GuardedOptimizer.step`."""
         for parameter, part in zip(self.whole, self.parameters, strict=True):
             part.grad = parameter.grad.to_local() if parameter.grad is not None else None
             parameter.grad = None
         return super().step()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """As `GuardedOptimizer.state`, with DTensors where the state is split."""
+        """Tensors and JSON of a checkpoint, with DTensors where the state is split."""
         tensors, state = super().state()
         state["optimizer"]["shapes"] = [list(p.shape) for p in self.whole]
         return {name: self._joined(name, tensor) for name, tensor in tensors.items()}, state
 
     def restore(self, tensors: Iterable[tuple[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Take over what any other optimizer of the class gave for the same parameters, whole tensors."""
+        """Take over the state, in whole tensors, of any optimizer of this class for the same parameters."""
         description = dict(state["optimizer"])
         if description["shapes"] == [list(p.shape) for p in self.whole]:
             description["shapes"] = [list(p.shape) for p in self.parameters]

@@ -15,7 +15,7 @@ from mapo_fast.models.diffusion import Diffusion
 
 
 class PairInputs(NamedTuple):
-    """What the UNet is given for B pairs: 2B samples, chosen half first; or 2B single samples."""
+    """Inputs of the UNet for B pairs: 2B samples, chosen half first; or 2B single samples."""
 
     noisy: Tensor  # (2B, C, h, w) fp32
     timesteps: Tensor  # (2B,) int64
@@ -37,7 +37,7 @@ def training_inputs(
 ) -> PairInputs:
     """Inputs of one micro-batch, every draw a function of (seed, epoch, pair id).
 
-    Single images have ids, and with them draws, of their own.
+    Each single image has its own id and therefore its own draws.
     """
     flip = [pair_flip(seed, epoch, p.id) for p in pairs] if cache.flips else None
     drop = [pair_drop(seed, epoch, p.id, caption_dropout) for p in pairs] if caption_dropout else None

@@ -31,10 +31,10 @@ GROUP_BYTES = 64_000_000
 """Bytes of gradients, or of states, that are updated together."""
 
 _SMALLEST = 1 << 16
-"""Bytes of a parameter's states from which they are worth a copy."""
+"""Bytes from which a parameter's states are streamed: smaller ones cost less than their copies."""
 
 _ALIGNMENT = 256
-"""Bytes: what allocators align to."""
+"""Bytes that allocators align to."""
 
 
 class _Home:
@@ -57,8 +57,8 @@ class StateStreaming:
     """The streamed states of one optimizer, which is just built. Makes all its states.
 
     Args:
-        optimizer: of parameters on one device.
-        transfers: for that device.
+        optimizer: its parameters are on one device.
+        transfers: copies for that device.
         group_bytes: most bytes of states in one group; a parameter with more is a group of its own.
     """
 
@@ -93,7 +93,7 @@ class StateStreaming:
         """Have the states of the step's next group on the device.
 
         Raises:
-            ValueError: they are larger than a buffer.
+            ValueError: the states are larger than a buffer.
         """
         number = len(self._done)
         group = [p for p in parameters if p in self._homes]
@@ -119,7 +119,7 @@ class StateStreaming:
         self._fetched.clear()
 
     def restore(self, tensors: Iterable[tuple[str, Tensor]], description: Mapping[str, Any]) -> None:
-        """`restore_optimizer_state` into host memory."""
+        """Restore states from a checkpoint into host memory; see `restore_optimizer_state`."""
         self.transfers.synchronize()
         homes = self._homes
 
@@ -155,7 +155,7 @@ class StateStreaming:
         return places
 
     def _move_out(self, p: Tensor) -> None:
-        """Put a parameter's states, wherever they are, into host memory; what is there already stays."""
+        """Move a parameter's states into host memory; states that are there already stay."""
         state = self.optimizer.state[p]
         large = {key: value for key, value in sorted(state.items()) if self._streams(key, value)}
         nbytes = sum(map(_padded, large.values()))
@@ -171,7 +171,7 @@ class StateStreaming:
         state.update(home.tensors)
 
     def _streams(self, key: str, value: Any) -> bool:
-        """Whether this is a state of one parameter's elements: not a count, nor what all share."""
+        """Whether this is a state of one parameter's elements: not a count, nor a shared state."""
         return isinstance(value, Tensor) and value.numel() > 1 and key not in self.optimizer.shared_states
 
 

@@ -7,8 +7,8 @@ other in a host buffer of its own. The device has two slots:
     slot 0   even units      slot 1   odd units
 
 A unit's parameters are views of its slot, for ever: `p.data` never changes, only what the slot holds does.
-So all that remembers a weight (tensors saved for backward, gradient hooks, the optimizer's tables, CUDA
-graphs) stays right, as long as the slot holds the unit again by the time the weight is read.
+So everything that refers to a weight (tensors saved for backward, gradient hooks, the optimizer's tables,
+CUDA graphs) stays right, as long as the slot holds the unit again by the time the weight is read.
 
 Two triggers see to that (`ensure`): the module's forward, also when checkpointing repeats it, and the arrival
 of the gradient of its output, which precedes every backward operation inside it. Each then prefetches the
@@ -16,8 +16,8 @@ unit that is next in the direction of travel into the other slot, whose owner is
 forward, and autograd runs operations in exactly the reverse order. While one unit computes, the next is on
 its way. At both turning points, loss and optimizer step, the two units that come next are there already.
 
-What is streamed: where parts of the UNet are frozen (LoRA), the frozen parameters; in full fine-tuning all of
-them, and whoever updates the weights of a unit calls `updated`.
+With a LoRA the frozen parameters are streamed. In full fine-tuning all parameters are; the code that updates
+a unit's weights then calls `updated`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class WeightStreaming:
 
     Args:
         unet: diffusers `UNet2DConditionModel`, changed in place.
-        transfers: of the device to train on.
+        transfers: copies for the training device.
     """
 
     def __init__(self, unet: Any, transfers: Transfers) -> None:
@@ -113,7 +113,7 @@ class WeightStreaming:
         return self._unit_of.get(id(parameter))
 
     def ensure(self, unit: Unit) -> None:
-        """Let the compute stream find the unit's weights in its slot, until the next unit but one is due."""
+        """Make the unit's weights available in its slot, until the next unit but one needs the slot."""
         self._fetch(unit)
         self.transfers.wait(self._slots[unit.index % 2].ticket)
         if unit.index != self._at:
@@ -126,10 +126,10 @@ class WeightStreaming:
             self._fetch(self.units[following])
 
     def updated(self, unit: Unit) -> None:
-        """Take a unit's new weights from its slot back to host memory; call it right behind their update.
+        """Take a unit's new weights from its slot back to host memory; call it right after their update.
 
         Raises:
-            RuntimeError: the slot holds another unit: what was updated are not this one's weights.
+            RuntimeError: the slot holds another unit, so other weights were updated.
         """
         slot = self._slots[unit.index % 2]
         if slot.owner is not unit:
@@ -138,7 +138,7 @@ class WeightStreaming:
         slot.ticket = self.transfers.store(unit.host, slot.memory[: unit.nbytes])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """As the UNet's, with the streamed tensors in host memory. The host waits for copies under way.
+        """The UNet's state dict, with streamed tensors in host memory. The host waits for copies under way.
 
         To load weights, copy them into these tensors and call `reload`.
         """
@@ -147,7 +147,7 @@ class WeightStreaming:
         return {name: self._host_of.get(id(t), t).detach() for name, t in tensors.items()}
 
     def reload(self) -> None:
-        """Forget what the slots hold: host memory has been written to."""
+        """Discard the slots' contents, because host memory has been written to."""
         for slot in self._slots:
             slot.owner = None
 

@@ -1,16 +1,16 @@
-"""Copies between pinned host memory and the device, beside the computation.
+"""Copies between pinned host memory and the device, concurrent with computation.
 
 PCIe is duplex, so there are two streams: one for copies in (`fetch`), one for copies out (`store`). The rules
 that keep them right:
 
-- A copy starts behind everything that the compute stream has been given so far. What was computed before a
+- A copy starts after everything that the compute stream has been given so far. What was computed before a
   `store` is what it stores, and a `fetch` overwrites nothing that is still being read.
-- A copy starts behind the earlier copies from or to the same memory, whichever way they went. A fetch into a
+- A copy starts after the earlier copies from or to the same memory, whichever way they went. A fetch into a
   buffer that is still being stored waits, and so does a fetch of what is still on its way out.
 - The compute stream waits for a copy only where `wait` is called: before it reads what was fetched, before it
   overwrites what was stored. The host waits only in `synchronize`, before it reads or writes host memory.
 - A ticket keeps both tensors until it is waited for: device memory that a copy still uses cannot be handed
-  to anyone else. `record_stream` would do that too, but would free it at a moment that nobody can plan.
+  to anyone else. `record_stream` would do that too, but frees the memory at an unpredictable moment.
 
 On the CPU a copy is made at once and there is nothing to wait for: the same code runs there.
 """
@@ -57,7 +57,7 @@ class Transfers:
         self._last: weakref.WeakKeyDictionary[torch.UntypedStorage, torch.cuda.Event] = (
             weakref.WeakKeyDictionary()
         )
-        """The newest copy from or to each memory; it is behind all earlier ones."""
+        """The newest copy from or to each memory; it runs after all earlier ones."""
 
     def empty_host(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous host tensor, pinned where the device is a GPU.

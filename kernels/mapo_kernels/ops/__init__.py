@@ -1,1 +1,1 @@
-"""The operators, a module each, with their kernels in modules beside them."""
+"""The operators, a module each, with their kernels in modules next to them."""

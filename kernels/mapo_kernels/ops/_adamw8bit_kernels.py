@@ -24,7 +24,7 @@ from mapo_kernels.ops._dynamic_code import both_books, signed_code, unsigned_cod
 BLOCK = 1024
 """Elements a program handles at a time: 8 per thread, 16 bytes of bf16; a warp holds a quantised block."""
 CHUNK = 16384
-"""Elements per program: its row of the tables and the code books cost little beside them."""
+"""Elements per program: reading its row of the tables and the code books adds little to them."""
 WARPS = 4
 TENSORS_PER_PROGRAM = 128
 

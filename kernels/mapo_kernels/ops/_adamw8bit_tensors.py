@@ -35,7 +35,7 @@ class Tensors(NamedTuple):
     grads: Sequence[Tensor]
     state1: Sequence[Tensor]
     state2: Sequence[Tensor]
-    absmax1: Sequence[Tensor]  # empty tensors beside fp32 moments
+    absmax1: Sequence[Tensor]  # empty tensors where moments are fp32
     absmax2: Sequence[Tensor]
     steps: Sequence[Tensor]
     ids: Sequence[int]

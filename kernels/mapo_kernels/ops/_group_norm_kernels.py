@@ -17,7 +17,9 @@ from __future__ import annotations
 from mapo_kernels._triton import jit, tl
 
 SIZES = ("channels", "positions", "chunks", "splits", "group_size", "span_size", "parts", "used", "steps")
-"""Of all buckets and widths the same compiled kernels; what loads need to be wide is in UNIT."""
+"""Sizes that nothing is specialised on: all buckets and widths share the compiled kernels.
+
+The divisor that wide loads need is in UNIT."""
 
 
 @jit

@@ -99,7 +99,7 @@ def _span(group: int) -> int:
 
 
 def _cut(x: Tensor, num_groups: int, acc: torch.dtype) -> _Cut:
-    """A function of a sample's shape, memory order and dtype."""
+    """How to cut a sample; depends on its shape, memory order and dtype only."""
     channels, positions = x.shape[1], x[0, 0].numel()
     group = channels // num_groups
     sample = _power_of_two(channels) * _power_of_two(positions)

@@ -1,4 +1,4 @@
-"""What the operators that end in projections have in common beside the products: shapes, and autograd.
+"""What the operators that end in projections have in common except the products: shapes, and autograd.
 
 Such an operator is called with (input, …, tensors, formats, scales), the last three as `pack` gives them, and
 returns y (…, ΣN) and t (M, Σr). Its backward operator is called with (grad, input or None, t, tensors,

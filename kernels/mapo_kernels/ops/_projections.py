@@ -236,7 +236,7 @@ def _in_fp8(projection: Projection) -> bool:
 
 
 def _codes(projection: Projection) -> Rows:
-    """Of a weight in fp8: kept, or rounded now."""
+    """Codes and scales of an fp8 weight: the stored ones, or rounded now."""
     weight = projection.weight
     return to_fp8(weight.detach()) if isinstance(weight, Tensor) else Rows(*weight.tensors)
 

@@ -111,7 +111,7 @@ def _(*_: Any) -> None:
 def take_step(tensors: Tensors, settings: Settings, plan: Callable[[Tensors], Plan]) -> None:
     """One step: fp64 parameters and everything without Triton in plain torch, the rest by kernels.
 
-    Of fake tensors nothing: they have no addresses, and tables and partial sums are small.
+    Fake tensors are left as they are: they have no addresses, and tables and partial sums are small.
     """
     if isinstance(tensors.params[0], FakeTensor):
         return
@@ -159,7 +159,7 @@ def adamw8bit_(
         params: bf16, fp16, fp32 or fp64, dense in memory in any order, on one device.
         grads: of the parameters' shapes and memory order; bf16, fp16, fp32 or fp64 (kernels: not fp64).
         state1, state2: first and second moments in the parameters' memory order: uint8 codes, or fp32.
-        absmax1, absmax2: fp32 (ceil(numel / 256),) beside uint8 moments, empty tensors beside fp32 ones.
+        absmax1, absmax2: fp32 (ceil(numel / 256),) for uint8 moments, empty tensors for fp32 ones.
         steps: int64 tensors of one element: the steps taken so far; counted here.
         lr: a tensor of one element on the device, like `seed`, `found_inf` and `grad_scale`.
         betas, eps, weight_decay: as in `torch.optim.AdamW`.
@@ -277,7 +277,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self._places: dict[Tensor, tuple[int, int]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, which has parameters, settings and states and nothing else."""
+        """Restore a copied or unpickled optimizer: parameters, settings and states, but no tables."""
         super().__setstate__(state)
         self._forget()
 

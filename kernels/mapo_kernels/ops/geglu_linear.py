@@ -1,4 +1,4 @@
-"""GEGLU and the linear layer behind it in one operator, which saves only the projection that GEGLU reads.
+"""GEGLU and the linear layer after it in one operator, which saves only the projection that GEGLU reads.
 
     g  = value · gate · Φ(gate),  value, gate = projected.chunk(2, -1)         see geglu.py
     y  = g Wᵀ + bias + scale · (g Aᵀ) Bᵀ                                       see _projections.py
@@ -10,7 +10,7 @@ Dtypes. GEGLU is computed in fp32 (fp64 if projected is) and rounded once; the p
 dtype, or autocast's. Gradients have their tensor's dtype.
 
 Saved for backward: projected, and g Aᵀ with an adapter; neither g nor gelu(gate). g is made again only if W
-or A needs a gradient. Least traffic beside the products, for M rows of b bytes an element: forward 3·M·F·b,
+or A needs a gradient. Least traffic besides the products, for M rows of b bytes an element: forward 3·M·F·b,
 backward 5·M·F·b and M·F·b for g. That is what the kernels move.
 """
 

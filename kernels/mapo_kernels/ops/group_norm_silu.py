@@ -284,7 +284,7 @@ def walkable(x: Tensor) -> Tensor:
 
 
 def dense(parameter: Tensor | None) -> Tensor | None:
-    """A channel's values as the kernels walk them: one beside the other."""
+    """The (C,) parameter as the kernels walk it: contiguous."""
     return None if parameter is None else parameter.contiguous()
 
 

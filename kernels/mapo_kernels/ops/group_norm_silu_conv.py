@@ -6,7 +6,7 @@
 y is not saved. Backward, in this order:
 
     grad_y = the convolution's input gradient                    needs no y
-    grad_x, norm gradients, and y again if conv_weight trains    one pass writes y beside the sums
+    grad_x, norm gradients, and y again if conv_weight trains    one pass writes y and the sums
     grad of conv_weight and conv_bias from y; y is freed
 
 One opaque operator with its own backward operator: torch.compile would merge a recomputation that it sees
@@ -61,7 +61,7 @@ def _convolution(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """In y's dtype, which weight and bias are cast to."""
+    """The convolution of y in y's dtype: weight and bias are cast to it."""
     weight, bias = _dense(weight, absmax, y.dtype), None if bias is None else bias.to(y.dtype)
     out: Tensor
     with autocast_off(y.device):
@@ -137,7 +137,7 @@ def _group_norm_silu_conv_backward_op(
     dilation: Sequence[int],
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Those of the gradients of x, norm weight, norm bias, conv weight and conv bias that are needed."""
+    """The needed gradients, in this order: x, norm weight, norm bias, conv weight, conv bias."""
     dtype = grad.dtype  # the convolution's
 
     def convolution_backward(y: Tensor, *mask: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -258,7 +258,7 @@ def group_norm_silu_conv(
         norm_bias: (C,), or None for 0.
         conv_weight: (O, C, kh, kw), one group. The convolution runs in its dtype, or in autocast's. Or a
             quantised one, int8 codes of that shape: then it runs in x's dtype, or in autocast's.
-        conv_bias: (O,) in conv_weight's dtype (any floating dtype beside a quantised one), or None.
+        conv_bias: (O,) in conv_weight's dtype (any floating dtype with a quantised one), or None.
         eps: added to the biased variance.
         stride: of the convolution, as are `padding` and `dilation`: a number, or two for height and width.
         padding: zeros on each side.

@@ -19,8 +19,8 @@ Dtypes. All is converted to fp32 on load, to fp64 if one input is fp64. mean and
 that of x, whatever the parameters have, under autocast too.
 
 Saved for backward: x (or s), mean and rstd, not y. Least traffic for N elements of b bytes: forward 2·N·b
-(4·N·b with a residual), backward 3·N·b (4·N·b with grad_s), plus N·b where it also returns y again. Beside
-that, the kernels read weight and bias once per program, and write and read C partial sums per program and
+(4·N·b with a residual), backward 3·N·b (4·N·b with grad_s), plus N·b where it also returns y again. Besides,
+the kernels read weight and bias once per program, and write and read C partial sums per program and
 parameter.
 """
 

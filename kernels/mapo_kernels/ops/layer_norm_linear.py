@@ -16,7 +16,7 @@ Dtypes. The norm is computed in fp32 (fp64 if an input is) from parameters of an
 the products' dtype: x's, or autocast's. Gradients have their tensor's dtype.
 
 Saved for backward: s, its mean and rstd per row, and n A_iᵀ with adapters. s is also the next residual, so
-usually it costs nothing. n is made again only if a W or A needs a gradient. Least traffic beside the
+usually it costs nothing. n is made again only if a W or A needs a gradient. Least traffic besides the
 products, for M rows of b bytes an element: forward 2·M·C·b (4·M·C·b with a residual), backward 3·M·C·b, and
 M·C·b each for the gradient that arrives at s and for n.
 """
@@ -248,7 +248,7 @@ def layer_norm_linear(
     Args:
         x: (…, C), fp16, bf16, fp32 or fp64, any strides.
         norm_weight: (C,) in any floating dtype, or None.
-        norm_bias: likewise.
+        norm_bias: (C,) in any floating dtype, or None.
         projections: one or more; weight (N, C), bias (N,) or None, adapter or None each; weight and bias in
             x's dtype, any floating dtype under autocast. `join_weights` makes several weights one product.
         eps: added to the variance.

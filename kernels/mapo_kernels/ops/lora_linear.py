@@ -7,7 +7,7 @@
 Shapes: x (…, C), W (N, C), bias (N,), A (r, C), B (N, r), y (…, N). W is dense, or quantised by bitsandbytes
 (nf4, fp4, int8) and then dequantised inside the operator, forward and backward.
 
-Dtypes. The products are in x's dtype, or autocast's. Factors may be fp32 beside a bf16 x: they are cast, x is
+Dtypes. The products are in x's dtype, or autocast's. Factors may be fp32 with a bf16 x: they are cast, x is
 not, where peft makes and saves an fp32 copy of x. Gradients have their parameter's dtype.
 
 Saved for backward: x and t; without a gradient for W and A only t. Least traffic: what the linear layer reads
@@ -35,7 +35,7 @@ def lora_linear(
         weight: (N, C) in x's dtype (any floating dtype under autocast), usually frozen; or what
             `frozen_or_dense` returns for a layer that bitsandbytes has quantised.
         bias: (N,) in the weight's dtype, or None.
-        a: (r, C) factor in any floating dtype; fp32 factors beside a bf16 x are usual.
+        a: (r, C) factor in any floating dtype; fp32 factors with a bf16 x are usual.
         b: (N, r) factor.
         scale: alpha / r.
 
