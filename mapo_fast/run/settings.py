@@ -11,11 +11,13 @@ from mapo_fast.engine.precision import choose_device
 from mapo_fast.engine.processes import ALONE, Processes, in_processes
 from mapo_fast.models.open import open_model
 from mapo_fast.models.pipeline import Pipeline
+from mapo_fast.models.single_file import pieces
 from mapo_fast.models.start import with_start
 from mapo_fast.run.budget import Budget, is_planned, planned
+from mapo_fast.run.export import DTYPES
 from mapo_fast.settings.load import with_settings
 from mapo_fast.settings.schema import Config
-from mapo_fast.settings.table import on_cpu
+from mapo_fast.settings.table import on_cpu, value_of
 from mapo_fast.settings.table import planned as choices
 from mapo_fast.settings.view import Known, known
 from mapo_fast.util.errors import UserError
@@ -67,7 +69,8 @@ class Shown(NamedTuple):
 def look(config: Config) -> Shown:
     """The settings that a new run in one process will have; nothing is loaded.
 
-    Where the model folder or the GPU is not on this machine, the memory plan is left open.
+    Where the model or the GPU is not on this machine, the memory plan is left open. Where the model is, what
+    `auto` stands for is looked up there.
     """
     later = sorted(choices("exact").keys() - config.stated)
     try:
@@ -76,16 +79,31 @@ def look(config: Config) -> Shown:
         return Shown(known(config, later), unplanned=str(error))
     config = _on(config, device, ALONE)
     is_open = is_planned(config, device)
-    if not is_open and config.adapter.start is None:
-        return Shown(known(config))
     try:
-        folder = open_model(config, weights=False)
-        config = with_start(config, folder.start, folder.parts["unet"])
+        model = open_model(config, weights=False)
+        config = with_start(config, model.start, model.parts["unet"])
     except UserError as error:
+        if not is_open and config.adapter.start is None:
+            return Shown(known(config))
         return Shown(known(config, later), unplanned=str(error))
     if not is_open:
-        return Shown(known(config))
+        return Shown(known(with_model(config, model)))
     try:
-        return Shown(known(final_settings(config, device, model=lambda: folder)[0]))
+        config = final_settings(config, device, model=lambda: model)[0]
     except UserError as error:
-        return Shown(known(config, later), refused=error)
+        return Shown(known(with_model(config, model), later), refused=error)
+    return Shown(known(with_model(config, model)))
+
+
+def with_model(config: Config, model: Pipeline) -> Config:
+    """The config with what the model says in place of `auto`."""
+    says = {
+        "train.prediction": model.scheduler_config.get("prediction_type", "epsilon"),
+        "train.zero_terminal_snr": "on" if model.scheduler_config.get("rescale_betas_zero_snr") else "off",
+    }
+    if config.adapter.kind == "full" and config.export.single_file:
+        weights = [piece for piece in pieces(model, unet={}).values() if piece.nbytes]  # no markers
+        types = {piece.dtype for piece in weights if piece.dtype.is_floating_point}
+        says["export.dtype"] = next((name for name, dtype in DTYPES.items() if types == {dtype}), "auto")
+    is_open = {name for name, value in says.items() if value != value_of(config, name) == "auto"}
+    return with_settings(config, {name: says[name] for name in is_open}, "model")

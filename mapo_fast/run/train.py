@@ -45,7 +45,7 @@ from mapo_fast.run.mirrors import find_wandb
 from mapo_fast.run.notes import earlier_checkpoint, notes_of
 from mapo_fast.run.precompute import precompute
 from mapo_fast.run.preview import Previews
-from mapo_fast.run.settings import final_settings
+from mapo_fast.run.settings import final_settings, with_model
 from mapo_fast.run.starts import keep_settings
 from mapo_fast.run.trainer import Trainer
 from mapo_fast.settings.load import expect_config
@@ -180,6 +180,7 @@ class _Claimed(NamedTuple):
 
 def _claim(
     config: Config,
+    folder: Pipeline,
     identity: dict[str, str],
     store: CheckpointStore,
     resume: bool,
@@ -201,7 +202,7 @@ def _claim(
     store.run = claim_output(config, identity, processes)
     checkpoint = store.newest()
     step = 0 if checkpoint is None else checkpoint.step
-    notes += keep_settings(config, store.run, step=step, processes=processes)
+    notes += keep_settings(with_model(config, folder), store.run, step=step, processes=processes)
     if checkpoint is None:
         check_results(output)
     else:
@@ -224,7 +225,7 @@ def _claim_and_run(
         check_start(trainer.healthy(), folder.where("unet"), config.train.precision)
     with ExitStack() as held:
         run, checkpoint, found = processes.once(
-            lambda: _claim(config, identity, trainer.store, resume, processes.size, held)
+            lambda: _claim(config, folder, identity, trainer.store, resume, processes.size, held)
         )
         held.enter_context(trainer.stop)
         try:

@@ -34,7 +34,16 @@ Planned = Literal["no", "exact", "last"]
 its values; or only where nothing else fits, as it changes what is computed."""
 
 Source = Literal[
-    "preset", "file", "command line", "stated", "device", "start LoRA", "resumed run", "plan", "default"
+    "preset",
+    "file",
+    "command line",
+    "stated",
+    "device",
+    "start LoRA",
+    "resumed run",
+    "plan",
+    "model",
+    "default",
 ]
 """Where a value comes from:
 
@@ -46,6 +55,7 @@ device        the CPU has another default, or several processes allow one value 
 start LoRA    the LoRA in `adapter.start` has it
 resumed run   the run that is continued had it, where the config leaves it to the memory plan
 plan          the memory plan chose it
+model         the model says so, where the setting is `auto`: for `mapo-fast show` and a run's `settings.json`
 default       none of these; completed where the default does not work with what is stated (`rules.py`)
 """
 

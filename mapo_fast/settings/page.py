@@ -29,9 +29,9 @@ setting.
 
 `mapo-fast show CONFIG` prints the settings as a new run on this machine has them, each with where it comes
 from: `preset`, `file`, `command line`, `plan` (the memory plan), `device` (the CPU has some defaults of its
-own) or `default`. Where the model folder or the GPU is not on this machine, the plan's settings are "chosen
-when the run starts". `--json` prints one object, `"section.key": {"value": …, "from": …}`, where these are
-null.
+own), `start LoRA` (`adapter.start` has it), `model` (where a setting is `auto`) or `default`. Where the model
+or the GPU is not on this machine, the plan's settings are "chosen when the run starts". `--json` prints one
+object, `"section.key": {"value": …, "from": …}`, where these are null.
 
 A run keeps the same in `settings.json` of its folder, once for each start with other settings. There a value
 may also come from the `resumed run`, be `stated` by a Python program, or be the only one that several

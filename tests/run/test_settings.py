@@ -16,6 +16,7 @@ from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import planned
 from mapo_fast.settings.view import Known
 from mapo_fast.util.errors import UserError
+from tests.files_of_models import edit_file, make_file
 from tests.training import make_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -76,9 +77,29 @@ def test_a_look_has_the_settings_that_a_run_will_have(
     assert (seen.unplanned, seen.refused) == ("", None)
     assert seen.settings["train.layout"] == Known(final.train.layout, "plan")
     assert {
-        name: source for name, (_, source) in seen.settings.items() if source != "default"
+        name: source for name, (_, source) in seen.settings.items() if source not in ("default", "model")
     } == final.sources
     assert not list(tmp_path.iterdir())
+
+
+def test_a_look_says_what_auto_stands_for(tiny_sdxl: Path, tmp_path: Path) -> None:
+    file = make_file(tiny_sdxl, tmp_path / "v.safetensors", dtype=torch.bfloat16)
+    edit_file(file, lambda tensors: tensors.update(v_pred=torch.empty(0), ztsnr=torch.empty(0)))
+    names = ("train.prediction", "train.zero_terminal_snr", "export.dtype")
+
+    def said(model: Path, **sections: dict[str, Any]) -> list[Known]:
+        sections = {"train": {"device": "cpu"}, "adapter": {"kind": "full"}, **sections}
+        return [look(_config(model, tmp_path, **sections)).settings[name] for name in names]
+
+    assert said(file) == [Known("v_prediction", "model"), Known("on", "model"), Known("bf16", "model")]
+    assert said(tiny_sdxl) == [Known("epsilon", "model"), Known("off", "model"), Known("fp16", "model")]
+    stated = said(file, export={"dtype": "fp32"}, adapter={"kind": "lora"})
+    assert stated[2] == Known("fp32", "stated")
+    edit_file(
+        file, lambda tensors: tensors.update({k: v.float() for k, v in tensors.items() if "first" in k})
+    )
+    assert said(file)[2] == Known("auto", "default")  # each part keeps its own type
+    assert said(tmp_path / "none")[0] == Known("auto", "default")
 
 
 def test_what_is_not_known_yet_is_left_to_the_start(tiny_sdxl: Path, tmp_path: Path) -> None:
