@@ -1,7 +1,7 @@
 """mapo_fast: preference fine-tuning of Stable Diffusion XL with MaPO (arXiv 2406.06424) on one GPU.
 
-The base install (torch, safetensors, Triton where it exists) gives the loss, and `patch_unet` with
-diffusers beside it; `mapo_fast[train]` adds `prepare`, `fit` and `plan`. Importing this package imports
+The base install (torch, safetensors, Triton where it exists) gives the loss, and `patch_unet` if diffusers is
+installed too; `mapo_fast[train]` adds `prepare`, `fit` and `plan`. Importing this package imports
 neither torch nor diffusers; using a name does.
 """
 
@@ -38,7 +38,7 @@ _REMARKS = {
     # Of image processors, which SDXL does not use.
     "transformers.utils.import_utils": "requires torchvision (not installed)",
 }
-"""What libraries log, by their logger, in every process of a run, of parts that nothing here calls."""
+"""Log messages to hide, by logger: libraries warn in every process about parts that nothing here calls."""
 
 for _logger in _REMARKS:
     logging.getLogger(_logger).addFilter(lambda record: _REMARKS[record.name] not in str(record.msg))

@@ -38,7 +38,7 @@ def _positive(name: str, value: object) -> None:
 
 
 class PairLoss(nn.Module):
-    """What the losses share: settings in, `paired_loss` out."""
+    """Base class of the paired losses: holds the settings and calls `paired_loss`."""
 
     def __init__(self, settings: dict[str, Any], reduction: str) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class PairLoss(nn.Module):
         labels: Tensor | None = None,
         kto_baseline: Tensor | None = None,
     ) -> PairedLoss:
-        """Return the same from (B,) mean squared errors (fp32 or better), differentiable in both."""
+        """Return the outputs of `forward` from (B,) mean squared errors (fp32 or better), differentiable."""
         return paired_loss_from_errors(
             chosen_error,
             rejected_error,
@@ -224,7 +224,7 @@ class UnpairedLoss(NamedTuple):
 
     @property
     def pairs(self) -> float:
-        """What they count as: two samples are a pair."""
+        """Number of pairs for averages: two samples count as a pair."""
         return len(self.logits) / 2
 
 
@@ -278,7 +278,7 @@ class SampleLoss(nn.Module):
         labels: Tensor,
         baseline: Callable[[Tensor], Tensor] | None = None,
     ) -> UnpairedLoss:
-        """Return the same from the mean squared errors of the first and the second half of the samples."""
+        """Return the outputs of `forward` from the errors of the first and the second half of the samples."""
         return self._of(torch.cat([first, second]), reference_errors, labels, baseline)
 
     def _of(
@@ -313,8 +313,8 @@ class KTOLoss(SampleLoss):
         mean of w·(1 − σ(z)),  z = β(g − k) and w = `desirable_weight` for a wanted sample,
                                z = −β(g − k) and w = `undesirable_weight` for another,
 
-    where k, the mean of g over the samples of an optimizer step and at least 0, is taken as a number. (Of
-    pairs, `PreferenceLoss("kto")` is the same with the mean over both halves.) n scalars in fp64.
+    where k, the mean of g over the samples of an optimizer step and at least 0, is taken as a number. For
+    pairs, `PreferenceLoss("kto")` computes the same, with the mean over both halves. n scalars in fp64.
 
     Args:
         beta: β.
@@ -336,4 +336,4 @@ def _mean_gain(gains: Tensor) -> Tensor:
 
 Loss = PairLoss | SampleLoss
 LossOutput = PairedLoss | UnpairedLoss
-"""What a loss returns; `halves` and `pairs` are the same of both."""
+"""Return type of a loss; both kinds have `halves` and `pairs`."""

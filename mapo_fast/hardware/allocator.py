@@ -3,11 +3,11 @@
 The rules are those of `c10/cuda/CUDACachingAllocator.cpp` (torch 2.11 to 2.13), for one stream:
 
 - A size is rounded up to 512 bytes. Up to 1 MiB it comes from the small pool, above from the large one.
-- The smallest free block that is large enough is taken. What is left of it is split off: in the small pool
-  and in expandable segments from 512 bytes on, in the large pool if it is more than 1 MiB.
+- The smallest free block that is large enough is taken. The rest of it is split off: in the small pool and in
+  expandable segments from 512 bytes on, in the large pool if it is more than 1 MiB.
 - Where no block is free, a segment is made: 2 MiB in the small pool; 20 MiB below 10 MiB; above the size
   itself, rounded up to 2 MiB. Were that more than the cap, all free segments are given back first.
-- An expandable segment grows by pages of 2 MiB (small pool) or 20 MiB (large pool), behind what is free at
+- An expandable segment grows by pages of 2 MiB (small pool) or 20 MiB (large pool), after the free memory at
   its end; free pages anywhere in it can be given back.
 - A freed block is merged with free neighbours.
 - A CUDA graph's pool is apart, and nothing of it is given back.
@@ -24,7 +24,7 @@ SMALL = MIB
 """The largest size of the small pool."""
 SMALL_SEGMENT, LARGE_SEGMENT = 2 * MIB, 20 * MIB
 EXACT = 10 * MIB
-"""From here on a segment is as large as what is asked for."""
+"""Bytes from which a segment is as large as the request."""
 _PAGES = 1 << 24
 """Pages that an expandable segment's addresses span: more than a card has."""
 
@@ -44,11 +44,11 @@ class Rules(NamedTuple):
     segment: int = LARGE_SEGMENT
     """Bytes of a segment for sizes from 1 to 10 MiB, and of an expandable segment's pages."""
     rounding: int = LARGE_SEGMENT
-    """Bytes by which a block of `max_split` or more may be larger than what it is used for."""
+    """Bytes by which a block of `max_split` or more may be larger than the request."""
 
 
 EXPANDABLE = Rules(expandable=True)
-"""How a run on Linux sets it."""
+"""The allocator's rules in a run on Linux."""
 
 
 class Block:
@@ -90,7 +90,7 @@ class CachingAllocator:
 
     Args:
         rules: the settings.
-        cap: bytes that it may reserve, as `set_per_process_memory_fraction` says; None: any.
+        cap: most bytes to reserve, as set by `set_per_process_memory_fraction`; None: no limit.
     """
 
     def __init__(self, rules: Rules, cap: int | None = None) -> None:
@@ -105,7 +105,7 @@ class CachingAllocator:
         }
         self._addresses = rules.segment * _PAGES
         self._next = self._addresses
-        """Where the next segment lies."""
+        """Address of the next segment."""
 
     def malloc(self, nbytes: int, *, private: bool = False) -> Block:
         """A block of this size.
@@ -114,7 +114,7 @@ class CachingAllocator:
             private: from the pool of CUDA graphs, as in a capture.
 
         Raises:
-            CapReachedError: the cap does not allow it, also after all free segments were given back.
+            CapReachedError: the cap would be exceeded, even after all free segments were given back.
         """
         size = self._rounded(nbytes)
         pool = self._pools[size <= SMALL, private]
@@ -197,7 +197,7 @@ class CachingAllocator:
         self.peak = max(self.peak, self.reserved)
 
     def _grown(self, pool: _Pool, size: int) -> Block:
-        """The lowest room in the pool's expandable segment, with memory behind it."""
+        """The lowest free range in the pool's expandable segment, with memory mapped to it."""
         block = next((room for room in map(_room, pool.unmapped) if _fits(room, size)), None)
         if block is None:
             block = Block(pool, self._next, self._addresses, expandable=True)

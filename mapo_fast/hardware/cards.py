@@ -24,26 +24,28 @@ from mapo_kernels.capability import OLDEST_FP8_CAPABILITY
 
 
 class Rates(NamedTuple):
-    """What a card's kernels attain."""
+    """Rates that a card's kernels attain."""
 
     matrix: float
-    """Floating-point operations per second of matrix products; likewise the next three."""
+    """Floating-point operations per second of matrix products in half precision."""
     fp8: float
-    """Of products in fp8; `matrix` where the card has none."""
+    """Floating-point operations per second of fp8 products; `matrix` where the card has none."""
     convolution: float
+    """Floating-point operations per second of convolutions."""
     attention: float
+    """Floating-point operations per second of attention."""
     memory: float
     """Bytes per second that elementwise kernels read and write."""
     fetch: float
     """Bytes per second from pinned host memory."""
     store: float
-    """Bytes per second to it."""
+    """Bytes per second to pinned host memory."""
     launch: float
-    """Seconds that a kernel takes at least on the device."""
+    """Least seconds that a kernel takes on the device."""
     host: float
     """Seconds that Python and the dispatcher need to issue an operation."""
     source: str
-    """Where the figures come from, for people."""
+    """Where the figures come from, as text."""
 
 
 class Card(NamedTuple):
@@ -66,7 +68,7 @@ DESKTOP, LAPTOP, OTHER = "desktop", "laptop", "other"
 def _card(
     name: str, gib: float, capability: int, tflops: float, gbps: float, pcie_gbps: float, kind: str = DESKTOP
 ) -> Card:
-    """A card by the maker's figures. The shares of them, and the last two times, are assumed."""
+    """A card from the maker's figures. The attained shares of them and the last two times are assumed."""
     source = f"assumed from the maker's figures for {name}"
     if kind == LAPTOP:
         source += ": one with a lower power limit is slower"
@@ -181,13 +183,13 @@ CARDS = (
 )
 
 CONTEXT_GIB = 0.4
-"""The CUDA context with its modules, which are loaded when they are first needed."""
+"""GiB of the CUDA context with its modules, which are loaded when they are first needed."""
 WORKSPACE_GIB = 0.15
 """GiB of cuDNN's workspace, which torch's allocator holds while a convolution runs."""
 
 
 def usable_bytes(vram: int) -> int:
-    """What a plan may reserve with this much free memory, beside the CUDA context and workspaces."""
+    """Bytes that a plan may reserve with this much free memory, after the CUDA context and workspaces."""
     return int(vram - (CONTEXT_GIB + WORKSPACE_GIB) * GIB)
 
 
@@ -200,7 +202,7 @@ def card_with(vram: int, capability: int = 0) -> Card:
     """The slowest of the known cards that have this much memory, or of the largest ones; GeForce cards first.
 
     Args:
-        capability: that it has at least.
+        capability: least compute capability of the card.
     """
     able = [card for card in CARDS if card.capability >= capability and card.kind != LAPTOP]
     enough = [card for card in able if card.gib * GIB >= vram * 0.97]

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 _OLDEST_DRIVERS = {11: ("450.80.02", "452.39"), 12: ("525.60.13", "528.33"), 13: ("580.65.06", "580.88")}
-"""By CUDA's major version, on Linux and on Windows: what any minor version of it runs with (NVIDIA, CUDA
-Compatibility, minor version compatibility; release notes, table 3)."""
+"""Oldest driver for each major version of CUDA, on Linux and on Windows; it runs every minor version (NVIDIA,
+CUDA Compatibility, minor version compatibility; release notes, table 3)."""
 
 
 def why_no_gpu() -> str:
@@ -40,7 +40,7 @@ def why_no_gpu() -> str:
 
 
 def _wanted_driver() -> str:
-    """The oldest driver for this torch's CUDA; of a version that is not known, the newest that is."""
+    """The oldest driver for this torch's CUDA; for an unknown CUDA version, that of the newest known one."""
     major = int((torch.version.cuda or "0").partition(".")[0])
     return _OLDEST_DRIVERS.get(major, _OLDEST_DRIVERS[max(_OLDEST_DRIVERS)])[sys.platform == "win32"]
 

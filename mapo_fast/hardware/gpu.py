@@ -1,9 +1,9 @@
-"""A GPU's memory as a run finds it: how torch allocates it, how much there is to have, and a cap.
+"""A GPU's memory in a run: how torch allocates it, how much is available, and a cap.
 
-Expandable segments. A step's tensors have hundreds of sizes, and what torch's allocator reserves beside them
-is 8 % of a full fine-tune's 10.8 GiB by default and 0.7 % with `expandable_segments` (replayed, see
-`planner/replay.py`). So they are switched on, except where the user has configured the allocator, on Windows,
-where torch has none, and under WSL, where drivers refuse them (pytorch#192330).
+Expandable segments. A step's tensors have hundreds of sizes, so torch's allocator reserves more memory than
+the tensors take: 8 % of a full fine-tune's 10.8 GiB by default and 0.7 % with `expandable_segments`
+(replayed, see `planner/replay.py`). So they are switched on, except where the user has configured the
+allocator, on Windows, where torch has none, and under WSL, where drivers reject them (pytorch#192330).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mapo_fast.hardware.host import in_wsl
 from mapo_fast.util.errors import UserError
 
 DISPLAY_GIB = 0.5
-"""What a desktop may take while a run lasts."""
+"""GiB that a desktop may take during a run."""
 _EXPANDABLE = "expandable_segments"
 
 
@@ -51,14 +51,14 @@ def users_settings() -> str:
 
 
 def planned_rules() -> Rules:
-    """Those of a run on a machine like this one: what the user has set, else expandable segments."""
+    """Allocator rules of a run on this machine: the user's settings, else expandable segments."""
     if chosen := users_settings():
         return parse_rules(chosen)
     return Rules(expandable=sys.platform == "linux" and not in_wsl())
 
 
 def choose_rules(device: torch.device) -> Rules:
-    """Switch expandable segments on where that can be, before the first large allocation; what holds then."""
+    """Switch expandable segments on where possible, before the first large allocation; returns the rules."""
     rules = planned_rules()
     if not rules.expandable or users_settings():
         return rules
@@ -86,7 +86,7 @@ def _try(device: torch.device) -> None:
 def parse_rules(text: str) -> Rules:
     """The allocator's rules under settings such as "expandable_segments:True,max_split_size_mb:128".
 
-    torch itself refuses what it does not know. Of a list of divisions the coarsest is taken; 0 and 1 divide
+    torch itself rejects unknown settings. Of a list of divisions the coarsest is taken; 0 and 1 divide
     nothing.
     """
     expandable = re.search(rf"{_EXPANDABLE}\s*:\s*true", text, re.IGNORECASE) is not None
@@ -103,16 +103,16 @@ def parse_rules(text: str) -> Rules:
     )
 
 
-# --- How much there is ---
+# --- How much memory there is ---
 
 
 def available(device: torch.device) -> int:
-    """Bytes that this process can have with its context, once the libraries have loaded.
+    """Bytes that this process can have, context included, once the libraries have loaded.
 
-    What torch has cached and does not use counts, half a GiB beside a display does not.
+    Memory that torch has cached and does not use counts as available; half a GiB is kept for a display.
 
     Raises:
-        UserError: there is next to nothing.
+        UserError: almost no memory is free.
     """
     try:
         load_libraries(device)
@@ -129,19 +129,19 @@ def available(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is the allocator's own error, or a library's that got no memory beside it."""
+    """Whether the error is the allocator's own, or that of a library that could not allocate memory."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return any(words in str(error) for words in ("CUDA error: out of memory", "STATUS_ALLOC_FAILED"))
 
 
 def free(device: torch.device) -> int:
-    """Bytes that nobody on the card has."""
+    """Free bytes on the card."""
     return int(torch.cuda.mem_get_info(device)[0])
 
 
 def load_libraries(device: torch.device) -> None:
-    """Load what a step will: cuBLAS, cuDNN and attention's kernels take memory when they are first used."""
+    """Load the libraries of a step: cuBLAS, cuDNN and attention kernels take memory at first use."""
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     x = torch.zeros(1, 64, 16, 16, dtype=dtype, device=device, requires_grad=True)
     weight = torch.zeros(64, 64, 3, 3, dtype=dtype, device=device, requires_grad=True)
@@ -174,7 +174,7 @@ def drives_display(device: torch.device) -> bool:
 
 
 def cap(nbytes: float, device: torch.device) -> None:
-    """Let torch reserve no more than this many bytes; a driver may go on in system RAM and say nothing."""
+    """Let torch reserve at most this many bytes; without a cap a driver may silently go on in system RAM."""
     total = torch.cuda.get_device_properties(device).total_memory
     index = torch.cuda.current_device() if device.index is None else device.index  # torch asks for one
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, nbytes / total)), index)
@@ -182,12 +182,14 @@ def cap(nbytes: float, device: torch.device) -> None:
 
 @contextmanager
 def capped(vram: int | None) -> Iterator[None]:
-    """Within, torch reserves no more than is free, or than `vram` bytes with the context if that is less.
+    """Cap what torch reserves within this context.
+
+    The cap is the free memory, or `vram` bytes with the CUDA context if that is less.
 
     Nothing happens without an NVIDIA GPU.
 
     Raises:
-        UserError: next to nothing is free.
+        UserError: almost no memory is free.
     """
     if not torch.cuda.is_available():
         yield
@@ -203,6 +205,6 @@ def capped(vram: int | None) -> Iterator[None]:
 
 
 def uncap(device: torch.device) -> None:
-    """Let torch reserve what there is; nothing happens where an error has left the device unusable."""
+    """Remove the cap; nothing happens where an error has left the device unusable."""
     with suppress(RuntimeError):
         cap(float("inf"), device)

@@ -1,4 +1,4 @@
-"""What holds the memory of this machine's NVIDIA GPUs, by NVML and without torch."""
+"""Which programs hold the memory of this machine's NVIDIA GPUs, by NVML and without torch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 from mapo_fast.util.sizes import GIB
 
 _TELLING_NOTHING = {"main", "launch", "app", "run", "server", "webui", "start", "__main__"}
-"""Names of scripts that are told apart by their folder."""
+"""Script names that say nothing; such scripts are named by their folder."""
 
 
 class Holder(NamedTuple):
     """Another process that holds memory of a GPU."""
 
     name: str
-    """Of its program, and of the script that a Python runs: "python (ComfyUI)"."""
+    """Name of its program, and of the script that a Python runs: "python (ComfyUI)"."""
     nbytes: int | None
-    """None where the driver does not say, as under Windows."""
+    """Bytes held; None where the driver does not tell, as under Windows."""
 
 
 class Gpu(NamedTuple):
@@ -88,7 +88,7 @@ def program(pid: int) -> str:
     try:
         process = psutil.Process(pid)
         name, arguments = process.name(), process.cmdline()[1:]
-    except (psutil.Error, OSError):  # another user's, or over
+    except (psutil.Error, OSError):  # another user's, or ended
         return f"process {pid}"
     if not name.lower().startswith("python"):
         return str(name)
@@ -102,7 +102,7 @@ def program(pid: int) -> str:
 
 
 def held_text(gpu: Gpu) -> str:
-    """Who holds how much, such as "python (ComfyUI) holds 6.9 of 12.0 GiB"; empty where nobody does."""
+    """Which program holds how much, such as "python (ComfyUI) holds 6.9 of 12.0 GiB"; empty without one."""
     known = [holder for holder in gpu.holders if holder.nbytes is None or holder.nbytes > 0.1 * GIB]
     if not known:
         return ""
@@ -118,5 +118,5 @@ def _part(holder: Holder, total: int | None) -> str:
 
 
 def of_uuid(found: Iterable[Gpu], uuid: str) -> Gpu | None:
-    """The GPU that torch gives this UUID."""
+    """The GPU with torch's UUID."""
     return next((gpu for gpu in found if uuid in gpu.uuid), None)

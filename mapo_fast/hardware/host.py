@@ -1,4 +1,4 @@
-"""System RAM of a run: what is pinned, and the highest point of loading, training and saving."""
+"""System RAM of a run: pinned memory, and the peak of loading, training and saving."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def in_wsl() -> bool:
 
 
 class Host(NamedTuple):
-    """What a run can have of a machine, in bytes."""
+    """Memory that a run can have on a machine, in bytes."""
 
     ram: int
     pinnable: int
 
 
 def host(ram: int | None, processes: int = 1) -> Host:
-    """What each of some processes can have of this machine, or of another with this much free RAM.
+    """Memory for each of several processes on this machine, or on another with this much free RAM.
 
-    What other programs hold is not there to have; what this process holds already is. Linux lets most memory
-    be pinned; Windows and WSL half of it.
+    Memory of other programs is not available; memory that this process already holds is. Linux lets most
+    memory be pinned; Windows and WSL half of it.
     """
     own = 0
     if ram is None:
@@ -42,10 +42,10 @@ def host(ram: int | None, processes: int = 1) -> Host:
 
 
 def _container_rooms(root: Path) -> list[int]:
-    """What the control groups (v2, v1) of this process leave of their limits; one that has none is left out.
+    """Bytes that the control groups (v2, v1) of this process have left; a group without a limit is left out.
 
-    Files that a group has read and can drop again are room. Where a container sees only its own group, the
-    path that the kernel names is not there: the top is.
+    Cached files that a group can drop count as free. Where a container sees only its own group, the path that
+    the kernel names does not exist, and the top group is read.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -72,7 +72,7 @@ def _container_rooms(root: Path) -> list[int]:
 
 
 def _statistic(file: Path, name: str) -> int:
-    """A line of a group's statistics, 0 where there is none."""
+    """A value from a group's statistics, 0 where there is none."""
     try:
         found = dict(line.split() for line in file.read_text().splitlines())
         return int(found.get(name, 0))
@@ -81,7 +81,7 @@ def _statistic(file: Path, name: str) -> int:
 
 
 def _number(file: Path) -> int | None:
-    """None for "max", and where there is no such file."""
+    """The number in a file; None for "max", and where there is no such file."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The card that a name means, as people, shops and drivers write it."""
+"""Find a card by its name, as people, shops and drivers write it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def find_card(name: str) -> Card:
     """The card of this name: upper or lower case, with or without maker and, where there is one, memory size.
 
     Raises:
-        UserError: another maker's; unknown, with the nearest names; made with several sizes, of which none or
-            another is named.
+        UserError: another maker's card; an unknown name (the message has the nearest ones); a card with
+            several memory sizes, of which none or an unknown one is named.
     """
     _refuse_other_makers(name)
     size = re.search(_SIZE, name.lower())
@@ -45,7 +45,7 @@ def find_card(name: str) -> Card:
 
 
 def _refuse_other_makers(name: str) -> None:
-    """Training without an NVIDIA GPU runs on the CPU, which is for trials."""
+    """Raise for cards of AMD, Intel and Apple: without an NVIDIA GPU training runs on the CPU, for trials."""
     for maker, words in _MAKERS:
         if re.search(rf"\b({words})\b", name.lower()):
             raise UserError(
@@ -70,6 +70,6 @@ def _unknown(name: str) -> UserError:
 
 
 def _plain(name: str) -> str:
-    """The name's telling words, without the memory's size."""
+    """The distinguishing words of a name, without the memory size."""
     words = re.findall(r"[a-z0-9]+", re.sub(_SIZE, " ", name.lower()).replace("rtx", " "))
     return "".join(word for word in words if not re.fullmatch(_DULL, word))

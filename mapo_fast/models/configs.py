@@ -122,7 +122,7 @@ def checked(kind: type[P], config: Mapping[str, Any], where: Path | str) -> P:
         first = error.errors()[0]
     name = str(first["loc"][0])
     if first["type"] == "missing":
-        raise UserError(f"{where} has no {name}, which an SDXL pipeline states there")
+        raise UserError(f"{where} has no {name}, as SDXL pipelines have; copy the file from the model again")
     raise UserError(
         f"{where} has {name} = {shown(config[name])}: {first['msg'][0].lower()}{first['msg'][1:]}; copy the "
         "file from the model again"
@@ -168,9 +168,9 @@ ZERO_SNR_SCHEDULERS = SCHEDULERS - {
         "SASolver",
     )
 }
-"""Those that know `rescale_betas_zero_snr`; the others ignore it."""
+"""Samplers that know `rescale_betas_zero_snr`; the others ignore it."""
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-"""Those that all of them know."""
+"""Schedules that all samplers know."""
 PREDICTIONS = ("epsilon", "v_prediction")
 _OTHER_NOISE: dict[str, tuple[Any, ...]] = {
     "sigma_data": (None,),
@@ -187,14 +187,14 @@ _OTHER_NOISE: dict[str, tuple[Any, ...]] = {
 
 
 def check_schedule(config: Mapping[str, Any], where: Path | str) -> Schedule:
-    """Take a scheduler's config only if it states the discrete schedule that a training step follows.
+    """Check that a scheduler's config has the discrete noise schedule that training follows.
 
     Args:
         config: with any override already merged in.
         where: the file, for messages.
 
     Raises:
-        UserError: another kind of scheduler, a schedule that is not stated, a prediction type that is not
+        UserError: another kind of scheduler, an incomplete schedule, a prediction type that is not
             trained, zero terminal SNR with epsilon-prediction or for a sampler that ignores it.
     """
     schedule, name = checked(Schedule, config, where), config.get("_class_name")
@@ -218,13 +218,13 @@ def check_schedule(config: Mapping[str, Any], where: Path | str) -> Schedule:
         )
     if betas is None and schedule.beta_schedule not in BETA_SCHEDULES:
         raise UserError(
-            f"{where} has beta_schedule = {shown(config.get('beta_schedule'))}: a schedule that can be "
-            f"trained states one of {', '.join(BETA_SCHEDULES)}, or trained_betas"
+            f"{where} has beta_schedule = {shown(config.get('beta_schedule'))}: set one of "
+            f"{', '.join(BETA_SCHEDULES)}, or trained_betas"
         )
     if betas is None and schedule.beta_schedule != "squaredcos_cap_v2":
         for field in ("beta_start", "beta_end"):
             if getattr(schedule, field) is None:
-                raise UserError(f"{where} does not state {field}: the noise schedule cannot be known")
+                raise UserError(f"{where} has no {field}, needed for the noise schedule; copy the file again")
     if schedule.prediction_type not in PREDICTIONS:
         raise UserError(
             f"{where} has prediction_type = {shown(schedule.prediction_type)}, which cannot be trained; set "
@@ -301,7 +301,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 
 
 def check_tokens(config: Mapping[str, Any], where: Path) -> None:
-    """Check that a tokenizer's config does not do without a token that every prompt needs.
+    """Check that a tokenizer's config has the tokens that every prompt needs.
 
     Raises:
         UserError: naming the token.
@@ -326,7 +326,7 @@ _NO_INPUT: dict[str, tuple[tuple[Any, ...], str]] = {
     "dual_cross_attention": ((False, None), "a second text embedding"),
     "class_embeddings_concat": ((False, None), "class labels"),
 }
-"""Inputs that SDXL's UNet has not: the field that declares one, its values without it, and what it is."""
+"""Inputs that SDXL's UNet does not have: the field that declares one, its values without it, its name."""
 
 
 _PER_BLOCK = (
@@ -361,11 +361,11 @@ def check_unet(
     """Check that a UNet takes what a training step gives it, and nothing else.
 
     Args:
-        config: the UNet's.
+        config: the UNet's config.
         where: its file.
-        texts: the two text encoders'.
-        latent_channels: the VAE's.
-        vae: its folder, for messages.
+        texts: the two text encoders' configs.
+        latent_channels: channels of the VAE's latents.
+        vae: the VAE's folder, for messages.
 
     Raises:
         UserError: naming the field and what does not fit it.
@@ -380,7 +380,7 @@ def check_unet(
     for name, (without, what) in _NO_INPUT.items():
         if config.get(name) not in without:
             raise UserError(
-                f"{where} has {name} = {shown(config[name])}: this UNet takes {what} beside SDXL's inputs, "
+                f"{where} has {name} = {shown(config[name])}: this UNet takes {what} besides SDXL's inputs, "
                 "and cannot be trained here"
             )
     unet = checked(UnetConfig, config, where)
@@ -421,7 +421,7 @@ def _check_channels(unet: UnetConfig, folder: Path, latent: int, vae: Path) -> N
         )
     if channels == 2 * latent:
         raise UserError(
-            f"{folder} has {channels} input channels, twice the latents' {latent}: it takes an image beside "
+            f"{folder} has {channels} input channels, twice the latents' {latent}: it takes an image next to "
             "the noise (editing or upscaling) and cannot be trained here"
         )
     for kind, has in (("input", channels), ("output", unet.out_channels)):

@@ -11,10 +11,10 @@ from mapo_fast.models.sdxl import BOTH
 
 
 def describe(path: Path) -> list[tuple[str, str]]:
-    """What a folder or file is: label and text, line by line.
+    """Lines of label and text that describe a model's folder or file.
 
     Raises:
-        UserError: it is no model that can be trained, and what it is instead.
+        UserError: it is not a model that can be trained; the message says what it is.
     """
     model = open_sdxl(path)
     kind = "a diffusers pipeline folder" if path.is_dir() else "a single file"

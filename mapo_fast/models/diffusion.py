@@ -27,7 +27,8 @@ class Diffusion:
         where: its file, for messages.
 
     Raises:
-        UserError: as `check_schedule`; or a timestep is all image or, with epsilon-prediction, all noise.
+        UserError: the schedule fails `check_schedule`, or a timestep is all image or, with
+            epsilon-prediction, all noise.
     """
 
     def __init__(self, scheduler_config: dict[str, Any], where: Path | str = "scheduler_config.json") -> None:
@@ -57,7 +58,7 @@ class Diffusion:
         return self.scheduler.add_noise(latents, noise, timesteps)  # type: ignore[no-any-return]
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet should predict, (N, C, h, w)."""
+        """The UNet's target, (N, C, h, w)."""
         if self.v_prediction:
             return self.scheduler.get_velocity(latents, noise, timesteps)  # type: ignore[no-any-return]
         return noise

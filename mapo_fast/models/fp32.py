@@ -14,7 +14,7 @@ def exact_fp32() -> Iterator[None]:
     """No TF32 on NVIDIA GPUs while this is open; by default torch has it in convolutions.
 
     torch has two interfaces to the same switches and refuses to read one after the other has been set alone:
-    both are set here, and whatever stood before is put back.
+    both are set here, and the former values are put back.
     """
     backends: Any = torch.backends
     new = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)

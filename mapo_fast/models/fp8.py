@@ -1,7 +1,7 @@
 """Linear layers that train and are multiplied in fp8: `speed.fp8`.
 
-Those of the transformer blocks, which have nearly all of a UNet's linear arithmetic. Everything passes
-through the others (embeddings, `proj_in`, `proj_out`), and they cost little.
+Only layers of the transformer blocks, which have nearly all of a UNet's linear arithmetic. The others
+(embeddings, `proj_in`, `proj_out`) cost little, and all of the UNet's data passes through them.
 
 torchao's `Float8Linear` is not used. As a module of its own it would take the projections out of the
 operators that `patch_unet` fuses, which would save the normed tensors again, and its amax, scale and cast are
@@ -22,12 +22,12 @@ class Fp8Linear(nn.Linear):
     """A linear layer, (…, C) → (…, N); an `nn.Linear` becomes one in place and keeps its Parameters."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """In the input's dtype, or autocast's."""
+        """The product in the input's dtype, or autocast's."""
         return fp8_linear(input, self.weight, self.bias)
 
 
 def fits_fp8(name: str, weight: Tensor) -> bool:
-    """Whether a linear layer of this name and weight (N, C) is one that fp8 is for."""
+    """Whether a linear layer of this name and weight (N, C) can be multiplied in fp8."""
     return ".transformer_blocks." in name and not any(size % MULTIPLE for size in weight.shape)
 
 

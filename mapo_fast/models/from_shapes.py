@@ -1,8 +1,8 @@
 """Configs of SDXL's parts from the shapes of their tensors in a single file, which has no configs.
 
-Shapes tell widths, depths and numbers of layers. What they do not tell is the same in all of SDXL's models:
-attention heads 64 wide, groups of 32 channels, the VAE's scale, CLIP's activations. A file that differs in
-these (as the tiny models of tests and demo do) states them in its metadata, see `parts.CONFIGS_KEY`.
+Shapes give widths, depths and numbers of layers. All other fields are the same in every SDXL model: attention
+heads 64 wide, groups of 32 channels, the VAE's scale, CLIP's activations. A file that differs in these (such
+as the tiny models of tests and demo) has them in its metadata, see `parts.CONFIGS_KEY`.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ SCHEDULER: dict[str, Any] = {
     "use_karras_sigmas": False,
     "clip_sample": False,
 }
-"""SDXL-base 1.0's, without the prediction."""
+"""Scheduler config of SDXL-base 1.0, without the prediction type."""
 
 _HEAD = 64
 """Width of an attention head."""
 _LAYERS = {768: 12, 1280: 32}
-"""Layers of SDXL's text encoders by width: a file that lacks the last ones is not to pass for a model."""
+"""Layers of SDXL's text encoders by width, so that a file without the last ones is noticed."""
 
 
 class MissingKeyError(KeyError):
-    """A key without which a part's config cannot be known."""
+    """A key that a part's config is read from is missing."""
 
 
 def unet_config(shapes: Shapes) -> dict[str, Any]:
     """A UNet's config as diffusers has it.
 
     Raises:
-        MissingKeyError: a key is missing by which the config is known, or has a strange shape.
+        MissingKeyError: a key that the config is read from is missing, or has an unexpected shape.
     """
     widths, layers, depths = [], [], []
     width, count, depth, block = _dim(shapes, "input_blocks.0.0.weight", 0), 0, 0, 1
@@ -171,7 +171,7 @@ def _dim(shapes: Shapes, key: str, index: int) -> int:
 
 
 def _numbered(shapes: Shapes, prefix: str) -> int:
-    """How many numbers, from 0 on, stand behind a prefix."""
+    """Count of consecutive numbers, from 0, that follow a prefix."""
     numbers = {key[len(prefix) :].split(".")[0] for key in shapes if key.startswith(prefix)}
     count = 0
     while str(count) in numbers:

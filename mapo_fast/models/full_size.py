@@ -1,4 +1,4 @@
-"""The configs of SDXL-base 1.0: what is planned for by name, and what a LoRA is read for without a model."""
+"""The configs of SDXL-base 1.0, for plans without a model and for reading a LoRA without a model."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a model's parts compute, as digests, however their files are named and cut.
+"""Digests of what a model's parts compute, independent of how their files are named and split.
 
 Weights count by their canonical names, types, shapes and a sample of their values; configs by the fields that
 change what is computed; tokenizers by vocabulary, merges and special tokens. So a pipeline folder has the
-digest of any other folder or file with the same weights, whatever saved it.
+digest of any other folder or file with the same weights, whichever program saved it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _TOKEN_ONLY = {"eos_token_id"}  # `load_tokenizer` refuses one that is not the t
 
 
 class TensorIdentity(NamedTuple):
-    """What is known of one tensor of a model."""
+    """Identity of one tensor of a model."""
 
     name: str
-    """Canonical: as diffusers and transformers call it today, without `text_model.`."""
+    """Canonical name: diffusers' and transformers' current one, without `text_model.`."""
     dtype: str
-    """As safetensors writes it: `F16`, `BF16`, `F32`."""
+    """Type in safetensors' notation: `F16`, `BF16`, `F32`."""
     shape: tuple[int, ...]
-    """Without trailing ones: a 1 × 1 convolution is a linear layer."""
+    """Shape without trailing ones: a 1 × 1 convolution is a linear layer."""
     values: str
     """SHA-256 of its first and last `tensorheader.SAMPLE` bytes."""
 
@@ -41,7 +41,7 @@ class TensorIdentity(NamedTuple):
 def encoders_identity(model: Pipeline) -> dict[str, str]:
     """SHA-256 of what a cache depends on: `vae`, and `text` for both text encoders and tokenizers.
 
-    Of weights, only a sample is read, so that a start takes no minute.
+    Hashes a sample of each tensor, so start-up is fast; can miss edits inside a tensor.
 
     Raises:
         UserError: weights that cannot be read, a tokenizer that cannot be loaded.
@@ -50,10 +50,10 @@ def encoders_identity(model: Pipeline) -> dict[str, str]:
 
 
 def joint_identity(model: Pipeline) -> str:
-    """SHA-256 of VAE, text encoders and tokenizers together, by which caches of format 4 know a model.
+    """SHA-256 of VAE, text encoders and tokenizers together: caches of format 4 identify their model by it.
 
     Raises:
-        UserError: as `encoders_identity`.
+        UserError: weights that cannot be read, a tokenizer that cannot be loaded.
     """
     return _digest(_vae(model) | _text(model))
 
@@ -72,9 +72,9 @@ def unet_identity(model: Pipeline) -> str:
 
 
 def files_fingerprint(model: Pipeline, components: Sequence[Component]) -> str | None:
-    """SHA-256 over the files of these components with their names: how a model was known before.
+    """SHA-256 over the files of these components with their names: the identity in older formats.
 
-    Caches of formats 2 and 3 and runs of the same time have it. None where a component is no folder.
+    Caches of formats 2 and 3, and runs made with them, have it. None where a component is not a folder.
     """
     digest = hashlib.sha256()
     for component in components:

@@ -30,7 +30,7 @@ from mapo_fast.util.tensorfile import rewrite, write_tensors
 ADAPTER = "default"
 """peft's name of the one adapter."""
 NO_MORE: Mapping[str, str] = MappingProxyType({})
-"""No metadata but what the network is."""
+"""No metadata except the network's description."""
 
 
 def add_lora(
@@ -42,7 +42,7 @@ def add_lora(
     seed: int,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Freeze `unet` and put low-rank factors beside every layer whose name ends in one of `targets`.
+    """Freeze `unet` and add low-rank factors to every layer whose name ends in one of `targets`.
 
     y = W x + (alpha / rank) · B (A x), with A ~ Kaiming-uniform(a = √5) and B = 0, so training starts at the
     base model. A is drawn in fp32 from `seed` alone: the same for every device and base dtype, and the global
@@ -57,7 +57,7 @@ def add_lora(
         dtype: of the factors; fp32 also on a bf16 base, since updates of 1e-5 vanish in bf16.
 
     Raises:
-        UserError: a target that matches no linear or convolution layer, or one that SDXL's UNet has not.
+        UserError: a target matches no linear or convolution layer, or a layer that SDXL's UNet does not have.
     """
     from peft import LoraConfig
 
@@ -78,11 +78,11 @@ def add_lora(
 
 
 def add_start(unet: Any, layers: Mapping[str, LoraLayer], *, dtype: torch.dtype = torch.float32) -> None:
-    """Freeze `unet` and put the factors of a LoRA file beside its layers, each with its own rank and alpha.
+    """Freeze `unet` and add the factors of a LoRA file to its layers, each with its own rank and alpha.
 
     Args:
         unet: as in `add_lora`.
-        layers: of the file, by the names of `unet`'s modules.
+        layers: the file's layers, by the names of `unet`'s modules.
         dtype: as in `add_lora`.
     """
     from peft import LoraConfig
@@ -100,7 +100,8 @@ def add_start(unet: Any, layers: Mapping[str, LoraLayer], *, dtype: torch.dtype 
 
 
 def lora_state_dict(unet: Any) -> dict[str, Tensor]:
-    """The factors, in the model's own memory: `<layer>.lora_A.weight` (r, in), `….lora_B.weight` (out, r).
+    """The LoRA factors, in the model's own memory: `<layer>.lora_A.weight` (r, in), `….lora_B.weight` (out,
+    r).
 
     To resume: `add_lora(…)`, then `checkpoint.copy_into("model", lora_state_dict(unet))`.
     """
@@ -108,7 +109,7 @@ def lora_state_dict(unet: Any) -> dict[str, Tensor]:
 
 
 def lora_parameters(unet: Any) -> dict[str, nn.Parameter]:
-    """The factors themselves, under the same names."""
+    """The LoRA factors as Parameters, under the names of `lora_state_dict`."""
     return {
         name.replace(f".{ADAPTER}.", "."): parameter
         for name, parameter in unet.named_parameters()
@@ -125,9 +126,9 @@ def save_lora(
 
     Args:
         unet: with the adapter.
-        folder: what is made.
+        folder: the folder to make.
         start: the LoRA that training went on from; its factors of text encoders are written as they are.
-        metadata: what both files say beside what their network is; None lets them say nothing but what a
+        metadata: entries of both files in addition to the network's description. None writes only what a
             program needs to compute the same.
 
     Raises:
@@ -160,7 +161,7 @@ def save_lora(
 
 
 def _network(config: Any) -> dict[str, str]:
-    """What kohya's scripts say of a LoRA; A1111 takes a file with other metadata for one of SD 1."""
+    """Metadata that kohya's scripts write for a LoRA; A1111 takes a file without it for one of SD 1."""
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.r),
@@ -178,7 +179,7 @@ def _alphas(unet: Any) -> dict[str, float]:
 
 
 def _text_name(layer: str) -> str:
-    """As the text encoders of a pipeline's files call a layer."""
+    """A text encoder layer's name in a pipeline's files."""
     return layer if layer == "text_projection" else f"text_model.{layer}"
 
 
@@ -199,7 +200,7 @@ def _text_metadata(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
 
 
 def _peft_settings(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
-    """Rank, alpha and layers as peft's config has them."""
+    """Rank, alpha and layers in the form of peft's config."""
     widest = max(layers.values(), key=lambda layer: layer.rank)
     rank, alpha = widest.rank, alpha_of(widest)
     alphas = {name: alpha_of(layer) for name, layer in sorted(layers.items())}

@@ -4,8 +4,8 @@ All of them hold, for a layer with weight W, two factors and perhaps an alpha: t
 W + (alpha / rank) · up · down. They differ in the names of layers and factors, and in where alpha stands. A
 file is known by its keys and shapes; nothing is loaded but the alphas.
 
-What is no such product is refused by what it is: the programs that read these kinds do not agree on what they
-compute.
+Other kinds of adapters are rejected with a message that names the kind: programs that read them do not agree
+on what they compute.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class LoraLayer(NamedTuple):
         return (up.flatten(1) @ down.flatten(1)).mul_(self.scale).reshape(shape)
 
     def identity(self) -> list[Any]:
-        """What it computes, by a sample of its factors."""
+        """Identity of the layer's product, from a sample of its factors."""
         return [[t.dtype, list(t.shape), t.digest()] for t in (self.down, self.up)] + [self.scale]
 
 
@@ -60,7 +60,7 @@ class LoraFile:
 
     path: Path
     parts: Mapping[str, Mapping[str, LoraLayer]]
-    """By component and layer, as diffusers and transformers name them (`original.canonical`)."""
+    """Layers by component and name, as diffusers and transformers name them (`original.canonical`)."""
     metadata: Mapping[str, str]
     prediction: str | None
     """`epsilon` or `v_prediction`, where the file says so."""
@@ -74,7 +74,7 @@ def read_lora(path: Path, model: Mapping[str, Part]) -> LoraFile:
         model: the model's parts by component.
 
     Raises:
-        UserError: no LoRA, of another kind or for another model, or damaged; naming the first key.
+        UserError: not a LoRA, another kind, for another model, or damaged; the message names the first key.
     """
     path, config = _file_of(path)
     header = read_header(path)
@@ -86,8 +86,8 @@ def read_lora(path: Path, model: Mapping[str, Part]) -> LoraFile:
     unknown: list[str] = []
     if not config and any(key.startswith("base_model.model.") for key in header.tensors):
         raise UserError(
-            f"{path} has peft's names, and no adapter_config.json is beside it, which states its alpha: name "
-            "the folder that peft saved"
+            f"{path} has peft's names, but no adapter_config.json with its alpha is next to it: name the "
+            "folder that peft saved"
         )
     for key, entry in header.tensors.items():
         match = _FACTOR.fullmatch(key)
@@ -105,11 +105,11 @@ def read_lora(path: Path, model: Mapping[str, Part]) -> LoraFile:
             factors.setdefault(place, {})[side] = stored
     if unknown:
         raise UserError(
-            f"{path} has {len(unknown)} keys that are of no layer of SDXL's, such as {shown(unknown[0])}: it "
-            "is a LoRA for another model, or damaged"
+            f"{path} has {len(unknown)} keys of layers that SDXL does not have, such as {shown(unknown[0])}: "
+            "it is a LoRA for another model, or damaged"
         )
     if not factors:
-        raise UserError(f"{path} has no LoRA's factors in it: it is no LoRA")
+        raise UserError(f"{path} has no LoRA factors: it is not a LoRA")
     stated = _stated_alphas(header, config)
     parts: dict[str, dict[str, LoraLayer]] = {}
     for (component, layer), pair in factors.items():
@@ -118,7 +118,7 @@ def read_lora(path: Path, model: Mapping[str, Part]) -> LoraFile:
         alpha = alphas.get((component, layer))
         scale = stated(component, layer, rank) if alpha is None else alpha / rank
         if not math.isfinite(scale):
-            raise UserError(f"{path} has an alpha for {layer} that is no number: it is damaged")
+            raise UserError(f"{path} has an alpha for {layer} that is not a number: it is damaged")
         parts.setdefault(component, {})[layer] = LoraLayer(down, up, scale)
     said = stated_noise(header)
     return LoraFile(path, parts, header.metadata, said.prediction if said else None)
@@ -136,7 +136,7 @@ def is_lora(path: Path) -> bool:
 
 
 def _file_of(path: Path) -> tuple[Path, Mapping[str, Any]]:
-    """The file with the factors, and peft's config beside it."""
+    """The file with the factors, and peft's config next to it."""
     if not path.exists():
         raise UserError(f"LoRA not found: {path} (it must be a .safetensors file, or peft's folder)")
     if path.is_dir():
@@ -152,7 +152,7 @@ _FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """Names under which peft and diffusers save."""
 
 
-# What is refused
+# Rejected kinds
 
 _KINDS = (
     (
@@ -209,7 +209,7 @@ _READS_TEXT = re.compile(r"attn2[._](processor[._])?to_[kv]$|^lora_te_text_model
 
 
 def _kind(key: str) -> str | None:
-    """What an adapter with such a key is, where it is no LoRA that can be used."""
+    """The kind of adapter that a key belongs to, where that kind cannot be used; else None."""
     return next((what for pattern, what in _KINDS if re.fullmatch(pattern, key)), None)
 
 
@@ -289,18 +289,18 @@ def _scalar(stored: StoredTensor, key: str) -> float:
 
 
 def _adapter_metadata(header: Header) -> dict[str, Any]:
-    """What diffusers writes of peft's config: `unet.r`, `unet.lora_alpha`, …"""
+    """The entries that diffusers writes of peft's config: `unet.r`, `unet.lora_alpha`, …"""
     try:
         found = parse_json(header.metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{header.path} has metadata lora_adapter_metadata that are no JSON object")
+        raise UserError(f"{header.path} has metadata lora_adapter_metadata that is not a JSON object")
     return found
 
 
 def _stated_alphas(header: Header, config: Mapping[str, Any]) -> Callable[[str, str, int], float]:
-    """The scale of a layer whose alpha is no tensor: by peft's config, else 1, as all programs take it."""
+    """The scale of a layer without an alpha tensor: from peft's config, else 1, as in all programs."""
     metadata = _adapter_metadata(header)
 
     def scale(component: str, layer: str, rank: int) -> float:
@@ -316,10 +316,10 @@ def _stated_alphas(header: Header, config: Mapping[str, Any]) -> Callable[[str, 
             if alpha is None:
                 return 1.0
             if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-                raise UserError(f"{header.path} states lora_alpha = {shown(alpha)}, which is no number")
+                raise UserError(f"{header.path} has lora_alpha = {shown(alpha)}, which is not a number")
             return alpha / (math.sqrt(rank) if of("use_rslora") else rank)
         except (re.error, OverflowError) as error:
-            raise UserError(f"{header.path} states alphas that cannot be read: {error}") from None
+            raise UserError(f"{header.path} has alphas that cannot be read: {error}") from None
 
     return scale
 
@@ -327,10 +327,10 @@ def _stated_alphas(header: Header, config: Mapping[str, Any]) -> Callable[[str, 
 def _checked(
     path: Path, component: str, layer: str, pair: Mapping[str, StoredTensor], part: Part
 ) -> tuple[StoredTensor, StoredTensor]:
-    """Both factors of a layer, which fit it.
+    """The two factors of a layer, checked against its shape.
 
     Raises:
-        UserError: one is missing, of another shape or type, or not finite.
+        UserError: a factor is missing, of another shape or type, or not finite.
     """
     if len(pair) != 2:
         raise UserError(f"{path} has one of the two factors of {component}.{layer}: it is damaged")

@@ -26,9 +26,9 @@ def save_kohya(lora: LoraFile, model: Mapping[str, Part], path: Path, *, metadat
     """Write a LoRA with kohya's keys and the true alpha in every layer.
 
     Args:
-        lora: what is written, text encoders too.
+        lora: the LoRA to write, text encoders included.
         model: the parts that it was read for.
-        path: the file.
+        path: the file to write.
         metadata: whether the file says what it is; A1111 hides a LoRA that does not.
 
     Raises:

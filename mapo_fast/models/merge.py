@@ -20,7 +20,7 @@ from mapo_fast.util.errors import UserError
 
 @dataclass(frozen=True)
 class _Weighted:
-    """A LoRA's layer at a weight."""
+    """A layer of a LoRA, scaled by a weight."""
 
     layer: LoraLayer
     weight: float
@@ -30,7 +30,7 @@ class _Weighted:
         return self.layer.product(shape).mul_(self.weight)
 
     def identity(self) -> list[Any]:
-        """What it computes, by a sample of its factors."""
+        """Identity of the weighted product, from a sample of the factors."""
         return [*self.layer.identity(), self.weight]
 
 
@@ -38,7 +38,7 @@ def with_loras(model: Pipeline, loras: Iterable[tuple[Path, float]]) -> Pipeline
     """The model with LoRAs added at their weights, in this order.
 
     Raises:
-        UserError: a file is no LoRA for the model, or for another prediction.
+        UserError: a file is not a LoRA for the model, or is for another prediction.
     """
     for path, weight in loras:
         model = with_lora(model, read_lora(path, model.parts), weight)
@@ -49,7 +49,7 @@ def with_start_lora(model: Pipeline, lora: LoraFile | None) -> Pipeline:
     """The model whose text encoders have the LoRA that training goes on from, and that knows it.
 
     Raises:
-        UserError: as `with_lora`.
+        UserError: the LoRA is for another prediction than the model's.
     """
     if lora is None:
         return model
@@ -61,7 +61,7 @@ def with_lora(model: Pipeline, lora: LoraFile, weight: float) -> Pipeline:
     """The model with a LoRA added at a weight.
 
     Raises:
-        UserError: the LoRA says that it is for another prediction than the model's.
+        UserError: the LoRA's metadata names another prediction than the model's.
     """
     predicts = str(model.scheduler_config.get("prediction_type", "epsilon"))
     if lora.prediction is not None and lora.prediction != predicts:

@@ -40,8 +40,8 @@ def open_model(config: Config, path: Path | None = None, *, weights: bool = True
     """The model that a config names.
 
     Args:
-        config: its `[model]`, and the noise schedule that `[train]` states.
-        path: another one than `model.path`.
+        config: its `[model]`, and the noise schedule settings of `[train]`.
+        path: a model to open instead of `model.path`.
         weights: False where the configs are enough: a folder's weights and vocabularies may then be missing.
 
     Raises:
@@ -62,14 +62,14 @@ def open_model(config: Config, path: Path | None = None, *, weights: bool = True
 
 
 def introduce(model: Pipeline, callbacks: Callbacks) -> None:
-    """Say what the model predicts and how that is known, and what else should be known of it."""
+    """Report what the model predicts and how that is known, then the remarks about it."""
     callbacks.message(f"{model.path} predicts {prediction_of(model)}")
     for remark in model.remarks:
         callbacks.warning(remark)
 
 
 def prediction_of(model: Pipeline) -> str:
-    """What a model predicts and how that is known, in words."""
+    """A model's prediction type and how it is known, in words."""
     config = model.scheduler_config
     prediction = str(config.get("prediction_type", "epsilon")).replace("_", "-").removesuffix("-prediction")
     zero = " with zero terminal SNR" if config.get("rescale_betas_zero_snr") else ""
@@ -77,7 +77,7 @@ def prediction_of(model: Pipeline) -> str:
 
 
 def scheduler_overrides(config: TrainConfig) -> dict[str, Any]:
-    """The scheduler settings that `[train]` states explicitly."""
+    """The scheduler settings that are set in `[train]`."""
     overrides: dict[str, Any] = {}
     if config.prediction != "auto":
         overrides["prediction_type"] = config.prediction
@@ -144,7 +144,7 @@ def open_sdxl(
 
 @dataclass
 class _Found:
-    """What a folder or a file has of a model."""
+    """The parts of a model found in a folder or file."""
 
     parts: dict[str, Part]
     tokenizers: Tokenizers
@@ -157,10 +157,10 @@ def _find(setting: str, path: Path, wanted: list[str], weights: bool) -> _Found:
     """The wanted parts of a model.
 
     Args:
-        setting: which one names it, for messages.
+        setting: the setting that names the path, for messages.
         path: a folder or a file.
         wanted: components.
-        weights: whether a folder's weights are looked at.
+        weights: whether to look at a folder's weights.
     """
     if path.is_dir():
         return _find_in_folder(path, wanted, weights)
@@ -207,7 +207,7 @@ def _find_in_folder(path: Path, wanted: list[str], weights: bool) -> _Found:
 
 
 def _few_steps(scheduler: Scheduler) -> str | None:
-    """What in a schedule says that a model is distilled to sample in a few steps, or None."""
+    """The reason to think that a model is distilled to sample in a few steps, from its scheduler; or None."""
     name, spacing = scheduler.config.get("_class_name"), scheduler.config.get("timestep_spacing")
     if name in ("LCMScheduler", "TCDScheduler"):
         return f"its scheduler is {name}"
@@ -234,10 +234,10 @@ def _scheduler(said: Noise, where: Path) -> Scheduler:
 
 
 def _replacement(component: str, path: Path, model: Path, weights: bool) -> tuple[Part, Noise | None]:
-    """A UNet or VAE in place of the model's own, and what it says of its prediction.
+    """A UNet or VAE that replaces the model's own, and its prediction where its file names one.
 
     Raises:
-        UserError: it cannot be used, naming the setting.
+        UserError: the part cannot be used; the message names the setting.
     """
     kind = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}[component]
     is_folder = path.is_dir()
@@ -266,7 +266,7 @@ def _replacement(component: str, path: Path, model: Path, weights: bool) -> tupl
 
 
 def _blamed(error: UserError, others: Mapping[str, Path]) -> UserError:
-    """The error, with the setting that names the part which it is about."""
+    """The error, prefixed with the setting that names the part in question."""
     for name, path in others.items():
         if str(path) in str(error):
             return UserError(f"model.{name} cannot be used: {error}")
@@ -277,7 +277,7 @@ def _complete(found: _Found, path: Path, base: Path | None, lacking: list[str], 
     """Take the parts that a file lacks from another model.
 
     Raises:
-        UserError: none is named, or it lacks them too.
+        UserError: `model.base` is unset, or lacks the parts too.
     """
     names = " and ".join(NAMES[part] for part in lacking)
     if base is None:
@@ -306,7 +306,7 @@ def _tokenizers(path: Path, weights: bool) -> Tokenizers:
 
 
 def _disagreements(scheduler: Scheduler, overrides: Mapping[str, Any]) -> Iterator[str]:
-    """Warnings of settings that say otherwise than the model."""
+    """Warnings about settings that contradict the model."""
     for key, setting, usual in (
         ("prediction_type", "prediction", "epsilon"),
         ("rescale_betas_zero_snr", "zero_terminal_snr", False),

@@ -5,8 +5,8 @@ does and CLIP ViT-bigG as OpenCLIP does. Three things are stored in another form
 and value of OpenCLIP are one tensor, its text projection is transposed, and the VAE's attention has 1 × 1
 convolutions where diffusers has linear layers.
 
-Names are translated in one direction only. Which tensors a model has is known from its config (`trial`), so
-that a file is asked for these, and whatever else it holds is seen.
+Names are translated in one direction only. The model's tensors are known from its config (`trial`): the file
+is searched for these, and any other tensor in it is noticed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Place(NamedTuple):
 
     key: str
     part: int = 0
-    """Which of `parts` equal parts along the first dimension it is."""
+    """Index among `parts` equal parts along the first dimension."""
     parts: int = 1
     transposed: bool = False
     convolution: bool = False
-    """A linear layer's weight (out, in), stored as that of a convolution, (out, in, 1, 1)."""
+    """Whether a linear layer's weight (out, in) is stored like a convolution's, (out, in, 1, 1)."""
 
 
 def canonical(name: str) -> str:
@@ -54,8 +54,8 @@ def places(component: str, names: Iterable[str], config: Mapping[str, Any]) -> d
 
     Args:
         component: `unet`, `vae`, `text_encoder` or `text_encoder_2`.
-        names: its tensors, `canonical`.
-        config: the part's.
+        names: canonical names of the part's tensors.
+        config: the part's config.
 
     Raises:
         KeyError: the original code has no such tensor.

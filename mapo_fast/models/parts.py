@@ -41,17 +41,17 @@ _FIELDS = {
     "text_encoder": {*TextConfig.model_fields} - {"eos_token_id", "projection_dim"},
     "text_encoder_2": {*TextConfig.model_fields} - {"eos_token_id"},
 }
-"""The fields that such metadata may state."""
+"""The fields that this metadata may have."""
 
 
 class Added(Protocol):
-    """What can be added to a weight."""
+    """A product that can be added to a weight."""
 
     def product(self, shape: tuple[int, ...], /) -> Tensor:
-        """It, in fp64 and of the weight's shape."""
+        """The product, in fp64 and of the weight's shape."""
 
     def identity(self) -> list[Any]:
-        """All that it depends on, for JSON."""
+        """Everything that the product depends on, for JSON."""
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,24 @@ class Part:
 
     component: str
     where: Path
-    """Its folder, or the file that it is in."""
+    """The part's folder, or the file that holds it."""
     config_file: Path
     config: dict[str, Any]
     stored: Mapping[str, StoredTensor] = field(repr=False)
-    """Its tensors by canonical name; empty where only the config was asked for."""
+    """The part's tensors by canonical name; empty where only the config was asked for."""
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """What its file calls them, where that is another name."""
+    """Names of tensors in the file, where they differ from the canonical ones."""
     header: Header | None = field(default=None, repr=False)
-    """The header of the single file that it comes from."""
+    """The header of the single file that holds the part."""
     added: Mapping[str, tuple[Added, ...]] = field(default_factory=dict, repr=False)
-    """What is added to tensors, by canonical name: the products of LoRAs."""
+    """Products of LoRAs to add to tensors, by canonical name."""
 
     @cached_property
     def shapes(self) -> Shapes:
         """Shapes of the model that the config describes, by canonical name.
 
         Raises:
-            UserError: no model can be built from the config, or it cannot be called.
+            UserError: a model cannot be built from the config, or cannot be called.
         """
         return _shapes(self.component, self.config, self.where)
 
@@ -85,7 +85,7 @@ class Part:
         """Compare the stored tensors with what the config describes.
 
         Raises:
-            UserError: naming the first tensor that is missing, too many, of another shape or type.
+            UserError: the message names the first tensor that is missing, unknown, of another shape or type.
         """
         shapes, stored = self.shapes, self.stored
         if not stored:
@@ -117,8 +117,8 @@ class Part:
                 files = sorted({stored.file for stored in self.stored.values()})
                 where = str(files[0]) if len(files) == 1 else f"{self.where} ({len(files)} weight files)"
                 way_out = (
-                    "it does not belong to the config.json beside it or is incomplete; copy this part of the "
-                    "model again"
+                    "it does not belong to the config.json next to it, or is incomplete; copy this part of "
+                    "the model again"
                 )
             raise UserError(f"{where} {problem} the tensor {found[0]} ({len(found)} such in all): {way_out}")
 
@@ -127,7 +127,7 @@ class Part:
         return {name: self.stored[name] for name in self.shapes}
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor with what is added to it: as it is stored, or else in fp64, not rounded yet."""
+        """A tensor with the LoRAs added: in its stored type without any, else in fp64, not rounded yet."""
         tensor = self.stored[name].load()
         for added in self.added.get(name, ()):
             tensor = tensor.double() + added.product(tensor.shape)
@@ -136,8 +136,8 @@ class Part:
     def load(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Each tensor of the model by canonical name, on the CPU.
 
-        One that the file has in this type stays a private map of it: it is read when it is used, and what is
-        written to it stays in memory.
+        A tensor that the file has in this type stays a private map of the file: it is read when it is used,
+        and writes to it stay in memory.
         """
         for name, shape in self.shapes.items():
             tensor = self.tensor(name)
@@ -146,7 +146,7 @@ class Part:
 
 
 def folder_part(component: str, folder: Path, *, weights: bool = True) -> Part:
-    """A part in a folder of its own, as diffusers saves it.
+    """A part in its own folder, as diffusers saves it.
 
     Raises:
         UserError: a file is missing or cannot be read.
@@ -172,12 +172,12 @@ def file_part(component: str, header: Header, prefix: str) -> Part:
     """A part out of a single file with the original names.
 
     Args:
-        component: which part.
-        header: of the file.
+        component: name of the part.
+        header: the file's header.
         prefix: how the part's keys begin.
 
     Raises:
-        UserError: keys are missing or too many.
+        UserError: keys are missing or unknown.
     """
     shapes = {k.removeprefix(prefix): e.shape for k, e in header.tensors.items() if k.startswith(prefix)}
     try:
@@ -197,8 +197,8 @@ def file_part(component: str, header: Header, prefix: str) -> Part:
     for key in sorted(header.tensors.keys() - used):
         if key.startswith(prefix) and not IGNORED.fullmatch(key):
             raise UserError(
-                f"{header.path} has the tensor {shown(key)}, which SDXL's {NAMES[component]} has not: it is "
-                "another model's, or of several; take the model's file as it was published"
+                f"{header.path} has the tensor {shown(key)}, which SDXL's {NAMES[component]} does not have: "
+                "it is another model's, or of several; take the model's file as it was published"
             )
     return Part(component, header.path, header.path, config, stored, keys, header)
 
@@ -212,7 +212,7 @@ NAMES = {
 
 
 def renamed_part(like: Part, header: Header) -> Part:
-    """A part out of a file with diffusers' names, which has no config: that of another model's part."""
+    """A part out of a file with diffusers' names and no config; uses the config of another model's part."""
     stored = {canonical(key): whole(header.path, entry) for key, entry in header.tensors.items()}
     keys = {canonical(key): key for key in header.tensors}
     return Part(like.component, header.path, like.config_file, like.config, stored, keys, header)
@@ -222,8 +222,8 @@ def fields_to_state(part: Part, shapes: Shapes) -> dict[str, Any]:
     """The fields of a part's config that its shapes in a single file would not tell (`CONFIGS_KEY`).
 
     Args:
-        part: of any model.
-        shapes: its tensors' in the original names, without prefix.
+        part: a part of any model.
+        shapes: shapes of its tensors under the original names, without prefix.
     """
     told, has = (
         _normal(part.component, CONFIGS_FROM[part.component](shapes)),
@@ -241,7 +241,7 @@ _MODELS: dict[str, type[BaseModel]] = {
 
 
 def _normal(component: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's fields that matter, with defaults, and one value for each block."""
+    """A config's fields that change what is computed, with defaults, and one value for each block."""
     fields = {**config, **_MODELS[component].model_validate(dict(config)).model_dump()}
     if component == "unet":
         fields = per_block(fields)
@@ -249,10 +249,10 @@ def _normal(component: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stated(header: Header, component: str) -> dict[str, Any]:
-    """The fields of a part's config that a file's metadata states.
+    """The fields of a part's config in a file's metadata.
 
     Raises:
-        UserError: they are no JSON object, or others than a config has.
+        UserError: the metadata is not a JSON object, or has unknown fields.
     """
     text = header.metadata.get(CONFIGS_KEY)
     if text is None:
@@ -262,7 +262,7 @@ def _stated(header: Header, component: str) -> dict[str, Any]:
         unknown = stated.keys() - _FIELDS[component]
     except (ValueError, AttributeError):
         raise UserError(
-            f"{header.path} has metadata {CONFIGS_KEY} that are no JSON object of objects"
+            f"{header.path} has metadata {CONFIGS_KEY} that is not a JSON object of objects"
         ) from None
     if unknown:
         raise UserError(
@@ -320,7 +320,7 @@ def quiet() -> Iterator[None]:
 
 
 def unloadable(where: Path | str, error: Exception) -> UserError:
-    """What to say of a library's error while a part was built or loaded."""
+    """The error to raise for a library's exception while a part was built or loaded."""
     known = one_line(error)
     if isinstance(known, MachineError):
         return known

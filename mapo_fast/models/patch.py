@@ -10,20 +10,20 @@ the same UNet.
 |                         | GEGLU + linear as one operator                                                  |
 | `ResnetBlock2D`         | GroupNorm + SiLU + convolution as one operator, twice                           |
 | peft's LoRA on a linear | base product and low-rank product as one operator                               |
-| `GroupNorm`, `GEGLU`,   | the kernel alone, where what the fused forms do not cover stands behind it: a   |
-| `LayerNorm`             | convolution with LoRA, dropout, an attention processor of your own              |
+| `GroupNorm`, `GEGLU`,   | the kernel alone, where the next module cannot be fused: a convolution with     |
+| `LayerNorm`             | LoRA, dropout, an attention processor of your own                               |
 
-What an operator recomputes element by element in backward is not saved in forward: for one SDXL pair at 1024²
-about 5 GiB less, with no matrix product repeated.
+Tensors that an operator recomputes element by element in backward are not saved in forward: about 5 GiB less
+for one SDXL pair at 1024², with no matrix product repeated.
 
 The q, k and v weights of self-attention move into one matrix, one after the other, and stay three Parameters
 that view it: their product is one. Moving or casting the UNet afterwards (`.to`) separates them again; that
 costs speed, nothing else.
 
-A module that does more than its class's `forward` is called as it always was, and gets and gives the values
-that it always did: one with hooks (its own or torch's global ones), with a `forward` of its own (LyCORIS,
-diffusers' hooks), of a subclass, parametrized, with a weight that is no plain tensor. This is asked at every
-call, so it does not matter when a hook comes or goes. What is fused around such a module is only less.
+A module that does more than its class's `forward` is called as before, with the same inputs and outputs: one
+with hooks (its own or torch's global ones), with a `forward` of its own (LyCORIS, diffusers' hooks), of a
+subclass, parametrized, or with a weight that is not a plain tensor. Every call checks this, so hooks may come
+and go at any time. Less is fused around such a module.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def patch_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
     Raises:
         TypeError: something else was passed.
-        UserError: accelerate's hooks are in the UNet: they move weights behind whoever computes with them.
+        UserError: accelerate's hooks are in the UNet: they move weights while others compute with them.
     """
     _check(unet, "patch_unet")
     for module in unet.modules():
@@ -93,8 +93,8 @@ def patch_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 def unpatch_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """Undo `patch_unet`, in place, and return the UNet: plain classes, each weight in its own storage.
 
-    A module whose `forward` was replaced after patching stays as it is, because what replaced it calls the
-    one that it found.
+    A module whose `forward` was replaced after patching stays as it is, because the replacement calls the
+    fused one.
 
     Raises:
         TypeError: something else was passed.
@@ -126,11 +126,11 @@ def _check(unet: Any, caller: str) -> None:
             )
 
 
-# --- Leaves: one kernel behind one module ---
+# --- Leaves: one kernel for one module ---
 
 
 class FusedGroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm`; saves its input and the groups' statistics."""
+    """`nn.GroupNorm` by the kernel; saves its input and the groups' statistics."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, …) → the same shape and memory format."""
@@ -146,7 +146,7 @@ class FusedGEGLU(GEGLU):  # type: ignore[misc]
 
 
 class _FusedLora:
-    """A peft LoRA layer over a linear; what this cannot fuse goes through peft's own forward."""
+    """A peft LoRA layer over a linear; where it cannot be fused, peft's own forward runs."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         projection = None if args or kwargs else _projection(self)  # hooks of its own run around this call
@@ -161,7 +161,7 @@ _LORA = {
     "FusedLoraLinear4bit": ("peft.tuners.lora.bnb", "Linear4bit"),
     "FusedLoraLinear8bitLt": ("peft.tuners.lora.bnb", "Linear8bitLt"),
 }
-"""The fused twins of peft's LoRA layers, and what they replace; made when they are first asked for."""
+"""The fused twins of peft's LoRA layers, with the classes they replace; made on first use."""
 
 
 def __getattr__(name: str) -> Any:
@@ -195,7 +195,7 @@ def projection_of(module: Any) -> Projection | None:
 
 
 def _projection(module: Any) -> Projection | None:
-    """What `projection_of` says, whatever runs around the module's own call."""
+    """The projection of a module, whether or not hooks run around its call."""
     lora: Lora | None = None
     base = module
     kind = type(module)
@@ -255,7 +255,7 @@ class FusedTransformerBlock(BasicTransformerBlock):  # type: ignore[misc]
         class_labels: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """(N, tokens, C) → (N, tokens, C); arguments as diffusers'."""
+        """(N, tokens, C) → (N, tokens, C); same arguments as diffusers' block."""
         if cross_attention_kwargs or self._chunk_size is not None:
             return super().forward(  # type: ignore[no-any-return]
                 hidden_states,
@@ -334,7 +334,7 @@ def _normed(norm: nn.LayerNorm, x: Tensor, stream: Tensor | None) -> tuple[Tenso
 
 
 def _same_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of their sum: autocast may leave an fp32 stream beside a bf16 summand."""
+    """x and y cast to the dtype of their sum: autocast may give an fp32 stream and a bf16 summand."""
     dtype = torch.promote_types(x.dtype, y.dtype)
     return x.to(dtype), y.to(dtype)
 
@@ -379,7 +379,7 @@ def _norm_silu_conv(norm: Any, activation: Any, dropout: Any, conv: Any, x: Tens
     return conv(hidden if dropout is None else dropout(hidden))  # type: ignore[no-any-return]
 
 
-# --- What can be fused ---
+# --- Which modules can be fused ---
 
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     FusedGEGLU: GEGLU,
@@ -388,11 +388,11 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     FusedTransformerBlock: BasicTransformerBlock,
     LayerNorm: nn.LayerNorm,
 }
-"""What every fused class replaces; peft's LoRA layers join at first sight."""
+"""Fused class → class that it replaces; peft's LoRA layers are added when first seen."""
 
 
 def _fused_class(module: Any) -> type[nn.Module]:
-    """The class to give a module: its own where nothing can be fused."""
+    """The class to give a module: its own class where nothing can be fused."""
     kind = type(module)
     fused: type[nn.Module] = kind
     if kind is nn.GroupNorm:
@@ -486,7 +486,7 @@ def _replaced(module: nn.Module) -> bool:
 
 
 def _drop_leftover(module: nn.Module) -> None:
-    """Delete an instance's `forward` that is its class's: removed hooks leave it, and hides the next one."""
+    """Delete an instance's `forward` that is its class's: removed hooks leave it, and it would hide ours."""
     if "forward" in module.__dict__ and not _replaced(module):
         del module.__dict__["forward"]
 

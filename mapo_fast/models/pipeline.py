@@ -27,15 +27,15 @@ class Scheduler:
     """A model's noise schedule, and how it is known."""
 
     config: dict[str, Any]
-    """As `scheduler_config.json` has it, with the overrides of `[train]` merged in."""
+    """Contents of `scheduler_config.json`, with the overrides of `[train]` merged in."""
     where: Path
-    """The file that states it."""
+    """The file that holds the config."""
     why: str
-    """What the prediction is known from."""
+    """How the prediction type is known."""
     sampler: str | None = None
-    """The class that a pipeline's index names, which diffusers samples by."""
+    """The scheduler class that a pipeline's index names; diffusers samples with it."""
     stated: bool = True
-    """Whether the model says so itself; False where the usual is assumed."""
+    """Whether the model's files name the prediction; False where the usual one is assumed."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Pipeline:
     """A validated SDXL model."""
 
     path: Path
-    """The folder or file that was named."""
+    """The folder or file that the user named."""
     parts: Mapping[str, Part]
     """UNet, VAE and the two text encoders, by component."""
     tokenizers: Tokenizers
@@ -51,7 +51,7 @@ class Pipeline:
     zeros_for_empty_prompt: bool = True
     """Whether the unconditional prompt has zero embeddings (SDXL's default)."""
     remarks: tuple[str, ...] = ()
-    """What the user should know of the model."""
+    """Remarks for the user about the model."""
     start: LoraFile | None = None
     """The LoRA that training goes on from; `parts` have its factors of text encoders, not the UNet's."""
 
@@ -65,7 +65,7 @@ class Pipeline:
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
-        """Betas, prediction type, zero-terminal-SNR flag; overrides merged in."""
+        """The scheduler's config: betas, prediction type, zero-terminal-SNR flag; overrides merged in."""
         return self.scheduler.config
 
     @cached_property
@@ -112,13 +112,13 @@ class Pipeline:
         """The tokenizer that goes with text encoder 1 or 2.
 
         Raises:
-            UserError: it cannot be loaded or does not fit the text encoder.
+            UserError: the tokenizer cannot be loaded or does not fit the text encoder.
         """
         return self.tokenizers.load(which, self.text_config(which))
 
 
 def _load(part: Part, kind: Any, dtype: torch.dtype) -> Any:
-    """A model of diffusers in `dtype`."""
+    """Load a diffusers model in `dtype`."""
     try:
         with quiet():
             with torch.device("meta"):
@@ -133,7 +133,7 @@ def check_pipeline(model: Pipeline) -> None:
     """Check that the parts are SDXL's and fit each other, and their weights their configs.
 
     Raises:
-        UserError: naming the part and what does not fit.
+        UserError: the message names the part and what does not fit.
     """
     from mapo_fast.models.diffusion import Diffusion  # imports diffusers
 

@@ -18,9 +18,9 @@ codes as they are. bitsandbytes makes nf4 and int8, but its layers are not used:
 activations too, Linear4bit repacks itself for inference on some CPUs, and neither can be traced on fake
 tensors. Here codes are a Parameter and scales are buffers, which move, load and copy like those of any layer.
 
-fp8 is there for its products, in which activations and gradients are fp8 too (kernels/mapo_kernels/fp8.py);
-it saves no more memory than int8 and is less exact. So only layers of transformer blocks, where the
-arithmetic is, are kept in it, and a GPU that cannot multiply fp8 is refused (`prepare_unet`). The CPU
+fp8 is there for its products, in which activations and gradients are fp8 too (kernels/mapo_kernels/fp8.py).
+It saves no more memory than int8 and is less exact. So only layers of transformer blocks, which have most of
+the arithmetic, are kept in fp8, and a GPU that cannot multiply fp8 is rejected (`prepare_unet`). The CPU
 computes the same in the dtype of training.
 
 Left dense: `conv_in` and `conv_out`, everything with fewer than 4,096 weights, norms and biases. `INT8` are
@@ -60,7 +60,7 @@ Base = Literal["int8", "nf4", "fp8"]
 
 
 class Quantised(NamedTuple):
-    """What became of one layer."""
+    """One quantised layer."""
 
     name: str
     kind: str
@@ -89,7 +89,7 @@ class _Quantised(nn.Module):
 
     @property
     def frozen_weight(self) -> FrozenWeight:
-        """For the operators of `mapo_kernels`."""
+        """The quantised weight for the operators of `mapo_kernels`."""
         return FrozenWeight((self.weight, *(getattr(self, name) for name in self._scales)), self.format)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -118,7 +118,7 @@ class QuantisedConv2d(_Quantised, nn.Conv2d):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """peft makes a factor by the type of the layer that it stands beside: factors are plain."""
+        """Make a plain layer: peft makes LoRA factors by the type of the layer they are added to."""
         return nn.Conv2d(*args, **kwargs) if args else super().__new__(cls)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -137,8 +137,8 @@ class QuantisedConv2d(_Quantised, nn.Conv2d):
 def quantise_base(unet: Any, base: Base, device: torch.device) -> list[Quantised]:
     """Quantise the UNet's large layers in place and move all of it to the device.
 
-    Layer by layer, so that the device never holds more than one dense weight beside the quantised ones, and
-    the dense one is freed where it came from. Add adapters afterwards.
+    Works layer by layer: the device holds at most one dense weight besides the quantised ones, and each dense
+    weight is freed on the CPU. Add adapters afterwards.
 
     Args:
         unet: diffusers `UNet2DConditionModel`, dense, changed in place. On meta or fake tensors only sizes
@@ -184,7 +184,7 @@ def _large(layer: nn.Module) -> bool:
 
 
 def _kind(name: str, weight: Tensor, base: Base) -> str:
-    """Of a linear layer."""
+    """Storage format of a linear layer."""
     low = name.rpartition(".")[2] not in INT8 and (base != "fp8" or fits_fp8(name, weight))
     return base if low else "int8"
 
@@ -223,7 +223,7 @@ def _grouped_int8(weight: Tensor) -> FrozenWeight:  # (O, C, kh, kw)
 
 
 def _sizes(weight: Tensor, kind: str) -> FrozenWeight:
-    """What `_quantise` would make of a meta or fake (N, C), unwritten."""
+    """Uninitialised tensors of the shapes that `_quantise` would make of a meta or fake (N, C) weight."""
 
     def new(*shape: int, dtype: torch.dtype) -> Tensor:
         return weight.new_empty(shape, dtype=dtype)

@@ -1,10 +1,10 @@
-"""What a single safetensors file is, by its keys and shapes alone: an SDXL model, a part of one, or another.
+"""Recognise a single safetensors file by its keys and shapes: an SDXL model, a part of one, or another.
 
 The rules are those by which ComfyUI, A1111 and diffusers tell models apart, read from their behaviour: the
 prefixes of the parts, the widths of the UNet, and empty tensors as markers of the prediction. A file's name
-says nothing, and its metadata only what the markers leave open.
+is not used, and its metadata only where markers are missing.
 
-Whatever cannot be trained is refused with what it is, and with what to do instead.
+A file that cannot be trained is rejected with a message that says what it is and what to do instead.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ that has ended."""
 
 
 class Noise(NamedTuple):
-    """What a model predicts, and how that is known."""
+    """A model's prediction type, and how it is known."""
 
     prediction: str
     """`epsilon` or `v_prediction`."""
     zero_terminal_snr: bool
     why: str
     stated: bool = True
-    """False where nothing says so."""
+    """False where neither markers nor metadata name the prediction."""
 
 
 class Recognised(NamedTuple):
     """An SDXL model in one file."""
 
     prefixes: dict[str, str]
-    """How the keys of each part begin that the file has."""
+    """Prefix of the keys of each part in the file."""
     noise: Noise
 
 
@@ -49,7 +49,7 @@ def recognise(header: Header) -> Recognised:
     """The parts of a model that a file holds, and its prediction.
 
     Raises:
-        UserError: it is no SDXL model, or one that cannot be trained.
+        UserError: the file is not an SDXL model, or one that cannot be trained.
     """
     keys = header.tensors.keys()
     _refuse_other_files(header)
@@ -65,13 +65,13 @@ def recognise(header: Header) -> Recognised:
 
 
 def noise(header: Header) -> Noise:
-    """What a model predicts: as it states, else epsilon."""
+    """A model's prediction type: the one that its file names, else epsilon."""
     why = "it has neither a marker v_pred nor metadata that say otherwise"
     return stated_noise(header) or Noise("epsilon", False, why, stated=False)
 
 
 def stated_noise(header: Header) -> Noise | None:
-    """What a file states that its model predicts: by its markers, else by its metadata, else None.
+    """The prediction type that a file names: by its markers, else by its metadata, else None.
 
     The order is ComfyUI's (`comfy/supported_models.py`), which does not read metadata; there a `ztsnr`
     without `v_pred` has no effect, as epsilon-prediction cannot start from pure noise.
@@ -94,7 +94,7 @@ _TITLES = ("modelspec.title", "modelspec.architecture", "modelspec.description",
 
 
 def few_steps(metadata: Mapping[str, str]) -> str | None:
-    """What in a file's metadata says that its model is distilled to sample in a few steps, or None."""
+    """The reason to think that a model is distilled to sample in a few steps, from its metadata; or None."""
     for name in _TITLES:
         if match := _FEW_STEPS.search(metadata.get(name, "")):
             return f"{name} = {shown(metadata[name])} names {match[0]}"
@@ -105,10 +105,10 @@ def few_steps(metadata: Mapping[str, str]) -> str | None:
 
 
 def part_alone(header: Header, component: str) -> str | None:
-    """How a part's keys begin in a file that holds it alone, or within a model; None for diffusers' names.
+    """Prefix of a part's keys, in a file that holds it alone or in a model; None for diffusers' names.
 
     Args:
-        header: of the file.
+        header: the file's header.
         component: `unet` or `vae`.
 
     Raises:
@@ -141,7 +141,7 @@ _ALONE = {
 """Other prefixes of a part alone, and a key that it has in the original names and in diffusers'."""
 
 
-# What is refused
+# Rejected files
 
 
 def _refuse(header: Header, what: str) -> NoReturn:
@@ -163,7 +163,7 @@ def _refuse_other_files(header: Header) -> None:
     """Raise where the keys are those of an adapter, of quantised weights, or of a model with other inputs."""
     keys = header.tensors
     if not keys:
-        _refuse(header, "has no tensors: it is no model")
+        _refuse(header, "has no tensors: it is not a model")
     for pattern, what in (
         (
             _ADAPTERS,
@@ -171,7 +171,7 @@ def _refuse_other_files(header: Header) -> None:
         ),
         (
             _SCALED,
-            "has scaled fp8 weights (scale factors beside them), which cannot be trained: take the "
+            "has scaled fp8 weights (with scale factors), which cannot be trained: take the "
             "model's fp16 or bf16 file",
         ),
         (
@@ -238,7 +238,7 @@ def _refuse_without_unet(header: Header) -> NoReturn:
         _refuse(header, "is a text encoder alone: name a whole model")
     _refuse(
         header,
-        f"is no SDXL model: it has no key that begins with {PREFIXES['unet']}; its keys begin with "
+        f"is not an SDXL model: it has no key that begins with {PREFIXES['unet']}; its keys begin with "
         f"{_beginnings(header)}",
     )
 
@@ -247,8 +247,8 @@ def refuse_other_unets(header: Header, prefix: str) -> None:
     """Raise `UserError` where a UNet in the original names is not SDXL's.
 
     Args:
-        header: of its file.
-        prefix: of its keys.
+        header: the file's header.
+        prefix: prefix of the UNet's keys.
     """
     _refuse_families(header)
     shapes = {k.removeprefix(prefix): e.shape for k, e in header.tensors.items() if k.startswith(prefix)}
@@ -264,7 +264,7 @@ def refuse_other_unets(header: Header, prefix: str) -> None:
     if first[1] == 8:
         _refuse(
             header,
-            "is an editing model (8 input channels: it takes an image beside the noise), which cannot "
+            "is an editing model (8 input channels: it takes an image next to the noise), which cannot "
             "be trained here",
         )
     if "label_emb.0.0.weight" not in shapes:
@@ -287,7 +287,7 @@ _TRANSFORMER = re.compile(r"((?:input|output)_blocks\.\d+\.1|middle_block\.1)\.t
 
 
 def _refuse_distilled(header: Header, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise for SDXL's kin with blocks left out: they are configs that no pipeline folder's UNet here has."""
+    """Raise for variants of SDXL with blocks left out; pipeline folders with such UNets are rejected too."""
     depth: dict[str, int] = {}
     for key in shapes:
         if match := _TRANSFORMER.fullmatch(key):
@@ -326,7 +326,7 @@ _BARE_KEYS = {prefix + original for inside, original, _ in _ALONE.values() for p
 
 
 def _beginnings(header: Header) -> str:
-    """The first parts of a file's keys, the commonest first."""
+    """The first parts of a file's keys, most frequent first."""
     firsts = [key.split(".")[0] for key in header.tensors]
     common = sorted(set(firsts), key=lambda first: (-firsts.count(first), first))[:3]
     return ", ".join(shown(first) for first in common)

@@ -63,7 +63,7 @@ def sample_latents(
 
     Raises:
         ValueError: numbers of prompts and seeds differ, or a side is not a multiple of 8.
-        UserError: as `sampler`.
+        UserError: the scheduler's config cannot be used for sampling.
     """
     count = prompts.prompt_embeds.shape[0]
     if len(seeds) != count:
@@ -126,7 +126,7 @@ def sampler(folder: Pipeline, steps: int) -> Any:
     """diffusers' Euler scheduler with the pipeline's own scheduler config, set to this many steps.
 
     Raises:
-        UserError: it cannot be sampled by; diffusers itself finds some of that only as it samples.
+        UserError: the config cannot be used for sampling; diffusers finds some errors only while it samples.
     """
     from diffusers import EulerDiscreteScheduler
 
@@ -154,7 +154,7 @@ def _pipeline(folder: Pipeline, unet: Any, steps: int) -> Any:
 
 @contextmanager
 def _quiet_arrays() -> Iterator[None]:
-    """diffusers' Euler scheduler turns a tensor into an array in a way that numpy 2 remarks on."""
+    """Hide numpy 2's warning about how diffusers' Euler scheduler turns a tensor into an array."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
         yield

@@ -1,7 +1,7 @@
 """Models as files: one `.safetensors` file, or a diffusers pipeline folder; each whole or absent.
 
-Tensors are made and written one at a time. The space is checked before the first byte, and what stands at the
-target is replaced only when all is written.
+Tensors are made and written one at a time. The free space is checked before the first byte, and an existing
+target is replaced only after everything is written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mapo_fast.util.sizes import size_text
 from mapo_fast.util.tensorfile import Piece, write_pieces
 
 _SPARE = 64 * 2**20
-"""Bytes that stay free: headers, configs, and what else the machine writes meanwhile."""
+"""Bytes that stay free, for headers, configs, and whatever else the machine writes meanwhile."""
 
 
 def save_single_file(
@@ -40,10 +40,10 @@ def save_single_file(
     """Write a model as one file.
 
     Args:
-        model: its parts.
-        path: the file.
+        model: the model to write.
+        path: the file to write.
         dtype, unet: see `single_file.pieces`.
-        metadata: of the file, see `single_file.metadata`.
+        metadata: the file's metadata, see `single_file.metadata`.
 
     Returns:
         Hex SHA-256 of the file.
@@ -68,13 +68,14 @@ def save_folder(
     """Write a model as a diffusers pipeline folder.
 
     Args:
-        model: its parts.
-        folder: what is made or replaced.
-        dtype: of all weights; None keeps theirs.
+        model: the model to write.
+        folder: the folder to make or replace.
+        dtype: dtype of all weights; None keeps their own.
         unet: trained weights, by diffusers' names, in place of the model's.
 
     Raises:
-        UserError: as `save_single_file`; the tokenizers do not fit the text encoders.
+        UserError: a value beyond fp16's range; the disk is full or cannot be written; the tokenizers do not
+            fit the text encoders.
     """
     for which in BOTH:
         model.load_tokenizer(which)  # a file has none: CLIP's own need not be the model's

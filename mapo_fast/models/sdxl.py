@@ -3,8 +3,8 @@
 Parts      a pipeline folder has one UNet, one VAE, two text encoders with a tokenizer each, and a scheduler.
 Text       a prompt's embedding is the penultimate hidden state of both encoders, side by side; the pooled
            embedding is the second one's.
-Sizes      a latent stands for 8 × 8 pixels; six numbers beside the prompt tell the UNet an image's size, crop
-           and target size.
+Sizes      a latent stands for 8 × 8 pixels; six numbers tell the UNet an image's size, crop and target
+           size.
 UNet       which inputs it takes, and in which order its modules run.
 Originals  what Stability AI's own code, and with it single files and LoRAs, call the UNet's layers.
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Component = Literal["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
 Which = Literal[1, 2]
-"""Of the two text encoders, or tokenizers."""
+"""Number of a text encoder, or of its tokenizer."""
 BOTH: tuple[Which, ...] = (1, 2)
 
 WEIGHTS: dict[str, str] = {
@@ -40,14 +40,14 @@ WEIGHTS: dict[str, str] = {
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
-"""Parts with weights: how their files' names begin."""
+"""Parts with weights → first part of their files' names."""
 CONFIGS: dict[str, str] = {
     **dict.fromkeys(WEIGHTS, "config.json"),
     "tokenizer": "tokenizer_config.json",
     "tokenizer_2": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
 }
-"""All parts: the file that describes each."""
+"""All parts → the file that describes each."""
 ENCODERS: tuple[Component, ...] = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 """The parts that a cache of latents and embeddings depends on."""
 
@@ -66,7 +66,7 @@ def pipeline_index(scheduler: str, zeros_for_empty_prompt: bool) -> dict[str, An
     """`model_index.json` of a pipeline folder.
 
     Args:
-        scheduler: class that diffusers samples by.
+        scheduler: class that diffusers samples with.
         zeros_for_empty_prompt: whether the unconditional prompt has zero embeddings.
     """
     return {
@@ -90,7 +90,7 @@ def pipeline_class() -> Any:
 
 
 def sampling_pipeline(unet: Any, scheduler: Any) -> Any:
-    """diffusers' pipeline, to be given embeddings and asked for latents: it needs no other part."""
+    """diffusers' pipeline for latents from given embeddings, so that it needs no other part."""
     parts = dict.fromkeys(ENCODERS)
     return pipeline_class()(**parts, unet=unet, scheduler=scheduler, add_watermarker=False)
 
@@ -127,7 +127,7 @@ TIME_IDS = 6
 
 
 def time_ids(original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> tuple[float, ...]:
-    """What the UNet is told of an image's size, as `(height, width)` and `(top, left)` in pixels.
+    """The UNet's size inputs: `(height, width)` and `(top, left)` in pixels.
 
     When sampling, original and target size are the size of the picture, and nothing is cropped.
     """
@@ -167,7 +167,7 @@ def predict(
 
 
 def execution_order(unet: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules of a `UNet2DConditionModel` that run once each, in the order in which they run."""
+    """Names and modules of a `UNet2DConditionModel` that run once each, in execution order."""
     names = {module: name for name, module in unet.named_modules()}
     for module in _execution_order(unet):
         yield names[module], module
@@ -197,7 +197,7 @@ KOHYA_METADATA = {
     "ss_base_model_version": "sdxl_base_v1-0",
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
 }
-"""How a LoRA file says what it is for."""
+"""Metadata by which a LoRA file names its base model."""
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -234,7 +234,7 @@ def kohya_name(layer: str, layers: Sequence[int]) -> str:
 
 
 def original_layer(layer: str, layers: Sequence[int]) -> str:
-    """What the original code calls a layer of diffusers' SDXL UNet.
+    """The original code's name of a layer of diffusers' SDXL UNet.
 
     The original UNet numbers its blocks through: block 0 is the first convolution, and every diffusers down
     block is its residual layers and a downsampler; an up block has one layer more and keeps its upsampler in
@@ -271,7 +271,7 @@ def residual_layers(config: Mapping[str, Any]) -> list[int]:
     """Residual layers of each down block: diffusers' `layers_per_block` is one number for all, or a list.
 
     Args:
-        config: the UNet's.
+        config: the UNet's config.
     """
     stated, blocks = config.get("layers_per_block", 2), len(config["down_block_types"])
     return [stated] * blocks if isinstance(stated, int) else list(stated)

@@ -25,7 +25,7 @@ from mapo_fast.util.errors import UserError
 from mapo_fast.util.tensorfile import Piece
 
 DTYPE = torch.float16
-"""Type of what comes from a folder, where nothing else is asked for."""
+"""Default type of weights that come from a folder."""
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -39,16 +39,17 @@ class _Source(NamedTuple):
 def pieces(
     model: Pipeline, *, dtype: torch.dtype | None = None, unet: Mapping[str, Tensor] | None = None
 ) -> dict[str, Piece]:
-    """Everything that the file holds, by key.
+    """All tensors of the file, by key.
 
     Args:
-        model: what is written.
-        dtype: of all weights; None keeps those of a single file, and takes fp16 for a folder's. A trained
-            UNet is never written in fp8: it would lose what was learnt.
+        model: the model to write.
+        dtype: dtype of all weights; None keeps those of a single file, and takes fp16 for a folder's. A
+            trained UNet is never written in fp8: it would lose what was learnt.
         unet: trained weights, by diffusers' names, in place of the model's.
 
     Raises:
-        UserError: the original code has no name for a layer; as a piece is made: a value beyond fp16's range.
+        UserError: the original code has no name for a layer. Raised as a piece is made: a value is beyond
+            fp16's range.
     """
     found: dict[str, Piece] = {}
     for component, prefix in PREFIXES.items():
@@ -70,9 +71,9 @@ def markers(model: Pipeline) -> dict[str, Piece]:
 
 
 def metadata(model: Pipeline) -> dict[str, str]:
-    """What the keys do not say: the prediction for other programs, and fields of configs for this one.
+    """The file's metadata: the prediction for other programs, and fields of configs for this one.
 
-    Author and licence are those that the start model's file states.
+    Author and licence are copied from the start model's file.
     """
     v = model.scheduler_config.get("prediction_type") == "v_prediction"
     found = {
@@ -174,7 +175,7 @@ def converted(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
 
 
 def _constants(part: Part) -> Iterator[tuple[str, Piece]]:
-    """What a source file holds beside a text encoder's or VAE's weights, such as the positions 0, 1, 2, …"""
+    """Tensors of a source file besides a text encoder's or VAE's weights, such as the positions 0, 1, 2, …"""
     if part.header is None or part.component == "unet":
         return
     for key, entry in part.header.tensors.items():

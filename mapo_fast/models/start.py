@@ -17,14 +17,14 @@ from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
 
 _LARGEST = 2048
-"""The largest rank that a config may state."""
+"""The largest rank that a config may have."""
 
 
 def read_start(config: Config, parts: Mapping[str, Part]) -> LoraFile | None:
     """The LoRA that `adapter.start` names, with factors that can be trained.
 
     Raises:
-        UserError: it cannot be read, has nothing for the UNet, or factors that cannot be trained.
+        UserError: the LoRA cannot be read, has nothing for the UNet, or has factors that cannot be trained.
     """
     if config.adapter.start is None:
         return None
@@ -49,15 +49,15 @@ def read_start(config: Config, parts: Mapping[str, Part]) -> LoraFile | None:
 
 
 def alpha_of(layer: LoraLayer) -> float:
-    """A layer's alpha, without the rounding of the division."""
+    """A layer's alpha, without the rounding error of the division."""
     return float(f"{layer.scale * layer.rank:.12g}")
 
 
 def with_start(config: Config, lora: LoraFile | None, unet: Part) -> Config:
-    """The config with the rank, alpha and targets that the LoRA has; of ranks that differ, the largest.
+    """The config with the LoRA's rank, alpha and targets; where ranks differ, the largest.
 
     Raises:
-        UserError: it states others.
+        UserError: the config sets other values.
     """
     if lora is None:
         return config

@@ -37,25 +37,25 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Types of safetensors that torch computes with or converts from."""
+"""Types in safetensors' notation → torch's, for types that torch computes with or converts from."""
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-"""Those that weights come in."""
+"""Types that weights may have."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a model, where it lies."""
+    """A tensor of a model, and its place in a file."""
 
     file: Path
     dtype: str
-    """As safetensors writes it."""
+    """Type in safetensors' notation."""
     shape: tuple[int, ...]
-    """As the model has it."""
+    """Shape in the model."""
     begin: int
-    """Of its bytes in the file."""
+    """Offset of the first byte in the file."""
     end: int
     transposed: bool = False
-    """Whether the file has a matrix the other way round."""
+    """Whether the file holds the transposed matrix."""
 
     def load(self) -> Tensor:
         """The tensor on the CPU, in its stored type: a private map of the file.
@@ -91,16 +91,16 @@ class StoredTensor:
 
 
 def whole(file: Path, entry: Entry) -> StoredTensor:
-    """A tensor that a file has as the model has it."""
+    """A tensor that a file stores in the model's own form."""
     return StoredTensor(file, entry.dtype, entry.shape, entry.begin, entry.end)
 
 
 def placed(header: Header, place: Place) -> StoredTensor:
-    """The tensor of a model that stands at a place of a file.
+    """The tensor of a model at a place of a file.
 
     Raises:
         KeyError: the file has no such key.
-        UserError: it cannot be cut as the place says.
+        UserError: the stored tensor cannot be split as the place says.
     """
     entry = header.tensors[place.key]
     shape = entry.shape
@@ -139,7 +139,7 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Loaded(Mapping[str, Tensor]):
-    """Stored tensors, each loaded when it is asked for and not kept."""
+    """Stored tensors, each loaded on access and not kept."""
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
         self.stored = stored

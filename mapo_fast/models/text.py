@@ -34,7 +34,7 @@ class PromptEmbeds(NamedTuple):
 
 @dataclass(frozen=True)
 class Truncation:
-    """A prompt that was longer than its chunks hold."""
+    """A prompt that is longer than its chunks."""
 
     prompt: str
     tokens: int
@@ -79,7 +79,7 @@ def encode_prompts(
 def empty_prompt(
     folder: Pipeline, *, max_tokens: int, device: torch.device | str, dtype: torch.dtype
 ) -> PromptEmbeds:
-    """What stands for "no prompt" (N = 1): zeros where the pipeline says so (SDXL's default), else ""."""
+    """Embeddings of "no prompt" (N = 1): zeros where the pipeline says so (SDXL's default), else ""."""
     if not folder.zeros_for_empty_prompt:
         return encode_prompts(folder, [""], max_tokens=max_tokens, device=device, dtype=dtype)
     widths, pooled = text_widths(folder)
@@ -147,13 +147,13 @@ def chunk_ids(tokenizer: Any, prompts: Sequence[str], chunks: int) -> Tensor:  #
 
 
 def text_ids(tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """The tokens of each prompt that an encoder gets to see, without start, end and padding."""
+    """The tokens of each prompt that reach an encoder, without start, end and padding."""
     kept = CHUNK_TOKENS * chunk_count(max_tokens)
     return [ids[:kept] for ids in _text_ids(tokenizer, prompts)]
 
 
 def truncations(folder: Pipeline, prompts: Sequence[str], max_tokens: int) -> Iterator[Truncation]:
-    """Those of `prompts` that lose text at `max_tokens`, in order; the first tokenizer decides."""
+    """The prompts that are cut at `max_tokens`, in order; the first tokenizer decides."""
     tokenizer = folder.load_tokenizer(1)
     kept = CHUNK_TOKENS * chunk_count(max_tokens)
     for start in range(0, len(prompts), 256):

@@ -1,7 +1,7 @@
 """SDXL's two tokenizers: of a pipeline folder, or CLIP's own, built from its published table of merges.
 
 Both tokenizers are CLIP's and differ in the token that pads a prompt: the first repeats the end token, the
-second has `!`. The table of merges is a file of this package, with its licence beside it; a test compares it
+second has `!`. The table of merges is a file of this package, with its licence next to it; a test compares it
 with the one in `open_clip_torch`.
 """
 
@@ -54,7 +54,7 @@ class Tokenizers:
             if files and not (folder / "tokenizer.json").is_file():
                 for name in ("vocab.json", "merges.txt"):
                     if not (folder / name).is_file():
-                        raise UserError(f"{folder} is no complete tokenizer: {folder / name} is missing")
+                        raise UserError(f"{folder} is not a complete tokenizer: {folder / name} is missing")
 
     def load(self, which: Which, text: TextConfig) -> Any:
         """A tokenizer, a `transformers.CLIPTokenizer`.
@@ -64,8 +64,8 @@ class Tokenizers:
             text: the config of its text encoder.
 
         Raises:
-            UserError: it cannot be loaded, gives all prompts the same tokens, cannot pad, or does not fit the
-                text encoder.
+            UserError: the tokenizer cannot be loaded, gives all prompts the same tokens, cannot pad, or does
+                not fit the text encoder.
         """
         where = self.where(which)
         try:
@@ -76,14 +76,14 @@ class Tokenizers:
             raise unloadable(where, error) from error
         if useless:
             raise UserError(
-                f"{where} is no usable tokenizer: it gives 'a' and 'b' the same tokens; copy its files from "
-                "the model again"
+                f"{where} is not a usable tokenizer: it gives 'a' and 'b' the same tokens; copy its files "
+                "from the model again"
             )
         self._check_tokens(which, found, text)
         return found
 
     def _check_tokens(self, which: Which, found: Any, text: TextConfig) -> None:
-        """That every prompt can be padded, and that the text encoder knows the tokens."""
+        """Check that every prompt can be padded, and that the text encoder knows the tokens."""
         where = self.where(which)
         for name in SPECIAL_TOKENS:
             if getattr(found, f"{name}_id") is None:

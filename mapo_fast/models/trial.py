@@ -1,6 +1,6 @@
-"""The models that configs describe, called once on tensors without data: a second, and no memory.
+"""Call the models that configs describe once, on tensors without data: takes a second and no memory.
 
-What a config asks for is checked in many ways by diffusers while it builds, and some of it not before a call.
+diffusers checks a config in many ways while it builds a model, and some of it only in a call.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def try_unet(config: str, text_width: int, pooled_width: int) -> Shapes:
 
     Args:
         config: its config as JSON.
-        text_width: of the prompt embeddings.
-        pooled_width: of the pooled embedding.
+        text_width: width of the prompt embeddings.
+        pooled_width: width of the pooled embedding.
 
     Raises:
         Exception: of any kind.

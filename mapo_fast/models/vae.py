@@ -6,8 +6,8 @@ The largest feature maps of SDXL's VAE have the image's own height and width. Pe
     decode   3 maps of the second block's width    3.0 GiB
 
 (traced on fake tensors, `tests/models/test_vae.py`). In tiles of 512 × 512 pixels that overlap by a quarter
-it is 0.64 and 0.76 GiB. But a tile's group norms see the tile alone, so results differ, of a tile with little
-in it by a lot: training data is better encoded image by image, which changes nothing.
+it takes 0.64 and 0.76 GiB. But a tile's group norms see the tile alone, so results differ, most for tiles
+with little in them. Encode training data image by image instead, which changes nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def to_unet(mean: Tensor, config: Mapping[str, Any]) -> Tensor:
 
 
 def from_unet(latents: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """What the VAE decodes, of the UNet's latents: the inverse of `to_unet`."""
+    """The VAE's input for decoding, from the UNet's latents: the inverse of `to_unet`."""
     shift, spread = _statistics(latents, config)
     return latents / _factor(config) * spread + shift
 
@@ -69,7 +69,7 @@ def encode_bytes(config: dict[str, Any], pixels: int, itemsize: int) -> int:
     """Peak bytes of encoding `pixels` at once (all images of a batch, or one tile), without the weights.
 
     Args:
-        config: the VAE's.
+        config: the VAE's config.
         pixels: height × width × images.
         itemsize: bytes per number.
     """
@@ -82,7 +82,7 @@ def decode_bytes(config: dict[str, Any], pixels: int, itemsize: int) -> int:
 
 
 def encoding_with_less(data: DataConfig) -> list[dict[str, Any]]:
-    """Settings with which encoding needs ever less: image by image, which changes nothing, then in tiles."""
+    """Settings for encoding with less and less memory: image by image, which changes nothing, then tiles."""
     found, settings = [], {}
     for name, value, less in (
         ("batch_size", 1, data.batch_size > 1),

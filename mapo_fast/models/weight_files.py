@@ -14,11 +14,11 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     """The safetensors files of a component's weights, of the variant that `_variant` chooses.
 
     Args:
-        folder: the component's own.
-        stem: how the files' names begin.
+        folder: the component's folder.
+        stem: first part of the files' names.
 
     Raises:
-        UserError: there are none, not all, or of several variants.
+        UserError: files are missing, or there are several variants.
     """
     variant = _variant(folder, stem)
     dotted = f".{variant}" if variant else ""

@@ -1,1 +1,1 @@
-"""What every room may use and what knows of none: errors, files, console, signals, tensors on disk."""
+"""Tools for every other package, which import none of them: errors, files, console, signals, tensor files."""

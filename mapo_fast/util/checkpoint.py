@@ -3,17 +3,17 @@
     <folder>/step-00000100/model.safetensors       one file per name given to `save`
                            optimizer.safetensors
                            state.json              run, step, JSON state; SHA-256 of itself and of each file
-                           README.txt              what this is and how to use it, for people; never read
+                           README.txt              how to use the checkpoint, for people; never read
 
 A checkpoint is written into `.step-00000100.tmp`; every file and folder is fsynced; then one rename makes it
 visible and the oldest ones are pruned (renamed away before they are deleted). A process killed at any moment
 therefore leaves whole checkpoints, at most a temporary folder and one checkpoint too many, which the next
 save or start removes. Only safetensors and JSON are read: nothing is unpickled.
 
-A checkpoint that is damaged, renamed to another step or of another run is passed over. A whole checkpoint of
-the same step is left as it is (one run has one state per step); one that is of no use is replaced. Pruning
-never removes a checkpoint of a later step than the one just saved, nor another run's. Where a checkpoint is a
-link to a folder elsewhere, pruning removes the link and leaves that folder.
+A checkpoint that is damaged, renamed to another step or of another run is skipped. A whole checkpoint of the
+same step is left as it is (a run has one state per step); an unusable one is replaced. Pruning never removes
+a checkpoint of a later step than the one just saved, nor another run's. Where a checkpoint is a link to a
+folder elsewhere, pruning removes the link and leaves that folder.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _TEMPORARY = re.compile(r"\.step-\d{8,}\.tmp")
 
 
 class Record(BaseModel):
-    """What a `state.json` holds, beside its own checksum."""
+    """Contents of a `state.json`, without its checksum."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -63,13 +63,13 @@ class Checkpoint:
     step: int
     state: dict[str, Any]
     passed_over: tuple[tuple[Path, str], ...] = ()
-    """Newer checkpoints that are of no use, with the reason."""
+    """Newer checkpoints that cannot be used, with the reason."""
 
     def copy_into(self, name: str, targets: Mapping[str, Tensor]) -> None:
         """Copy the tensors saved under `name` straight into existing ones: no second copy of the model.
 
         Raises:
-            UserError: other names or shapes than the checkpoint's; nothing was copied then.
+            UserError: names or shapes differ from the checkpoint's; nothing has been copied.
         """
         file = self._file(name)
         with safe_open(file, framework="pt") as handle:
@@ -122,7 +122,7 @@ class CheckpointStore:
             step: optimizer steps done.
             tensors: file name -> tensor name -> tensor, on any device; written one by one, no copy of all.
             state: anything JSON holds exactly (floats round-trip; tuples come back as lists).
-            about: what it is and how to use it, for `README.txt`.
+            about: text of `README.txt`: how to use the checkpoint.
 
         Raises:
             UserError: disk full or not writable; the older checkpoints are intact.
@@ -146,10 +146,10 @@ class CheckpointStore:
         return target
 
     def tidy(self, step: int) -> None:
-        """Remove what a kill left, and the checkpoints up to `step` beyond those to keep.
+        """Remove temporary folders of killed runs, and checkpoints up to `step` beyond those to keep.
 
         Raises:
-            UserError: as `files.disk_errors`.
+            UserError: the disk is full or cannot be written.
         """
         with disk_errors(self.folder):
             self._remove_halves()
@@ -187,10 +187,10 @@ class CheckpointStore:
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole and this run's; None when there is none at all.
 
-        `Checkpoint.passed_over` lists the newer ones that are not.
+        `Checkpoint.passed_over` lists newer checkpoints that cannot be used.
 
         Raises:
-            UserError: there are checkpoints, all of no use.
+            UserError: there are checkpoints, but none can be used.
         """
         passed_over: list[tuple[Path, str]] = []
         for step, path in reversed(self.found()):
@@ -212,7 +212,7 @@ class CheckpointStore:
         """The checkpoint of a step.
 
         Raises:
-            UserError: it is not there or of no use.
+            UserError: the checkpoint is missing or cannot be used.
         """
         found = self.found()
         for number, path in found:
@@ -230,11 +230,11 @@ class CheckpointStore:
                 delete(path)
 
     def found(self) -> list[tuple[int, Path]]:
-        """Whatever has a checkpoint's name, oldest first.
+        """Everything with a checkpoint's name, oldest first.
 
         Raises:
-            UserError: the folder cannot be listed; where it is a link to a disk that is not there, a run must
-                not begin anew.
+            UserError: the folder cannot be listed. It may be a link to a missing disk, and a run must not
+                start over then.
         """
         if not os.path.lexists(self.folder):
             return []
@@ -255,7 +255,7 @@ class CheckpointStore:
         """The record of a checkpoint that may be used.
 
         Raises:
-            WrongFileError: it may not, and why.
+            WrongFileError: the checkpoint cannot be used; the text says why.
         """
         record = self._record(path, step)
         for name, expected in record.files.items():
@@ -269,10 +269,10 @@ class CheckpointStore:
         return record
 
     def _record(self, path: Path, step: int) -> Record:
-        """What a checkpoint says of itself, if it is this run's and of this step.
+        """A checkpoint's record, checked to be of this run and step.
 
         Raises:
-            WrongFileError: it is not, or cannot be read.
+            WrongFileError: the record is of another run or step, or cannot be read.
         """
         try:
             is_folder = path.is_dir()

@@ -1,7 +1,7 @@
-"""What reaches the terminal: text as it is, on one line, whatever stands in the names within it.
+"""Output to the terminal: each text on one line and unchanged, whatever characters file names in it have.
 
-What does not reach it ends no run: a full disk behind `> train.log`, a `| tee` that has ended, a terminal
-that was closed.
+Output that cannot be written does not end a run: `> train.log` on a full disk, a `| tee` that has ended, a
+closed terminal.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def say(console: Console, text: str, style: str | None = None, *, wrap: bool = F
     """Print one line; with `wrap` it is broken between words on a terminal.
 
     Names of files, columns, splits and prompts come from outside. Nothing in them is taken for markup, and
-    nothing that a terminal acts on reaches it (`printable`).
+    control characters are escaped (`printable`).
     """
     soft = not (wrap and console.is_terminal)
     console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=soft)
 
 
 def encode_anything() -> None:
-    """Let standard output and error write what their encoding lacks as Python escapes.
+    """Let standard output and error write characters that their encoding lacks as Python escapes.
 
     A pipe or a file has the encoding of the locale (on Windows often cp1252): one character that it does not
     have, in a path or a prompt, would end the run.
@@ -59,8 +59,8 @@ class _Unfailing:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, with Python escapes for what the encoding lacks."""
-        with suppress(OSError, ValueError):  # the latter of a stream that is closed
+        """Write, with Python escapes for characters that the encoding lacks."""
+        with suppress(OSError, ValueError):  # ValueError: the stream is closed
             try:
                 self._stream.write(text)
             except UnicodeEncodeError as error:
@@ -69,15 +69,15 @@ class _Unfailing:
         return len(text)
 
     def flush(self) -> None:
-        """Flush what can be written."""
+        """Flush, ignoring errors."""
         with suppress(OSError, ValueError):
             self._stream.flush()
 
 
 def output_may_fail() -> None:
-    """From here on this process goes on, and ends as it would have, when nobody takes its output.
+    """Let this process go on, and end normally, when its output can no longer be written.
 
-    For commands whose work is not what they print.
+    For commands whose result is not their output.
     """
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is not None:  # None without a console on Windows
@@ -85,7 +85,7 @@ def output_may_fail() -> None:
 
 
 def unfailing(console: Console) -> Console:
-    """Let a console drop what it cannot write; else rich ends the process where a pipe has ended."""
+    """Let a console drop output that it cannot write; otherwise rich ends the process after a broken pipe."""
     if not isinstance(console.file, _Unfailing):
         console.file = cast("IO[str]", _Unfailing(console.file))
     return console
@@ -105,7 +105,7 @@ _LINE = {
     "skipped_steps": "skipped steps {:.0f}",
     "compile_s": "compile {:.0f} s",
 }
-"""The figures of the console's line, in order and by the names that `log.jsonl` and TensorBoard have too."""
+"""The figures of the console's line, in order, under their names in `log.jsonl` and TensorBoard."""
 
 
 class Terminal(Callbacks):
@@ -129,7 +129,7 @@ class Terminal(Callbacks):
         say(self.console, f"warning{where}: {text}", "yellow", wrap=True)
 
     def begin(self, stage: str, total: int, done: int = 0) -> None:
-        """Show a progress bar; of the training on a terminal only."""
+        """Show a progress bar; for the training on a terminal only."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         name, bar, count, left = (
@@ -177,7 +177,7 @@ class Terminal(Callbacks):
             parts.append(f"accuracy {figures['accuracy']:.3f}")
         names = ["accuracy", "margin", "chosen_error"]
         if "accuracy" not in figures:
-            names.append("rejected_error")  # of single images it is not in the margin
+            names.append("rejected_error")  # single images have no margin that would show it
         for name in names:
             if change := figures.get(f"{name}_change"):
                 parts.append(f"{name.replace('_', ' ')} change {_change(change)}")

@@ -10,9 +10,8 @@ _LONGEST = 2000
 class UserError(Exception):
     """A mistake in a config, a file or a combination of settings.
 
-    The command line prints the message without a stack trace and exits with `exit_code`. Its text is one line
-    that a terminal shows as it is, whatever stands in the names and values within it; of a very long one the
-    middle is left out.
+    The command line prints the message without a stack trace and exits with `exit_code`. The text is one
+    printable line, whatever names and values are in it; the middle of a very long one is left out.
     """
 
     exit_code = 2
@@ -22,7 +21,7 @@ class UserError(Exception):
     def __str__(self) -> str:
         """The message, `printable`."""
         text = printable(super().__str__())
-        if len(text) > _LONGEST:  # a value, most likely; how to fix it stands at the end
+        if len(text) > _LONGEST:  # most likely a long value; the remedy is at the end
             text = f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 4 :]}"
         return text
 
@@ -34,13 +33,13 @@ class MachineError(UserError):
 
 
 class FailedRunError(UserError):
-    """Training came to nothing: the model diverged, or too many steps were skipped."""
+    """Training failed: the model diverged, or too many steps were skipped."""
 
     exit_code = 1
 
 
 def printable(text: str) -> str:
-    """The text on one line, with nothing in it that a terminal would act on.
+    """The text on one line, without characters that a terminal would act on.
 
     Names of files, columns and splits come from outside: line breaks, escape sequences, direction marks and
     lone surrogates in them are written as Python escapes.
@@ -64,7 +63,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def shown(value: object) -> str:
-    """A value for a message: as Python writes it, in every run the same, without the middle of a long one."""
+    """A value for a message: Python's notation, the same in every run, without the middle of a long value."""
     try:
         text = _SHORT.repr(value)
     except ValueError:  # an integer of more digits than Python prints

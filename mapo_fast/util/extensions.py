@@ -1,11 +1,11 @@
-"""Code from outside this package: what adds objectives, optimizers and data sources.
+"""Code from outside this package that adds objectives, optimizers and data sources.
 
-It comes from two places, which only whoever installs packages and types commands controls:
+It comes from two places, under the control of the person who installs packages and types commands:
 
 - an installed package, by an entry point in the group `mapo_fast.extensions`;
 - `--allow-code module:function` on the command line.
 
-Either one names a function without arguments; it is called once in a process and registers what it adds.
+Either one names a function without arguments, which is called once in a process and registers its additions.
 Modules are found where Python finds installed ones, `PYTHONPATH` included, and never in the current folder or
 the config's. Configs, models, data and run folders name no code: `docs/security.md`.
 """
@@ -31,16 +31,16 @@ _problems: tuple[str, ...] | None = None
 
 
 def allow(code: str, say: Callable[[str], None], config: Path | None = None) -> None:
-    """Import what `--allow-code` names and call it, unless this process has done so before.
+    """Import and call the function that `--allow-code` names, unless this process has done so before.
 
     Args:
         code: `module:function`.
-        say: is told the file before it is imported.
-        config: the config file, in whose folder nothing is looked for.
+        say: called with a line that names the file before it is imported.
+        config: the config file; no code is taken from its folder.
 
     Raises:
-        UserError: it is written otherwise, not installed, lies in the current folder or the config's, or
-            fails.
+        UserError: the name is not `module:function`, the module is not installed, it lies in the current
+            folder or the config's, or the function fails.
     """
     if (written := _CODE.fullmatch(code)) is None:
         raise UserError(f"--allow-code {code!r}: write it as module:function, such as my_package:register")
@@ -71,10 +71,10 @@ def allow(code: str, say: Callable[[str], None], config: Path | None = None) -> 
 
 
 def load_installed() -> tuple[str, ...]:
-    """Call the entry points of installed packages, once in a process; what failed, in one line each.
+    """Call the entry points of installed packages, once in a process; returns one line for each failure.
 
-    The registries ask for it where a name is unknown: commands that use none of what packages add import none
-    of them, and a package that is broken breaks nothing else.
+    The registries call this where a name is unknown. So commands that use no additions import no packages,
+    and a broken package breaks nothing else.
     """
     global _problems
     if _problems is None:
@@ -85,7 +85,7 @@ def load_installed() -> tuple[str, ...]:
 
 
 def _entry_points() -> list[metadata.EntryPoint]:
-    """Those of the group, of the first package of each name on the path."""
+    """The group's entry points; where several packages on the path have one name, those of the first."""
     packages: dict[str, metadata.Distribution] = {}
     for package in metadata.distributions(path=sys.path):
         packages.setdefault(package.name, package)
@@ -107,7 +107,7 @@ def _said(error: BaseException) -> str:
 
 @contextmanager
 def _without(folders: Iterable[Path]) -> Iterator[None]:
-    """Within, Python looks for modules in none of these folders."""
+    """Keep Python from looking for modules in these folders while the context is open."""
     before = sys.path[:]
     sys.path[:] = [entry for entry in before if entry and Path(entry).resolve() not in folders]
     try:
@@ -119,7 +119,7 @@ def _without(folders: Iterable[Path]) -> Iterator[None]:
 def _files(module: str) -> list[Path]:
     """Files of a module and of the packages that it lies in, outermost first, before any of them is imported.
 
-    Of a package without `__init__.py` its folders; none where the module is not there or is no file.
+    For a package without `__init__.py`, its folders. Empty where the module is missing or not a file.
     """
     files: list[Path] = []
     names, search = module.split("."), None
@@ -138,7 +138,7 @@ def _files(module: str) -> list[Path]:
 
 
 def _lies_in(file: Path, folders: Iterable[Path]) -> Path | None:
-    """The one of the folders that a file lies in; what is installed may lie anywhere."""
+    """The folder of these that contains a file; None for installed modules, which may lie anywhere."""
     purelib, platlib, stdlib = map(sysconfig.get_path, ("purelib", "platlib", "stdlib"))
     installed = (purelib, platlib, stdlib, site.getusersitepackages(), *site.getsitepackages())
     if any(file.is_relative_to(Path(folder).resolve()) for folder in installed):

@@ -1,4 +1,4 @@
-"""Reading and writing files: bounded reads, writes that are whole or absent, one line for every refusal."""
+"""Reading and writing files: bounded reads, writes that are whole or absent, one line for every error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mapo_fast.util.errors import MachineError, UserError
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a regular file, read in 1 MiB pieces. Raises `OSError` as `open_regular` does."""
+    """Hex SHA-256 of a regular file, read in 1 MiB pieces. Raises `OSError` where it cannot be read."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while chunk := file.read(1 << 20):
@@ -44,12 +44,12 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success fsync it and rename it over `path`.
+    """Give a temporary path next to `path`; on success fsync it and rename it over `path`.
 
-    On any error the temporary file is removed and whatever stood at `path` stays.
+    On any error the temporary file is removed and an existing file at `path` stays.
 
     Raises:
-        UserError: as `disk_errors`.
+        UserError: the disk is full or `path` cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -65,7 +65,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn whatever the file system refuses while writing `path` into one error.
+    """Turn any error of the file system while writing `path` into one `UserError`.
 
     Raises:
         MachineError: the disk is full, I/O failed or the machine ran out of something.
@@ -84,14 +84,14 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def os_error(error: OSError, doing: str) -> UserError:
-    """The one line for what the system refused; `doing` is a verb and a path, such as "read a/b.json"."""
+    """One line for an error of the system; `doing` is a verb and a path, such as "read a/b.json"."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MachineError(_FULL.format(doing=doing))
     return _kind_of(error)(f"cannot {doing}: {_reason(error, doing)}")
 
 
 def unreadable(what: str, error: OSError) -> UserError:
-    """The one line for what cannot be read; `what` says whose it is, such as "data.cache a/b"."""
+    """One line for an unreadable file; `what` names its setting and path, such as "data.cache a/b"."""
     return _kind_of(error)(f"{what} cannot be read: {_reason(error, what)}")
 
 
@@ -101,15 +101,15 @@ def _kind_of(error: OSError) -> type[UserError]:
 
 
 def _reason(error: OSError, said: str) -> str:
-    """What the system says, and of which file unless that is `said` already."""
+    """The system's reason, with the file's name unless `said` has it already."""
     reason = error.strerror or str(error) or type(error).__name__
     return f"{reason} ({error.filename})" if error.filename and str(error.filename) not in said else reason
 
 
 def one_line(error: Exception) -> UserError | None:
-    """What ends the command with one line: a `UserError`, or the machine's failure where it was not foreseen.
+    """The error to show as one line: a `UserError`, or an unforeseen failure of the machine.
 
-    None for every other exception: that is a mistake in the program and its trace is worth having.
+    None for every other exception: a mistake in the program, whose trace is worth having.
     """
     if isinstance(error, UserError):
         return error
@@ -145,7 +145,7 @@ _INPUT = frozenset(
         errno.EROFS,
     }
 )
-"""What a path itself is to blame for; everything else is the machine's."""
+"""Error numbers that a path causes; all others are the machine's."""
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -154,7 +154,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
     A FIFO or a device neither hangs it nor fills memory.
 
     Raises:
-        OSError: also where it is no regular file (EINVAL) or larger (EOVERFLOW); `strerror` says so.
+        OSError: also where it is not a regular file (EINVAL) or larger (EOVERFLOW); `strerror` says so.
     """
     data = bytearray()
     with open_regular(path) as file:
@@ -172,7 +172,7 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     """A regular file to read; links are followed.
 
     Raises:
-        OSError: also where it is no regular file (EINVAL): a FIFO would wait for its writer for ever.
+        OSError: also where it is not a regular file (EINVAL): a FIFO would wait for its writer for ever.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
@@ -195,11 +195,11 @@ def _kind(mode: int) -> str:
 
 
 JSON_BYTES = 1 << 26
-"""No JSON file that is read whole is larger: configs, records of runs, indexes."""
+"""Largest JSON file that is read whole: configs, records of runs, indexes."""
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads` that fails in one way.
+    """`json.loads` with one kind of exception.
 
     Raises:
         ValueError: not UTF-8 or not JSON, a number of thousands of digits, or nested too deeply.
@@ -215,7 +215,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         MachineError: I/O failed.
-        UserError: missing, no regular file, larger than `JSON_BYTES`, not JSON, or no object.
+        UserError: missing, not a regular file, larger than `JSON_BYTES`, not JSON, or not an object.
     """
     try:
         value = parse_json(read_bytes(path, JSON_BYTES))

@@ -13,9 +13,9 @@ from mapo_fast.util.files import fsync
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Give an empty temporary folder beside `target`; on success fsync all of it and rename it to `target`.
+    """Give an empty temporary folder next to `target`; on success fsync all of it and rename it to `target`.
 
-    A folder that stands at `target` is moved aside just before and deleted just after. On any error the
+    An existing folder at `target` is moved aside just before and deleted just after. On any error the
     temporary folder is removed and `target` stays. Where `target` is a link to a folder, that folder is
     replaced.
     """
@@ -41,7 +41,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_halves(target: Path) -> None:
-    """Remove what a kill in `new_folder` left beside `target`; what it had moved aside comes back."""
+    """Clean up next to `target` after a kill in `new_folder`; a folder that was moved aside comes back."""
     temporary, aside = _beside(target)
     delete(temporary)
     if os.path.lexists(aside) and not os.path.lexists(target):

@@ -1,4 +1,4 @@
-"""What `prepare` and `fit` tell their caller while they work."""
+"""Callbacks by which `prepare` and `fit` report progress."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 TRAINING = "training"
-"""The stage that also gives figures."""
+"""Name of the stage that also reports figures."""
 
 
 class Callbacks:
-    """Every method does nothing: override what you want to hear of.
+    """Progress callbacks; every method does nothing, so override those you need.
 
-    They are called one at a time, in the thread that called `prepare` or `fit`, and of several processes in
-    process 0 only. What one of them raises ends the work as any other error does: `prepare` keeps what is
-    encoded, `fit` saves the last finished step.
+    They are called one at a time, in the thread that called `prepare` or `fit`; of several processes only
+    process 0 calls them. An exception in a callback ends the work as any other error does: `prepare` keeps
+    the encoded pairs, `fit` saves the last finished step.
     """
 
     def message(self, text: str) -> None:
@@ -46,7 +46,7 @@ class Callbacks:
 
 @contextmanager
 def stage(callbacks: Callbacks, name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Within, a stage of `total` items; yields what to call with how many more are done."""
+    """Report a stage of `total` items; yields a function to call with the number of newly finished items."""
     done = 0
 
     def advance(count: int) -> None:

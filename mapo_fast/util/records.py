@@ -1,6 +1,6 @@
 """JSON files that are checked as they are read: against damage and mix-ups, not attackers.
 
-An object; its entry `sha256` is that of all other entries (written without spaces, keys sorted).
+Each file is an object; its entry `sha256` is over all other entries (written without spaces, keys sorted).
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from mapo_fast.util.files import write_json
 
 
 class WrongFileError(ValueError):
-    """A file that is not what it should be. The text says why and follows the file's name."""
+    """A file is damaged or of another run. The text says why, and follows the file's name in a message."""
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON object with its checksum, atomically.
 
     Raises:
-        UserError: as `files.disk_errors`.
+        UserError: the disk is full or cannot be written.
     """
     write_json(path, {**record, "sha256": _checksum(record)})
 
 
 def unsealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The object that was given to `write_record`, from what stands in the file.
+    """The object that was given to `write_record`, from the file's contents.
 
     Raises:
-        WrongFileError: it is another one.
+        WrongFileError: the contents do not match their checksum.
     """
     given = {name: value for name, value in record.items() if name != "sha256"}
     try:
@@ -44,10 +44,10 @@ def unsealed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Mapping[str, Any]) -> str:
-    """JSON as checksums take it."""
+    """JSON text that checksums are computed over."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def _checksum(record: Mapping[str, Any]) -> str:
-    """SHA-256 of what the record is after it was written and read."""
+    """SHA-256 of the record in the form it has after writing and reading."""
     return hashlib.sha256(plain(json.loads(json.dumps(record))).encode()).hexdigest()

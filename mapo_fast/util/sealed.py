@@ -1,7 +1,7 @@
 """Files of tensors that say what they are and are checked as they are read: the tensors' `records.py`.
 
-A safetensors file; of its metadata, `is` is JSON of what the file is (whose, which step, which position), and
-`sha256` that of `is` and of every tensor's name, dtype, shape and bytes.
+Each is a safetensors file. Its metadata has `is`, JSON that identifies the file (run, step, position), and
+`sha256`, over `is` and every tensor's name, dtype, shape and bytes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from mapo_fast.util.tensorfile import write_tensors
 
 
 def write_sealed(path: Path, what: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors with what they are and a checksum, atomically.
+    """Write tensors with their identification and a checksum, atomically.
 
     Raises:
-        UserError: as `files.disk_errors`.
+        UserError: the disk is full or cannot be written.
     """
     is_ = plain(what)
     metadata = {"is": is_, "sha256": _digest(is_, tensors)}
@@ -39,7 +39,7 @@ def read_sealed(path: Path, what: Mapping[str, Any]) -> dict[str, Tensor] | None
     """The tensors that `write_sealed` wrote for the same `what`, on the CPU; None where no file is.
 
     Raises:
-        WrongFileError: damaged, or the file is another one under this name.
+        WrongFileError: the file is damaged, or is another file under this name.
     """
     if not os.path.lexists(path):
         return None
@@ -55,7 +55,7 @@ def open_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a regular safetensors file.
 
     Raises:
-        WrongFileError: it cannot be read.
+        WrongFileError: the file cannot be read.
     """
     if not path.is_file():  # a FIFO would hang
         raise WrongFileError("is not a regular file")

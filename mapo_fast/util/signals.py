@@ -1,7 +1,7 @@
 """Signals that stop a command: Ctrl-C, SIGTERM, a terminal that closes.
 
 Training takes the first one as a request: it finishes the step, saves and ends. The second ends it at once.
-Whatever has nothing to finish ends at the first one, by an exception, so that temporary files are removed.
+Commands with nothing to finish end at the first signal, by an exception, so that temporary files are removed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopNow(Exception):  # noqa: N818 - it is a request
-    """What was begun can be left: a signal asks for the end."""
+    """A signal asks for the end, and the work under way can be abandoned."""
 
 
 def exit_code(number: int | None) -> int:
@@ -45,7 +45,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self.number = 0
-        """The first signal's; 0 as long as there was none."""
+        """Number of the first signal; 0 before one."""
         self._handling = _handling(self._handle)
 
     def __enter__(self) -> StopRequest:
@@ -60,7 +60,7 @@ class StopRequest:
         self._handling.__exit__(None, None, None)
 
     def poll(self) -> None:
-        """Where to leave what can be left, in a process that asks no other; raises `StopNow`."""
+        """Raise `StopNow` after a signal; for a process that need not agree with others."""
         if self.requested:
             raise StopNow
 
@@ -72,7 +72,7 @@ class StopRequest:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let every signal that stops raise `Interrupted`, as Ctrl-C raises `KeyboardInterrupt`."""
+    """Let every stop signal raise `Interrupted`, as Ctrl-C raises `KeyboardInterrupt`."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)

@@ -11,9 +11,8 @@ The format is simple enough to stream:
 Peak extra memory is one tensor, and only if it is not a contiguous CPU tensor already. The files are read
 with the safetensors library itself.
 
-The same tensors give the same bytes, and the umask decides who may read them. `save_file` puts metadata in a
-random order and makes files that only their owner can read; `rewrite` changes both in what other libraries
-wrote.
+Equal tensors give equal bytes, and the umask decides who may read them. `save_file` puts metadata in a random
+order and makes files that only their owner can read; `rewrite` fixes both in files of other libraries.
 """
 
 from __future__ import annotations
@@ -49,16 +48,16 @@ _DTYPES: dict[torch.dtype, str] = {
 
 
 class Piece(NamedTuple):
-    """A tensor that is made when its turn to be written comes."""
+    """A tensor that is made just before it is written."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
-    """Gives it on any device, with any strides."""
+    """Makes the tensor, on any device, with any strides."""
 
     @property
     def nbytes(self) -> int:
-        """Its size in the file."""
+        """The tensor's size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -82,10 +81,9 @@ def write_tensors(
 
 
 def write_pieces(path: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str] | None = None) -> str:
-    """Write tensors that are made one at a time; one is in memory at once, beside what they are made from.
+    """Write tensors that are made one at a time, so that one is in memory at once, plus its source.
 
-    Returns, raises:
-        As `write_tensors`, and what `make` raises.
+    Returns and raises what `write_tensors` does, and raises what `make` raises.
     """
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     order = sorted(pieces, key=lambda name: (-pieces[name].dtype.itemsize, name))

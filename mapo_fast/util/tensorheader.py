@@ -1,8 +1,8 @@
 """The header of a safetensors file, read without its tensors and distrusted.
 
-A file of 6.5 GB is known by the first few hundred kilobytes: what tensors it has, of which type and shape,
-and where each one lies. The format (https://huggingface.co/docs/safetensors) allows neither gaps nor
-overlaps, so that a file which was cut off, or was made to read one tensor's bytes as another's, shows here.
+The first few hundred kilobytes of a 6.5 GB file tell its tensors, their types and shapes, and where each one
+lies. The format (https://huggingface.co/docs/safetensors) allows neither gaps nor overlaps, so a file that
+was cut off, or that reads one tensor's bytes as another's, is noticed here.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from mapo_fast.util.errors import UserError, shown
 from mapo_fast.util.files import open_regular, os_error
 
 HEADER_BYTES = 100_000_000
-"""safetensors itself reads no longer headers."""
+"""Longest header; safetensors itself reads no longer ones."""
 SAMPLE = 4096
-"""Bytes at each end of a tensor by which it is told from others."""
+"""Bytes at each end of a tensor that identify its contents."""
 
 BITS = {
     "F64": 64,
@@ -46,24 +46,24 @@ BITS = {
 
 
 class Entry(NamedTuple):
-    """What a header says of a tensor."""
+    """A tensor's entry in a header."""
 
     dtype: str
-    """As safetensors writes it: `F16`, `BF16`, `F32`, …"""
+    """Type in safetensors' notation: `F16`, `BF16`, `F32`, …"""
     shape: tuple[int, ...]
     begin: int
-    """Of its bytes, from the start of the file."""
+    """Offset of the tensor's first byte, from the start of the file."""
     end: int
 
 
 class Header(NamedTuple):
-    """What is known of a safetensors file without its tensors."""
+    """The header of a safetensors file."""
 
     path: Path
     tensors: dict[str, Entry]
     metadata: dict[str, str]
     text: bytes
-    """Its bytes, as they are in the file."""
+    """The header's bytes in the file."""
 
 
 def read_header(path: Path) -> Header:
@@ -105,7 +105,7 @@ def samples(header: Header) -> Iterator[tuple[str, bytes]]:
 
 
 def sampled(begin: int, end: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The two spans of bytes that stand for those from `begin` to `end`."""
+    """The two spans of bytes that are sampled of those from `begin` to `end`."""
     return (begin, min(begin + SAMPLE, end)), (max(begin, end - SAMPLE), end)
 
 
@@ -138,7 +138,7 @@ def _check_format(start: bytes) -> None:
 
 
 def _parse(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """Tensors and metadata as they are stated."""
+    """Tensors and metadata in a header's JSON."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -150,12 +150,12 @@ def _parse(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
 
     header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     if not isinstance(header, dict):
-        raise ValueError("its header is no JSON object")
+        raise ValueError("its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
     if metadata is None:
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its __metadata__ is no table of texts")
+        raise ValueError("its __metadata__ is not a table of texts")
     return header, metadata
 
 
@@ -183,7 +183,7 @@ def _whole_numbers(value: Any) -> bool:
 
 
 def _check_places(entries: Mapping[str, Entry], start: int, size: int) -> None:
-    """That the tensors follow each other, without gaps, to the end of the file."""
+    """Check that the tensors follow each other, without gaps, to the end of the file."""
     last = start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.end > size:

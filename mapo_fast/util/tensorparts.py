@@ -1,4 +1,4 @@
-"""Tensors that are split among processes (DTensors), and whole ones: what files hold."""
+"""Conversions between tensors that are split among processes (DTensors) and the whole tensors in files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def whole(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Gather what is split, in all processes together and one tensor at a time.
+    """Gather split tensors, in all processes together and one tensor at a time.
 
     Args:
         keep: whether this process wants the result, in host memory; else it is empty.
@@ -30,15 +30,15 @@ def fill(target: Tensor, source: Tensor) -> None:
 
 
 def split(tensor: Tensor, like: DTensor) -> DTensor:
-    """Each process takes its part of what it has itself."""
+    """Split a tensor that every process has whole: each takes its part."""
     source = tensor.to(like.device)
     return distribute_tensor(source, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no number is inf or NaN, of what is split in this process's parts.
+    """Whether all numbers are finite; of split tensors, in this process's part.
 
-    Nothing is allocated but one number a tensor, and the host waits once a device.
+    Allocates one number per tensor, and the host waits once per device.
     """
     largest: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:

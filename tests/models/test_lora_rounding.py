@@ -1,4 +1,4 @@
-"""Merged weights are rounded once, and what a LoRA file states twice or beside it is not misread."""
+"""Merged weights are rounded once; what a LoRA file says twice, or a file next to it, is not misread."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_peft_reads_its_patterns_and_so_do_we(model: Pipeline, tmp_path: Path, n
         assert layers.keys() == {name for name, module in modules.items() if hasattr(module, "lora_A")}
         for layer, factors in layers.items():
             assert factors.scale == pytest.approx(modules[layer].scaling["default"]), layer
-    assert re.search("no adapter_config.json is beside it", _without_config(tmp_path, model))
+    assert re.search("no adapter_config.json with its alpha is next to it", _without_config(tmp_path, model))
 
 
 def _without_config(folder: Path, model: Pipeline) -> str:

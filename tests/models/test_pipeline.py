@@ -257,7 +257,7 @@ SDXL_SCHEDULE: dict[str, Any] = {
         ({**SDXL_SCHEDULE, "timestep_type": "continuous"}, "timestep_type = 'continuous'"),
         ({**SDXL_SCHEDULE, "prediction_type": "flow_prediction"}, "prediction_type = 'flow_prediction'"),
         ({"_class_name": "DDIMScheduler"}, "beta_schedule = None"),
-        ({**SDXL_SCHEDULE, "beta_end": None}, "does not state beta_end"),
+        ({**SDXL_SCHEDULE, "beta_end": None}, "has no beta_end"),
         ({**SDXL_SCHEDULE, "beta_start": [0.1]}, "beta_start = [0.1]"),
         ({**SDXL_SCHEDULE, "beta_end": 1.5}, "beta_end = 1.5"),
         ({**SDXL_SCHEDULE, "num_train_timesteps": "1000"}, "num_train_timesteps = '1000'"),

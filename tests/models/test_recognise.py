@@ -164,7 +164,7 @@ def without_blocks(keys: Keys, depth: int) -> Keys:
         (lambda k: {"double_blocks.0.x": tensor(1)}, "Flux"),
         (lambda k: {f"{UNET}blocks.0.x": tensor(1)}, "transformer"),
         (lambda k: {"controlnet_cond_embedding.conv_in.weight": tensor(1)}, "ControlNet"),
-        (lambda k: {"clip_l": tensor(1, 768), "clip_g": tensor(1, 1280)}, "is no SDXL model"),
+        (lambda k: {"clip_l": tensor(1, 768), "clip_g": tensor(1, 1280)}, "is not an SDXL model"),
         (lambda k: {}, "has no tensors"),
         (lambda k: {n: v for n, v in k.items() if ".resblocks.31." not in n}, "lacks the tensor"),
         (lambda k: {n: v for n, v in k.items() if "text_projection" not in n}, "text_projection"),
