@@ -289,7 +289,9 @@ def test_what_does_not_fit_is_named(copy: Path) -> None:
 
 def test_keys_of_no_part_are_named(copy: Path) -> None:
     edit_file(copy, lambda tensors: tensors.update({"model.diffusion_model.more.weight": torch.zeros(1)}))
-    assert "has the tensor 'model.diffusion_model.more.weight', which SDXL's UNet does not have" in refusal(copy)
+    assert "has the tensor 'model.diffusion_model.more.weight', which SDXL's UNet does not have" in refusal(
+        copy
+    )
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"unet": []}', '{"unet": {"_class_name": "os.system"}}'])
