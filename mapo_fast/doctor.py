@@ -229,15 +229,24 @@ def _xformers(device: str) -> str:
 
 
 def _eight_bit(device: str) -> str:
-    """One step of AdamW8bit, on a tensor large enough to have 8-bit states."""
-    from mapo_kernels.hardware import backend
-    from mapo_kernels.ops.adamw8bit import AdamW8bit
+    """One step of what AdamW8bit does, on a tensor large enough to have 8-bit states.
 
-    weight = torch.nn.Parameter(torch.zeros(4096, device=device))
-    weight.grad = torch.ones_like(weight)
-    optimizer = AdamW8bit([weight], lr=1e-3)
-    optimizer.step()
-    if optimizer.state[weight]["state1"].dtype != torch.uint8 or not bool((weight < 0).all()):
+    Not through torch's optimizers or custom operators: these import its compiler, which takes as long as all
+    else here.
+    """
+    from mapo_kernels.hardware import backend
+    from mapo_kernels.ops import adamw8bit
+
+    weight, lr = torch.zeros(4096, device=device), torch.tensor(1e-3, device=device)
+    state = adamw8bit.new_state(weight)
+    first, second, most1, most2, steps = (
+        [state[name]] for name in ("state1", "state2", "absmax1", "absmax2", "step")
+    )
+    grads = [torch.ones_like(weight)]
+    tensors = adamw8bit.Tensors([weight], grads, first, second, most1, most2, steps, [0])
+    settings = adamw8bit.Settings(lr, None, None, None, 0.9, 0.999, 1e-8, 0.01, None)  # type: ignore[attr-defined]
+    adamw8bit.take_step(tensors, settings, adamw8bit.make_plan)  # type: ignore[attr-defined]
+    if state["state1"].dtype != torch.uint8 or not bool((weight < 0).all()):
         return "cannot be used: it took a step without changing the weights as it should"
     place = "GPU" if device == "cuda" else "CPU"
     return f"works on this {place} (optim.name = 'adamw8bit'): {backend(device).reason}"

@@ -141,7 +141,9 @@ def test_an_interrupted_prepare_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mapo_fast.data.prepare.prepare", interrupted)
-    config = _write(tmp_path / "config.toml", settings(tiny_sdxl, tmp_path / "cache", tmp_path / "run"))
+    data = {"source": str(make_pairs(tmp_path / "pairs", count=2))}
+    table = settings(tiny_sdxl, tmp_path / "cache", tmp_path / "run", data=data)
+    config = _write(tmp_path / "config.toml", table)
     assert _run(monkeypatch, "prepare", config) == 130
     assert capsys.readouterr().err == "interrupted; what is encoded is kept, the same command continues\n"
 

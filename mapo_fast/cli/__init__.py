@@ -14,10 +14,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from mapo_fast.cli.app import Configured, allow, app, is_main
-from mapo_fast.cli.options import Code, ConfigFile, LoraFiles, ModelPath, Overrides, UnetPath, VaePath, stated
+from mapo_fast.cli.options import (
+    Code,
+    ConfigFile,
+    DataPath,
+    LoraFiles,
+    ModelPath,
+    Overrides,
+    Preset,
+    UnetPath,
+    VaePath,
+    some_settings,
+    stated,
+)
 from mapo_fast.cli.training import prepare, train
 from mapo_fast.util.console import Terminal, encode_anything, output_may_fail, say
 from mapo_fast.util.errors import printable
@@ -80,6 +91,8 @@ def plan(
         from mapo_fast.planner.picture import check_picture
 
         check_picture(picture)
+    from rich.console import Console
+
     with Console(stderr=True).status("looking for the fastest plan that fits") as status:
         found = ask(
             settings,
@@ -107,7 +120,9 @@ def plan(
 
 @app.command(cls=Configured)
 def show(
-    config: ConfigFile,
+    config: ConfigFile = None,
+    preset: Preset = None,
+    data: DataPath = None,
     overrides: Overrides = None,
     model: ModelPath = None,
     unet: UnetPath = None,
@@ -121,8 +136,11 @@ def show(
     from mapo_fast.settings import view
     from mapo_fast.settings.load import load_config
 
+    some_settings(config, preset)
     allow(code, config)
-    settings = load_config(config, stated(overrides, model, unet, vae, lora))
+    settings = load_config(config, stated(overrides, model, unet, vae, lora, data), preset=preset)
+    from rich.console import Console
+
     with Console(stderr=True).status("planning memory; the first time this takes a minute or two"):
         seen = look(settings)
     if as_json:
@@ -148,6 +166,8 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """Fine-tune a tiny SDXL on drawn preferences and show what changed. Needs no GPU and no download."""
+    from rich.console import Console
+
     from mapo_fast.demo.run import run_demo
 
     output_may_fail()
@@ -209,6 +229,8 @@ def doctor(
     ] = None,
 ) -> None:
     """Print versions, the GPU, and which kernels and attention back ends will be used and why."""
+    from rich.console import Console
+
     from mapo_fast.doctor import doctor as run
 
     run(Console(), model)

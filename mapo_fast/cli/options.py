@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-ConfigFile = Annotated[Path, typer.Argument(help="TOML file; see recipes/ for commented ones.")]
+from mapo_fast.settings.presets import PRESETS
+from mapo_fast.util.errors import UserError
+
+ConfigFile = Annotated[Path | None, typer.Argument(help="TOML file; see recipes/ for commented ones.")]
+Preset = Annotated[
+    str | None,
+    typer.Option("--preset", help=f"Settings of a recipe: {', '.join(PRESETS)}. A config file goes over it."),
+]
+DataPath = Annotated[
+    str | None, typer.Option("--data", help="Folder or file of the preference pairs (data.source).")
+]
+OutPath = Annotated[
+    str | None,
+    typer.Option("--out", help="Folder of the run (train.output); runs/MODEL-DATA by default."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Replace one setting: section.key=value (see below). May be repeated."),
@@ -45,8 +59,29 @@ def stated(
     unet: str | None,
     vae: str | None,
     loras: list[str] | None,
+    data: str | None = None,
+    out: str | None = None,
 ) -> list[str]:
-    """`--set` and the options that name a model, as overrides of settings."""
-    named = {"model.path": model, "model.unet": unet, "model.vae": vae, "model.lora": loras or None}
+    """`--set` and the options that name a model, data and output, as overrides of settings."""
+    named = {
+        "model.path": model,
+        "model.unet": unet,
+        "model.vae": vae,
+        "model.lora": loras or None,
+        "data.source": data,
+        "train.output": out,
+    }
     texts = [f"{name}={json.dumps(v, ensure_ascii=False)}" for name, v in named.items() if v is not None]
     return [*(overrides or ()), *texts]
+
+
+def some_settings(config: Path | None, preset: str | None) -> None:
+    """Ask for a config or a preset where a command has neither.
+
+    Raises:
+        UserError: it has neither.
+    """
+    if config is None and preset is None:
+        raise UserError(
+            f"which settings? Name a recipe, such as --preset lora ({', '.join(PRESETS)}), or a config file"
+        )

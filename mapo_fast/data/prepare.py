@@ -27,13 +27,13 @@ from mapo_fast.data.buckets import Size, make_buckets
 from mapo_fast.data.choose import Choice, choose
 from mapo_fast.data.embeddings import embed_prompts, prompt_bytes
 from mapo_fast.data.finish import finish
+from mapo_fast.data.given import given_data
 from mapo_fast.data.index import cache_settings, claim, is_whole, read_index
 from mapo_fast.data.latents import encode_images, latent_bytes
 from mapo_fast.data.prompts import prompt_keys, spelling_key
 from mapo_fast.data.scan import ScannedRow, scan
 from mapo_fast.data.shards import ShardFamily
 from mapo_fast.data.sources.base import PreferencePairs
-from mapo_fast.data.sources.registry import open_source
 from mapo_fast.data.summary import PrepareResult, reasons, report, summary_of, write_lines
 from mapo_fast.data.vae_encoder import latent_shape
 from mapo_fast.hardware import gpu
@@ -67,8 +67,7 @@ def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareRes
     expect_config(config)
     started, callbacks = time.perf_counter(), callbacks or Callbacks()
     data = config.data
-    if data.source is None:
-        raise UserError("data.source is missing: prepare needs to know where the preference pairs are")
+    source = given_data(data)
     folder = open_model(config)
     for remark in folder.remarks:
         callbacks.warning(remark)
@@ -76,12 +75,6 @@ def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareRes
     for bucket in buckets:
         latent_shape(folder, bucket)
     settings = cache_settings(folder, data)
-    source = open_source(data.source, default_caption=data.default_caption)
-    if data.cache.resolve().is_relative_to(data.source.resolve()):
-        raise UserError(
-            f"data.cache {data.cache} lies inside data.source {data.source}, where its own files would be "
-            "taken for data: choose a data.cache elsewhere"
-        )
     with disk_errors(data.cache):
         text_stays = claim(data.cache, settings, folder).text_stays
     if source.note:

@@ -23,7 +23,7 @@ from mapo_fast.models.lora_file import LoraFile, LoraLayer
 from mapo_fast.models.sdxl import KOHYA_METADATA, kohya_name, pipeline_class, residual_layers
 from mapo_fast.models.start import alpha_of
 from mapo_fast.util.errors import UserError
-from mapo_fast.util.files import disk_errors
+from mapo_fast.util.files import atomic_path, disk_errors
 from mapo_fast.util.folders import new_folder
 from mapo_fast.util.tensorfile import rewrite, write_tensors
 
@@ -136,7 +136,7 @@ def save_lora(
     """
     config = unet.peft_config[ADAPTER]
     factors = lora_state_dict(unet)
-    texts = {} if start is None else {part: own for part, own in start.parts.items() if part != "unet"}
+    texts = _texts(start)
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(folder) as temporary:
@@ -152,12 +152,32 @@ def save_lora(
             said = None if metadata is None else {**_network(config), **metadata}
             for written in list(temporary.iterdir()):
                 rewrite(written, said)
-            write_tensors(
-                temporary / "lora_kohya.safetensors",
-                kohya_state_dict(factors, _alphas(unet), residual_layers(unet.config))
-                | kohya_text_factors(texts),
-                {"format": "pt", **(said or {})},
-            )
+            _write_kohya(unet, temporary / "lora_kohya.safetensors", texts, said)
+
+
+def save_kohya(
+    unet: Any, path: Path, start: LoraFile | None = None, *, metadata: Mapping[str, str] | None = NO_MORE
+) -> None:
+    """Write kohya's file of an adapter alone; see `save_lora`.
+
+    Raises:
+        UserError: disk full or not writable.
+    """
+    said = None if metadata is None else {**_network(unet.peft_config[ADAPTER]), **metadata}
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            _write_kohya(unet, temporary, _texts(start), said)
+
+
+def _write_kohya(unet: Any, path: Path, texts: Any, said: Mapping[str, str] | None) -> None:
+    factors = kohya_state_dict(lora_state_dict(unet), _alphas(unet), residual_layers(unet.config))
+    write_tensors(path, factors | kohya_text_factors(texts), {"format": "pt", **(said or {})})
+
+
+def _texts(start: LoraFile | None) -> dict[str, Any]:
+    """The text encoders' part of the LoRA that training went on from."""
+    return {} if start is None else {part: own for part, own in start.parts.items() if part != "unet"}
 
 
 def _network(config: Any) -> dict[str, str]:

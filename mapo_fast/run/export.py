@@ -11,11 +11,12 @@ from torch import Tensor
 from mapo_fast import __version__
 from mapo_fast.data.cache import PairCache
 from mapo_fast.engine.processes import Processes
-from mapo_fast.models.lora import save_lora
+from mapo_fast.models.lora import save_kohya, save_lora
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.save import save_single_file
 from mapo_fast.run.card import write_card
 from mapo_fast.run.metadata import lora_metadata_of, metadata_of, title_of
+from mapo_fast.settings.places import result_name
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.checkpoint import save_unet
 from mapo_fast.util.errors import UserError
@@ -67,6 +68,17 @@ def export(
         return notes
 
     return processes.once(write)
+
+
+def export_step(config: Config, unet: Any, model: Pipeline, step: int) -> None:
+    """Write the LoRA as it is after a step, for ComfyUI and A1111, into `exports/`.
+
+    A resumed run that takes the step again writes the same file.
+    """
+    output, data = config.train.output, config.data.source or config.data.cache
+    name = f"{result_name(config.model.path, data, output)}-step{step:06d}.safetensors"
+    about = lora_metadata_of(config, model, output, step)
+    save_kohya(unet, output / "exports" / name, model.start, metadata=about)
 
 
 def _write_single_file(config: Config, model: Pipeline, unet: Mapping[str, Tensor]) -> list[str]:

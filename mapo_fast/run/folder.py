@@ -18,6 +18,7 @@ from pydantic_core import to_jsonable_python
 
 from mapo_fast import __version__
 from mapo_fast.settings.optimizers import REMOVED
+from mapo_fast.settings.places import free_output
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.table import TABLE, affecting
 from mapo_fast.util.errors import MachineError, UserError
@@ -93,13 +94,37 @@ def check_output(config: Config, identity: dict[str, str], *, resume: bool, proc
     if (before := read_run(output)) is not None:
         if not resume:
             raise UserError(
-                f"{output} already holds a run: add --resume to continue it, or set another train.output"
+                f"{output} already holds a run: add --resume to continue it, or set another train.output, "
+                f"such as {free_output(output)}"
             )
         _check_same_run(output, before, _record(config, identity, processes))
         return
     with disk_errors(output):
         if output.exists() and (not output.is_dir() or any(not _ours(file) for file in output.iterdir())):
             raise UserError(f"{output} exists and is not an empty folder: set another train.output")
+
+
+def check_stated(config: Config, before: RunRecord) -> None:
+    """Refuse to continue a run with other settings than it has; what the config leaves open is no such one.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    now = _arithmetic(config.model_dump(mode="json"))
+    try:
+        had = _arithmetic(before.config)
+    except (KeyError, TypeError):
+        return  # `check_output` says what is wrong with it
+    for name in sorted(config.stated & now.keys() & had.keys() - {"train.accumulation"}):
+        _check_value(config.train.output, name, had[name], now[name])
+
+
+def _check_value(output: Path, name: str, had: Any, has: Any) -> None:
+    if had != has:
+        raise UserError(
+            f"cannot resume {output}: {name} was {had!r} and is now {has!r} (set it back, or start with "
+            "another train.output)"
+        )
 
 
 def _ours(file: Path) -> bool:
@@ -214,11 +239,7 @@ def _check_same_run(output: Path, before: RunRecord, now: RunRecord) -> None:
             f"{micro_batches // processes} in {processes} process(es) makes it {micro_batches} ({way_out})"
         )
     for name in sorted(new.keys() | old.keys()):
-        if new.get(name) != old.get(name):
-            raise UserError(
-                f"cannot resume {output}: {name} was {old.get(name)!r} and is now {new.get(name)!r} "
-                "(set it back, or start with another train.output)"
-            )
+        _check_value(output, name, old.get(name), new.get(name))
     for name, value in now.identity.items():
         if before.identity.get(name) != value:
             raise UserError(f"cannot resume {output}: the {name} is not the one this run started with")

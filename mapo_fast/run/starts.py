@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mapo_fast import __version__
+from mapo_fast.run.folder import read_run
 from mapo_fast.settings.schema import Config
 from mapo_fast.settings.view import as_json, known
 from mapo_fast.util.errors import MachineError, UserError
@@ -63,7 +64,22 @@ def keep_settings(config: Config, run: str, *, step: int, processes: int) -> lis
     return notes
 
 
-def _read(path: Path, run: str) -> tuple[Starts, list[str]]:
+def last_settings(output: Path) -> dict[str, dict[str, Any]]:
+    """The settings of a run's last start, each with its value and where it comes from.
+
+    Raises:
+        UserError: there is no run, or its `settings.json` is missing or damaged.
+    """
+    if (record := read_run(output)) is None:
+        raise UserError(f"{output} holds no run: name its settings, with a config file or --preset")
+    found, notes = _read(output / SETTINGS, record.run, aside=False)
+    if not found.starts:
+        why = "; ".join(notes) or f"{output / SETTINGS} is missing"
+        raise UserError(f"{why}: repeat the run's command with --resume")
+    return found.starts[-1].settings
+
+
+def _read(path: Path, run: str, *, aside: bool = True) -> tuple[Starts, list[str]]:
     none = Starts(run=run)
     if not os.path.lexists(path):
         return none, []
@@ -78,7 +94,9 @@ def _read(path: Path, run: str) -> tuple[Starts, list[str]]:
         problem = str(error)
     except (WrongFileError, ValidationError):
         problem = f"{path} is not what was written"
-    aside = path.with_name(f"unreadable-{path.name}")
+    if not aside:
+        return none, [problem]
+    other = path.with_name(f"unreadable-{path.name}")
     with disk_errors(path):
-        path.replace(aside)
-    return none, [f"{problem}: it is now {aside.name}, and {path.name} begins anew"]
+        path.replace(other)
+    return none, [f"{problem}: it is now {other.name}, and {path.name} begins anew"]

@@ -29,6 +29,7 @@ from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.start import with_start
 from mapo_fast.planner.kernels import compiling
 from mapo_fast.run.adopt import adopt, start_identity
+from mapo_fast.run.ahead import check_kind
 from mapo_fast.run.budget import is_planned
 from mapo_fast.run.folder import (
     START,
@@ -39,6 +40,7 @@ from mapo_fast.run.folder import (
     recorded_settings,
     remove_leftovers,
 )
+from mapo_fast.run.forecast import forecast, with_steps
 from mapo_fast.run.health import check_start
 from mapo_fast.run.log import RunLog
 from mapo_fast.run.mirrors import find_wandb
@@ -56,7 +58,6 @@ from mapo_fast.util.files import disk_errors, exclusive
 from mapo_fast.util.progress import Callbacks
 from mapo_fast.util.signals import StopNow, StopRequest
 from mapo_kernels import backend
-from mapo_kernels.objectives import OBJECTIVES
 
 
 def fit(config: Config, *, resume: bool = False, callbacks: Callbacks | None = None) -> FitResult:
@@ -94,15 +95,17 @@ def _load_and_run(
     folder = open_model(config)
     introduce(folder, callbacks)
     config = with_start(config, folder.start, folder.parts["unet"])
+    cache = _open_cache(config, folder)
+    config = with_steps(config, cache, processes.size)
     where = f"{processes.size} × {device.type}" if processes.size > 1 else str(device)
     callbacks.message(f"training on {where} ({back_end(device)})")
     if is_planned(config, device, processes):
         callbacks.message("planning memory; the first time on a machine this takes a minute or two")
     recorded = recorded_settings(config.train.output) if resume else None
     config, budget = final_settings(config, device, processes, model=lambda: folder, recorded=recorded)
+    callbacks.message(forecast(config, budget))
     precision = choose_precision(config, device)
     diffusion = Diffusion(folder.scheduler_config)
-    cache = _open_cache(config, folder)
     store = CheckpointStore(config.train.output / "checkpoints", config.train.keep_checkpoints)
     identity = processes.once(lambda: _identity(config.train.output, folder, cache))
     processes.once(lambda: check_output(config, identity, resume=resume, processes=processes.size))
@@ -141,16 +144,7 @@ def _open_cache(config: Config, folder: Pipeline) -> PairCache:
     """
     cache = PairCache.open(config.data.cache)
     cache.check(folder, config.data)
-    if (config.objective.known.samples == "pair") != cache.paired:
-        wants, has = "pairs (chosen, rejected)", "single labelled images (image, label)"
-        others = [repr(name) for name, known in OBJECTIVES.items() if known.samples == "single"]
-        other = f"objective.name = {' or '.join(others)}"
-        if cache.paired:
-            wants, has, other = has, wants, "another objective.name"
-        raise UserError(
-            f"objective.name = {config.objective.name!r} learns from {wants}, data.cache {config.data.cache} "
-            f"holds {has}: use {other}, or prepare another data.source into another data.cache"
-        )
+    check_kind(config.objective, cache.paired, f"data.cache {config.data.cache}")
     if config.objective.known.labels == "required" and not cache.labelled:
         raise UserError(
             f"objective.name = {config.objective.name!r} needs a soft label for every pair, data.cache "

@@ -33,7 +33,7 @@ from mapo_fast.engine.step import PairInputs
 from mapo_fast.models.diffusion import Diffusion
 from mapo_fast.models.lora import lora_state_dict
 from mapo_fast.models.pipeline import Pipeline
-from mapo_fast.run.export import about_checkpoint, export
+from mapo_fast.run.export import about_checkpoint, export, export_step
 from mapo_fast.run.feed import Feed
 from mapo_fast.run.folder import FitResult
 from mapo_fast.run.health import diverged, is_healthy, mostly_skipped
@@ -100,7 +100,7 @@ class Trainer:
             Exception: whatever else ended the run. The last finished step is saved then, if it can be.
         """
         try:
-            finished = self._to_the_end(log)
+            finished = self._to_the_end(log, folder)
             if finished:
                 if problem := mostly_skipped(self.optimizer, self.step, self.store):
                     self._judged = True
@@ -127,7 +127,7 @@ class Trainer:
         made = output / kind if finished else None
         return FitResult(output, step, finished, skipped, self.saved_step, number, made)
 
-    def _to_the_end(self, log: RunLog | None) -> bool:
+    def _to_the_end(self, log: RunLog | None, folder: Pipeline) -> bool:
         """Take the steps that are left; returns whether that is all of them, or a signal came before."""
         source, prefetch = self.feed.micro_batches(self.step), self.config.speed.prefetch
         try:
@@ -135,7 +135,7 @@ class Trainer:
             self.looks.take(self.step, log, always=self.step in (0, self.config.train.steps), again=True)
             self.metrics.restart_clock()
             with read_ahead(source, self.device, prefetch=prefetch) as micro_batches:
-                self._loop(micro_batches, log)
+                self._loop(micro_batches, log, folder)
         except StopNow:
             if self.step and self.saved_step != self.step:
                 if not self.healthy():
@@ -144,7 +144,7 @@ class Trainer:
             return False
         return True
 
-    def _loop(self, micro_batches: Iterator[MicroBatch], log: RunLog | None) -> None:
+    def _loop(self, micro_batches: Iterator[MicroBatch], log: RunLog | None, folder: Pipeline) -> None:
         config = self.config.train
         while self.step < config.steps:
             self.metrics.add_step(self._step(micro_batches))
@@ -158,6 +158,8 @@ class Trainer:
                 raise self.processes.failed(self._diverged("the run's last step"))
             if finished or (is_due(self.step, config.checkpoint_every) and self.healthy()):
                 self.save()
+            if is_due(self.step, config.export_every):
+                self.processes.once(lambda: export_step(self.config, self.unet, folder, self.step))
             if stopping:
                 raise StopNow
             self.looks.take(self.step, log, always=finished)
@@ -284,8 +286,7 @@ class Trainer:
         Raises:
             UserError: the checkpoint is of another model or optimizer, or beyond the last step.
         """
-        steps = self.config.train.steps
-        if checkpoint.step > steps:
+        if checkpoint.step > (steps := self.config.train.steps):
             raise UserError(
                 f"train.steps = {steps}, but {checkpoint.path} is already at step {checkpoint.step}"
             )

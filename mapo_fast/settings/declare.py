@@ -43,6 +43,7 @@ Source = Literal[
     "resumed run",
     "plan",
     "model",
+    "epochs",
     "default",
 ]
 """Where a value comes from:
@@ -56,6 +57,7 @@ start LoRA    the LoRA in `adapter.start` has it
 resumed run   the run that is continued had it, where the config leaves it to the memory plan
 plan          the memory plan chose it
 model         the model says so, where the setting is `auto`: for `mapo-fast show` and a run's `settings.json`
+epochs        `train.epochs` and the number of training pairs give it
 default       none of these; completed where the default does not work with what is stated (`rules.py`)
 """
 

@@ -51,8 +51,10 @@ def load_config(
         ({} if preset is None else preset_table(preset), "preset"),
         ({} if path is None else _read(Path(path)), "file"),
     ):
+        _make_way(table, _names(part))
         _put_over(table, part)
         sources |= dict.fromkeys(_names(part), cast(Source, source))
+    _make_way(table, [override.partition("=")[0].strip() for override in overrides])
     for override in overrides:
         name = apply_override(table, override)
         sources[name] = "command line"
@@ -60,6 +62,8 @@ def load_config(
         apply_override(table, f"{name}={json.dumps(place, ensure_ascii=False)}")
         sources[name] = "default"
     where = next((str(given) for given in (path, preset and f"--preset {preset}") if given), "command line")
+    if path is None:
+        _ask_for_names(table, where)
     config = parse_config(table, where=where)
     return config.from_sources({name: sources[name] for name in config.stated})
 
@@ -91,6 +95,26 @@ def _put_over(table: dict[str, Any], part: dict[str, Any]) -> None:
             table[section] |= keys
         else:
             table[section] = keys
+
+
+def _ask_for_names(table: dict[str, Any], where: str) -> None:
+    """Ask for the model and the data, which only the command line can name where there is no file.
+
+    Raises:
+        UserError: one of them is not named.
+    """
+    names = _names(table)
+    if "model.path" not in names:
+        raise UserError(f"{where}: which model? Name it with --model FILE.safetensors")
+    if "data.source" not in names and "data.cache" not in names:
+        raise UserError(f"{where}: which data? Name the folder of your pairs with --data FOLDER")
+
+
+def _make_way(table: dict[str, Any], names: Sequence[str]) -> None:
+    """Remove the length of a run, in steps or epochs, where another place states it otherwise."""
+    length = {"train.steps", "train.epochs"}
+    if len(length & {*names}) == 1 and isinstance(train := table.get("train"), dict):
+        train.pop((length - {*names}).pop().partition(".")[2], None)
 
 
 def _names(table: dict[str, Any]) -> list[str]:

@@ -5,6 +5,8 @@ They are named after the model and the data, so that the same command finds them
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +25,7 @@ def default_places(table: Mapping[str, Any]) -> dict[str, str]:
     source = data.get("source", data.get("cache"))
     if not isinstance(model.get("path"), str) or not isinstance(source, str):
         return {}
-    name = f"{short_name(model['path'])}-{short_name(source)}"
+    name = run_name(model["path"], source)
     places = {}
     if "output" not in train:
         places["train.output"] = str(RUNS / name)
@@ -33,7 +35,28 @@ def default_places(table: Mapping[str, Any]) -> dict[str, str]:
     return places
 
 
-def short_name(path: str) -> str:
+def run_name(model: str | Path, data: str | Path) -> str:
+    """`MODEL-DATA`, after the names of the two."""
+    return f"{_short_name(model)}-{_short_name(data)}"
+
+
+def result_name(model: str | Path, data: str | Path, output: Path) -> str:
+    """`MODEL-DATA-NUMBER`, what programs call a run's result.
+
+    The number is that at the end of the output's name (`free_output`), or 1.
+    """
+    number = re.search(r"-(\d{1,6})$", output.name)
+    return f"{run_name(model, data)}-{number[1] if number else 1}"
+
+
+def free_output(output: Path) -> Path:
+    """A folder like `output` that does not exist yet: `runs/MODEL-DATA-2`, say."""
+    stem = re.sub(r"-\d{1,6}$", "", output.name)
+    others = (output.with_name(f"{stem}-{number}") for number in itertools.count(2))
+    return next(other for other in others if not os.path.lexists(other))
+
+
+def _short_name(path: str | Path) -> str:
     """A file's or folder's own name, in letters, digits, dots, dashes and underscores."""
     own = Path(path).resolve()
     stem = own.stem if own.suffix.lower() in _SUFFIXES else own.name

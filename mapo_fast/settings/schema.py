@@ -288,6 +288,8 @@ class TrainConfig(Section):
     """Folder of the run: checkpoints, logs, previews, and the final model or adapter."""
     steps: int = setting(1000, affects="execution", ge=1, le=10**7)
     """Optimizer steps. Ten million of one second each are four months."""
+    epochs: float | None = setting(None, affects="execution", gt=0.0, le=1e6)
+    """Passes over the training pairs, instead of `steps`: a run counts its steps from them when it starts."""
     pairs_per_batch: int = setting(1, affects=("arithmetic", "reference"), ge=1, le=256)
     """Pairs in one micro-batch (two images each); `kto` takes two single images for a pair. They are in
     memory at once: for more of them in a step there is accumulation."""
@@ -337,6 +339,9 @@ class TrainConfig(Section):
     each step."""
     checkpoint_every: int = setting(500, affects="bookkeeping", ge=0, le=_EVERY)
     """Optimizer steps between checkpoints; 0 writes one at the end only."""
+    export_every: int = setting(0, affects="bookkeeping", ge=0, le=_EVERY)
+    """Optimizer steps between LoRA files in `exports/`, which ComfyUI and A1111 load while the run goes on; 0
+    writes none. For adapter.kind = "lora"."""
     keep_checkpoints: int = setting(2, affects="bookkeeping", ge=1, le=_EVERY)
     """Checkpoints kept; of one that is a link to a folder elsewhere, only the link is removed."""
     evaluate_every: int = setting(100, affects="bookkeeping", ge=0, le=_EVERY)
@@ -353,6 +358,12 @@ class TrainConfig(Section):
         None, affects="bookkeeping", max_length=128, pattern=r"^[^\x00-\x1f/\\#?%:]+$"
     )
     """Weights & Biases project that mirrors the TensorBoard figures; needs the `wandb` extra."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if self.epochs is not None and "steps" in self.model_fields_set:
+            raise _mistake("train.steps and train.epochs both say how long the run is: leave one out")
+        return self
 
     @field_validator("vram")
     @classmethod
@@ -559,6 +570,10 @@ class Config(Section):
             raise ValueError(
                 f"objective.reference = 'precomputed' would compute {forwards:,} errors before the first "
                 "step and keep them in RAM: use objective.reference = 'copy', or fewer train.steps"
+            )
+        if train.export_every and self.adapter.kind == "full":
+            raise ValueError(
+                "train.export_every writes LoRA files, and adapter.kind = 'full' has none: leave it out"
             )
         if self.adapter.start is not None and self.adapter.kind == "full":
             raise ValueError(

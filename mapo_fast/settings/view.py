@@ -34,6 +34,8 @@ def known(config: Config, planned: Collection[str] = ()) -> dict[str, Known]:
     """
     values = flat(config) | _stands_for(config)
     sources: dict[str, Source] = {**config.sources, **dict.fromkeys(planned, "plan")}
+    if config.train.epochs is not None:  # counted when the run starts
+        sources["train.steps"], planned = "epochs", [*planned, "train.steps"]
     order = list(type(config).model_fields)
     return {
         name: Known(
@@ -64,7 +66,7 @@ def as_json(settings: Mapping[str, Known]) -> dict[str, dict[str, Any]]:
 def as_text(settings: Mapping[str, Known]) -> Iterator[tuple[str, str]]:
     """Lines, with their style for a terminal: what is not a default stands out."""
     texts = {
-        name: _LATER if source == "plan" and value is None else written(value)
+        name: _LATER if source in ("plan", "epochs") and value is None else written(value)
         for name, (value, source) in settings.items()
     }
     keys = max(len(name.partition(".")[2]) for name in settings)

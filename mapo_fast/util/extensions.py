@@ -18,10 +18,14 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mapo_fast.util.errors import UserError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "mapo_fast.extensions"
 _CODE = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<function>[A-Za-z_]\w*)")
@@ -84,15 +88,17 @@ def load_installed() -> tuple[str, ...]:
     return _problems
 
 
-def _entry_points() -> list[metadata.EntryPoint]:
+def _entry_points() -> list[EntryPoint]:
     """The group's entry points; where several packages on the path have one name, those of the first."""
+    from importlib import metadata  # slow, and asked for names only that are not built in
+
     packages: dict[str, metadata.Distribution] = {}
     for package in metadata.distributions(path=sys.path):
         packages.setdefault(package.name, package)
     return [e for package in packages.values() for e in package.entry_points if e.group == GROUP]
 
 
-def _call(entry: metadata.EntryPoint) -> str:
+def _call(entry: EntryPoint) -> str:
     try:
         entry.load()()
     except (Exception, SystemExit) as error:

@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
-
 from mapo_fast.util.errors import MachineError, UserError
 
 
@@ -235,6 +233,8 @@ def exclusive(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
+    from filelock import FileLock, Timeout  # later than all checks, which are to be quick
+
     lock = FileLock(folder / ".lock")
     with disk_errors(folder):
         try:

@@ -69,7 +69,7 @@ def test_a_run_and_its_cache_are_named_after_model_and_data(
     assert config.data.cache == Path("elsewhere/cache/Base-my_pairs")
     config = load_config(None, ["model.path=a/Über_1.5/", "data.source=."], preset="lora")
     assert config.train.output == Path(f"runs/Über_1.5-{tmp_path.name}")
-    with pytest.raises(UserError, match="--preset lora: model is missing"):
+    with pytest.raises(UserError, match=r"--preset lora: which model\? Name it with --model FILE"):
         load_config(None, ["data.source=pairs"], preset="lora")
 
 

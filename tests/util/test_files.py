@@ -131,6 +131,6 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     def acquire(self: Any, timeout: float) -> None:
         raise NotImplementedError("FileSystem does not appear to support flock")
 
-    monkeypatch.setattr(files.FileLock, "acquire", acquire)
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
     with pytest.raises(MachineError, match="has no locks"), exclusive(tmp_path):
         pass
