@@ -91,9 +91,9 @@ _NOTED = (
         "One step takes train.pairs_per_batch × train.accumulation pairs, and 1 pair is 2 images",
     ),
     (
-        "train.steps",
+        "train.epochs",
         "max_train_epochs num_train_epochs num_epochs epochs epoch",
-        f"It counts steps: {_EPOCHS}",
+        "One epoch takes every training pair once",
     ),
     (
         "train.precision",

@@ -18,7 +18,7 @@ from mapo_fast.settings.mistakes import meant, mistakes
 from mapo_fast.settings.places import default_places
 from mapo_fast.settings.presets import preset_table
 from mapo_fast.settings.schema import Config
-from mapo_fast.settings.table import paths, value_of
+from mapo_fast.settings.table import TABLE, paths, value_of
 from mapo_fast.settings.toml import parse_toml
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import os_error, read_bytes
@@ -104,6 +104,9 @@ def _ask_for_names(table: dict[str, Any], where: str) -> None:
         UserError: one of them is not named.
     """
     names = _names(table)
+    known = {row.name for row in TABLE}
+    if any(name not in known and not name.startswith("objective.") for name in names):
+        return  # that is said first
     if "model.path" not in names:
         raise UserError(f"{where}: which model? Name it with --model FILE.safetensors")
     if "data.source" not in names and "data.cache" not in names:

@@ -39,8 +39,7 @@ LINES = {
     "lora_alpha": "did you mean adapter.alpha?",
     "max_train_steps": "did you mean train.steps? One step takes train.pairs_per_batch × train.accumulation "
     "pairs, and 1 pair is 2 images",
-    "max_train_epochs": "did you mean train.steps? It counts steps: an epoch is training pairs / "
-    "(train.pairs_per_batch × train.accumulation) of them",
+    "max_train_epochs": "did you mean train.epochs? One epoch takes every training pair once",
     "gradient_accumulation_steps": "did you mean train.accumulation?",
     "mixed_precision": "did you mean train.precision? It is bf16 unless you say otherwise",
     "resolution": "did you mean data.resolution?",
@@ -114,7 +113,11 @@ def test_every_translation_is_a_setting_and_no_setting_is_hidden() -> None:
     assert {entry.ours for entry in FOREIGN} - {""} <= names
     assert len({entry.name for entry in FOREIGN}) == len(FOREIGN)
     hidden = {entry.name for entry in FOREIGN} & ({row.key for row in TABLE} | set(Config.model_fields))
-    assert hidden == {"batch_size", "optimizer"}  # who writes them elsewhere means no data.batch_size
+    assert hidden == {
+        "batch_size",
+        "epochs",
+        "optimizer",
+    }  # written elsewhere: not ours
 
 
 def test_the_rates_that_a_message_states_are_the_presets() -> None:
