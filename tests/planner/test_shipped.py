@@ -186,3 +186,15 @@ print([m for m in ("torch", "numpy", "diffusers", "transformers") if m in sys.mo
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_table_is_that_of_this_code() -> None:
+    assert shipped.is_fresh(shipped.read()), (
+        "planning or training code has changed: python -m mapo_fast.planner.table"
+    )
+
+
+@pytest.mark.slow
+def test_the_table_has_what_is_computed_now() -> None:
+    """Rows of one preset share most of their traces."""
+    assert table.holds(shipped.read(), [("lora", 24), ("lora", 48), ("lora", 80)])
