@@ -247,7 +247,7 @@ def test_nothing_asks_for_the_name_of_an_objective_or_an_optimizer() -> None:
     assert _compared(ast.parse("config.objective.name in ('kto', 'npo')")) & names == {"kto", "npo"}
 
 
-ROOMS = ("util", "hardware", "settings", "models", "data", "engine", "planner", "run", "demo", "cli")
+ROOMS = ("util", "hardware", "settings", "models", "data", "engine", "planner", "run", "score", "demo", "cli")
 """Those of `mapo_fast`, each of which imports from itself and from what stands before it."""
 
 
