@@ -72,26 +72,40 @@ def wilson(rate: float, n: int, ties: float = 0.0) -> Interval:
     return max(0.0, (b - root) / (2 * a)), min(1.0, (b + root) / (2 * a))
 
 
-def mean(values: Sequence[float]) -> Mean:
-    """A mean over prompts, with a percentile bootstrap interval from `FEWEST_FOR_MEAN` prompts on."""
-    units = np.asarray(values, dtype=np.float64)
-    return Mean(float(units.mean()), bootstrap(units) if len(units) >= FEWEST_FOR_MEAN else None)
+class Units(NamedTuple):
+    """Scores of each prompt's images."""
+
+    totals: list[float]
+    """Sum over a prompt's images."""
+    counts: list[int]
+
+    @property
+    def means(self) -> list[float]:
+        """Mean score of each prompt."""
+        return [total / count for total, count in zip(self.totals, self.counts, strict=True)]
 
 
-def bootstrap(units: np.ndarray) -> Interval:
-    """95 % percentile interval of the mean; the same numbers for the same values."""
+def by_prompt(scores: Sequence[float], prompts: Sequence[int]) -> Units:
+    """Scores of images by prompt, in the order of their first images; `prompts[i]` is image i's prompt."""
+    found: dict[int, list[float]] = {}
+    for prompt, score in zip(prompts, scores, strict=True):
+        found.setdefault(prompt, []).append(score)
+    return Units([math.fsum(one) for one in found.values()], [len(one) for one in found.values()])
+
+
+def mean(units: Units) -> Mean:
+    """A mean over images, with a bootstrap interval over prompts from `FEWEST_FOR_MEAN` of them on."""
+    enough = len(units.counts) >= FEWEST_FOR_MEAN
+    return Mean(math.fsum(units.totals) / sum(units.counts), bootstrap(units) if enough else None)
+
+
+def bootstrap(units: Units) -> Interval:
+    """95 % percentile interval of the mean over images; prompts are drawn, always the same ones."""
+    totals, counts = np.asarray(units.totals, dtype=np.float64), np.asarray(units.counts)
     random = np.random.default_rng(0)
-    draws = [
-        units[random.integers(0, len(units), (100, len(units)))].mean(axis=1)
-        for _ in range(_RESAMPLES // 100)
-    ]
+    draws = []
+    for _ in range(_RESAMPLES // 100):
+        drawn = random.integers(0, len(counts), (100, len(counts)))
+        draws.append(totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
     low, high = np.quantile(np.concatenate(draws), [0.025, 0.975])
     return float(low), float(high)
-
-
-def over_seeds(scores: Sequence[float], prompts: Sequence[int]) -> list[float]:
-    """Mean score of each prompt, in the order of their first images; `prompts[i]` is image i's prompt."""
-    by_prompt: dict[int, list[float]] = {}
-    for prompt, score in zip(prompts, scores, strict=True):
-        by_prompt.setdefault(prompt, []).append(score)
-    return [math.fsum(one) / len(one) for one in by_prompt.values()]

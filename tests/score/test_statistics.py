@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mapo_fast.score.statistics import FEWEST_FOR_MEAN, bootstrap, mean, over_seeds, wilson, win_rate
+from mapo_fast.score.statistics import FEWEST_FOR_MEAN, Units, bootstrap, by_prompt, mean, wilson, win_rate
 
 RUNS = 2000
 
@@ -27,7 +27,10 @@ def test_a_win_rates_interval_holds(n: int, rate: float) -> None:
 @pytest.mark.parametrize("n", [64, 200])
 def test_a_means_interval_holds_for_skewed_scores(n: int) -> None:
     random = np.random.default_rng(n)
-    held = sum(low <= 1 <= high for low, high in (bootstrap(random.gamma(4, 0.25, n)) for _ in range(300)))
+    held = sum(
+        low <= 1 <= high
+        for low, high in (bootstrap(Units([*random.gamma(4, 0.25, n)], [1] * n)) for _ in range(300))
+    )
     assert abs(held / 300 - 0.95) <= 0.04  # 300 runs know a coverage to 1.3 points
 
 
@@ -57,12 +60,16 @@ def test_exchanged_models_give_the_mirrored_interval() -> None:
 
 
 def test_seeds_are_averaged_within_prompts() -> None:
-    assert over_seeds([1.0, 3.0, 5.0, 7.0], [4, 4, 2, 4]) == [pytest.approx(11 / 3), 5.0]
+    units = by_prompt([1.0, 3.0, 5.0, 7.0], [4, 4, 2, 4])
+    assert units == ([11.0, 5.0], [3, 1])
+    assert units.means == [11 / 3, 5.0]
+    assert mean(units).value == 4.0  # over images
 
 
 def test_few_prompts_have_a_mean_without_an_interval() -> None:
-    assert mean([1.0] * (FEWEST_FOR_MEAN - 1)).interval is None
-    assert mean([1.0] * FEWEST_FOR_MEAN) == (1.0, (1.0, 1.0))
+    few, enough = FEWEST_FOR_MEAN - 1, FEWEST_FOR_MEAN
+    assert mean(Units([1.0] * few, [1] * few)).interval is None
+    assert mean(Units([1.0] * enough, [1] * enough)) == (1.0, (1.0, 1.0))
 
 
 def test_scores_of_other_prompts_are_no_comparison() -> None:

@@ -1,0 +1,111 @@
+"""A folder of images of one model, with what each was made of: `images.jsonl`.
+
+A line for each image: `file` (its name in the folder), `prompt`, `seed`, and `settings` of the sampler.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.files import disk_errors, os_error, parse_json, read_bytes
+
+MANIFEST = "images.jsonl"
+_LARGEST = 2**28
+
+
+class Made(NamedTuple):
+    """An image and what it was made of."""
+
+    path: Path
+    prompt: str
+    seed: int
+    settings: Mapping[str, Any]
+
+
+def append(folder: Path, made: Made) -> None:
+    """Add a line for an image that is written.
+
+    Raises:
+        UserError: the disk.
+    """
+    line = {"file": made.path.name, "prompt": made.prompt, "seed": made.seed, "settings": dict(made.settings)}
+    path = folder / MANIFEST
+    with disk_errors(path), path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def read(folder: Path) -> list[Made]:
+    """The images of a folder, in the order of its manifest; a line that a kill cut short is left out.
+
+    Raises:
+        UserError: no manifest, a damaged line, an image that is missing or listed twice.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} has no {MANIFEST}: make its images with mapo-fast sample")
+    try:
+        lines = read_bytes(path, _LARGEST).decode("utf-8", "replace").split("\n")
+    except OSError as error:
+        raise os_error(error, f"read {path}") from None
+    found: dict[str, Made] = {}
+    for number, line in enumerate(lines[:-1], 1):
+        made = _parsed(line, folder, f"{path}, line {number}")
+        if made.path.name in found:
+            raise UserError(f"{path}, line {number}: {made.path.name} is listed twice")
+        found[made.path.name] = made
+    if not found:
+        raise UserError(f"{path} lists no image")
+    return [*found.values()]
+
+
+def _parsed(line: str, folder: Path, where: str) -> Made:
+    try:
+        entry = parse_json(line)
+        file, prompt, seed, settings = (entry[name] for name in ("file", "prompt", "seed", "settings"))
+        if not (isinstance(file, str) and isinstance(prompt, str) and type(seed) is int):
+            raise TypeError
+        if not isinstance(settings, dict):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{where} is damaged: delete the line, and run mapo-fast sample again") from None
+    if Path(file).name != file or file in ("", ".", ".."):
+        raise UserError(f"{where}: {file!r} is no name of a file in the folder")
+    path = folder / file
+    if not path.is_file():
+        raise UserError(f"{where}: {path} is missing; run mapo-fast sample again")
+    return Made(path, prompt, seed, settings)
+
+
+def paired(folders: Sequence[Path]) -> list[list[Made]]:
+    """The images of several folders, prompt by prompt and seed by seed.
+
+    Returns:
+        For each folder its images, all in the order of the first.
+
+    Raises:
+        UserError: a folder that cannot be read, or prompts and seeds that differ.
+    """
+    models = [read(folder) for folder in folders]
+    wanted = [(made.prompt, made.seed) for made in models[0]]
+    if len({*wanted}) < len(wanted):
+        raise UserError(f"{folders[0] / MANIFEST} has a prompt twice with one seed: remove one of the lines")
+    aligned = [models[0]]
+    for folder, images in zip(folders[1:], models[1:], strict=True):
+        by_key = {(made.prompt, made.seed): made for made in images}
+        if len(by_key) < len(images):
+            raise UserError(f"{folder / MANIFEST} has a prompt twice with one seed: remove one of the lines")
+        missing = [key for key in wanted if key not in by_key] or [
+            key for key in by_key if key not in {*wanted}
+        ]
+        if missing:
+            prompt, seed = missing[0]
+            raise UserError(
+                f"{folders[0]} and {folder} have images of different prompts or seeds, such as "
+                f"{prompt[:80]!r} at seed {seed}: sample both with the same --prompts and seeds"
+            )
+        aligned.append([by_key[key] for key in wanted])
+    return aligned
