@@ -35,7 +35,7 @@ def test_constraints_are_the_locks_versions() -> None:
 
 
 def test_constraints_pin_all_that_an_environment_of_the_makefile_asks_for() -> None:
-    assert asked("train", "examples") <= {canonicalize_name(one.name) for one in CONSTRAINTS}
+    assert asked("train", "examples", "score") <= {canonicalize_name(one.name) for one in CONSTRAINTS}
 
 
 def test_the_lock_is_of_this_pyproject() -> None:
