@@ -32,7 +32,7 @@ def without_text(data: bytes) -> tuple[bytes, bytes | None]:
             body = data[at + 8 : end - 4]
             keyword = body.partition(b"\0")[0]
             if kind == b"iCCP":
-                drop, profile = True, _inflated(body[len(keyword) + 2 :], PROFILE_BYTES) or b""
+                drop, profile = True, inflated(body[len(keyword) + 2 :], PROFILE_BYTES) or b""
             else:
                 whole = zlib.crc32(kind + body).to_bytes(4, "big") == data[end - 4 : end]
                 small = whole and keyword in _ORIENTATION and keyword not in kept and _is_small(kind, body)
@@ -51,13 +51,13 @@ def _is_small(kind: bytes, body: bytes) -> bool:
     """Whether a text chunk unpacks to at most `TEXT_BYTES`."""
     _, _, rest = body.partition(b"\0")
     if kind == b"zTXt":
-        return _inflated(rest[1:], TEXT_BYTES) is not None
+        return inflated(rest[1:], TEXT_BYTES) is not None
     if kind == b"iTXt" and rest[:1] == b"\1":
-        return _inflated(rest[2:].split(b"\0", 2)[-1], TEXT_BYTES) is not None
+        return inflated(rest[2:].split(b"\0", 2)[-1], TEXT_BYTES) is not None
     return len(body) <= TEXT_BYTES
 
 
-def _inflated(data: bytes, limit: int) -> bytes | None:
+def inflated(data: bytes, limit: int) -> bytes | None:
     """What compressed bytes unpack to; None where they are damaged or more than `limit`."""
     unpacker = zlib.decompressobj()
     try:
