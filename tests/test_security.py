@@ -445,6 +445,31 @@ def test_metadata_of_pictures_are_not_read(trap: Trap, tmp_path: Path) -> None:
     assert not trap.sprung
 
 
+def test_prompts_in_pictures_are_text(trap: Trap, tmp_path: Path) -> None:
+    """`data.pair_by = "prompt"` reads what A1111 and ComfyUI write into files; nodes' names call nothing."""
+    code = f"__import__('{trap.name}').register()"
+    nodes = {
+        "1": {"class_type": "KSampler", "inputs": {"positive": ["2", 0], "latent_image": ["3", 0]}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": code}},
+        "3": {"class_type": trap.name, "inputs": {"code": code}},
+    }
+    deep = "[" * 200_000
+    for side in ("chosen", "rejected"):
+        (tmp_path / side).mkdir()
+        for name, text in {"good": json.dumps(nodes), "deep": deep, "long": "x" * 2**23}.items():
+            info = PngImagePlugin.PngInfo()
+            info.add_text("prompt", text, zip=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / side / f"{name}.png", pnginfo=info)
+    pairs = open_source(tmp_path, pair_by="prompt")
+    found = [getattr(row, "prompt", "") or row.detail for row in pairs.read(range(len(pairs)))]
+    said = [
+        "its text «prompt» is not ComfyUI's: it is nested too deeply",
+        "it holds no prompt of A1111 or ComfyUI",
+    ]
+    assert found == [code, *said, *said]
+    assert not trap.sprung
+
+
 # --- Data sets ---
 
 

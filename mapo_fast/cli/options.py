@@ -37,6 +37,10 @@ Code = Annotated[
 ]
 
 
+Yes = Annotated[
+    bool,
+    typer.Option("--yes", help='The pairs that data.pair_by = "order" makes are right: go on with them.'),
+]
 ModelPath = Annotated[
     str | None,
     typer.Option("--model", help="SDXL model: a .safetensors file or a pipeline folder (model.path)."),

@@ -20,6 +20,7 @@ from mapo_fast.cli.options import (
     Preset,
     UnetPath,
     VaePath,
+    Yes,
     some_settings,
     stated,
 )
@@ -39,6 +40,7 @@ def prepare(
     unet: UnetPath = None,
     vae: VaePath = None,
     lora: LoraFiles = None,
+    yes: Yes = False,
     code: Code = None,
 ) -> None:
     """Encode images and prompts once into a cache; continues where it stopped. `train` does so itself."""
@@ -49,9 +51,9 @@ def prepare(
     some_settings(config, preset)
     allow(code, config)
     settings = load_config(config, stated(overrides, model, unet, vae, lora, data), preset=preset)
-    check_prepare(settings)
+    check_prepare(settings, yes=yes)
 
-    _prepare(settings, Terminal())
+    _prepare(settings, yes, Terminal())
 
 
 def train(
@@ -72,6 +74,7 @@ def train(
         bool,
         typer.Option("--resume", help="Continue the run; alone, the only unfinished one in runs/."),
     ] = False,
+    yes: Yes = False,
     code: Code = None,
 ) -> None:
     """Fine-tune on preference pairs, which are prepared first; under torchrun, on one GPU per process."""
@@ -92,10 +95,10 @@ def train(
     if copy_to is not None:
         check_folder(copy_to)
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    unprepared = alone and check_train(settings, resume=resume)
+    unprepared = alone and check_train(settings, resume=resume, yes=yes)
     callbacks = Terminal()
     if unprepared:
-        _prepare(settings, callbacks)
+        _prepare(settings, yes, callbacks)
 
     from mapo_fast.run.train import fit
 
@@ -114,12 +117,12 @@ def train(
         callbacks.message(line)
 
 
-def _prepare(settings: Config, callbacks: Terminal) -> None:
+def _prepare(settings: Config, yes: bool, callbacks: Terminal) -> None:
     """Prepare the cache of a run."""
     from mapo_fast.data.prepare import prepare as run
 
     try:
-        run(settings, callbacks=callbacks)
+        run(settings, yes=yes, callbacks=callbacks)
     except KeyboardInterrupt as signal:
         text = "interrupted; what is encoded is kept, the same command continues"
         raise Interrupted(getattr(signal, "number", 0), text) from None

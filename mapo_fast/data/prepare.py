@@ -27,7 +27,7 @@ from mapo_fast.data.buckets import Size, make_buckets
 from mapo_fast.data.choose import Choice, choose
 from mapo_fast.data.embeddings import embed_prompts, prompt_bytes
 from mapo_fast.data.finish import finish
-from mapo_fast.data.given import given_data
+from mapo_fast.data.given import check_confirmed, given_data
 from mapo_fast.data.index import cache_settings, claim, is_whole, read_index
 from mapo_fast.data.latents import encode_images, latent_bytes
 from mapo_fast.data.prompts import prompt_keys, spelling_key
@@ -49,11 +49,12 @@ from mapo_fast.util.progress import Callbacks, stage
 from mapo_fast.util.sizes import parse_size
 
 
-def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareResult:
+def prepare(config: Config, *, yes: bool = False, callbacks: Callbacks | None = None) -> PrepareResult:
     """Make or complete the cache at `config.data.cache`.
 
     Args:
         config: `[model]` and `[data]` matter, and `train.vram` as a limit of GPU memory.
+        yes: pairs that only a person can confirm, those of data.pair_by = "order", are right.
         callbacks: are told how it goes; without them nothing is said.
 
     Returns:
@@ -87,6 +88,9 @@ def prepare(config: Config, *, callbacks: Callbacks | None = None) -> PrepareRes
         callbacks.message(f"{data.cache} is complete already: {done['pairs']} pairs, nothing to do")
         return summary_of(data.cache, done, time.perf_counter() - started)
 
+    check_confirmed(source, yes=yes)
+    if source.to_confirm:
+        callbacks.message(source.to_confirm)
     with disk_errors(data.cache):
         data.cache.mkdir(parents=True, exist_ok=True)
     vram = None if config.train.vram is None else parse_size(config.train.vram, "train.vram")

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mapo_fast.data.given import given_data
+from mapo_fast.data.given import check_confirmed, given_data
 from mapo_fast.data.index import CacheIndex, difference, read_index
 from mapo_fast.data.sources.base import PreferencePairs
 from mapo_fast.run.folder import check_output, check_stated, read_run
@@ -21,8 +21,13 @@ from mapo_fast.util.files import exclusive
 from mapo_kernels.objectives import OBJECTIVES
 
 
-def check_train(config: Config, *, resume: bool) -> bool:
+def check_train(config: Config, *, resume: bool, yes: bool = False) -> bool:
     """Look at all that a run needs; nothing is written.
+
+    Args:
+        config: the settings.
+        resume: a run is continued.
+        yes: a person has confirmed the pairs.
 
     Returns:
         Whether the cache has to be prepared first: it is not finished, or there are other data by now. That
@@ -49,23 +54,30 @@ def check_train(config: Config, *, resume: bool) -> bool:
     if index is None or (source is not None and not resume and not _is_of(source, index, config)):
         assert source is not None
         check_kind(config.objective, source.paired, f"data.source {config.data.source}")
+        check_confirmed(source, yes=yes)
         return True
     check_kind(config.objective, index.get("paired", True), f"data.cache {config.data.cache}")
     CacheIndex.open(config.data.cache)
     return False
 
 
-def check_prepare(config: Config) -> None:
+def check_prepare(config: Config, *, yes: bool = False) -> None:
     """Look at all that `prepare` needs; nothing is written.
+
+    Args:
+        config: the settings.
+        yes: a person has confirmed the pairs.
 
     Raises:
         UserError: what is wrong.
     """
     _check_model(config)
-    given_data(config.data)
+    source = given_data(config.data)
     _check_free(config.data.cache)
     if (index := read_index(config.data.cache)) is not None:
         _check_cache(config, index["settings"])
+    if index is None or not _is_of(source, index, config):
+        check_confirmed(source, yes=yes)
 
 
 def check_kind(objective: ObjectiveConfig, paired: bool, what: str) -> None:

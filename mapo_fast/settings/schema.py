@@ -96,6 +96,10 @@ class DataConfig(Section):
     source: Path | None = setting(None, affects="inputs")
     """Pick-a-Pic parquet file or folder, Hugging Face dataset folder, folder with `pairs.jsonl`, or
     `chosen/` + `rejected/` folders; or single images with labels, for `kto`. Needed by `prepare` only."""
+    pair_by: Literal["name", "order", "prompt"] = setting("name", affects="inputs")
+    """Which files of two folders are a pair: those with equal names; the first and the first, the second and
+    the second in the `order` of their numbers, which `prepare` shows and asks to confirm by `--yes`; or those
+    with one `prompt` in their metadata, as A1111 and ComfyUI write it."""
     default_caption: str | None = setting(None, affects="inputs", min_length=1, max_length=2000)
     """The prompt of images that have no caption, or a blank one; without it they are skipped and listed."""
     cache: Path = setting(affects="inputs")

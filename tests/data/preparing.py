@@ -21,10 +21,10 @@ from tests.data.pair_sources import (
 )
 
 
-def said(run: Any) -> tuple[Any, str]:
+def said(run: Any, **options: Any) -> tuple[Any, str]:
     """Result of prepare and what it printed."""
     out = io.StringIO()
-    result = prepare(run, callbacks=Terminal(Console(file=out, width=200)))
+    result = prepare(run, **options, callbacks=Terminal(Console(file=out, width=200)))
     return result, out.getvalue()
 
 

@@ -14,8 +14,10 @@ from PIL import Image, PngImagePlugin
 from mapo_fast.data.picture_prompts import TEXT_BYTES, NoPromptError, picture_prompt
 from tests.data.pair_sources import encoded, picture
 
-A1111 = "a (red:1.2) cat,\nin snow\nNegative prompt: blurry\nugly\n"
+A1111 = (
+    "a (red:1.2) cat,\nin snow\nNegative prompt: blurry\nugly\n"
     "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1"
+)
 
 
 def written(path: Path, *, zip: bool = False, itxt: bool = False, **texts: str) -> Path:

@@ -79,6 +79,8 @@ class PreferencePairs(ABC):
     """What `prepare` tells the user about how the source is read."""
     where: Path
     """What the user named; `open_source` sets it."""
+    to_confirm: str = ""
+    """How images became pairs, where only a person can tell whether that is right; `prepare` asks."""
     default_caption: str = ""
     """The prompt of images that have none, `data.default_caption`; `open_source` sets it."""
 

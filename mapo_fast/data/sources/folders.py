@@ -33,6 +33,7 @@ yaml yml
 """
 IMAGE_SUFFIXES = frozenset(_IMAGES.split())
 _COMPANIONS = frozenset(_TOOLS.split())
+_CAPTIONS = ("txt", "caption")
 CAPTION_BYTES = 1 << 20
 
 
@@ -79,26 +80,41 @@ class TwinFolderPairs(PreferencePairs):
     def __init__(self, folder: Path, chosen: str, rejected: str) -> None:
         self.folder, self.names = folder, (chosen, rejected)
         self._sides = [_side(folder / name) for name in self.names]
-        first, second = self._sides
-        stems = first.images.keys() | second.images.keys() | (first.others.keys() & second.others.keys())
-        for side in self._sides:
-            stems |= side.others.keys() & (first.captions.keys() | second.captions.keys())
-        self._stems = sorted(stems)
-        if not self._stems:
+        self._pairs = self._matched()
+        if not len(self):
             raise UserError(f"data.source {folder}: {chosen}/ and {rejected}/ hold no images")
         self.note = problems(
             [
                 Entry(f"{name}/{entry.name}", entry.path, entry.problem)
-                for name, side in zip(self.names, self._sides, strict=True)
+                for number, (name, side) in enumerate(zip(self.names, self._sides, strict=True))
                 for stem, entries in side.others.items()
                 for entry in entries
-                if stem not in stems or stem in side.images
+                if stem in side.images or stem not in {pair[number] for pair in self._pairs}
             ]
         )
 
+    def _matched(self) -> list[tuple[str, str]]:
+        """Which names make a row: here equal ones, also where one folder alone has it."""
+        first, second = self._sides
+        stems = first.images.keys() | second.images.keys() | (first.others.keys() & second.others.keys())
+        for side in self._sides:
+            stems |= side.others.keys() & (first.captions.keys() | second.captions.keys())
+        if first.images and second.images and not any(first.files(s) and second.files(s) for s in stems):
+            one, other = (
+                f"{name}/{next(iter(side.images.values()))[0].name}"
+                for name, side in zip(self.names, self._sides, strict=True)
+            )
+            raise UserError(
+                f"data.source {self.folder}: {self.names[0]}/ and {self.names[1]}/ have no file name in "
+                f"common ({one}, {other}), and the two images of a pair have equal names: rename them, or "
+                'set data.pair_by to "order" (numbered files, the first with the first) or "prompt" (by the '
+                "prompts that A1111 and ComfyUI write into images)"
+            )
+        return [(stem, stem) for stem in sorted(stems)]
+
     def __len__(self) -> int:
         """Distinct file names, suffixes aside."""
-        return len(self._stems)
+        return len(self._pairs)
 
     def read(self, rows: Sequence[int]) -> Iterator[PairRecord | SkippedRow]:
         """See `PreferencePairs.read`."""
@@ -107,17 +123,20 @@ class TwinFolderPairs(PreferencePairs):
 
     def files(self) -> Iterable[Path]:
         """Images and captions."""
-        for stem in self._stems:
-            for side in self._sides:
+        for pair in self._pairs:
+            for side, stem in zip(self._sides, pair, strict=True):
                 yield from (entry.path for entry in side.files(stem))
                 yield from (entry.path for entry in side.captions.get(stem, ()))
 
     def _row(self, index: int) -> PairRecord | SkippedRow:
-        stem = self._stems[index]
-        name = f"{self.names[0]}/{stem}"
-        found = [side.files(stem) for side in self._sides]
-        captions = [side.captions.get(stem, []) for side in self._sides]
-        for side, images, texts in zip(self.names, found, captions, strict=True):
+        return self._made(index, self._pairs[index])
+
+    def _made(self, index: int, stems: tuple[str, str], own: str = "") -> PairRecord | SkippedRow:
+        """The row of two names; its prompt is `own` where there is no caption."""
+        name = f"{self.names[0]}/{stems[0]}"
+        found = [side.files(stem) for side, stem in zip(self._sides, stems, strict=True)]
+        captions = [side.captions.get(stem, []) for side, stem in zip(self._sides, stems, strict=True)]
+        for side, stem, images, texts in zip(self.names, stems, found, captions, strict=True):
             if not images:
                 return SkippedRow(index, name, "missing counterpart", f"no image {stem}.* in {side}/")
             for files in (images, texts):
@@ -127,7 +146,7 @@ class TwinFolderPairs(PreferencePairs):
                         entry.name if entry.name.isascii() else ascii(entry.name) for entry in files
                     )
                     return SkippedRow(index, name, "ambiguous name", detail)
-        beside = " or ".join(f"{side}/{files[0].name}" for side, files in zip(self.names, found, strict=True))
+        own = own or self.default_caption
         for side, texts in zip(self.names, captions, strict=True):
             if texts:
                 where = f"{side}/{texts[0].name}"
@@ -136,13 +155,17 @@ class TwinFolderPairs(PreferencePairs):
                 except (OSError, ValueError) as error:
                     detail = f"{where}: {getattr(error, 'strerror', None) or error}"
                     return SkippedRow(index, name, "unreadable caption", detail)
-                prompt = clean_prompt(index, name, text, where, default=self.default_caption)
+                prompt = clean_prompt(index, name, text, where, default=own)
                 break
         else:
-            if not self.default_caption:
-                detail = f"no {stem}.txt or {stem}.caption next to {beside}"
+            if not own:
+                beside = [f"{side}/{files[0].name}" for side, files in zip(self.names, found, strict=True)]
+                names = " or ".join(
+                    f"{stem}.{suffix}" for stem in dict.fromkeys(stems) for suffix in _CAPTIONS
+                )
+                detail = f"no {names} next to {' or '.join(beside)}"
                 return SkippedRow(index, name, "missing caption", detail)
-            prompt = self.default_caption
+            prompt = own
         if isinstance(prompt, SkippedRow):
             return prompt
         chosen, rejected = (

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from mapo_fast.data.sources.base import PreferencePairs, reading
 from mapo_fast.data.sources.datasets import DatasetPairs
 from mapo_fast.data.sources.folders import TwinFolderPairs
 from mapo_fast.data.sources.jsonl import JsonlPairs
+from mapo_fast.data.sources.pairing import OrderedPairs, PromptPairs
 from mapo_fast.data.sources.parquet import ParquetPairs
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.extensions import load_installed
@@ -27,6 +28,7 @@ from mapo_fast.util.files import check_regular
 _BUILT_IN: tuple[type[PreferencePairs], ...] = (JsonlPairs, TwinFolderPairs, DatasetPairs, ParquetPairs)
 _registered: list[type[PreferencePairs]] = []
 
+PairBy = Literal["name", "order", "prompt"]
 S = TypeVar("S", bound=PreferencePairs)
 
 
@@ -82,18 +84,28 @@ def _recognised(path: Path) -> type[PreferencePairs] | None:
     return next((source for source in known_sources() if source.recognises(path)), None)
 
 
-def open_source(path: Path, *, default_caption: str | None = None) -> PreferencePairs:
+def open_source(
+    path: Path, *, default_caption: str | None = None, pair_by: PairBy = "name"
+) -> PreferencePairs:
     """The preference pairs at a path; no image is read.
 
     Args:
         path: a file or folder.
         default_caption: the prompt of images that have none; without it they are skipped.
+        pair_by: which files of twin folders are a pair.
 
     Raises:
         UserError: as `find_source`; or the layout is ambiguous or unreadable.
         MachineError: I/O failed.
     """
     source = find_source(path)
+    if pair_by != "name":
+        if source is not TwinFolderPairs:
+            raise UserError(
+                f'data.pair_by = "{pair_by}" is for two folders of images, {TwinFolderPairs.looked_for}, and '
+                f"data.source {path} is {source.looked_for}: leave it out"
+            )
+        source = {"order": OrderedPairs, "prompt": PromptPairs}[pair_by]
     with reading(path):
         pairs = source.open(path)
     pairs.where, pairs.default_caption = path, default_caption or ""
