@@ -36,6 +36,6 @@ def check_confirmed(source: PreferencePairs, *, yes: bool) -> None:
     """
     if source.to_confirm and not yes:
         raise UserError(
-            f"data.source {source.where}: {source.to_confirm}. Look at them: if each two belong together, go on "
-            "with --yes (in Python, prepare(config, yes=True)); nothing is prepared yet"
+            f"data.source {source.where}: {source.to_confirm}. Look at them: if each two belong together, "
+            "go on with --yes (in Python, prepare(config, yes=True)); nothing is prepared yet"
         )

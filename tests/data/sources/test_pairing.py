@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import PngImagePlugin
 from mapo_fast.data.prepare import prepare
 from mapo_fast.data.sources.base import PairRecord, SkippedRow
 from mapo_fast.data.sources.registry import open_source
+from mapo_fast.run.ahead import check_prepare, check_train
 from mapo_fast.util.errors import UserError
 from tests.data.pair_sources import config, encoded, picture, png
 from tests.data.preparing import said
@@ -91,11 +93,17 @@ def test_an_order_is_confirmed_before_anything_is_prepared(tiny_sdxl: Path, tmp_
         f"data.source {source}: {pairs}. Look at them: if each two belong together, go on with --yes (in "
         "Python, prepare(config, yes=True)); nothing is prepared yet"
     )
+    for check in (partial(check_train, resume=False), check_prepare):
+        with pytest.raises(UserError, match="go on with --yes"):
+            check(run)
+        check(run, yes=True)
     assert not (tmp_path / "c").exists()
     result, told = said(run, yes=True)
     assert result.pairs == 4
     assert pairs in told.replace("\n", " ")
     assert prepare(run).pairs == 4, "what is prepared is confirmed"
+    check_prepare(run)
+    assert not check_train(run, resume=False)
 
 
 def test_files_with_one_prompt_are_paired_and_have_it_as_caption(tmp_path: Path) -> None:
