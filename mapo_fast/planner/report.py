@@ -51,7 +51,7 @@ def sentence(plan: Plan, vram: int, run: Run, card: str) -> str:
     step = plan.ms / 1e3
     needed = vram_for(plan.reserved) / GIB
     return (
-        f"fits: {needed:.1f} of {vram / GIB:.3g} GiB; about {seconds_text(step)} a step of {run.images}, "
+        f"fits: {needed:.1f} of {vram / GIB:.3g} GiB; about {_a_step(plan)} a step of {run.images}, "
         f"{run.steps:,} steps in {seconds_text(step * run.steps)}; predicted for {card}"
     )
 
@@ -81,8 +81,14 @@ def as_text(outcome: PlanResult, run: Run) -> str:
 
 def _loser(loser: Loser) -> str:
     plan = loser.plan
-    memory, time = vram_for(plan.reserved) / GIB, seconds_text(plan.ms / 1e3)
-    return f"  {memory:6.2f} GiB  {time:>6} a step  {plan.name}: {loser.reason}"
+    memory = vram_for(plan.reserved) / GIB
+    return f"  {memory:6.2f} GiB  {_a_step(plan):>6} a step  {plan.name}: {loser.reason}"
+
+
+def _a_step(plan: Plan) -> str:
+    """A step's time: in seconds up to ten minutes, since a run has thousands of steps."""
+    seconds = plan.ms / 1e3
+    return f"{seconds:.0f} s" if 59.5 <= seconds < 600 else seconds_text(seconds)
 
 
 def held_note(outcome: PlanResult, gpu: Gpu) -> str:
