@@ -43,8 +43,8 @@ class Truncation:
 
 
 def chunk_count(max_tokens: int) -> int:
-    """Windows of 75 text tokens that `max_tokens` = 77, 150 or 225 stands for."""
-    return {77: 1, 150: 2, 225: 3}[max_tokens]
+    """Windows of 75 text tokens that `max_tokens` = 77, 150, 225, … stands for."""
+    return max_tokens // CHUNK_TOKENS
 
 
 def encode_prompts(
@@ -150,6 +150,11 @@ def text_ids(tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> list[li
     """The tokens of each prompt that reach an encoder, without start, end and padding."""
     kept = CHUNK_TOKENS * chunk_count(max_tokens)
     return [ids[:kept] for ids in _text_ids(tokenizer, prompts)]
+
+
+def token_counts(folder: Pipeline, prompts: Sequence[str]) -> list[int]:
+    """The number of tokens of each text, without start, end and padding; the first tokenizer decides."""
+    return [len(ids) for ids in _text_ids(folder.load_tokenizer(1), prompts)]
 
 
 def truncations(folder: Pipeline, prompts: Sequence[str], max_tokens: int) -> Iterator[Truncation]:

@@ -19,7 +19,8 @@ import torch
 
 from mapo_fast.hardware.gpu import is_out_of_memory
 from mapo_fast.models.pipeline import Pipeline
-from mapo_fast.models.sample import decode_latents, sample_latents, sampler
+from mapo_fast.models.sample import decode_latents, sample_latents
+from mapo_fast.models.schedulers import scheduler
 from mapo_fast.models.text import PromptEmbeds, empty_prompt, encode_prompts
 from mapo_fast.models.vae import use_tiles
 from mapo_fast.run.preview_files import Size, jobs, save, step_folder, write_contact_sheet
@@ -51,7 +52,7 @@ class Previews:
         """Called after each denoising step, by all that sample; what it raises ends a preview."""
         self.poll_alone: Callable[[], None] = lambda: None
         """Called before each decoding, which the main process does."""
-        sampler(folder, config.preview.steps)  # what is wrong with it is said before the first step
+        scheduler(folder, config.preview.steps)  # what is wrong with it is said before the first step
         try:
             self.prompts, self.empty = self._encoded(device)
             return
