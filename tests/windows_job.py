@@ -14,25 +14,16 @@ from pathlib import Path
 from tests.tiny import make_tiny_sdxl
 from tests.training import make_pairs
 
-CONFIG = """\
-[model]
-path = "Mein Modell"
-
-[data]
-source = "Paare für Übung"
-cache = "Vorbereitete Paare"
-resolution = 32
-bucket_step = 32
-
-[adapter]
-kind = "lora"
-rank = 2
-
-[train]
-output = "Läufe/erster Lauf"
-steps = 2
-precision = "fp32"
-"""
+SETTINGS = (
+    "data.resolution=32",
+    "data.bucket_step=32",
+    "data.max_crop=0.9",
+    "adapter.rank=2",
+    "train.steps=2",
+    "train.precision=fp32",
+    "train.accumulation=1",
+    "preview.prompts=[]",
+)
 
 
 def windows_job(folder: Path) -> Path:
@@ -40,14 +31,15 @@ def windows_job(folder: Path) -> Path:
     home = folder / "Jörg Groß"
     make_tiny_sdxl(home / "Mein Modell")
     make_pairs(home / "Paare für Übung", 8)
-    (home / "Größe 32.toml").write_text(CONFIG, encoding="utf-8")
     program = shutil.which("mapo-fast", path=Path(sys.executable).parent)
     assert program is not None, f"mapo-fast is not installed beside {sys.executable}"
-    for arguments in (["doctor"], ["prepare", "Größe 32.toml"], ["train", "Größe 32.toml"]):
+    train = ["train", "--preset", "lora", "--model", "Mein Modell", "--data", "Paare für Übung"]
+    train += ["--copy-to", "Für ComfyUI", *(word for one in SETTINGS for word in ("--set", one))]
+    (home / "Für ComfyUI").mkdir()
+    for arguments in (["doctor"], train):
         environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
         subprocess.run([program, *arguments], cwd=home, env=environment, check=True)
-    lora = home / "Läufe" / "erster Lauf" / "lora" / "lora_kohya.safetensors"
-    assert lora.is_file()
+    [lora] = (home / "Für ComfyUI").iterdir()
     return lora
 
 

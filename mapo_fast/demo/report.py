@@ -36,8 +36,8 @@ def model_names(objective: str) -> dict[str, str]:
     return {"before": "before", "sft": "SFT control", objective: trained}
 
 
-def next_commands() -> tuple[str, str]:
-    """What to run on one's own pairs: the script beside the interpreter that runs now, if there is one."""
+def next_command() -> str:
+    """What to run on one's own pairs: the script next to the interpreter that runs now, if there is one."""
     python = Path(sys.executable)
     scripts = (python.with_name(name) for name in ("mapo-fast", "mapo-fast.exe"))
     script = next((path for path in scripts if path.is_file()), None)
@@ -45,11 +45,7 @@ def next_commands() -> tuple[str, str]:
     if program.is_relative_to(Path.cwd()):
         program = program.relative_to(Path.cwd())
     command = str(program) if script else f"{program} -m mapo_fast"
-    recipe = "recipes/lora.toml --model YOUR_MODEL.safetensors --set data.source=YOUR_PAIRS_FOLDER"
-    return (
-        f"{command} prepare {recipe}",
-        f"{command} train   {recipe}",
-    )
+    return f"{command} train --preset lora --model YOUR_MODEL.safetensors --data YOUR_PAIRS"
 
 
 Cells = dict[str, dict[str, Samples]]
@@ -190,10 +186,11 @@ interval, paired).</li>
 <section>
 <h2>Next: your own pairs</h2>
 <div class="commands"><button type="button">Copy</button>
-<pre><code>{html.escape(chr(10).join(next_commands()))}</code></pre></div>
-<p>Data formats and settings stand in the README. To run this page's trainings again, see
-<code>config_{objective}.toml</code> and <code>config_sft.toml</code> beside it (with another
-train.output).</p>
+<pre><code>{html.escape(next_command())}</code></pre></div>
+<p>YOUR_PAIRS holds two folders, <code>chosen</code> and <code>rejected</code>, with equal file names, and each
+prompt in a text file next to the chosen picture; other formats are in docs/data.md. To run this page's trainings
+again, use <code>config_{objective}.toml</code> and <code>config_sft.toml</code> next to it, with another
+train.output.</p>
 </section>
 <section>
 <h2>Settings</h2>

@@ -333,6 +333,5 @@ def _print_result(console: Console, result: dict[str, Any], out: Path) -> None:
                 console, f"{names[model]}, step {one['step']}: the trainer warned: {one['message']}", "yellow"
             )
     say(console, f"Report: {out / 'report.html'}   ({result['seconds']:.0f} s in all)")
-    console.print("\n[bold]Next, your own pairs[/bold] (formats and settings: README.md):")
-    for line in report.next_commands():
-        say(console, f"  {line}")
+    console.print("\n[bold]Next, your own pairs[/bold] (formats: docs/data.md):")
+    say(console, f"  {report.next_command()}")
