@@ -187,10 +187,10 @@ interval, paired).</li>
 <h2>Next: your own pairs</h2>
 <div class="commands"><button type="button">Copy</button>
 <pre><code>{html.escape(next_command())}</code></pre></div>
-<p>YOUR_PAIRS holds two folders, <code>chosen</code> and <code>rejected</code>, with equal file names, and each
-prompt in a text file next to the chosen picture; other formats are in docs/data.md. To run this page's trainings
-again, use <code>config_{objective}.toml</code> and <code>config_sft.toml</code> next to it, with another
-train.output.</p>
+<p>YOUR_PAIRS holds two folders, <code>chosen</code> and <code>rejected</code>, with equal file names, and
+each prompt in a text file next to the chosen picture; other formats are in docs/data.md. To run this page's
+trainings again, use <code>config_{objective}.toml</code> and <code>config_sft.toml</code> next to it, with
+another train.output.</p>
 </section>
 <section>
 <h2>Settings</h2>

@@ -94,8 +94,8 @@ def check_output(config: Config, identity: dict[str, str], *, resume: bool, proc
     if (before := read_run(output)) is not None:
         if not resume:
             raise UserError(
-                f"{output} already holds a run: add --resume to continue it, or set another train.output, "
-                f"such as {free_output(output)}"
+                f"{output} already holds a run: add --resume to continue it, or take another folder: "
+                f"--out {free_output(output)} (train.output)"
             )
         _check_same_run(output, before, _record(config, identity, processes))
         return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from mapo_fast.data.cache import PairCache
 from mapo_fast.engine.batches import MicroBatches
 from mapo_fast.planner.report import run_of, sentence
@@ -30,4 +32,6 @@ def forecast(config: Config, budget: Budget | None) -> str:
     run = run_of(config, "")
     if budget is None:
         return f"{run.steps:,} steps of {run.images}; memory and time are not predicted here"
-    return sentence(budget.plan, budget.vram, run, budget.device.type)
+    device = budget.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return sentence(budget.plan, budget.vram, run, name)
