@@ -34,7 +34,7 @@ from mapo_fast.data.prompts import prompt_keys, spelling_key
 from mapo_fast.data.scan import ScannedRow, scan
 from mapo_fast.data.shards import ShardFamily
 from mapo_fast.data.sources.base import PreferencePairs
-from mapo_fast.data.summary import PrepareResult, reasons, report, summary_of, write_lines
+from mapo_fast.data.summary import PrepareResult, reasons, remedy, report, summary_of, write_lines
 from mapo_fast.data.vae_encoder import latent_shape
 from mapo_fast.hardware import gpu
 from mapo_fast.models.fp32 import exact_fp32
@@ -210,15 +210,19 @@ class Preparation:
         path = self.cache / "skipped.jsonl"
         order = sorted(choice.skipped, key=lambda row: row.index)
         write_lines(path, ({"row": r.name, "reason": r.reason, "detail": r.detail} for r in order))
-        counts = ", ".join(f"{n} × {reason}" for reason, n in reasons(choice.skipped).items())
+        found = reasons(choice.skipped)
+        counts = ", ".join(f"{n} × {reason}" for reason, n in found.items())
+        remedies = "".join(f"; {reason}{remedy(reason)}" for reason in found if remedy(reason))
         if len(choice.skipped) > self.data.max_skipped * rows:
             share = len(choice.skipped) / rows
             raise UserError(
                 f"{share:.0%} of {rows} rows would be skipped ({counts}), data.max_skipped allows "
-                f"{self.data.max_skipped:.0%}: see {path}, fix the data or raise data.max_skipped"
+                f"{self.data.max_skipped:.0%}: see {path}, fix the data or raise data.max_skipped{remedies}"
             )
         if not choice.pairs:
-            raise UserError(f"data.source {self.data.source} has no usable pair ({counts or 'it is empty'})")
+            raise UserError(
+                f"data.source {self.data.source} has no usable pair ({counts or 'it is empty'}){remedies}"
+            )
 
     def _check_disk(self, choice: Choice) -> None:
         """Stop where the disk has no space for what is to be encoded."""

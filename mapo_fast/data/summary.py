@@ -49,6 +49,20 @@ class PrepareResult:
     """Distinct images with a colour profile that is damaged or for another kind of image."""
 
 
+_REMEDIES = {
+    "too much crop": "crop the two images of a pair to one shape, raise data.max_crop, or choose another "
+    "data.resolution or data.bucket_step",
+    "missing caption": "write captions next to the images, or set data.default_caption",
+    "no prompt in the file": 'give pairs equal names instead of data.pair_by = "prompt"',
+}
+"""What to do about rows that are skipped for a reason."""
+
+
+def remedy(reason: str) -> str:
+    """What to do about rows that are skipped for a reason, after a colon; empty where nothing is known."""
+    return f": {_REMEDIES[reason]}" if reason in _REMEDIES else ""
+
+
 def summary_of(cache: Path, index: dict[str, Any], seconds: float, encoded: int = 0) -> PrepareResult:
     """The summary that an index holds, how long it took, and how many images were encoded for it."""
     counts = index["summary"] | {"warnings": tuple(index["summary"]["warnings"])}
@@ -82,7 +96,7 @@ def report(summary: PrepareResult, callbacks: Callbacks) -> None:
             f"  {summary.ignored_profiles} images have a colour profile that is unusable: ignored"
         )
     for reason, count in summary.skipped.items():
-        callbacks.message(f"  skipped: {count} × {reason}")
+        callbacks.message(f"  skipped: {count} × {reason}{remedy(reason)}")
     for warning in summary.warnings:
         callbacks.warning(warning)
 

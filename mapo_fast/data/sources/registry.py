@@ -21,6 +21,7 @@ from mapo_fast.data.sources.folders import TwinFolderPairs
 from mapo_fast.data.sources.jsonl import JsonlPairs
 from mapo_fast.data.sources.pairing import OrderedPairs, PromptPairs
 from mapo_fast.data.sources.parquet import ParquetPairs
+from mapo_fast.data.sources.unknown import what_it_is
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.extensions import load_installed
 from mapo_fast.util.files import check_regular
@@ -75,9 +76,10 @@ def find_source(path: Path) -> type[PreferencePairs]:
         problems = load_installed()
         if (found := _recognised(path)) is not None:
             return found
+        found_there = what_it_is(path, _recognised)
     looked_for = ", ".join(dict.fromkeys(source.looked_for for source in known_sources()))
-    unknown = f"data.source {path} has no layout that is known here; looked for {looked_for}"
-    raise UserError("; ".join([unknown, *problems]))
+    unknown = found_there or f"has no layout that is known here; looked for {looked_for}"
+    raise UserError("; ".join([f"data.source {path} {unknown}", *problems]))
 
 
 def _recognised(path: Path) -> type[PreferencePairs] | None:

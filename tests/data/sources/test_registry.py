@@ -141,14 +141,15 @@ def test_which_layout_wins(tmp_path: Path, names: tuple[str, ...], kind: type[Pr
 def test_missing_and_unknown_sources(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.source not found: .*nowhere"):
         open_source(tmp_path / "nowhere")
-    (tmp_path / "chosen").mkdir()
+    (tmp_path / "notes").mkdir()
     for source in (tmp_path, _text(tmp_path / "notes.txt")):
         with pytest.raises(UserError) as error:
             open_source(source)
         for part in ("pairs.jsonl", "chosen/ + rejected/", "w/ + l/", "Hugging Face", "*.parquet"):
             assert part in str(error.value)
         assert "\n" not in str(error.value)
-    (tmp_path / "rejected").mkdir()
+    for name in ("chosen", "rejected"):
+        (tmp_path / name).mkdir()
     with pytest.raises(UserError, match="hold no images"):
         open_source(tmp_path)
 
