@@ -1,4 +1,4 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-"""Where child processes start: `python -m` imports from the folder it is started in before all others."""
+"""Working folder of child processes: `python -m` imports from there before all other folders."""

@@ -1,4 +1,4 @@
-"""Whether a provider computes what it should: loss and gradients on one batch, before any time counts.
+"""Checks that a provider computes correctly: loss and gradients on one batch, before any time counts.
 
 The three-way rule. The truth is the plain UNet in fp32 (fp64 at tiny size) with the objective's formula
 written out. The plain UNet in the provider's own types has some error against it; the provider's may be twice
@@ -28,12 +28,12 @@ MOST = 4096
 TWICE = 2.0
 """Two independent rounding errors of one size differ by less than this factor."""
 ROUNDINGS = 8
-"""In units of finfo.eps: of the last stores, and where the plain error happens to be small."""
+"""Tolerance in units of finfo.eps, for the last stores and where the plain error happens to be small."""
 DPO_BETA = 5000.0
 
 
 class Outcome(NamedTuple):
-    """What a forward and backward pass gave."""
+    """Result of a forward and backward pass."""
 
     loss: float
     gradients: dict[str, Tensor]  # by parameter, up to MOST entries, fp64, CPU
@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """Relative errors against the truth, and what is allowed."""
+    """Relative errors against the truth, and their tolerances."""
 
     loss_error: float
     loss_allowed: float
@@ -51,12 +51,12 @@ class Agreement(NamedTuple):
 
     @property
     def good(self) -> bool:
-        """Whether both are within their bands; NaN is not."""
+        """Whether both errors are within tolerance; NaN is not."""
         return self.loss_error <= self.loss_allowed and self.gradient_error <= self.gradient_allowed
 
 
 def check(provider: Provider) -> Agreement:
-    """Compare a provider with the truth on the first batch of its task; its weights stay what they are."""
+    """Compare a provider with the truth on the first batch of its task; its weights do not change."""
     task, objective = provider.task, provider.objective
     got = outcome_of(provider, provider.pairs.batch(0))
     exact = truth(task, objective)
@@ -98,7 +98,7 @@ def outcome_of(provider: Provider, inputs: PairInputs) -> Outcome:
 
 @functools.cache
 def plain_outcome(task: Task, objective: Objective, arithmetic: Arithmetic) -> Outcome:
-    """diffusers' UNet as it is, in the given types; with fp8, linear layers that round or a frozen base."""
+    """diffusers' plain UNet in the given types; with fp8, its linear layers round, or its base is frozen."""
     inputs = Pairs(task).batch(0)
     unet = load_unet(task, arithmetic.weights)
     if arithmetic.fp8:
@@ -142,7 +142,7 @@ def formula(errors: Tensor, reference: Tensor | None) -> Tensor:
 
 
 def _errors(prediction: Tensor, inputs: PairInputs) -> Tensor:
-    """Mean squared error of each sample in fp64, which costs nothing here."""
+    """Mean squared error of each sample, in fp64."""
     return (prediction.double() - inputs.target.double()).square().flatten(1).mean(1)
 
 

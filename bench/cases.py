@@ -1,4 +1,4 @@
-"""What the benches run: one registry of cases, by op, with SDXL's real shapes at 1024².
+"""The cases that the benches run: one registry, by op, with SDXL's real shapes at 1024².
 
 A case makes its inputs and names who can compute it: this package, PyTorch eager, other libraries.
 `bench.resources` compiles the kernels of these cases, `bench.traffic` counts their bytes, `bench.ops`
@@ -36,15 +36,15 @@ from mapo_kernels.ops.paired_noise import paired_noise
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 Provider = Callable[..., Callable[[], Any]]
-"""Binds a case's inputs and returns the call to measure; what happens only once is done here."""
+"""Binds a case's inputs and returns the call to measure; one-time work is done while binding."""
 
 
 MEASURED = frozenset({"compile", "count", "measure"})
 SWEEP = frozenset({"compile", "measure"})
-"""Another size of a case that is counted."""
+"""A second, small size of a case, whose traffic is counted."""
 CORNER = frozenset({"compile"})
 TINY = frozenset({"compile", "try"})
-"""Small enough for a CPU and for the interpreter, but of several programs."""
+"""Cases small enough for a CPU and the interpreter, but with several programs."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,19 @@ class Case:
 
     op: str
     shape: str
-    """As a table shows it: sizes, and options that change what is computed."""
+    """The case's name in a table: sizes, and options that change what is computed."""
     dtype: torch.dtype
-    """The type of the large tensors."""
+    """Type of the large tensors."""
     inputs: Callable[[New], tuple[Any, ...]]
     providers: Mapping[str, Provider]
     """`ours` and `eager` always; another library's returns None where it is not installed."""
     compiled: Callable[..., Any] | None = None
-    """What `torch.compile` is given; usually the eager function."""
+    """Function that `torch.compile` gets; usually the eager one."""
     uses: frozenset[str] = MEASURED
     headline: bool = False
     """Measured first; the docs show these."""
     floor: Callable[[Any], dict[str, int]] | None = None
-    """Least bytes by pass from the inputs, where `least_bytes` below does not know them."""
+    """Least bytes by pass from the inputs, where `least_bytes` below does not apply."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -122,12 +122,12 @@ def least_bytes(case: Case, inputs: Any, outputs: Any) -> dict[str, int]:
 
 
 def _plain(f: Callable[..., Any]) -> Provider:
-    """Provider of an op that is a function of its inputs."""
+    """A provider for an op that is a plain function of its inputs."""
     return functools.partial(functools.partial, f)
 
 
 def _size(batch: int, headline: bool = True) -> dict[str, Any]:
-    """Options of one of several batch sizes: two pairs, four images, stand for all where one will do."""
+    """Options of one batch size among several: two pairs (four images) are used where one size is enough."""
     return {"headline": headline} if batch == 4 else {"uses": SWEEP}
 
 
@@ -197,7 +197,7 @@ def _dpo() -> Case:
 
 
 def _from_keys(kind: str, shape: tuple[int, ...], uses: frozenset[str]) -> Case:
-    """The target made again from the keys of its noise, against storing it and reading it."""
+    """Making the target again from its noise's keys, compared with storing and reading it."""
 
     def inputs(new: New) -> tuple[Any, ...]:
         pairs = shape[0] // 2
@@ -514,7 +514,7 @@ def _lora_linear(batch: int, side: int, channels: int, *, factors: torch.dtype, 
         )
 
     def eager(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """As peft computes it."""
+        """The layer in peft's operations."""
         return F.linear(x, weight, bias) + F.linear(F.linear(x.to(a.dtype), a), b).to(x.dtype)
 
     return Case(
@@ -626,7 +626,7 @@ def _group_norm_silu_cases() -> Iterator[Case]:
             yield _group_norm_silu(batch, side, channels, **_size(batch))
         yield _group_norm_silu(4, side, channels, channels_last=True, headline=side == 128)
     yield _group_norm_silu(4, 128, 320, frozen=True)
-    for side, channels in ((128, 960), (64, 1920), (32, 2560)):  # behind a skip connection
+    for side, channels in ((128, 960), (64, 1920), (32, 2560)):  # after a skip connection
         yield _group_norm_silu(4, side, channels)
     for side, channels in ((128, 640), (64, 960), (64, 320), (32, 640), (32, 1920)):
         yield _group_norm_silu(4, side, channels, uses=CORNER)
@@ -787,7 +787,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
 
 
 def cases(op: str = "all", use: str | None = None) -> list[Case]:
-    """Cases of one op, or of all of them; those with a use, or all."""
+    """Cases of one op, or of all; only those with a use, or all."""
     if op != "all" and op not in CASES:
         raise ValueError(f"op: {op!r} is unknown; choose one of all, {', '.join(CASES)}")
     found = (case for name, make in CASES.items() if op in ("all", name) for case in make())

@@ -29,15 +29,15 @@ from mapo_kernels.objectives import objective_names
 RESULTS = Path(__file__).parent / "results"
 PLOTS = Path(__file__).parents[1] / "docs" / "results"
 OBJECTIVES = tuple(name for name in objective_names() if name != "sft")
-"""All but the control of each run."""
+"""Objectives of the demo runs, without the control."""
 FEWER = DemoSize(samples=96)
-"""Sampling takes most of the demo's time, and intervals half again as wide do for ten runs of it."""
+"""Samples per run: fewer than in the demo, because sampling takes most of the time."""
 STEPS = {"train.steps": 150}
-"""With 8-bit states the margin grows more slowly than with the demo's own AdamW."""
+"""Steps with 8-bit states, where the margin grows more slowly than with the demo's own AdamW."""
 LORA = {"optim.lr": 1.5e-4}
-"""A LoRA on the attention layers alone moves less with the learning rate of all weights."""
+"""Learning rate of a LoRA, which moves less than all weights do with the same rate."""
 NF4 = {"train.steps": 125}
-"""The start model in nf4 is another model, whose margins grow several times as fast (bench/LOG.md)."""
+"""Steps in nf4, where the start model differs and margins grow several times as fast (bench/LOG.md)."""
 
 
 def accepted(result: dict[str, Any]) -> bool:
@@ -48,7 +48,7 @@ def accepted(result: dict[str, Any]) -> bool:
 
 
 def of_plan(settings: dict[str, Any]) -> list[str]:
-    """A row of the memory table as the demo's overrides; the demo's own config states two of its settings."""
+    """A row of the memory table as the demo's overrides, without two settings that the demo's config sets."""
     table = {"optim.name": "adamw8bit", "train.gradient_checkpointing": True} | STEPS | settings
     table |= LORA if settings["adapter.kind"] == "lora" else {}
     table |= NF4 if settings.get("adapter.base") == "nf4" else {}
@@ -59,16 +59,16 @@ class Job(NamedTuple):
     """One run of the demo."""
 
     file: str
-    """Of the results."""
+    """Objective whose figures the row reports."""
     fields: dict[str, str]
-    """That its row begins with."""
+    """Fields that begin the run's row."""
     objective: str = "mapo"
     overrides: Sequence[str] = ()
     size: DemoSize | None = None
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:
-    """What was asked for."""
+    """Options of the run."""
     if args.plans is not None:
         plans = {n: of_plan(settings) for n, _, _, settings in ROWS if n in args.plans or not args.plans}
         return [Job("demo_plans", {"plan": name}, overrides=sets, size=FEWER) for name, sets in plans.items()]

@@ -1,4 +1,4 @@
-"""What PyTorch operations move, and running them without doing them.
+"""Count the bytes that PyTorch operations move, without executing them.
 
 A custom operator of this package is entered, so that the PyTorch operations in its body are seen as well.
 """
@@ -46,7 +46,7 @@ class Untouched(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.bytes = self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count the operation, and do it or not."""
+        """Count the operation, and execute it if it is small."""
         kwargs = kwargs or {}
         own = OPDEFS.get(func._schema.name)
         if own is not None:

@@ -1,4 +1,4 @@
-"""What a measurement was made on: versions, machine, commit."""
+"""The environment of a measurement: versions, machine, commit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "bitsandbyt
 
 
 def environment() -> dict[str, Any]:
-    """A JSON-able record to store beside every result."""
+    """A JSON-able record to store with every result."""
     versions = {}
     for name in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Bytes that an operation cannot do without."""
+"""Least bytes that an operation has to move."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUANTISED = 4096
 
 
 def adamw8bit(parameters: Sequence[Tensor]) -> int:
-    """Of a step of AdamW8bit: parameters and states read and written, gradients (of the same type) read."""
+    """Least bytes of an AdamW8bit step: parameters and states read and written, gradients read."""
     elements = [p.numel() for p in parameters]
     states = sum(2 * (n + 4 * -(-n // BLOCK)) if n >= QUANTISED else 8 * n for n in elements)
     return 3 * size(parameters) + 2 * states

@@ -37,7 +37,7 @@ _ON_CPU = {  # which the counter does not know
 
 
 def model_flops(task: Task, objective: str) -> float:
-    """Operations that a step needs, one multiply-add being two: of the plain UNet, nothing recomputed.
+    """Operations of a step of the plain UNet, without recomputation; a multiply-add counts as two.
 
     A reference is another forward pass.
     """

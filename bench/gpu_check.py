@@ -1,7 +1,7 @@
 """Everything that needs an NVIDIA GPU, in parts of at most eight minutes: `make gpu-check PART=ops`.
 
 - `ops` runs the kernel tests on the GPU and then the microbenchmarks, the most telling first.
-- `memory` runs the engine's tests on the GPU and then the memory table at full size, capped, beside the
+- `memory` runs the engine's tests on the GPU and then the memory table at full size, capped, next to the
   predictions, whose traces `python -m bench.gpu_memory --plan` makes beforehand.
 - `step` measures whole training steps at full size: this engine, the recipes that people use, Diffusion-DPO,
   and every switch of the engine; what does not agree with fp32 is not timed.
@@ -29,10 +29,10 @@ from bench.environment import environment
 HAS_GPU_TESTS = re.compile(r"test_\w+\(\s*device: str|mark\.gpu")
 """The `device` fixture of the kernels' tests, or the mark itself."""
 GPU_BYTES_OF_TESTS = 10 * 2**30
-"""What a file's tests may allocate."""
+"""Memory that a file's tests may allocate."""
 SECONDS = 8 * 60
 RESERVE = 20
-"""Seconds before the end at which nothing new is begun."""
+"""Seconds before the end from which nothing new is started."""
 
 
 def check_ops(deadline: float) -> int:
@@ -49,7 +49,7 @@ def check_memory(deadline: float) -> int:
 
 
 def _failed(folder: Path, deadline: float) -> list[str]:
-    """The files of a folder whose GPU tests do not pass."""
+    """Files of a folder whose GPU tests fail."""
     stamp = environment()
     print(f"{stamp['gpu']}, commit {stamp['commit']}", flush=True)
     files = [

@@ -1,4 +1,4 @@
-"""The planner's promises on an NVIDIA GPU: steps of full SDXL with random weights beside the predictions.
+"""The planner's promises on an NVIDIA GPU: steps of full SDXL with random weights, compared with predictions.
 
     python -m bench.gpu_memory --plan   beforehand, on any machine: makes the traces, kept in build/cache
     python -m bench.gpu_memory          measures what this GPU and commit have not measured yet
@@ -63,9 +63,9 @@ MEMORY, TIME = 0.05, 0.25
 """How far a measured figure may be from the predicted one."""
 WARM_UP, STEPS = 2, 7
 NOISE = 0.01
-"""Times this near to each other are equal, or further where a plan's own steps differ by more."""
+"""Relative difference below which times count as equal; larger where a plan's own steps differ by more."""
 EQUAL = 0.005
-"""Predictions this near to each other rank nothing: the planner says «no faster»."""
+"""Relative difference below which predictions are not ranked: the planner says «no faster»."""
 RAM = 64 * GIB
 
 RANKINGS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -82,19 +82,19 @@ FIRST = (
     "full, everything streamed",
     "LoRA in 12 GiB",
 )
-"""The most telling; the other rows follow."""
+"""Rows to measure first; the others follow."""
 
 ALLOCATORS = {"full, checkpointed, default segments": False, "full, checkpointed, expandable segments": True}
-"""Whether segments are expandable."""
+"""Values of the allocator setting to measure: with and without expandable segments."""
 
 
 def names() -> list[str]:
-    """All that is measured, in that order."""
+    """All measurements, in order."""
     return [*FIRST, *ALLOCATORS, *(name for name, *_ in ROWS if name not in FIRST)]
 
 
 def _row(name: str) -> tuple[float, dict[str, Any]]:
-    """Target in GiB and settings."""
+    """Target in GiB, and settings, of a row."""
     return next((target, settings) for row, target, _, settings in ROWS if row == name)
 
 
@@ -148,7 +148,7 @@ def _prediction(settings: dict[str, Any], peak: int, held: int, ms: float, card:
 
 
 def random_unet(dtype: torch.dtype) -> Any:
-    """SDXL's UNet on the CPU with weights of a usual size."""
+    """SDXL's UNet on the CPU, with random weights of typical magnitude."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -168,7 +168,7 @@ def random_unet(dtype: torch.dtype) -> Any:
 
 
 def measure(settings: dict[str, Any], cap: int, device: torch.device, unet: Any = None) -> dict[str, Any]:
-    """Train some steps of a plan and note what they took.
+    """Train some steps of a plan and record their time and memory.
 
     Args:
         cap: bytes that torch's allocator may reserve.
@@ -219,7 +219,7 @@ def measure(settings: dict[str, Any], cap: int, device: torch.device, unet: Any 
 
 
 def _memory() -> dict[str, float]:
-    """GiB of the process so far."""
+    """Peak GiB of the process so far."""
     most = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     torch.cuda.synchronize()
     with_workspaces = torch.cuda.memory_allocated()
@@ -267,7 +267,7 @@ def ranked(plans: list[dict[str, Any]]) -> str:
 
 
 def missed(row: dict[str, Any]) -> list[str]:
-    """What a row of the results file does not keep."""
+    """Fields that a row of the results file leaves out."""
     if "error" in row:
         return ["an error"]
     if row["kind"] == "ranking":
@@ -278,7 +278,7 @@ def missed(row: dict[str, Any]) -> list[str]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row for people, a line for each plan."""
+    """A row as text, a line for each plan."""
     if "error" in row:
         return f"{row['name']}: {row['error']}"
     if row["kind"] == "ranking":
@@ -298,7 +298,7 @@ def _figures(plan: dict[str, Any]) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """How many rows keep what."""
+    """Counts of rows within and outside the tolerances."""
     plans = [row for row in rows if row["kind"] == "row"]
     rankings = [row.get("ranked", "not measured") for row in rows if row["kind"] == "ranking"]
     good = {
@@ -318,12 +318,12 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def use_own_cache() -> None:
-    """Keep traces and rates where they can be carried to another machine together with the working tree."""
+    """Keep traces and rates in the working tree, so that they can be copied to another machine with it."""
     os.environ["XDG_CACHE_HOME"] = str(CACHE)
 
 
 def run(deadline: float, results: Path = RESULTS) -> int:
-    """Measure what is missing until the time is up; the number of rows of this GPU and commit that miss."""
+    """Measure missing rows until the time is up; returns how many of this GPU's and commit's rows fail."""
     use_own_cache()
     stamp = environment()
     total = torch.cuda.get_device_properties(0).total_memory
@@ -376,7 +376,7 @@ def _measured(name: str, predicted: list[dict[str, Any]], deadline: float) -> di
 def _alone(
     settings: dict[str, Any], cap: int, deadline: float, expandable: bool | None = None
 ) -> dict[str, Any]:
-    """`measure` in a process of its own, with the allocator as a run sets it unless it is said how."""
+    """Run `measure` in its own process, with the allocator settings of a run unless others are given."""
     environment = dict(os.environ)
     if expandable is not None:
         environment["PYTORCH_ALLOC_CONF"] = f"expandable_segments:{expandable}"

@@ -23,7 +23,7 @@ from bench.step_tables import rows
 from bench.train_step import RESULTS
 
 SHORTEST = 45
-"""Seconds that a case takes at least; none is begun later than this before the end."""
+"""Least seconds of a case; none is started later than this before the end."""
 
 
 class Case(NamedTuple):
@@ -58,7 +58,7 @@ def cases() -> list[Case]:
 
 
 def run(deadline: float) -> int:
-    """Measure what is missing until the time is up; the number of cases that fail or did before."""
+    """Measure missing cases until the time is up; returns the number of cases that fail or failed before."""
     stamp = environment()
     mine = [
         row
@@ -96,5 +96,5 @@ def run(deadline: float) -> int:
 
 
 def _failed(row: dict[str, Any]) -> bool:
-    """Whether a row is of a case that failed; running out of memory is a result."""
+    """Whether a row's case failed; running out of memory is a result, not a failure."""
     return "out of memory" not in row.get("error", "out of memory")

@@ -15,7 +15,7 @@ from mapo_fast.models.recognise import IGNORED
 from mapo_fast.util.tensorheader import BITS
 
 Keys = dict[str, tuple[str, tuple[int, ...]]]
-"""Type and shape by key."""
+"""Tensors of a file: type and shape by key."""
 
 
 def hollow(path: Path, keys: Mapping[str, tuple[str, tuple[int, ...]]]) -> Path:
@@ -47,7 +47,7 @@ def listed() -> dict[str, tuple[int, ...]]:
 
 
 def sdxl_keys() -> Keys:
-    """Those that every model has, in fp16."""
+    """Keys that every model has, in fp16."""
     return {
         key: ("F16", shape)
         for key, shape in listed().items()

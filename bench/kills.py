@@ -1,4 +1,4 @@
-"""Kill `prepare` and `train` at random moments, many times; what they make must not differ by a bit.
+"""Kill `prepare` and `train` at random moments, many times; their results must not differ by a bit.
 
     python -m bench.kills [--append] [--kills N] [--seed S]
 
@@ -53,9 +53,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 Work = Callable[[Path], None]
-"""Begins a run in a folder, or goes on with the one that is there."""
+"""Starts a run in a folder, or continues the one that is there."""
 Contents = Callable[[Path], Mapping[str, str]]
-"""What a run has made: name → digest."""
+"""Results of a run: name → digest."""
 
 
 def campaign(
@@ -66,7 +66,7 @@ def campaign(
     folder: Path,
     chance: random.Random,
 ) -> dict[str, Any]:
-    """Kill `work` so many times; see what the runs that were killed have made in the end.
+    """Kill `work` this many times and compare the final results of the killed runs.
 
     Args:
         work: what is done in the processes.
@@ -119,7 +119,7 @@ def _seconds(work: Callable[[], None]) -> float:
 
 
 def _killed(work: Callable[[], None], after: float) -> bool:
-    """Whether a process that does it was killed, after so many seconds, before it had ended."""
+    """Start `work` in a process and kill it after so many seconds; whether the kill came before its end."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -144,7 +144,7 @@ def _killed(work: Callable[[], None], after: float) -> bool:
 
 
 def settings(folder: Path, name: str = "run", **sections: dict[str, Any]) -> Config:
-    """A short run, or the cache it takes, in a folder of its own."""
+    """A short run, or its cache, in a folder of its own."""
     table: dict[str, Any] = {
         "model": {"path": str(TINY_SDXL)},
         "data": {
@@ -177,7 +177,7 @@ def settings(folder: Path, name: str = "run", **sections: dict[str, Any]) -> Con
 
 
 def make_pairs(folder: Path) -> None:
-    """Noisy squares; the chosen one is brighter."""
+    """Write pairs of noisy squares; the chosen one is brighter."""
     folder.mkdir()
     draw, lines = np.random.default_rng(0), []
     for index in range(PAIRS):
@@ -191,7 +191,7 @@ def make_pairs(folder: Path) -> None:
 
 
 def of_a_cache(folder: Path) -> dict[str, str]:
-    """Every file but the lock."""
+    """Digests of all files except the lock."""
     return {
         path.relative_to(folder).as_posix(): _digest(path.read_bytes())
         for path in folder.rglob("*")
@@ -200,7 +200,7 @@ def of_a_cache(folder: Path) -> dict[str, str]:
 
 
 def of_a_run(folder: Path) -> dict[str, str]:
-    """Every file but the lock and TensorBoard's; of those that name the run, what does not depend on it."""
+    """Digests of all files except the lock and TensorBoard's, without what depends on the run's id."""
     made = of_a_cache(folder)
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))["run"]
     for name in list(made):

@@ -19,9 +19,9 @@ Call = Callable[[], Any]
 REPLAYS = 30
 """Measurements of which quantiles are taken."""
 LEAST_MS = 3.0
-"""A replay is made at least this long by calling several times, so that its start does not count."""
+"""Least duration of a replay, reached by calling several times, so that its start does not count."""
 FLUSH = 4
-"""The inputs of a graph are together this many times as large as the L2 cache."""
+"""Size of a graph's inputs, in multiples of the L2 cache."""
 MOST_SETS = 200
 
 
@@ -40,13 +40,13 @@ def quantiles(milliseconds: Sequence[float]) -> Times:
 
 
 def input_sets(bytes_per_call: int) -> int:
-    """How many sets of inputs make each call find a cold L2 cache."""
+    """Sets of inputs that make each call find a cold L2 cache."""
     cache = torch.cuda.get_device_properties().L2_cache_size
     return max(1, min(MOST_SETS, -(-FLUSH * cache // max(1, bytes_per_call))))
 
 
 def on_side_stream(work: Callable[[], Any]) -> Any:
-    """Run on a stream that can be captured later: backward runs where forward ran."""
+    """Run on a stream that can be captured later: backward runs on forward's stream."""
     stream = _stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -65,7 +65,7 @@ def _stream() -> torch.cuda.Stream:
 
 
 def device_times(calls: Sequence[Call]) -> Times:
-    """Milliseconds of one call on the GPU: of all of them as one graph, divided by their number.
+    """Milliseconds of one call on the GPU: the time of all calls as one graph, divided by their number.
 
     Results of a call are freed before the next one is recorded, as in training.
     """
@@ -130,7 +130,7 @@ def launches(call: Call) -> int:
 
 
 def peak_bytes(call: Call) -> int:
-    """Most bytes that a call has allocated at a time, on top of what was there."""
+    """Peak bytes that a call allocates, on top of those allocated before."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -140,7 +140,7 @@ def peak_bytes(call: Call) -> int:
 
 
 def saved_bytes(forward: Call, besides: Iterable[Tensor] = ()) -> int:
-    """Bytes that a forward pass keeps for backward, each storage once; those of `besides` do not count.
+    """Bytes that a forward pass keeps for backward, each storage once, without those of `besides`.
 
     Works on fake tensors too.
     """

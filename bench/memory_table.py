@@ -1,4 +1,4 @@
-"""Ten plans for training SDXL on one pair at 1024², each predicted by a full trace, beside its target.
+"""Ten plans for training SDXL on one pair at 1024², each predicted by a full trace, with its target.
 
     python -m bench.memory_table            prints the table
     python -m bench.memory_table --json     the same as JSON rows

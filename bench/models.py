@@ -7,7 +7,7 @@ recognise   bytes read of a 6.5 GB file to recognise it, and to plan for it
 load        CPU seconds of loading the UNet out of the file, and of diffusers' loading it from a folder:
             medians of five in one process, after one that does not count. In fp16, the files' type, and in
             bf16
-memory      the most anonymous memory beside what was there before: of loading the UNet in bf16, and of
+memory      the most anonymous memory on top of what was there before: of loading the UNet in bf16, and of
             writing the whole model as a file
 """
 
@@ -78,7 +78,7 @@ def _plan(file: Path) -> None:
 
 
 def _bytes_read(call: Callable[[], Any]) -> int:
-    """Bytes that this process asked the system for, of files of any kind."""
+    """Bytes that this process has read from files of any kind."""
     call()  # modules are imported
 
     def read() -> int:
@@ -148,7 +148,7 @@ def _alone(what: str, file: Path) -> int:
 
 @contextmanager
 def _watched() -> Any:
-    """Within, anonymous memory beside what was there before, looked at 200 times a second."""
+    """Peak anonymous memory within the context, on top of that before it; sampled 200 times a second."""
 
     def anonymous() -> int:
         line = next(t for t in Path("/proc/self/status").read_text().splitlines() if t.startswith("RssAnon"))

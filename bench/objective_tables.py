@@ -6,7 +6,7 @@ from mapo_kernels.objectives import OBJECTIVES, Objective, objective_key, object
 
 
 def named() -> str:
-    """What `objective.name` may be, with what a config may state."""
+    """Table of the values of `objective.name`, with the settings of each."""
     lines = ["| `objective.name` | reference | settings and defaults |", "|---|---|---|"]
     for name in objective_names():
         known = OBJECTIVES[objective_key(name, form="code")]
@@ -17,7 +17,7 @@ def named() -> str:
 
 
 def formulas() -> str:
-    """Every entry's formula, as the loss takes it."""
+    """Table of every objective's formula."""
     lines = [
         "| objective | f | logit z | reference | soft labels p | settings and defaults |",
         "|---|---|---|---|---|---|",
@@ -31,7 +31,7 @@ def formulas() -> str:
 
 
 def _settings(known: Objective) -> str:
-    """Those that are not ignored; a symbol where it is not the setting's name."""
+    """The settings that are not ignored, with a symbol where it is not the setting's name."""
     return ", ".join(
         f"`{name}` {f'{one.symbol} ' if one.symbol else ''}{one.default:g}"
         for name, one in known.settings.items()

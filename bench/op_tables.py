@@ -22,7 +22,7 @@ def rows(path: Path = RESULTS / "ops.jsonl") -> list[Row]:
 
 
 def newest(measured: Iterable[Row]) -> dict[str, dict[Key, dict[str, Row]]]:
-    """By GPU and case, the last row of each provider."""
+    """The last row of each provider, by GPU and case."""
     found: dict[str, dict[Key, dict[str, Row]]] = {}
     for row in measured:
         if "device_ms" in row:
@@ -40,7 +40,7 @@ def _times(row: Row | None, ours: Row) -> str:
 
 
 def table(measured: Iterable[Row], headlines: bool = True) -> str:
-    """Device time of ours, and how many times as long the others take; Markdown."""
+    """Markdown table: device time of our ops, and of the others in multiples of it."""
     parts = []
     for gpu, cases in newest(measured).items():
         lines = [

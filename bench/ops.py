@@ -1,4 +1,4 @@
-"""Time, bandwidth, memory and launches of every op, beside PyTorch eager, `torch.compile` and others.
+"""Time, bandwidth, memory and launches of every op, against PyTorch eager, `torch.compile` and others.
 
     python -m bench.ops --device cuda             measures what is not yet in bench/results/ops.jsonl
     python -m bench.ops --device cuda --op geglu  one op
@@ -33,9 +33,9 @@ RESULTS = Path(__file__).parent / "results" / "ops.jsonl"
 TESTED = Path(__file__).parent / "results" / "gpu_tests.jsonl"
 TESTS = Path(__file__).parents[1] / "tests" / "kernels"
 PROVIDERS = ("ours", "eager", "liger", "peft", "bitsandbytes", "torchao", "compile")
-"""In the order in which they are measured."""
+"""Providers in the order in which they are measured."""
 TOO_LARGE = "out of memory"
-"""The one error that is a result."""
+"""The one error that counts as a result."""
 
 
 def passes(inputs: Any, call: Callable[[], Any], new: New) -> dict[str, Callable[[], Any]]:
@@ -114,7 +114,7 @@ def measured(case: Case, provider: str, device: torch.device) -> Iterator[dict[s
 
 
 def ordered(selected: Sequence[Case]) -> Iterator[tuple[Case, str]]:
-    """What to measure, the most telling first; what has to be compiled last, as that takes long."""
+    """Measurements, most important first; those with `torch.compile` last, because compiling takes long."""
     for headline in (True, False):
         chosen = [case for case in selected if case.headline == headline]
         for slow in (False, True):
@@ -127,7 +127,7 @@ def ordered(selected: Sequence[Case]) -> Iterator[tuple[Case, str]]:
 def passed(
     file: Path, device: str, stamp: dict[str, Any], *, deadline: float, results: Path = TESTED
 ) -> bool:
-    """Whether a file's tests pass on the device, before the deadline; asked once for a GPU and a commit."""
+    """Whether a file's tests pass on the device before the deadline; run once for a GPU and a commit."""
     name = file.name
     if device == "cuda":
         for row in _rows(results):
@@ -184,7 +184,7 @@ def run(
     failed_files: Collection[str] = (),
     results: Path = RESULTS,
 ) -> int:
-    """Measure what is missing; the number of ops whose tests fail, and of providers that do or did before.
+    """Measure missing cases; returns the number of ops whose tests fail and of providers that fail or failed.
 
     Args:
         tested: the ops' tests have just passed, but for those in `failed_files`, which are not run again.

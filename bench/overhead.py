@@ -1,4 +1,4 @@
-"""What the engine itself costs: its steps against a bare, tuned loop's, on one CPU core.
+"""CPU time of the engine itself: its steps against those of a bare, tuned loop, on one CPU core.
 
     python -m bench.overhead [--append]
 
@@ -32,7 +32,7 @@ TARGET = 0.95
 LEAST, MOST = 40, 300
 """Rounds of one step each."""
 PRECISE = 0.005
-"""Standard error of the ratio at which no more are needed."""
+"""Standard error of the ratio at which measuring stops."""
 
 
 def measure(
@@ -80,13 +80,13 @@ def _step(provider: Provider, number: int) -> None:
 
 
 def _standard_error(ratios: list[float]) -> float:
-    """Of the median, by the spread between the quartiles of a normal distribution."""
+    """Standard error of the median, from the quartiles as if the distribution were normal."""
     low, _, high = statistics.quantiles(ratios, n=4)
     return math.sqrt(math.pi / 2) * (high - low) / 1.349 / math.sqrt(len(ratios))
 
 
 def run(clear_of: float = math.inf) -> dict[str, Any]:
-    """Measure on one thread; the process keeps its number of threads."""
+    """Measure on one thread; the process's number of threads is restored afterwards."""
     task, threads = Task("tiny", "full", 1, False, torch.device("cpu")), torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -27,7 +27,7 @@ def _library(name: str) -> Any:
 
 
 def stepping(optimizer: torch.optim.Optimizer) -> Call:
-    """The optimizer's steps after the first, which makes the states."""
+    """Calls of an optimizer's steps after the first one, which makes the states."""
     optimizer.step()
     return optimizer.step
 
@@ -70,7 +70,7 @@ def peft_lora(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> 
 
 
 def torch_adamw(parameters: list[Tensor]) -> Call:
-    """PyTorch's own, with moments in the parameters' dtype."""
+    """PyTorch's optimizer, with moments in the parameters' dtype."""
     return stepping(torch.optim.AdamW(parameters, foreach=True))
 
 
@@ -80,7 +80,7 @@ def bitsandbytes_adamw8bit(parameters: list[Tensor]) -> Call | None:
 
 
 def torchao_adamw8bit(parameters: list[Tensor]) -> Call | None:
-    """With its own stochastic rounding where the parameters are bf16."""
+    """The library's optimizer, with its own stochastic rounding for bf16 parameters."""
     optim = _library("torchao.optim")
     if optim is None:
         return None

@@ -1,4 +1,4 @@
-"""What a quantised base, or fp8 in training, costs in quality, and what bytes it saves.
+"""Quality cost of a quantised base, or of fp8 in training, and the bytes that it saves.
 
     python -m bench.quantised_base        prints the rows and writes bench/results/quantised_base.jsonl
 
@@ -9,7 +9,7 @@ Measured on the trained tiny SDXL of the demo, 16 preference pairs of its world 
   prediction and of the LoRA gradients against fp32 with dense weights, ‖x' − x‖ / ‖x‖; change of the mean
   denoising error; the margin's change in its own standard deviations; and the share of predictions of which
   image is preferred that stay.
-- `full`: likewise a full fine-tune, its weights in bf16, with `speed.fp8` and without.
+- `full`: a full fine-tune in the same way, its weights in bf16, with `speed.fp8` and without.
 - `group`: only these layers stored, linear ones in nf4, convolutions in int8, the rest fp32: error of the
   prediction, and how many weights of the full SDXL they are. `quantise.INT8` and `DENSE` follow from them.
 - `sdxl`: layers and bytes of the full SDXL's UNet, from shapes alone.
@@ -125,7 +125,7 @@ def dense_weights(unet: Any) -> dict[str, Tensor]:
 
 
 def quantised_weights(unet: Any) -> dict[str, Tensor]:
-    """What the layers' weights stand for in fp32 after `quantise_base(unet, "int8", …)`."""
+    """The layers' weights, dequantised to fp32, after `quantise_base(unet, "int8", …)`."""
     stored = copy.deepcopy(unet)
     quantise_base(stored, "int8", CPU)
     return {
@@ -139,7 +139,7 @@ def quantised_weights(unet: Any) -> dict[str, Tensor]:
 
 
 def pair_batches(folder: Pipeline) -> list[PairInputs]:
-    """One batch per timestep, all pairs in it, the noise a pair's own."""
+    """One batch of all pairs per timestep, each pair with its own noise."""
     pairs = world.preference_pairs(PAIRS, seed=7)
     encoder = LatentEncoder(folder, "fp32", CPU)
     halves = (encoder([pair[i].image() for pair in pairs]) for i in (1, 2))
@@ -166,7 +166,7 @@ def pair_batches(folder: Pipeline) -> list[PairInputs]:
 
 
 def with_adapter(unet: Any) -> Any:
-    """A LoRA that is not at zero any more."""
+    """Make a LoRA that is no longer zero."""
     add_lora(unet, rank=16, alpha=16.0, targets=("to_q", "to_k", "to_v", "to_out.0"), seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, p in unet.named_parameters():
@@ -176,7 +176,7 @@ def with_adapter(unet: Any) -> Any:
 
 
 def measure(unet: Any, batches: list[PairInputs], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Predictions, errors per sample and gradients of what trains."""
+    """Predictions, errors per sample and gradients of trained tensors."""
     patch_unet(unet)
     predictions, gradients = [], defaultdict(list)
     for inputs in batches:

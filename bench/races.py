@@ -38,7 +38,7 @@ MOST_ELEMENTS = 1 << 18
 
 
 def small(op: str) -> list[Case]:
-    """Cases that an interpreter can run whole: the tiny ones and the corners that are not large."""
+    """Cases that the interpreter can run whole: tiny ones, and corner cases that are not large."""
     meta = New(torch.device("meta"))
     return [
         case
@@ -48,7 +48,7 @@ def small(op: str) -> list[Case]:
 
 
 def results(case: Case) -> list[Tensor]:
-    """Outputs, gradients and, of an optimizer, the stepped parameters; the same inputs every time."""
+    """Outputs and gradients, or an optimizer's stepped parameters; the inputs are the same every time."""
     torch.manual_seed(0)
     new = New(torch.device("cpu"), fill=True)
     inputs = case.inputs(new)
@@ -67,7 +67,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def interpreted(op: str) -> list[str]:
-    """Run the op's small cases in three orders under the interpreter; what is wrong, by line."""
+    """Run the op's small cases in three orders under the interpreter; returns errors by line."""
     from bench.watch import MemoryAccessError, MemoryChecker, watching
 
     class InOrder(MemoryChecker):
@@ -120,7 +120,7 @@ NOT_BY_TTSEM = {
 
 
 def independent(op: str) -> list[str]:
-    """Run the op's small cases under ttsem; what it found, by line."""
+    """Run the op's small cases under ttsem; returns its findings by line."""
     try:
         from ttsem import sanitize
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""A cache of random latents and embeddings, as `mapo-fast prepare` would have written it.
+"""Write a cache of random latents and embeddings in the format of `mapo-fast prepare`.
 
 Any number of pairs share a few distinct items, so that millions of them need no disk but the pair table's.
 """
@@ -21,7 +21,7 @@ from mapo_fast.data.table import PAIR, table_digests
 from mapo_fast.util.files import sha256_file
 
 DISTINCT = 8
-"""Latents per bucket, and prompts."""
+"""Number of different latents per bucket, and of different prompts."""
 
 
 def write_random_cache(

@@ -61,7 +61,7 @@ def objectives() -> str:
 
 
 def memory() -> str:
-    """The memory table: predicted, and for each GPU with rows what was measured on it, newest first."""
+    """The memory table: predictions, and measurements of each GPU with rows, newest first."""
     measured = _rows("gpu_memory", may_miss=True)[::-1]
     gpus = list(dict.fromkeys(row["environment"]["gpu"] for row in measured))
     titles = [f"{what} measured on {gpu}" for gpu in gpus for what in ("peak, GiB,", "step")]
@@ -93,7 +93,7 @@ def memory() -> str:
 
 
 def _measured_cells(row: dict[str, Any]) -> list[str]:
-    """Peak and time of one plan on one GPU; beside the time its prediction by that GPU's measured rates."""
+    """Peak and time of one plan on one GPU, with the time predicted from that GPU's measured rates."""
     if "error" in row:
         return ["failed"] * 2
     return [
@@ -104,7 +104,7 @@ def _measured_cells(row: dict[str, Any]) -> list[str]:
 
 
 def photographs() -> str:
-    """Per kind of degradation, the newest row of each seed."""
+    """The photographs' table: per kind of degradation, the newest row of each seed."""
     newest = {row["seed"]: row for row in _rows("photographs")}
     seeds = sorted(newest)
     lines = [
@@ -121,7 +121,7 @@ def photographs() -> str:
 
 
 def saved_memory() -> str:
-    """What forward keeps for backward: the whole UNet, then blocks."""
+    """Memory that forward keeps for backward: the whole UNet, then blocks."""
     rows = _rows("saved_memory")
     lines = ["| | plain | patched | saved less |", "|---|---|---|---|"]
     unets = [row for row in rows if row["what"] == "unet"]
@@ -139,7 +139,7 @@ def saved_memory() -> str:
 
 
 def traffic() -> str:
-    """Bytes that loads and stores move, over the least possible: ours and PyTorch eager's.
+    """Bytes that loads and stores move, in multiples of the least possible: ours and PyTorch eager's.
 
     An optimizer's step stands under forward.
     """
@@ -161,7 +161,7 @@ def traffic() -> str:
 
 
 def resources() -> str:
-    """What the kernels of each file need, over all cards and configurations."""
+    """Resources of the kernels of each file, over all cards and configurations."""
     by_file: dict[str, list[dict[str, Any]]] = {}
     for row in _rows("resources"):
         by_file.setdefault(row["kernel"].partition(".")[0], []).append(row)
@@ -179,7 +179,7 @@ def resources() -> str:
 
 
 def ops() -> str:
-    """The microbenchmarks on a GPU, or that there are none yet."""
+    """The microbenchmarks on a GPU, or a line that there are none yet."""
     return op_tables.table(op_tables.rows())
 
 
@@ -206,11 +206,11 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "saved_memory": saved_memory,
     },
 }
-"""Which sections stand on which page."""
+"""Page → sections on it."""
 
 
 def render(page: Path) -> str:
-    """A page's text with every results section made anew."""
+    """A page's text with all its results sections regenerated."""
     text = page.read_text(encoding="utf-8")
     for name, make in PAGES[page].items():
         begin = f"<!-- results: {name} -->\n"

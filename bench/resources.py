@@ -1,4 +1,4 @@
-"""What every kernel needs on every card: registers, spills, shared memory; compiled without a GPU.
+"""Resources of every kernel on every card: registers, spills, shared memory; compiled without a GPU.
 
     python -m bench.resources             compiles everything and prints a line each
     python -m bench.resources --json      the same as JSON rows
@@ -62,7 +62,7 @@ NO_SPILLS_FROM = 80
 
 
 def _no_line_numbers() -> contextlib.AbstractContextManager[Any]:
-    """Triton's key of a function has also the line in its file where the function begins; not so in here."""
+    """Leave the line number of a function out of Triton's cache key."""
 
     def keep(function: JITFunction, line: int) -> None:
         function.__dict__["starting_line_number"] = line
@@ -89,12 +89,12 @@ class Job:
 
     @property
     def row(self) -> dict[str, Any]:
-        """What the row says before anything is compiled."""
+        """The row's fields that are known before compiling."""
         return {"kernel": self.name, "config": self.config, "cc": self.cc, "digest": self.digest}
 
     @property
     def digest(self) -> str:
-        """Of everything the compiler is given: source with all it calls, specialisation, options, card."""
+        """Digest of all compiler inputs: source with all it calls, specialisation, options, card."""
         names = [name for name, _ in self.options["extern_libs"]]  # their paths depend on the machine
         options = self.options | {"extern_libs": names}
         with _no_line_numbers():
@@ -172,7 +172,7 @@ def launches(selected: Iterable[Case], ccs: Iterable[int] = tuple(CARDS)) -> lis
 
 
 def _named_apart(jobs: Iterable[Job]) -> list[Job]:
-    """Number the configurations of equal name, which differ in alignment or in strides."""
+    """Number configurations with equal names, which differ in alignment or in strides."""
     seen: dict[tuple[str, str, int], int] = {}
     apart = []
     for job in jobs:
@@ -232,7 +232,7 @@ def committed() -> list[dict[str, Any]]:
 
 
 def worse(before: Iterable[dict[str, Any]], now: Iterable[dict[str, Any]]) -> list[str]:
-    """What is not ok now, or spills more or needs over 10 % more registers than the row of the same name."""
+    """Rows that are not ok, or that spill more or need over 10 % more registers than before."""
     old = {(row["kernel"], row["config"], row["cc"]): row for row in before}
     found = []
     for row in now:
@@ -278,7 +278,7 @@ def _show(row: dict[str, Any], as_json: bool) -> None:
 
 
 def check(processes: int) -> list[str]:
-    """What is wrong with the committed table: rows of other kernels than today's, or today's are worse."""
+    """Errors of the committed table: rows of other kernels than today's, or today's are worse."""
     table = committed()
     jobs = launches(cases(use="compile"))
     wrong = outdated(table, jobs)
@@ -288,7 +288,7 @@ def check(processes: int) -> list[str]:
 
 
 def update(processes: int, accept: bool) -> list[str]:
-    """Compile what the table does not have and write it, except rows that got worse and are not accepted."""
+    """Compile rows that the table lacks and write them, except rows that got worse and are not accepted."""
     table = committed()
     known = {row["digest"]: row for row in table if row["ok"] and row["triton"] == triton.__version__}
     jobs = launches(cases(use="compile"))

@@ -1,4 +1,4 @@
-"""What forward keeps for backward: per operator, per block (torch.compile beside it), for the whole UNet.
+"""Memory that forward keeps for backward: per operator, per block (torch.compile too), for the whole UNet.
 
     python -m bench.saved_memory             prints the rows and writes bench/results/saved_memory.jsonl
     python -m bench.saved_memory --json      prints them as JSON lines, writes nothing

@@ -71,7 +71,7 @@ MEASURED_STEPS = 3
 
 
 def settings(axis: str, value: int, kind: str) -> Config:
-    """A step with one thing set."""
+    """A step's config with one setting changed."""
     return config_of(
         {
             "adapter.kind": kind,
@@ -84,7 +84,7 @@ def settings(axis: str, value: int, kind: str) -> Config:
 
 
 def predicted(axis: str, value: int, kind: str, card: str) -> dict[str, Any]:
-    """Time and memory of a step as the planner has them.
+    """Time and memory of a step as predicted by the planner.
 
     A trace has at most two micro-batches, since more need no more memory; each of them takes as long as the
     second did.
@@ -137,7 +137,7 @@ def measured(axis: str, value: int, kind: str) -> dict[str, Any]:
 
 
 def started(folder: Path) -> dict[str, Any]:
-    """Open a cache as `train` does, plan, and load the first batch: seconds, and memory that it took."""
+    """Open a cache as `train` does, plan, and load the first batch; returns seconds and memory."""
     before = psutil.Process().memory_info().rss
     begin = time.perf_counter()
     cache = PairCache.open(folder)
@@ -223,7 +223,7 @@ def plot(rows: list[dict[str, Any]], folder: Path = PLOTS) -> list[Path]:
 
 
 def _title(axis: str, curves: Iterable[str]) -> str:
-    """What the plot shows, for which machine, and whether it was measured."""
+    """Caption of a plot: its quantity, the machine, and whether it was measured."""
     what = "Start of training" if axis == "dataset" else "Training step of SDXL, one GPU"
     return f"{what}: {'; '.join(curves)}"
 

@@ -11,7 +11,7 @@ CPU = torch.device("cpu")  # fake tensors claim the CPU: claiming CUDA aborts on
 
 
 def fake_pair(side: int) -> PairInputs:
-    """What SDXL's UNet is given for one pair of latents (4, side, side)."""
+    """Inputs of SDXL's UNet for one pair of latents (4, side, side)."""
     return PairInputs(
         noisy=torch.zeros(2, 4, side, side),
         timesteps=torch.zeros(2, dtype=torch.int64),

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: by phase, and what the GPU is idle."""
+"""How the time of a step is spent: by phase, and how long the GPU is idle."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 UPDATES = ("_advance_kernel", "_update_kernel", "_squares_kernel", "_clip_kernel")
 """AdamW8bit's kernels."""
 Phases = dict[str, float]
-"""Milliseconds of `data`, `forward`, `backward` and `step`. `backward` is what forward and update leave: the
-loss too, and an update that is fused into it."""
+"""Milliseconds of `data`, `forward`, `backward` and `step`. `backward` is the rest after forward and update:
+it includes the loss, and an update that is fused into it."""
 
 
 class Split:
@@ -32,7 +32,7 @@ class Split:
             module.register_forward_hook(lambda *_: self.mark("backward"))
 
     def mark(self, phase: str) -> None:
-        """A phase begins here, and the one before ends; a graph's own phases cannot be told apart."""
+        """Begin a phase and end the one before; phases within a graph cannot be told apart."""
         if self._gpu and torch.cuda.is_current_stream_capturing():
             return
         if self._gpu:
@@ -55,7 +55,7 @@ class Split:
 
 
 def profiled(step: Callable[[], Any], steps: int = 3) -> dict[str, float]:
-    """Where the time between the first and the last operation on the GPU goes.
+    """How the time between the first and the last operation on the GPU is spent.
 
     `idle`: share in which none ran. `update`: share in which our AdamW's kernels did, fused into backward or
     not; `update_ms`: the same in milliseconds a step.

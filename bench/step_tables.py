@@ -50,7 +50,7 @@ def _on(device: str) -> dict[tuple[str, str, int, str], Row]:
 
 
 def _times(row: Row, ours: Row) -> float:
-    """How many times as long as the engine's plan a row's steps take.
+    """Time of a row's steps, in multiples of the engine's plan.
 
     On the CPU of CPU time, round by round, which other work on the machine disturbs least.
     """
@@ -58,7 +58,7 @@ def _times(row: Row, ours: Row) -> float:
 
 
 def providers() -> str:
-    """All ways to train, beside this engine."""
+    """Table of all ways to train, compared with this engine."""
     lines = [
         "| | pairs in a step | ms per pair | engine is faster by | MFU | memory, GiB | idle |",
         "|---|---|---|---|---|---|---|",
@@ -82,7 +82,7 @@ def providers() -> str:
 
 
 def switches() -> str:
-    """The engine with each setting that trades speed the other way, at one pair; a LoRA's at four."""
+    """The engine with each speed setting flipped, at one pair; a LoRA's at four."""
     lines = ["| against the plan | SDXL, 1024² | tiny SDXL on one CPU core |", "|---|---|---|"]
     found = {device: _on(device) for device in ("cuda", "cpu")}
     for switch in SWITCHES:
@@ -93,7 +93,7 @@ def switches() -> str:
 
 
 def _switch_cell(switch: Switch, device: str, found: dict[tuple[str, str, int, str], Row]) -> str:
-    """Its time in plans' times, or why there is none."""
+    """A row's time in multiples of the plan's, or why there is none."""
     for (size, kind, pairs, name), row in found.items():
         plan = found.get((size, kind, pairs, MapoFast.name))
         if name == switch.provider and plan is not None:
@@ -106,19 +106,19 @@ def _switch_cell(switch: Switch, device: str, found: dict[tuple[str, str, int, s
 
 
 class Target(NamedTuple):
-    """A measure, what it should be, and how to read it from rows."""
+    """A target: a figure, its limit, and how to read the figure from rows."""
 
     measure: str
     target: str
     limit: float
     least: bool
-    """Whether the figure has to be at least the limit; else at most."""
+    """Whether the limit is a lower one; otherwise it is an upper one."""
     form: str
     value: Callable[[dict[tuple[str, str, int, str], Row]], float | None]
 
 
 def _ratio(kind: str, pairs: int, other: str) -> Callable[..., float | None]:
-    """How many times as fast as `other` the engine is."""
+    """Speed of the engine, in multiples of `other`."""
 
     def value(found: dict[tuple[str, str, int, str], Row]) -> float | None:
         ours, theirs = (found.get(("sdxl", kind, pairs, name)) for name in ("mapo_fast", other))
@@ -128,7 +128,7 @@ def _ratio(kind: str, pairs: int, other: str) -> Callable[..., float | None]:
 
 
 def _saved(kind: str) -> Callable[..., float | None]:
-    """Share of Diffusion-DPO's time that MaPO does not take."""
+    """Share of Diffusion-DPO's time that MaPO saves."""
 
     def value(found: dict[tuple[str, str, int, str], Row]) -> float | None:
         times = _ratio(kind, 4, f"dpo_{kind}")(found)
@@ -177,7 +177,7 @@ TARGETS = tuple(
 
 
 def targets() -> str:
-    """Each target, and whether it is met."""
+    """Table of the targets, and whether each is met."""
     found = _on("cuda")
     lines = [_line(target, target.value(found)) for target in TARGETS]
     return "\n".join(["| measure | target | measured | |", "|---|---|---|---|", *lines])
@@ -191,7 +191,7 @@ def _line(target: Target, value: float | None) -> str:
 
 
 def dataset() -> str:
-    """What starting costs, over the number of pairs on disk."""
+    """Table of the cost of starting, over the number of pairs on disk."""
     found = {row["value"]: row for row in rows("scaling") if row["axis"] == "dataset" and "error" not in row}
     lines = ["| pairs in the cache | to the first batch, s | memory, MiB |", "|---|---|---|"]
     for value, row in sorted(found.items()):

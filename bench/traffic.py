@@ -1,4 +1,4 @@
-"""Bytes that each op moves, counted in Triton's interpreter: beside the least possible, and PyTorch eager's.
+"""Bytes that each op moves, counted in Triton's interpreter: against the least possible, and PyTorch's.
 
     python -m bench.traffic             counts everything and prints a line per op, pass and shape
     python -m bench.traffic --json      the same as JSON rows
@@ -42,8 +42,8 @@ ENDS, BETWEEN = 32, 32
 """Programs counted at each end of a large launch, and between them."""
 SMALL = 200
 QUICK = ("paired_loss", "paired_noise", "geglu", "geglu_linear", "lora_linear", "add_rounded")
-"""Rows of these with at most SMALL counted programs are counted again by `--check`: a second or two each. The
-others' programs take minutes in the interpreter."""
+"""Ops whose rows `--check` counts again if they have at most SMALL counted programs, a second or two each.
+Other ops' programs take minutes in the interpreter."""
 
 
 class Counter(Watcher):
@@ -98,7 +98,7 @@ class Counter(Watcher):
 
 
 def count(case: Case) -> Iterator[dict[str, Any]]:
-    """The case's rows, one by pass."""
+    """The case's rows, one per pass."""
     counter = Counter()
     with watching(counter), assume_card(CARD):
         ours = dict(_passes(case, "ours", counter))
@@ -166,7 +166,7 @@ def committed() -> list[dict[str, Any]]:
 
 
 def check() -> list[str]:
-    """What differs from the committed table: its rows' names, or the figures of the rows that count fast."""
+    """Differences from the committed table: names of rows, or figures of the rows that are fast to count."""
     table = {(row["op"], row["shape"], row["dtype"], row["pass"]): row for row in committed()}
     selected = cases(use="count")
     wrong = [

@@ -51,11 +51,11 @@ COPIED = 1 << 28
 
 
 class DisagreementError(Exception):
-    """A provider does not compute what it should."""
+    """A provider's results do not agree with the truth."""
 
 
 class Runner:
-    """A provider, agreed with and warmed up, whose steps are counted."""
+    """A provider that agrees with the truth and is warmed up, and its measured steps."""
 
     def __init__(self, provider: Provider, agreed: agreement.Agreement) -> None:
         self.provider, self.agreed = provider, agreed
@@ -72,7 +72,7 @@ class Runner:
         self.finish()
 
     def step(self) -> None:
-        """One training step, marked."""
+        """Take one training step and mark its phases."""
         mark = self.split.mark
         mark("data")
         inputs = self.provider.data(self.done)
@@ -99,11 +99,11 @@ class Runner:
         self.phases.append({name: ms / steps for name, ms in self.split.take().items()})
 
     def cpu_ratio(self, other: Runner) -> float:
-        """How many times as much CPU time its steps take as another's, by the median over all blocks."""
+        """CPU time of its steps in multiples of another's, by the median over all blocks."""
         return round(statistics.median(a / b for a, b in zip(self.cpu, other.cpu, strict=True)), 4)
 
     def _shares(self) -> dict[str, float | None]:
-        """Of the GPU's time; our optimizer's also as a multiple of what moving its bytes takes."""
+        """GPU times of a step; our optimizer's also as a multiple of the time to move its bytes."""
         shares = profiled(self.step)
         update_ms = shares.pop("update_ms")
         times_floor = None
@@ -114,7 +114,7 @@ class Runner:
         return {**shares, "update_times_floor": times_floor}
 
     def row(self, rate: float) -> dict[str, Any]:
-        """What was found, as a JSON-able record."""
+        """The measurements as a JSON-able record."""
         provider, task = self.provider, self.provider.task
         flops = model_flops(task, provider.objective)
         ms = statistics.median(self.wall)
@@ -149,7 +149,7 @@ class Runner:
 
 
 def prepare(make: Callable[[Task], Provider], task: Task, objective: agreement.Objective) -> Runner:
-    """A provider that agrees with the truth, warmed up.
+    """Make a provider, check that it agrees with the truth, and warm it up.
 
     Raises:
         DisagreementError: it does not.
@@ -196,7 +196,7 @@ def measure(names: Sequence[str], task: Task, blocks: int) -> list[dict[str, Any
 
 
 def measure_apart(names: Sequence[str], arguments: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
-    """Each provider in a process of its own; rows, and how many disagreed."""
+    """Measure each provider in its own process; returns the rows, and how many disagreed."""
     rows, wrong = [], 0
     for name in names:
         command = [sys.executable, "-m", "bench.train_step", *arguments, "--provider", name, "--json"]
@@ -220,7 +220,7 @@ def text(row: dict[str, Any]) -> str:
 
 
 def append(rows: Sequence[dict[str, Any]]) -> None:
-    """Add rows to the results file with what they were measured on."""
+    """Add rows to the results file, with their environment."""
     stamp = environment()
     with RESULTS.open("a", encoding="utf-8") as file:
         for row in rows:

@@ -1,4 +1,4 @@
-"""See what kernels do in Triton's interpreter: every program, load, store and atomic operation.
+"""Watch kernels in Triton's interpreter: every program, load, store and atomic operation.
 
 `watching(watcher)` calls the watcher from inside the interpreter. Two uses: `bench.traffic` counts bytes, and
 `MemoryChecker` finds accesses outside the arguments and races between programs. It also takes a third of the
@@ -28,18 +28,18 @@ _LOWEST, _HIGHEST = 2**40, 2**47
 
 
 class Watcher:
-    """What can be seen; override what is wanted. Addresses are those that a mask lets through."""
+    """Callbacks of the interpreter; override those you need. Addresses are the unmasked ones."""
 
     def launch(self, kernel: Callable[..., Any], arguments: dict[str, Any], programs: int) -> Sequence[int]:
-        """A launch begins; the programs to run, in this order, by their flat number."""
+        """A launch begins; return the programs to run, in order, by their flat number."""
         return range(programs)
 
     def finished(self) -> Sequence[int] | None:
-        """Those programs have run: others to run, or None, and the launch is over."""
+        """The programs have run; return others to run, or None to end the launch."""
         return None
 
     def addressed(self, x: Tensor) -> None:
-        """Somebody asks for a tensor's address, to pass it on in a table."""
+        """A tensor's address is taken, to pass it on in a table."""
 
     def program(self, number: int) -> None: ...
 
@@ -67,7 +67,7 @@ def watching(watcher: Watcher) -> Iterator[None]:
         return frozenset(v.__name__ for v in kernel.__globals__.values() if v is tl or v is tl.core)
 
     def patch_once(kernel: Callable[..., Any]) -> Any:
-        """Not again at every call of one jitted function by another."""
+        """Cache a result, so that calls between jitted functions do not compute it again."""
         if languages(kernel) in patched:
             return interpreter._LangPatchScope()
         patched.add(languages(kernel))
@@ -151,7 +151,7 @@ def _orders(sem: Any) -> tuple[bool, bool]:
 
 
 class MemoryAccessError(AssertionError):
-    """A kernel touched memory that it must not touch, or not without synchronisation."""
+    """A kernel accessed memory outside its arguments, or without the needed synchronisation."""
 
 
 class MemoryChecker(Watcher):
@@ -231,7 +231,7 @@ class MemoryChecker(Watcher):
         if self.races:
             self.me = number + 1
             self.seen = np.zeros(self.programs + 1, dtype=np.int32)
-            """Of each program: it did this many releases before something that this program acquired."""
+            """For each program, how many of its releases happened before an acquire of this program."""
             self.clock = 0
 
     def load(self, addresses: np.ndarray, width: int) -> None:
@@ -353,7 +353,7 @@ class MemoryChecker(Watcher):
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    """First address of a tensor's elements, and the one behind the last."""
+    """First address of a tensor's elements, and the address after the last."""
     start = _data_ptr(x)
     last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     return start, start + (last + 1) * x.element_size() if x.numel() else start

@@ -1,4 +1,4 @@
-"""What a provider is: data, forward and backward, update."""
+"""Base classes of providers: data, forward and backward, update."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Arithmetic:
     weights: torch.dtype
     autocast: torch.dtype | None = None
     factors: torch.dtype | None = None
-    """Of a LoRA; None stores them like the weights."""
+    """Type of LoRA factors; None stores them like the weights."""
     fp8: bool = False
     """`speed.fp8`: some products are of operands rounded to fp8."""
     base: Literal["dense", "fp8"] = "dense"
@@ -38,7 +38,7 @@ class Arithmetic:
         return self.autocast or self.weights
 
     def context(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Autocast, where there is any."""
+        """The autocast context of the types, empty without autocast."""
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(device.type, dtype=self.autocast)
@@ -54,7 +54,7 @@ class Provider(ABC):
     unet: Any
     """What is trained."""
     differences: Sequence[str] = ()
-    """What it does on purpose otherwise than mapo_fast."""
+    """Intended differences from mapo_fast."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -66,7 +66,7 @@ class Provider(ABC):
         return (self.unet,)
 
     def data(self, step: int) -> PairInputs:
-        """The step's batch on the device, as it comes from what is on disk."""
+        """The step's batch on the device, made from the data on disk."""
         return self.pairs.batch(step)
 
     @abstractmethod
@@ -78,7 +78,7 @@ class Provider(ABC):
         """Change the weights and drop the gradients."""
 
     def watch(self, on: bool) -> None:  # noqa: B027 - most need not know
-        """Whether `gradient` will be asked for after the next `accumulate`; then that it has been."""
+        """Announce that `gradient` will be called after the next `accumulate`, or that the calls are done."""
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """The true gradient of a parameter after `accumulate`."""

@@ -20,7 +20,7 @@ from mapo_fast.loss import MaPOLoss
 
 
 class DiffusersLoop(Provider):
-    """Plain PyTorch, every usual measure taken."""
+    """A loop in plain PyTorch with all usual optimisations."""
 
     name: ClassVar[str] = "diffusers"
     compiled: ClassVar[bool] = False
@@ -64,7 +64,7 @@ class DiffusersLoop(Provider):
         )
 
     def accumulate(self, inputs: PairInputs) -> Tensor:
-        """Both halves in one batch."""
+        """Forward and backward of both halves in one batch."""
         out = self.loss(predict(self.unet, inputs), inputs.target)
         out.loss.backward()
         return out.loss.detach()
@@ -77,7 +77,7 @@ class DiffusersLoop(Provider):
 
 
 class CompiledDiffusersLoop(DiffusersLoop):
-    """The same with torch.compile on its repeated blocks."""
+    """The plain loop with torch.compile on its repeated blocks."""
 
     name: ClassVar[str] = "diffusers, compiled"
     compiled: ClassVar[bool] = True

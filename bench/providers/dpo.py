@@ -15,7 +15,7 @@ from bench.providers.engine import MapoFast
 
 
 class DpoLora(MapoFast):
-    """The reference is the UNet without its adapters."""
+    """Diffusion-DPO of a LoRA; the reference is the UNet without its adapters."""
 
     name: ClassVar[str] = "dpo_lora"
     kinds: ClassVar[tuple[str, ...]] = ("lora",)
@@ -25,7 +25,7 @@ class DpoLora(MapoFast):
 
 
 class DpoFull(DpoLora):
-    """The reference is a second, frozen UNet."""
+    """Diffusion-DPO of all weights; the reference is a second, frozen UNet."""
 
     name: ClassVar[str] = "dpo_full"
     kinds: ClassVar[tuple[str, ...]] = ("full",)
@@ -33,5 +33,5 @@ class DpoFull(DpoLora):
 
     @property
     def forwards(self) -> Sequence[torch.nn.Module]:
-        """Both UNets."""
+        """Both UNets, whose calls are the forward pass."""
         return self.unet, self.engine.parts.start.unet

@@ -26,7 +26,7 @@ class MapoFast(Provider):
 
     name: ClassVar[str] = "mapo_fast"
     changes: ClassVar[Mapping[str, Any]] = {}
-    """Settings that are not the plan's, by `section.key`."""
+    """Settings that differ from the plan's, by `section.key`."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
@@ -73,12 +73,12 @@ class MapoFast(Provider):
         return next(self.micro_batches).inputs
 
     def accumulate(self, inputs: PairInputs) -> Tensor:
-        """One micro-batch, which is all of the step."""
+        """Forward and backward of the step's one micro-batch."""
         self.engine.start(0.0 if self._watching else LR)
         return self.engine.accumulate(inputs, 1.0).loss.detach()
 
     def update(self) -> None:
-        """The guarded step, or what is left of a fused one."""
+        """Take the guarded step, or the rest of a fused one."""
         self.engine.finish()
 
     def _see(self, parameter: Tensor) -> None:
@@ -86,13 +86,13 @@ class MapoFast(Provider):
             self._seen[id(parameter)] = parameter.grad.clone()
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """Of a fused step, the copy made before the update."""
+        """A parameter's gradient; for a fused step the copy made before the update."""
         found = self._seen.pop(id(parameter), None)
         return parameter.grad if found is None else found
 
 
 def plan(task: Task, changes: Mapping[str, Any]) -> Config:
-    """The settings that suit a task, with some changed."""
+    """The settings for a task, with some changed."""
     gpu = task.device.type == "cuda"
     full = task.kind == "full"
     train: dict[str, Any] = {

@@ -26,7 +26,7 @@ COMPILED = (CompiledDiffusersLoop.name, f"{MapoFast.name}, compile on")
 
 
 def names_for(task: Task) -> list[str]:
-    """The providers that suit a task, with every switch that the plan has the other way.
+    """The providers that suit a task, and the engine with each switch flipped.
 
     Nothing is compiled at tiny size: that takes longer than it can gain.
     """

@@ -1,6 +1,6 @@
 """The recipe that MaPO's authors released, from its description, for their 8-bit optimizer and its setting.
 
-fp32 weights (a LoRA beside fp16 ones), fp16 autocast with a gradient scaler, both halves in one batch,
+fp32 weights (a LoRA on fp16 ones), fp16 autocast with a gradient scaler, both halves in one batch,
 checkpointed; every step encodes its images with an fp32 VAE and its prompts with both text encoders, and
 reads its figures back to the host one by one.
 """
@@ -21,7 +21,7 @@ from mapo_fast.engine.step import PairInputs
 
 BETA, SNR, STEPS = 0.1, 0.5, 1000
 SCALE = 2.0**8
-"""Of the gradient scaler. Its own start may overflow, and steps that are skipped are none to time."""
+"""Start value of the gradient scaler; its default may overflow, and skipped steps cannot be timed."""
 
 
 class Released(Provider):
@@ -87,7 +87,7 @@ class Released(Provider):
         self.optimizer.zero_grad(set_to_none=True)
 
     def gradient(self, parameter: Tensor) -> Any:
-        """Without the scaler's factor."""
+        """A parameter's gradient, without the scaler's factor."""
         if parameter.grad is None:
             return None
         return parameter.grad / self.scaler.get_scale()

@@ -1,4 +1,4 @@
-"""Every setting that trades speed, the other way than the engine's plan has it."""
+"""Settings that affect speed, each flipped from the engine's plan."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class Switch(NamedTuple):
     changes: Mapping[str, Any]
     """By `section.key`."""
     kinds: tuple[str, ...] = BOTH
-    """Of the trainings that it suits."""
+    """Kinds of training that the switch applies to."""
     gpu: bool = True
-    """Whether it takes an NVIDIA GPU."""
+    """Whether the switch needs an NVIDIA GPU."""
     package: str = "torch"
-    """That has to be installed."""
+    """Package that has to be installed."""
     benchmark: bool = False
-    """Whether cuDNN times its algorithms for each new shape first, which the engine never asks of it."""
+    """Whether cuDNN times its algorithms for each new shape first, which the engine never enables."""
 
     @property
     def provider(self) -> str:
-        """Name of the engine with it set."""
+        """Name of the engine with the switch set."""
         return f"{MapoFast.name}, {self.label}"
 
     def suits(self, task: Task) -> bool:
-        """Whether it can be set for this task and is not what the plan has."""
+        """Whether the switch can be set for this task and differs from the plan."""
         device = task.device
         if task.kind not in self.kinds or (self.gpu and device.type != "cuda") or not find_spec(self.package):
             return False
@@ -45,7 +45,7 @@ class Switch(NamedTuple):
         return self.benchmark or self.changes != self.planned(task)
 
     def planned(self, task: Task) -> dict[str, Any]:
-        """The plan's values of what it changes."""
+        """The plan's values of the settings that the switch changes."""
         config = plan(task, {})
         names = {name: name.split(".") for name in self.changes}
         return {name: getattr(getattr(config, section), key) for name, (section, key) in names.items()}

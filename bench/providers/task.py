@@ -1,4 +1,4 @@
-"""What every provider trains: the same weights on the same pairs.
+"""The task that all providers train: the same weights on the same pairs.
 
 `tiny` is the demo's tiny SDXL, trained weights and all; `sdxl` is SDXL's own UNet at 1024² with random
 weights. Weights are numbers that bf16 holds exactly, so that a provider's storage type changes none of them.
@@ -102,13 +102,13 @@ def load_unet(task: Task, dtype: torch.dtype) -> Any:
 
 
 def adapt(unet: Any, dtype: torch.dtype) -> None:
-    """Freeze the UNet and put LoRA factors beside its attention, as `mapo_fast` does."""
+    """Freeze the UNet and add LoRA factors to its attention, as `mapo_fast` does."""
     add_lora(unet, rank=RANK, alpha=float(RANK), targets=TARGETS, seed=0, dtype=dtype)
 
 
 @torch.no_grad()
 def fill_factors(unet: Any) -> None:
-    """Give LoRA factors values that are not zero, so that all gradients are something to compare."""
+    """Give LoRA factors values other than zero, so that all gradients can be compared."""
     for name, p in unet.named_parameters():
         if ".lora_A." in name:
             p.copy_(p.bfloat16())
@@ -117,14 +117,14 @@ def fill_factors(unet: Any) -> None:
 
 
 def _drawn(name: str, like: Tensor, limit: float) -> Tensor:
-    """Uniform on ±limit, the same for a name on any device of one kind; rounded to bf16."""
+    """Fill with uniform values in ±limit, equal for a name on all devices of a kind; rounded to bf16."""
     generator = torch.Generator(like.device).manual_seed(zlib.crc32(name.encode()))
     drawn = torch.empty(like.shape, device=like.device)
     return drawn.uniform_(-limit, limit, generator=generator).bfloat16()
 
 
 class Pairs:
-    """Cached pairs of a task: what `mapo-fast prepare` leaves, and the batches the engine makes of them."""
+    """Cached pairs of a task, as `mapo-fast prepare` writes them, and the engine's batches of them."""
 
     def __init__(self, task: Task) -> None:
         self.task = task

@@ -32,7 +32,7 @@ from mapo_fast.models import sdxl
 from mapo_fast.util.files import write_json
 
 WIDTH = 32
-"""Width of both text encoders; the UNet's cross-attention sees 2 × WIDTH."""
+"""Width of both text encoders; the UNet's cross-attention reads 2 × WIDTH."""
 VOCABULARY = 640
 SCHEDULER = {
     "beta_start": 0.00085,
@@ -369,7 +369,7 @@ def _share(values: Any) -> float:
 
 
 def _psnr(mean_squared_error: float) -> float:
-    """Of images in [−1, 1]."""
+    """Peak signal-to-noise ratio of images in [−1, 1]."""
     return 10 * math.log10(4 / mean_squared_error)
 
 

@@ -229,10 +229,10 @@ class KindScore:
     trained: float
     change: float
     pairs_low: float
-    """Of the 95 % interval of the change, with pairs as the unit."""
+    """Lower end of the 95 % interval of the change, resampled by pairs."""
     pairs_high: float
     photographs_low: float
-    """The same with photographs as the unit (Student's t): crops of one photograph are not independent."""
+    """Lower end with photographs as the unit (Student's t): crops of one photograph are not independent."""
     photographs_high: float
 
 

@@ -1,7 +1,7 @@
 """The demo's report: one HTML file that needs nothing else, and one picture for the README.
 
 Every number comes from the dict that `report.json` holds; images are embedded as base64. The one script
-serves the button that copies commands; nothing is fetched.
+is for the button that copies commands; nothing is fetched.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FIGURE_NAMES = {
 
 
 def model_names(objective: str) -> dict[str, str]:
-    """The three models by the name of their folder and key, and what the report calls them."""
+    """Folder and key of each of the three models → its name in the report."""
     trained = "MaPO" if objective == "mapo" else objective
     return {"before": "before", "sft": "SFT control", objective: trained}
 
@@ -52,7 +52,7 @@ Cells = dict[str, dict[str, Samples]]
 """Set of prompts ("preference", "unchanged") -> model -> its samples."""
 
 _COLOURS = ("#777777", "#8a6d1a", "#b3261e")
-"""Of the three models, in order."""
+"""Colours of the three models, in order."""
 _COLUMNS, _SHOWN = 8, 48
 
 
@@ -76,7 +76,7 @@ def sheet(images: Sequence[Image.Image], columns: int = _COLUMNS, scale: int = 2
 def write_picture(
     path: Path, result: Mapping[str, Any], cells: Cells, prompts: Mapping[str, Prompts]
 ) -> None:
-    """The same 40 prompts and seeds before and after the two trainings, with the shares of all samples."""
+    """Draw 40 samples of the same seeds before and after both trainings, with the shares of all samples."""
     names = model_names(result["objective"])
     figure = Figure(figsize=(13.5, 7.5), dpi=110, facecolor="white")
     axes = figure.subplots(2, 3)
@@ -110,9 +110,9 @@ def write_html(
 
     Args:
         path: the HTML file.
-        result: what `report.json` holds.
+        result: contents of `report.json`.
         cells: all samples.
-        prompts: what was asked.
+        prompts: the prompts of each set.
         run: the demo's folder, with `pairs/` and the two runs' `log.jsonl`.
     """
     objective = result["objective"]
@@ -315,7 +315,7 @@ def _rows(entries: list[dict[str, Any]], event: str, key: str) -> list[dict[str,
 
 
 def _curve(key: str, only: str | None = None) -> Plot:
-    """A figure of the log's lines of training steps; of one model only, where that is stated."""
+    """Plot a figure of the log's training steps; of one model only if `only` is given."""
 
     def plot(axes: Axes, model: str, entries: list[dict[str, Any]], style: dict[str, Any]) -> None:
         rows = _rows(entries, "step", key)
@@ -344,7 +344,7 @@ def _plot_held_out(axes: Axes, model: str, entries: list[dict[str, Any]], style:
 
 
 def _warnings(result: Mapping[str, Any]) -> str:
-    """What the trainer warned of in each run."""
+    """The trainer's warnings in each run."""
     names = model_names(result["objective"])
     rows = [
         f"<li><b>{names[model]}, step {one['step']}:</b> {html.escape(one['message'])}</li>"

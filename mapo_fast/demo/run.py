@@ -44,9 +44,9 @@ TINY_SDXL = Path(__file__).parent / "assets" / "tiny-sdxl"
 
 
 SINGLE = "images.parquet"
-"""The pairs' images one by one, each with a label, for an objective that learns from such."""
+"""File of the pairs' images one by one, each with a label, for an objective of single images."""
 SOFT_LABEL = 0.9
-"""How probably the chosen image is the better one, for an objective that wants to know."""
+"""Probability that the chosen image is the better one, for an objective that needs labels."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def run_demo(
     objective: str = "mapo",
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Run the whole demo into the new folder `out`; returns what `report.json` holds.
+    """Run the whole demo into the new folder `out`; returns the contents of `report.json`.
 
     Args:
         objective: `objective.name` of the training that the SFT control is compared with.
@@ -137,7 +137,7 @@ def _run_demo(
         with disk_errors(out):
             configs = _configs(out, objective, seed, size, overrides)
     except UserError:
-        shutil.rmtree(out, ignore_errors=True)  # it was empty: a wrong setting leaves nothing behind
+        shutil.rmtree(out, ignore_errors=True)  # it was empty: a wrong setting leaves no files
         raise
     folder = open_model(configs["sft"])
     seconds: dict[str, float] = {}
@@ -210,7 +210,7 @@ def _new_folder(out: Path) -> None:
 def _configs(
     out: Path, objective: str, seed: int, size: DemoSize, overrides: Sequence[str]
 ) -> dict[str, Config]:
-    """Write and read the two config files; overrides of [objective] are not for the control."""
+    """Write and read the two config files; overrides of [objective] do not apply to the control."""
     if objective == "sft":
         raise UserError("--objective sft: the control is trained in any case; name another objective")
     fixed = [o for o in overrides if o.split("=")[0].strip() in ("train.output", "objective.name")]
@@ -280,7 +280,7 @@ def _sample_all(
 
 
 def _load_unet(run: Path, folder: Pipeline) -> Any:
-    """What a run has made, as any user of diffusers would load it; the start model where there is no run."""
+    """A run's UNet, loaded as a user of diffusers would; the start model where there is no run."""
     if (run / "unet").exists():
         return UNet2DConditionModel.from_pretrained(run / "unet", local_files_only=True)
     unet = folder.load_unet()

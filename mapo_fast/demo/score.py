@@ -34,7 +34,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Samples:
-    """Images of one model for one set of prompts, and what the rule reads in them."""
+    """Images of one model for one set of prompts, with the rule's readings."""
 
     images: list[Image]
     readings: list[world.Reading]

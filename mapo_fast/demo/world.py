@@ -6,7 +6,7 @@ the centroid and the area of what is coloured: it draws the three shapes there a
 It reads every drawn image correctly and an image without a clear shape as nothing.
 
 The preference: for captions that name no colour, red is chosen and blue rejected, the geometry being the
-same. What must not change is what a caption with a colour gives.
+same. Images of captions that name a colour must not change.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the rule sees in an image; None where nothing clear is there."""
+    """Colour and shape that the rule reads in an image; None where it finds nothing clear."""
 
     colour: str | None
     shape: str | None
@@ -175,7 +175,7 @@ def preference_pairs(count: int, seed: int) -> list[tuple[str, Drawing, Drawing]
 def write_preference_set(
     folder: Path, pairs: Iterable[tuple[str, Drawing, Drawing]], label: float | None = None
 ) -> None:
-    """Write the pairs as PNGs beside a `pairs.jsonl` with `prompt`, `chosen`, `rejected`.
+    """Write the pairs as PNGs next to a `pairs.jsonl` with `prompt`, `chosen`, `rejected`.
 
     Args:
         label: a soft label for each pair, how probably the chosen image is the better one; None: no label.
@@ -197,8 +197,8 @@ def write_labelled_images(path: Path, folder: Path) -> None:
     """Write the images of a preference set one by one to a parquet file: `prompt`, `image`, `label`.
 
     Args:
-        path: of the parquet file.
-        folder: what `write_preference_set` wrote.
+        path: the parquet file.
+        folder: a preference set of `write_preference_set`.
     """
     rows = []
     for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines():

@@ -1,9 +1,9 @@
-"""Runs that an older version began: their files, which say nothing of what they are, are taken over once.
+"""Convert a run that an older version began, once, so that its files name their run and step.
 
 Format 1 had `run.json` without an id or a checksum, `state.json` with a checksum of the state only, the start
-model's held-out errors without any, and reference errors that do not say which positions they are. What can
-be checked is; then each file is written again as this version writes it, `run.json` last. A kill in between
-does no harm, because the id is a hash of the old `run.json`. After that nothing of format 1 is read.
+model's held-out errors without a checksum, and reference errors without their positions. Everything that can
+be checked is checked; then each file is written again in this version's format, `run.json` last. A kill in
+between does no harm, because the id is a hash of the old `run.json`. After that nothing of format 1 is read.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def adopt(config: Config, identity: dict[str, str], store: CheckpointStore) -> l
     """Take over the run in `train.output`, which is held, if it is one of format 1.
 
     Args:
-        config: the run's, found to be that of the record.
+        config: the run's settings, which match the record.
         identity: fingerprints of the cache, the start model and its noise schedule.
-        store: its checkpoints.
+        store: the run's checkpoints.
 
     Returns:
-        What to say: nothing if there is no such run.
+        Lines to show; empty if there is no such run.
 
     Raises:
-        UserError: as `files.disk_errors`.
+        UserError: the disk is full or cannot be written.
     """
     output = config.train.output
     record = read_run(output)
@@ -64,13 +64,13 @@ def adopt(config: Config, identity: dict[str, str], store: CheckpointStore) -> l
 
 
 def start_identity(output: Path, model: Pipeline) -> str:
-    """The identity of the start model, in the form in which the run in a folder knows it.
+    """The identity of the start model, in the form that the run in a folder has recorded.
 
-    Earlier versions knew a model by its files, with their names and their configs' whole text.
+    Earlier versions identified a model by its files, with their names and their configs' whole text.
     """
     try:
         record = read_run(output)
-    except UserError:  # said where the folder is checked
+    except UserError:  # reported where the folder is checked
         record = None
     known = None if record is None else record.identity.get("start model")
     return known if known and known == files_fingerprint(model, ("unet",)) else unet_identity(model)
@@ -85,7 +85,7 @@ def _adopt_checkpoint(path: Path, run: str) -> None:
             return
         record = Record(run=run, step=old["step"], files=hashes, state=parse_json(text))
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
-        return  # it stays as it is, and is found to be of no use
+        return  # it stays as it is, and is later found unusable
     write_record(path, record.model_dump())
 
 

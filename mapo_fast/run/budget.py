@@ -1,8 +1,8 @@
 """GPU memory of a run: planned before anything is loaded, capped while it trains, explained when it runs out.
 
-A driver that runs out of GPU memory may go on in system RAM, at a tenth of the speed, and say nothing. So the
-allocator is capped at what was planned for: what does not fit then fails at once, with planned and actual
-figures side by side.
+A driver that runs out of GPU memory may silently go on in system RAM, at a tenth of the speed. So the
+allocator is capped at the planned memory: a step that does not fit then fails at once, with planned and
+actual figures.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from mapo_fast.util.sizes import GIB, parse_size, size_text
 
 
 class Budget(NamedTuple):
-    """What a run may use and what it is expected to use."""
+    """GPU memory that a run may use, and its plan."""
 
     device: torch.device
     vram: int
-    """Bytes, with the CUDA context."""
+    """Bytes that the run may use, with the CUDA context."""
     plan: Plan
     smaller: Plan | None
     """The fastest plan that needs at least a twentieth less, for a run that fails."""
     rates: str
-    """Where the rates come from by which the plan was chosen."""
+    """Where the rates that the plan was chosen by come from."""
     source: str
     """Where `vram` comes from."""
     shortage: str = ""
-    """Why it is less than the config asks for."""
+    """Why `vram` is less than the config asks for; empty where it is not."""
 
     def notes(self) -> list[str]:
-        """What the user should know before the first step."""
+        """Lines to show before the first step."""
         notes = [
             f"memory plan: {self.plan.name}; {self.plan.peak / GIB:.2f} GiB, {self.plan.reserved / GIB:.2f} "
             f"reserved, and {self.plan.time} predicted for {self.vram / GIB:.2f} GiB ({self.source}), rates "
@@ -74,7 +74,7 @@ class Budget(NamedTuple):
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Cap the allocator at the budget, and explain when that is not enough.
+        """Cap the allocator at the budget, and explain an out-of-memory error.
 
         Raises:
             UserError: out of GPU memory: planned, actual, and the next smaller plan; or out of system RAM.
@@ -94,7 +94,7 @@ class Budget(NamedTuple):
                 gpu.uncap(self.device)
 
     def _is_of_the_host(self, error: RuntimeError) -> bool:
-        """Whether system RAM has run out: CUDA says the same words when it can pin no more of it."""
+        """Whether system RAM has run out: CUDA raises the same error when it can pin no more of it."""
         if isinstance(error, torch.OutOfMemoryError):
             return False
         if "DefaultCPUAllocator" in str(error):
@@ -103,7 +103,7 @@ class Budget(NamedTuple):
             return False
         try:
             return gpu.free(self.device) > ENOUGH_FOR_A_LIBRARY
-        except RuntimeError:  # of a device that the error has left unusable
+        except RuntimeError:  # the error has left the device unusable
             return False
 
     def _out_of_ram(self) -> str:
@@ -137,7 +137,7 @@ ENOUGH_FOR_A_LIBRARY = GIB // 2
 
 
 def is_planned(config: Config, device: torch.device, processes: Processes = ALONE) -> bool:
-    """Whether a run has a memory plan: on a GPU, and where train.vram asks for one; not of a split model."""
+    """Whether a run has a memory plan: on a GPU, or if train.vram is set; never for a split model."""
     return not processes.shard(config) and (device.type == "cuda" or config.train.vram is not None)
 
 
@@ -153,14 +153,16 @@ def planned(
     Several processes take the plan of the GPU with the least free memory; process 0 makes it.
 
     Args:
-        model: opens the model's folder, where there is something to plan.
-        recorded: settings of the run to resume, section by section: what the updates depend on is kept.
+        model: opens the model's folder, if a plan is needed.
+        recorded: settings of the run to resume, section by section; those that the updates depend on are
+            kept.
 
     Returns:
         The config as it is and None where nothing is planned (`is_planned`).
 
     Raises:
-        UserError: train.vram is no size, or nothing fits; the message names the smallest change that would.
+        UserError: train.vram is not a size, or no plan fits; the message names the smallest change that
+            would.
     """
     if not is_planned(config, device, processes):
         return config, None
@@ -193,10 +195,12 @@ def planned(
 
 
 def _open(config: Config, recorded: dict[str, Any]) -> dict[str, Any]:
-    """What the config leaves to the planner and the run to resume has to keep, as the run had it."""
+    """Settings that the config leaves to the planner and that the resumed run must keep, with its values."""
     known = {f"{section}.{key}": value for section, part in recorded.items() for key, value in part.items()}
     left_open = set(kept_at_resume()) - config.stated
-    return {name: known[name] for name in sorted(left_open & known.keys())}  # one may be younger than the run
+    return {
+        name: known[name] for name in sorted(left_open & known.keys())
+    }  # settings may be newer
 
 
 def _smaller(outcome: PlanResult, chosen: Plan) -> Plan | None:
@@ -210,7 +214,7 @@ def _smaller(outcome: PlanResult, chosen: Plan) -> Plan | None:
 
 
 def _held(device: torch.device) -> str:
-    """Which other programs hold the card's memory; empty where none does or nobody can say."""
+    """Which other programs hold the card's memory; empty where none does or it is unknown."""
     if device.type != "cuda":
         return ""
     local = of_uuid(gpus(), str(torch.cuda.get_device_properties(device).uuid))
@@ -218,7 +222,7 @@ def _held(device: torch.device) -> str:
 
 
 def _whole_card(config: Config, device: torch.device, chosen: Plan) -> str:
-    """What to do about it: how the run is planned for the whole card, if that is known and differs."""
+    """What to do about other programs: the plan for the whole card, if it is known and differs."""
     name, total = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
     whole = None
     with suppress(UserError):  # a card that the table does not have

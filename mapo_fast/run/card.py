@@ -1,8 +1,8 @@
-"""The model card of a finished run: `README.md` beside the result, by Hugging Face's conventions.
+"""The model card of a finished run: `README.md` next to the result, by Hugging Face's conventions.
 
-It says what was trained, on how much, with which settings, and what the held-out pairs show. Base model and
-licence are those that the start model's own metadata state, and are left out where it states none. Prompts
-stand in it only with `export.prompts`; paths never do.
+The card says what was trained, on how much, with which settings, and what the held-out pairs show. Base model
+and licence come from the start model's metadata and are left out where it has none. Prompts are in the card
+only with `export.prompts`; paths never are.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def write_card(config: Config, model: Pipeline, cache: PairCache, title: str) ->
     """Write the card of a run whose result and log are written.
 
     Args:
-        config: the run's.
+        config: the run's settings.
         model: the start model.
-        cache: what it was trained on.
-        title: of the result.
+        cache: the training data.
+        title: the result's title.
 
     Raises:
         UserError: the disk is full or cannot be written.
@@ -115,7 +115,7 @@ def _held_out(output: Path) -> Iterator[str]:
 
 
 def _previews(config: Config) -> Iterator[str]:
-    """Start and end side by side."""
+    """Previews of the start and the end side by side."""
     folders = sorted(previews_folder(config).glob("step-*"))
     if len(folders) < 2:
         return
@@ -152,6 +152,6 @@ def _files(config: Config) -> Iterator[str]:
 
 
 def _text(value: str) -> str:
-    """Text that Markdown and HTML leave as it is, on one line."""
+    """Text escaped for Markdown and HTML, on one line."""
     shown = html.escape(" ".join(value.split()))
     return "".join(f"\\{c}" if c in "\\`*_[]|#!<>" else c for c in shown)

@@ -1,4 +1,4 @@
-"""`mapo-fast export`: a run's result, a LoRA or a model, as the file or folder that another program wants.
+"""`mapo-fast export`: write a run's result, a LoRA or a model in the form that another program reads.
 
 Nothing is trained and nothing is loaded whole: tensors are read, rounded and written one at a time.
 """
@@ -35,11 +35,11 @@ from mapo_fast.util.tensorheader import read_header
 FORMS = ("single-file", "diffusers", "kohya", "peft")
 _OF_LORAS = ("kohya", "peft")
 _HEAVIEST = 1e6
-"""The largest weight of a LoRA; more is a slip, and beyond what fp64 holds in the end."""
+"""The largest weight of a LoRA; more is a typing error, and could overflow fp64."""
 
 
 class _Source(NamedTuple):
-    """A model that is exported."""
+    """A model to export."""
 
     model: Pipeline
     unet: Mapping[str, Tensor] | None
@@ -48,7 +48,7 @@ class _Source(NamedTuple):
 
 
 class _Adapter(NamedTuple):
-    """A LoRA that is exported, and its base where one is known."""
+    """A LoRA to export, and its base where one is known."""
 
     lora: LoraFile
     parts: Mapping[str, Part]
@@ -76,17 +76,17 @@ def convert(
             or a single file.
         to: one of `FORMS`.
         out: the file or folder to write.
-        base: the start model, where it is no longer where the run found it; the model that a LoRA is merged
-            into; of a single file, the model that has the parts it lacks.
+        base: the start model, if it has moved since the run; the model that a LoRA is merged into; for a
+            single file, the model that has the parts it lacks.
         tokenizers: the folder with `tokenizer/` and `tokenizer_2/` that go into a pipeline folder, where a
             single file's are not CLIP's own.
-        merge: of a LoRA: add it at this weight to the base, and write that.
-        dtype: of the weights, a key of `export.DTYPES`; `auto` keeps that of a single file and takes fp16 for
-            a folder's in a single file. A LoRA's factors are written as they are.
-        step: of a run, the checkpoint to take in place of the result, or of the newest checkpoint.
-        force: replace what stands at `out`.
-        with_metadata: whether a file says what it is.
-        callbacks: are told what is written.
+        merge: add a LoRA at this weight to its base, and write the merged model.
+        dtype: type of the weights, a key of `export.DTYPES`; `auto` keeps that of a single file and takes
+            fp16 for a folder's in a single file. A LoRA's factors are written as they are.
+        step: step of a run's checkpoint to export, instead of the result or the newest checkpoint.
+        force: replace an existing file or folder at `out`.
+        with_metadata: whether a file gets metadata that describe it.
+        callbacks: called with a line that names the written file.
 
     Raises:
         UserError: the source is none of these or damaged, the target exists or would replace the source, a
@@ -119,7 +119,7 @@ def _open(source: Path, base: Path | None, tokenizers: Path | None, step: int | 
     if (source / RECORD).is_file():
         return _run(source, base, tokenizers, step)
     if step is not None:
-        raise UserError(f"--step {step}: {source} is no run; leave it out")
+        raise UserError(f"--step {step}: {source} is not a run; leave it out")
     if is_lora(source):
         opened = None if base is None else open_sdxl(base, tokenizers=tokenizers)
         parts = sdxl_parts() if opened is None else opened.parts
@@ -132,12 +132,12 @@ def _unmerged(found: _Source, source: Path, to: str, merge: float | None) -> _So
     if to in _OF_LORAS:
         raise UserError(f"--to {to}: {source} is a whole model, not a LoRA; use single-file or diffusers")
     if merge is not None:
-        raise UserError(f"--merge {merge:g}: {source} is no LoRA; leave it out")
+        raise UserError(f"--merge {merge:g}: {source} is not a LoRA; leave it out")
     return found
 
 
 def _merged(found: _Adapter, to: str, merge: float | None) -> _Source:
-    """A LoRA's base with the LoRA in it."""
+    """A LoRA's base with the LoRA merged in."""
     if merge is None:
         raise UserError(
             f"--to {to}: {found.lora.path} is a LoRA; --merge 1.0 adds it to its base and writes that, "
@@ -171,7 +171,7 @@ def _run(source: Path, base: Path | None, tokenizers: Path | None, step: int | N
     others = {name: path for name, path in (("path", base), ("tokenizers", tokenizers)) if path is not None}
     config = config.model_copy(update={"model": config.model.model_copy(update=others)})
     start = config.adapter.start
-    adapter = config.adapter.model_copy(update={"start": None})  # what was trained has it
+    adapter = config.adapter.model_copy(update={"start": None})  # the trained LoRA contains it
     try:
         model = open_model(config.model_copy(update={"adapter": adapter}))
     except UserError as error:
@@ -188,7 +188,7 @@ def _run(source: Path, base: Path | None, tokenizers: Path | None, step: int | N
 
 
 def _config(source: Path, recorded: dict[str, dict[str, object]]) -> Config:
-    """The settings of a run, for what an export needs of them."""
+    """The recorded settings of a run that an export needs."""
     needed = ("model", "data", "train", "objective", "adapter", "optim", "preview", "export")
     sections = {name: recorded[name] for name in needed if name in recorded}
     return parse_config(sections, where=str(source / RECORD))
@@ -197,7 +197,7 @@ def _config(source: Path, recorded: dict[str, dict[str, object]]) -> Config:
 def _trained_lora(
     source: Path, run: str, step: int | None, config: Config, model: Pipeline, start: Path | None
 ) -> LoraFile:
-    """The LoRA of a run's result, or of a checkpoint, which states neither alpha nor what is not trained."""
+    """The LoRA of a run's result, or of a checkpoint, which has neither alphas nor untrained factors."""
     if step is None and (source / "lora").is_dir():
         return read_lora(source / "lora" / "lora_kohya.safetensors", model.parts)
     checkpoint = _checkpoint(source, run, step)
@@ -220,7 +220,7 @@ def _trained(source: Path, run: str, step: int | None) -> Loaded:
     """The UNet of a run's result, or of a checkpoint.
 
     Raises:
-        UserError: there is none, or not of that step.
+        UserError: there is neither, or no checkpoint of that step.
     """
     if step is None and (source / "unet").is_dir():
         return Loaded(folder_part("unet", source / "unet").stored)
@@ -229,10 +229,10 @@ def _trained(source: Path, run: str, step: int | None) -> Loaded:
 
 
 def _checkpoint(source: Path, run: str, step: int | None) -> Checkpoint:
-    """A run's checkpoint: of that step, or the newest.
+    """A run's checkpoint of a step, or the newest one.
 
     Raises:
-        UserError: it is not there or of no use.
+        UserError: the checkpoint is missing or cannot be used.
     """
     store = CheckpointStore(source / "checkpoints", 1, run)
     checkpoint = store.newest() if step is None else store.at(step)
@@ -250,7 +250,7 @@ def _check_target(source: Path, to: str, out: Path, force: bool) -> None:
         raise UserError(
             f"{source} not found: name a run's folder, a LoRA's or model's .safetensors file, or a folder"
         )
-    if not out.exists() and not out.is_symlink():  # a link to nothing is something, too
+    if not out.exists() and not out.is_symlink():  # a link to nothing counts as existing
         return
     real, inside = out.resolve(), source.resolve()
     if real == inside or inside.is_relative_to(real):
@@ -263,4 +263,4 @@ def _check_target(source: Path, to: str, out: Path, force: bool) -> None:
         raise UserError(f"--out {out} is a {'folder' if out.is_dir() else 'file'}: name another")
     index = "model_index.json" if to == "diffusers" else "adapter_config.json"
     if out.is_dir() and any(out.iterdir()) and not (out / index).is_file():
-        raise UserError(f"--out {out} is a folder with something else in it than a model: name another")
+        raise UserError(f"--out {out} is a folder that holds other things than a model: name another")

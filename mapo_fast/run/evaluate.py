@@ -30,8 +30,8 @@ from mapo_fast.util.students_t import half_width
 class HeldOutErrors(NamedTuple):
     """Denoising errors of one model on the held-out pairs, or single images."""
 
-    chosen: Tensor  # (pairs, draws) fp32, CPU; of single images those that are wanted
-    rejected: Tensor  # (pairs, draws) fp32, CPU; those that are not
+    chosen: Tensor  # (pairs, draws) fp32, CPU; for single images those that are wanted
+    rejected: Tensor  # (pairs, draws) fp32, CPU; for single images those that are not
     predictions: list[Tensor]  # one draw per pair: chosen and rejected prediction, (2, C, h, w) fp16, CPU
     paired: bool = True
 
@@ -48,7 +48,7 @@ class HeldOut:
             evaluation needs no more memory than training.
         seed: the run's seed.
         device: the UNet's device.
-        processes: of the run; they share the pairs.
+        processes: the run's processes; they share the pairs.
     """
 
     def __init__(
@@ -74,8 +74,9 @@ class HeldOut:
     ) -> HeldOutErrors:
         """Chosen and rejected errors of every pair at every draw, in all processes.
 
-        Each takes every W-th pair, and all as many: a UNet that is split runs in all of them or in none.
-        `poll` is called before each batch, in all processes together; what it raises ends the evaluation.
+        Each process takes every W-th pair, and all take equally many: a split UNet runs in all of them or in
+        none. `poll` is called before each batch, in all processes together; an exception in it ends the
+        evaluation.
         """
         count, (rank, size) = len(self.pairs), (self.processes.rank, self.processes.size)
         mine = []
@@ -99,7 +100,7 @@ class HeldOut:
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Of the chosen and the rejected errors."""
+        """Shapes of the chosen and rejected error tensors."""
         chosen = rejected = len(self.pairs)
         if not self.cache.paired:
             chosen = int(self.cache.wanted(self.pairs).sum())
@@ -111,7 +112,7 @@ class HeldOut:
     ) -> tuple[Tensor, Tensor]:
         """(2, draws) errors of one pair, and its (2, C, h, w) prediction at draw `keep`.
 
-        Of a single image one instead of two.
+        For a single image the first dimension is 1.
         """
         read = self.cache.batch if self.cache.paired else self.cache.samples
         single: PairBatch | SampleBatch = self.processes.each(lambda: read([pair], flip=None, drop=None))
@@ -161,8 +162,8 @@ def paired_change(now: Tensor, start: Tensor) -> PairedChange:
 def compare(now: HeldOutErrors, start: HeldOutErrors) -> dict[str, Any]:
     """Figures of one evaluation, each against the start model.
 
-    Single images have no accuracy and no margin: there are the changes of the wanted and of the unwanted
-    images' error, where there are such images.
+    Single images have no accuracy and no margin. Reported are the changes of the wanted and of the unwanted
+    images' errors, where there are such images.
 
     `drift` is Σ‖prediction − start prediction‖² / Σ‖start prediction‖².
     """
@@ -204,7 +205,7 @@ def compare(now: HeldOutErrors, start: HeldOutErrors) -> dict[str, Any]:
 
 
 def start_of(run: str) -> dict[str, Any]:
-    """What the file with the start model's errors says that it is; `run` is the run's id."""
+    """Identity record in the file of the start model's errors; `run` is the run's id."""
     return {"what": "held-out errors of the start model", "run": run, "step": 0}
 
 
@@ -215,10 +216,10 @@ def save_errors(errors: HeldOutErrors, path: Path, run: str) -> None:
 
 
 def load_errors(path: Path, run: str, held_out: HeldOut) -> HeldOutErrors | None:
-    """Read what `save_errors` wrote; None where no file is.
+    """Read the file that `save_errors` wrote; None where there is none.
 
     Raises:
-        WrongFileError: damaged, another run's, or of other pairs or draws.
+        WrongFileError: the file is damaged, another run's, or of other pairs or draws.
     """
     tensors = read_sealed(path, start_of(run))
     if tensors is None:
@@ -244,7 +245,7 @@ def start_errors(
     context: AbstractContextManager[None],
     poll: Callable[[], None] = lambda: None,
 ) -> tuple[HeldOutErrors | None, list[str]]:
-    """The start model's errors, read or else measured and written; all processes call it together.
+    """The start model's errors, read, or else measured and written; all processes call this together.
 
     Args:
         path: the file that keeps them.
@@ -252,10 +253,10 @@ def start_errors(
         held_out: the run's held-out pairs.
         unet: the start model.
         context: autocast of its forward passes.
-        poll: as of `HeldOut.errors`.
+        poll: called before each batch, see `HeldOut.errors`.
 
     Returns:
-        None where no pair is held out; and what to say.
+        The errors, None where no pair is held out; and lines to show.
     """
     if not held_out.pairs:
         return None, []

@@ -1,4 +1,4 @@
-"""What a run leaves for plain diffusers and other programs."""
+"""Write a run's result for plain diffusers and other programs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from mapo_fast.util.files import disk_errors, write_json
 from mapo_fast.util.tensorparts import whole
 
 SINGLE_FILE = "model.safetensors"
-"""A full fine-tune as one file, in `train.output`."""
+"""Name of a full fine-tune's single file in `train.output`."""
 DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-"""Types of weights in files, as settings and the command line name them."""
+"""Types of weights in files, by their names in settings and on the command line."""
 
 
 def export(
@@ -40,15 +40,15 @@ def export(
     """Write the LoRA or the UNet, the scheduler config it was trained under, and the card to `train.output`.
 
     Args:
-        config: the run's.
-        unet: the one that was trained.
-        tensors: what was trained, by name; all processes bring their parts.
+        config: the run's settings.
+        unet: the trained UNet.
+        tensors: trained tensors by name; each process passes its parts.
         model: the start model.
-        cache: what it was trained on.
-        processes: of the run.
+        cache: the training data.
+        processes: the run's processes.
 
     Returns:
-        What the user should know: a single file that could not be written. The UNet's folder is there then.
+        A warning about a single file that could not be written; the UNet's folder exists nevertheless.
     """
     output = config.train.output
     complete = whole(tensors, keep=processes.main)
@@ -86,7 +86,7 @@ def _write_single_file(config: Config, model: Pipeline, unet: Mapping[str, Tenso
     try:
         said = metadata_of(config, model, config.train.output)
         save_single_file(model, path, dtype=DTYPES[config.export.dtype], unet=unet, metadata=said)
-    except UserError as error:  # what was trained is in unet/
+    except UserError as error:  # the trained weights are in unet/
         return [
             f"{SINGLE_FILE} was not written: {error}; mapo-fast export {config.train.output} "
             "--to single-file writes it from the run"
@@ -95,7 +95,7 @@ def _write_single_file(config: Config, model: Pipeline, unet: Mapping[str, Tenso
 
 
 def about_checkpoint(config: Config, step: int) -> str:
-    """The text of a checkpoint's `README.txt`: what it is, and how to use it."""
+    """The text of a checkpoint's `README.txt`: how to use the checkpoint."""
     train, lora = config.train, config.adapter.kind == "lora"
     return _ABOUT.format(
         step=step,

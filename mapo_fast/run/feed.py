@@ -1,4 +1,4 @@
-"""What a run's steps are fed with: its micro-batches in their order, as the UNet is given them."""
+"""The input of a run's steps: its micro-batches in order, as inputs of the UNet."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Feed:
         cache: where the pairs are.
         diffusion: noise schedule and target.
         device: where the UNet is.
-        processes: of the run; the r-th of W takes micro-batches r, r + W, r + 2W, …
+        processes: the run's processes; the r-th of W takes micro-batches r, r + W, r + 2W, …
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Feed:
                 yield MicroBatch(inputs, len(pairs) / total, known, self._labels(pairs))
 
     def inputs(self, epoch: int, pairs: list[CachedPair]) -> PairInputs:
-        """What the UNet is given for these pairs in this epoch."""
+        """Inputs of the UNet for these pairs in this epoch."""
         return training_inputs(
             self.cache,
             pairs,
@@ -74,9 +74,10 @@ class Feed:
 
     @cached_property
     def finite_input(self) -> PairInputs | None:
-        """The first micro-batch, in host memory and finite whatever the data hold; None if it is unreadable.
+        """The first micro-batch, in host memory, with zeros for values that are not finite; None if
+        unreadable.
 
-        A model is judged by it, and what is trained must not be lost for a file that is gone.
+        The model's health is checked on it, and a missing file must not cost the trained model.
         """
         try:
             return made_finite(self.inputs(*self.batches.at(0)))
@@ -84,7 +85,7 @@ class Feed:
             return None
 
     def _labels(self, pairs: list[CachedPair]) -> Tensor | None:
-        """(B,) soft labels on the device, for an objective that needs them; (2B,) of single images."""
+        """(B,) soft labels on the device, for an objective that needs them; (2B,) for single images."""
         if not self.config.objective.known.labelled:
             return None
         read = self.cache.labels if self.cache.paired else self.cache.wanted

@@ -34,31 +34,31 @@ class FitResult:
     output: Path
     step: int
     finished: bool
-    """False when a signal, such as Ctrl-C, stopped it before: `fit(config, resume=True)` goes on."""
+    """False when a signal, such as Ctrl-C, stopped the run: `fit(config, resume=True)` continues it."""
     skipped_steps: int
-    """Steps that were not finite and changed nothing."""
+    """Steps that were not finite and so changed nothing."""
     saved_step: int | None = field(default=None, compare=False)
     """Step of the checkpoint to resume from; None before the first step."""
     signal: int = field(default=0, compare=False)
-    """Number of the signal that stopped it; 0 where none did."""
+    """Number of the signal that stopped the run; 0 without one."""
     model: Path | None = field(default=None, compare=False)
-    """The folder of what was trained, for `UNet2DConditionModel.from_pretrained` or, of a LoRA, for
+    """Folder of the result, for `UNet2DConditionModel.from_pretrained` or, with a LoRA,
     `pipe.load_lora_weights`; None before the end."""
 
     @property
     def log(self) -> Path:
-        """The file of all figures, a JSON object in every line."""
+        """The log file: all figures, one JSON object per line."""
         return self.output / "log.jsonl"
 
 
 class RunRecord(BaseModel):
-    """What a `run.json` holds, beside its own checksum."""
+    """Contents of a `run.json`, without its checksum."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
     format: Literal[2] = 2
     run: str
-    """Id of the run, which its other files name; empty in files of format 1, which had none."""
+    """Id of the run, which its other files name; empty in files of format 1, which had no id."""
     version: str
     config: dict[str, dict[str, Any]]
     identity: dict[str, str]
@@ -71,21 +71,21 @@ START = "held_out_start.safetensors"
 RESULTS = ("unet", "lora")
 
 _LEFTOVER = re.compile(r"\.(.+\.\d+\.tmp|tmp\w{6})")
-"""Temporary files of `files.atomic_path`, and of safetensors, with which older versions wrote."""
+"""Names of temporary files of `files.atomic_path`, and of safetensors, which older versions used."""
 
 _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
-"""Learning-rate schedules that do not depend on the number of steps; with the others it is fixed."""
+"""Learning-rate schedules that do not depend on `train.steps`; with others a resume cannot change it."""
 
 
 def check_output(config: Config, identity: dict[str, str], *, resume: bool, processes: int = 1) -> None:
-    """Refuse an output folder that is not this run's; nothing is written.
+    """Raise where an output folder is not this run's; nothing is written.
 
     Args:
         config: this run's settings.
         identity: fingerprints of the cache, the start model and its noise schedule.
-        resume: whether to continue; resuming a folder that holds nothing starts there.
-        processes: of this run. A resume may have another number of them if it has as many micro-batches a
-            step: they are the same ones then.
+        resume: whether to continue; resuming an empty folder starts a run there.
+        processes: number of processes. A resume may change it if a step keeps its number of micro-batches,
+            which are then the same ones.
 
     Raises:
         UserError: another run is there, or the resumed run had other settings, data or start model.
@@ -128,7 +128,7 @@ def _check_value(output: Path, name: str, had: Any, has: Any) -> None:
 
 
 def _ours(file: Path) -> bool:
-    """Whether a process that was killed before it wrote `run.json` may have left it."""
+    """Whether the file may come from a process that was killed before it wrote `run.json`."""
     return file.name == ".lock" or (file.name.startswith(f".{RECORD}.") and file.name.endswith(".tmp"))
 
 
@@ -136,7 +136,7 @@ def read_run(output: Path) -> RunRecord | None:
     """The record of the run in a folder; None where there is none.
 
     Raises:
-        UserError: it cannot be read, or is another one than was written.
+        UserError: the record cannot be read, or does not match its checksum.
     """
     path = output / RECORD
     with disk_errors(output):
@@ -155,7 +155,7 @@ def read_run(output: Path) -> RunRecord | None:
         problem = f"{path} {error}"
     except ValidationError:
         problem = f"{path} cannot be read as the record of a run"
-    raise UserError(f"{problem}: put the one back that was written, or start again with another train.output")
+    raise UserError(f"{problem}: restore the file from a backup, or start again with another train.output")
 
 
 def recorded_settings(output: Path) -> dict[str, Any] | None:
@@ -168,10 +168,10 @@ def recorded_settings(output: Path) -> dict[str, Any] | None:
 
 
 def check_results(output: Path) -> None:
-    """Refuse to start over where a run has ended and its checkpoints are gone.
+    """Raise where a run has ended and its checkpoints are gone, instead of starting over.
 
     Raises:
-        UserError: a result is there.
+        UserError: the folder holds a result.
     """
     for name in RESULTS:
         if (output / name).exists():
@@ -182,7 +182,7 @@ def check_results(output: Path) -> None:
 
 
 def claim_output(config: Config, identity: dict[str, str], processes: int = 1) -> str:
-    """Write `run.json` unless it is there already; the folder is there and held.
+    """Write `run.json` unless it exists; the caller has made the folder and holds it.
 
     Returns:
         The run's id.
@@ -196,7 +196,7 @@ def claim_output(config: Config, identity: dict[str, str], processes: int = 1) -
 
 
 def remove_leftovers(output: Path) -> None:
-    """Remove what kills left in a run's folder that is held: temporary files and half-written results."""
+    """Remove temporary files and half-written results of killed processes; the caller holds the folder."""
     with disk_errors(output):
         for name in RESULTS:
             remove_halves(output / name)
@@ -246,10 +246,10 @@ def _check_same_run(output: Path, before: RunRecord, now: RunRecord) -> None:
 
 
 def _arithmetic(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """`section.key` → value of all settings that the updates depend on, and of those not known here.
+    """`section.key` → value of all settings that the updates depend on, and of unknown ones.
 
-    A setting that is younger than the record has its default: what the run was made with, before there was a
-    choice. Data and start model are compared by content instead, so that folders may move.
+    A setting that is newer than the record has its default, which is what the run was made with. Data and
+    start model are compared by content instead, so that folders may move.
 
     Raises:
         KeyError: settings that every version had are missing.

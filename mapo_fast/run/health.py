@@ -1,4 +1,4 @@
-"""Whether a run's model is of use, and what to say where it is not."""
+"""Checks whether a run's model is finite, and the messages where it is not."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from mapo_fast.util.tensorparts import all_finite
 
 
 def made_finite(inputs: PairInputs) -> PairInputs:
-    """The same micro-batch in host memory, with zeros for what is not finite.
+    """A copy of a micro-batch in host memory, with zeros for values that are not finite.
 
-    Bad data must not pass for a bad model.
+    Otherwise bad data would look like a bad model.
     """
     return PairInputs(*(torch.nan_to_num(t.cpu(), nan=0.0, posinf=0.0, neginf=0.0) for t in inputs))
 
 
 @torch.no_grad()
 def is_healthy(trained: Iterable[Tensor], unet: Any, inputs: PairInputs | None) -> bool:
-    """Whether all that is trained is finite in this process, and so are the errors on finite input.
+    """Whether all trained tensors of this process are finite, and so are the errors on finite input.
 
     Args:
         trained: the trained tensors.
         unet: predicts, in the caller's autocast.
-        inputs: of `made_finite`; None judges by the weights alone.
+        inputs: a micro-batch from `made_finite`; None checks the weights alone.
     """
     weights = all_finite(trained)
     if inputs is None:  # no early return for bad weights: a model that is split predicts in all processes
@@ -42,15 +42,15 @@ def is_healthy(trained: Iterable[Tensor], unet: Any, inputs: PairInputs | None) 
 
 
 def check_start(healthy: bool, unet: Path, precision: str) -> None:
-    """Refuse a start model that was of no use before the first step.
+    """Raise for a start model that is not finite before the first step.
 
     Args:
-        healthy: what `is_healthy` says of it.
-        unet: its folder, for the message.
+        healthy: result of `is_healthy`.
+        unet: the start model's folder, for the message.
         precision: `train.precision`.
 
     Raises:
-        UserError: it is not healthy.
+        UserError: the start model is not healthy.
     """
     if not healthy:
         raise UserError(
@@ -63,7 +63,7 @@ def diverged(reason: str, first: int, store: CheckpointStore) -> str:
     """Drop the checkpoints that may hold the model as it is now and name the one before them.
 
     Args:
-        reason: why the model was looked at.
+        reason: why the model was checked.
         first: the step of the model as it is now; no later one changed it.
         store: the run's checkpoints.
 
@@ -83,7 +83,7 @@ def diverged(reason: str, first: int, store: CheckpointStore) -> str:
 
 
 def mostly_skipped(optimizer: GuardedOptimizer | FusedStep, steps: int, store: CheckpointStore) -> str | None:
-    """Why a run is no success although its model is healthy: most of its steps changed nothing.
+    """The message for a run whose model is finite but most of whose steps changed nothing; else None.
 
     Where the step is fused into backward, a tensor that was skipped counts as its share of a step.
     """

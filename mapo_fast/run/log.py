@@ -5,22 +5,22 @@ event's own fields. Non-finite numbers are written as the strings "nan", "inf" a
 is strict JSON.
 
     start        the beginning of a session; `step` is where it starts from, `run` the run's id
-    step         loss, chosen_error, rejected_error (of single images: of wanted and unwanted ones), margin
-                 (mean e_l − e_w; not of single images), logits (mean z), saturation
+    step         loss, chosen_error, rejected_error (for single images: of wanted and unwanted ones), margin
+                 (mean e_l − e_w; not for single images), logits (mean z), saturation
                  (mean σ(z), near 1 for learnt pairs), saturated (share of pairs with σ(−z) < 0.05), accuracy
-                 (share of pairs with z > 0; with a reference model: pairs of which the chosen image has
-                 improved more), grad_norm, lr, pairs_per_s, peak_memory_mib, skipped_steps; compile_s, what
+                (share of pairs with z > 0; with a reference model: pairs whose chosen image has improved
+                 more), grad_norm, lr, pairs_per_s, peak_memory_mib, skipped_steps; compile_s, what
                  speed.compile took so far
     evaluation   held-out figures, each against the start model
     warning      message
     end          whether the run is finished, and the session's seconds
 
 A resumed run drops the lines of steps after its checkpoint (they will be made again) and a last line that a
-kill cut short, so no step is there twice; of damaged lines, and of a log that is missing or another run's,
-it warns. `<folder>/tensorboard` gets the same numbers, purged in the same way.
+kill cut short, so no step is there twice. It warns about damaged lines, and about a log that is missing or
+another run's. `<folder>/tensorboard` gets the same numbers, purged in the same way.
 
 A line that cannot be written is an error: the run has no other record. TensorBoard and Weights & Biases are
-copies of it: one that fails is left out from then on, with a warning.
+copies of the log: a copy that fails is left out from then on, with a warning.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class RunLog:
         Args:
             folder: the run's output folder.
             total_steps: optimizer steps of the whole run.
-            callbacks: hear of the stage "training", its figures and warnings.
+            callbacks: called with the stage "training", its figures and warnings.
             start_step: steps done by the checkpoint the run resumes from. At 0 the log starts empty.
                 Otherwise the lines up to that step stay, and the monitor sees them again, so that a resumed
                 run warns like an uninterrupted one.
             wandb: Weights & Biases project that mirrors TensorBoard; None for none.
             run: id of the run. Another run's log under this name is moved aside, with a warning.
-            earlier: says how to take an earlier checkpoint, for the monitor's warnings.
+            earlier: gives the text on how to take an earlier checkpoint, for the monitor's warnings.
 
         Raises:
             UserError: disk full or not writable, or wandb is asked for and not installed or does not start.
@@ -85,7 +85,7 @@ class RunLog:
         with disk_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
             kept, lost = _cut(path, start_step, run)
-            # Unbuffered: what could not be written is not tried again when the file is closed.
+            # Unbuffered, so that closing the file does not retry a failed write.
             self._file: BinaryIO = path.open("ab", buffering=0)
         self._path = path
         self._last_step = start_step
@@ -108,7 +108,7 @@ class RunLog:
         self._training = True
 
     def advance(self, step: int) -> None:
-        """Say how far it is; cheap enough for every step, nothing is read from the device."""
+        """Report the step that is done; cheap enough for every step, nothing is read from the device."""
         self._callbacks.advance(TRAINING, step)
 
     def step(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
@@ -135,14 +135,14 @@ class RunLog:
             board.add_images([(f"previews/{path.stem}", path) for path in paths], step)
 
     def warning(self, step: int, message: str) -> None:
-        """Say a warning and log it."""
+        """Report a warning and log it."""
         self._callbacks.warning(message, step)
         self._write("warning", step, {"message": message})
 
     def end(self, step: int, *, finished: bool) -> None:
         """Log the end of this session: the run is finished, or was stopped to be resumed.
 
-        All else is written by then: a disk that is full now is a warning.
+        Everything else is written by then, so a full disk only gives a warning.
         """
         seconds = round(time.monotonic() - self._began, 3)
         try:
@@ -202,16 +202,16 @@ class RunLog:
 
     @contextmanager
     def _mirror(self, name: str) -> Iterator[None]:
-        """Whatever a mirror's library raises, the run does not depend on it."""
+        """Turn any exception of a mirror's library into a warning, and leave the mirror out from then on."""
         try:
             yield
         except Exception as error:
-            with suppress(UserError):  # the log may have failed too, and is about to say so
+            with suppress(UserError):  # the log may have failed too, which is reported elsewhere
                 message = f"{name} failed and is left out from here: {type(error).__name__}: {error}"
                 self.warning(self._last_step, message)
 
     def _open_tensorboard(self, folder: Path) -> TensorBoard | None:
-        """None with one warning where it is missing or fails."""
+        """Open TensorBoard; None with one warning where it is missing or fails."""
         with self._mirror("TensorBoard"):
             try:
                 return TensorBoard(folder, self._first_step)
@@ -227,10 +227,10 @@ class RunLog:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a `log.jsonl`, in order, with their non-finite numbers as floats again.
 
-    What is no line of a log is left out: one that a kill cut short, or a damaged one.
+    Damaged lines, and a line that a kill cut short, are left out.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the log cannot be read.
     """
     try:
         return [entry for _, entry in _lines(path)]
@@ -242,14 +242,14 @@ def _cut(path: Path, step: int, run: str) -> tuple[list[dict[str, Any]], str]:
     """Drop the lines after `step` (all of them for step 0), atomically.
 
     Returns:
-        The entries that are kept, and what to say of those that are not there, if anything.
+        The entries that are kept, and a warning about missing ones, empty if there are none.
     """
     if not path.exists():
         return [], f"{path} is missing: there are no figures up to step {step}" if step else ""
     damaged: list[str] = []
     kept = [(text, entry) for text, entry in _lines(path, damaged) if 0 < step >= entry["step"]]
     runs = [entry.get("run") for _, entry in kept if entry["event"] == "start"]
-    if run not in runs and any(isinstance(one, str) for one in runs):  # earlier versions state none
+    if run not in runs and any(isinstance(one, str) for one in runs):  # earlier versions have no run id
         aside = path.with_name(f"of-another-run-{path.name}")
         path.replace(aside)
         return [], f"{path} was another run's and is now {aside.name}: there are no figures up to step {step}"
@@ -275,7 +275,7 @@ def _lines(path: Path, damaged: list[str] | None = None) -> Iterator[tuple[str, 
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether it is what a log holds: an event at a step, with numbers for what the monitor looks at."""
+    """Whether an object is a log entry: an event at a step, with numbers for the monitor's figures."""
     if not (isinstance(entry, dict) and isinstance(entry.get("event"), str)):
         return False
     if type(step := entry.get("step")) is not int or not 0 <= step <= _LARGEST:
@@ -300,7 +300,7 @@ def _is_figure(value: Any) -> bool:
 
 _LONGEST_LINE = 2**20
 _LARGEST = 10**300
-"""Figures are floats: no whole number of hundreds of digits is one."""
+"""Largest integer that counts as a figure; figures are floats."""
 
 
 def _quoted(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The looks that a run takes at its model between steps: held-out evaluations and previews."""
+"""Held-out evaluations and previews of a run, made between steps."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Looks:
 
     Args:
         config: the run's settings.
-        unet: the model that is trained.
+        unet: the trained UNet.
         cache: where the held-out pairs are.
         diffusion: noise schedule and target.
-        precision: of the forward passes.
+        precision: types of the forward passes.
         device: where the UNet is.
-        previews: of this process; None where it samples none.
+        previews: the previews of this process; None where it samples none.
         poll: called by all processes together, between held-out batches; raises `StopNow` at a signal.
-        processes: of the run.
+        processes: the run's processes.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Looks:
             run: the run's id.
 
         Returns:
-            What to say.
+            Lines to show.
 
         Raises:
             StopNow: a signal asks for the end.
@@ -80,13 +80,13 @@ class Looks:
         return notes
 
     def take(self, step: int, log: RunLog | None, *, always: bool, again: bool = False) -> None:
-        """Evaluate and preview where `step` is due for it.
+        """Evaluate and preview if `step` is due.
 
         Args:
             step: steps done.
-            log: of process 0; None in the others.
+            log: the log of process 0; None in the others.
             always: whether the step is due whatever the settings say.
-            again: leave out what an earlier session has done at this step.
+            again: skip work that an earlier session has done at this step.
 
         Raises:
             StopNow: a signal asks for the end.

@@ -1,6 +1,7 @@
-"""What the files with a run's result say of it, for the programs that show models.
+"""Metadata in the files of a run's result, for programs that show models.
 
-Prompts and paths stand in it only with `export.prompts`. No date does: the same run gives the same bytes.
+Prompts and paths are in the metadata only with `export.prompts`. Dates never are: the same run gives the same
+bytes.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from mapo_fast.models.single_file import metadata
 from mapo_fast.settings.schema import Config
 
 THUMBNAIL = 256
-"""The longer side of a thumbnail in pixels, at most."""
+"""Largest side of a thumbnail in pixels."""
 
 
 def title_of(config: Config, model: Pipeline) -> str:
-    """What programs show as the result's title."""
+    """The result's title, which programs show."""
     source = model.parts["unet"].header
     name = "SDXL" if source is None else source.metadata.get("modelspec.title", "SDXL")
     return config.export.title or f"{name}, aligned by {config.objective.name}"
@@ -32,10 +33,10 @@ def metadata_of(config: Config, model: Pipeline, run: Path, step: int | None = N
     """The metadata of a single file with a run's result; None where the config wants none.
 
     Args:
-        config: the run's.
+        config: the run's settings.
         model: the start model.
         run: the run's folder.
-        step: of the checkpoint that the file is made from; None for the result.
+        step: step of the checkpoint that the file is made from; None for the result.
     """
     return {**metadata(model), **_of_both(config, model, run, step)} if config.export.metadata else None
 
@@ -43,7 +44,7 @@ def metadata_of(config: Config, model: Pipeline, run: Path, step: int | None = N
 def lora_metadata_of(
     config: Config, model: Pipeline, run: Path, step: int | None = None
 ) -> dict[str, str] | None:
-    """What a LoRA's files say of how it was trained; as `metadata_of`."""
+    """The metadata of a LoRA's files; arguments as in `metadata_of`."""
     if not config.export.metadata:
         return None
     schedule = model.scheduler_config
@@ -72,14 +73,14 @@ def _of_both(config: Config, model: Pipeline, run: Path, step: int | None) -> di
 
 
 def _thumbnail(previews: Path, step: int | None) -> str | None:
-    """A step's first preview, or the last step's, as a data URL; None where none can be read."""
+    """The first preview of a step, or of the last one, as a data URL; None where none can be read."""
     folders = sorted(previews.glob("step-*")) if step is None else [previews / f"step-{step:08d}"]
     files = sorted(folders[-1].glob("00*.png")) if folders else []
     if not files:
         return None
     try:
         image = decode_image(files[0].read_bytes())
-    except (OSError, ImageProblemError):  # anybody may have moved or changed it
+    except (OSError, ImageProblemError):  # the file may have been moved or changed
         return None
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     image.save(buffer := io.BytesIO(), "JPEG", quality=85)

@@ -21,13 +21,12 @@ _HALVES = ("chosen_error", "rejected_error")
 class Metrics:
     """Sums over the pairs and steps since the last `reset`.
 
-    `margin` is mean(e_l − e_w). `saturation` is mean σ(logit): the share of the margin's gradient that is
-    used up, near 1 for pairs that are learnt. `saturated` is the share of pairs with less than 0.05 of it
-    left, `accuracy` the share with logit > 0.
-    Of single images, which count as half a pair, `chosen_error` is the wanted ones' and `rejected_error` the
-    others', and there is no `margin`.
-    A micro-batch with a figure that is not finite is left out of the sums: its step is skipped and counted.
-    Of several processes each sums its own pairs; `fetch` and `state`, which all of them call, add them up.
+    `margin` is mean(e_l − e_w). `saturation` is mean σ(logit): the used-up share of the margin's gradient,
+    near 1 for learnt pairs. `saturated` is the share of pairs with less than 0.05 of it left, `accuracy` the
+    share with logit > 0. Single images count as half a pair. Their `chosen_error` is that of wanted images,
+    `rejected_error` that of the others; they have no `margin`. A micro-batch with a figure that is not finite
+    is left out of the sums: its step is skipped and counted. Each process sums its own pairs; `fetch` and
+    `state`, which all processes call, add them up.
     """
 
     def __init__(self, device: torch.device, processes: Processes = ALONE, *, paired: bool = True) -> None:
@@ -47,7 +46,7 @@ class Metrics:
         self._pairs.copy_(self._before)
 
     def restart_clock(self) -> None:
-        """Leave what happened since the last step (evaluation, saving) out of pairs per second."""
+        """Leave the time since the last step (evaluation, saving) out of pairs per second."""
         self._started, self._timed = time.perf_counter(), 0.0
 
     def state(self) -> dict[str, list[float]]:

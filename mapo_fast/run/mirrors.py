@@ -12,13 +12,13 @@ from mapo_fast.util.errors import UserError
 
 
 class TensorBoard:
-    """Scalars in a folder. Any method may raise whatever the library raises, such as `OSError`."""
+    """TensorBoard files in a folder. Any method may raise the library's exceptions, such as `OSError`."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         """Open the folder; figures of steps after `first_step` that are there already are hidden.
 
         Raises:
-            ImportError: it is not installed.
+            ImportError: TensorBoard is not installed.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -51,7 +51,7 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
-        """Write what is waiting and close the file."""
+        """Write buffered figures and close the file."""
         try:
             self._writer.close()
         finally:
@@ -67,7 +67,7 @@ def find_wandb() -> Any:
     """The wandb module.
 
     Raises:
-        UserError: it is not installed.
+        UserError: wandb is not installed.
     """
     try:
         import wandb
@@ -77,15 +77,15 @@ def find_wandb() -> Any:
 
 
 def open_wandb(project: str, folder: Path) -> Any:
-    """Start a wandb run that copies whatever TensorBoard is given; it has to start before TensorBoard.
+    """Start a wandb run that copies everything from TensorBoard; it has to start before TensorBoard.
 
     Raises:
-        UserError: it is not installed, or does not start.
+        UserError: wandb is not installed, or does not start.
     """
     wandb = find_wandb()
     try:
         return wandb.init(project=project, name=folder.name, dir=str(folder), sync_tensorboard=True)
-    except Exception as error:  # its own types, and those of its transport
+    except Exception as error:  # wandb's own types, and those of its transport
         raise UserError(
             f"train.wandb = {project!r}: Weights & Biases does not start ({error}); set WANDB_MODE=offline, "
             "or leave train.wandb out"

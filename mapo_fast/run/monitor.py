@@ -1,8 +1,8 @@
-"""Watching a run for the ways in which preference training goes wrong while its loss looks fine.
+"""Watches a run for ways in which preference training goes wrong while its loss looks fine.
 
 MaPO's loss can fall, and its preference accuracy rise, while the model gets worse: the margin grows just as
-well by making the rejected images' error larger, at the cost of the chosen ones. So these are watched, and
-each is reported once, with what to do:
+well by making the rejected images' error larger, at the cost of the chosen ones. So the following are
+watched; each is reported once, with a remedy:
 
 - the chosen error rises above its start: on held-out pairs (paired, so a small rise shows), and on training
   pairs (noisy, since timesteps differ; the first and the last lines are compared by Welch's t);
@@ -27,16 +27,17 @@ SATURATED_BELOW = 0.05
 _SATURATED_SHARE = 0.8
 
 _WINDOW = 20
-"""Lines compared: the first ones with the last ones; half as many for saturation."""
+"""Number of first and of last log lines that are compared; half as many for saturation."""
 
 _TRAINING_RISE = 1.2
 _TRAINING_T = 4.0
-"""Looked at on every line: t > 3 raises a false alarm in 5 to 9 % of runs of 500 lines, t > 4 in 1 %."""
+"""Threshold for t, tested at every line: t > 3 gives a false alarm in 5 to 9 % of runs of 500 lines, t > 4 in
+1 %."""
 
 _HELD_OUT_RISE = 0.05
 
 _DRIFT = 0.05
-"""Σ‖prediction − start prediction‖² / Σ‖start prediction‖²: 22 % root mean square."""
+"""Threshold for Σ‖prediction − start prediction‖² / Σ‖start prediction‖²: 22 % root mean square."""
 
 
 class Monitor:
@@ -47,7 +48,7 @@ class Monitor:
 
         Args:
             warn: called with step and message for each warning.
-            earlier: says how to take an earlier checkpoint, as the end of a sentence.
+            earlier: gives the text on how to take an earlier checkpoint, as the end of a sentence.
         """
         self._warn, self._earlier = warn, earlier
         self._warned: set[str] = set()

@@ -1,4 +1,4 @@
-"""What the user should know before a run's first step, and what to type where a run goes wrong."""
+"""Notes to show before a run's first step, and the command to type where a run goes wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mapo_fast.util.console import command_line
 def notes_of(
     config: Config, cache: PairCache, checkpoint: Checkpoint | None, resume: bool, processes: int
 ) -> list[str]:
-    """What the user should know before the first step."""
+    """Notes to show before the first step."""
     notes = []
     if config.speed.cuda_graph:
         notes.append(
@@ -66,7 +66,7 @@ def notes_of(
 
 
 def earlier_checkpoint(config: Config, store: CheckpointStore) -> str:
-    """How to take the newest checkpoint that there is, as the end of a sentence."""
+    """How to take the newest checkpoint, as the end of a sentence."""
     steps = [step for step, _ in store.found()]
     if not steps:
         return "stop here (no checkpoint is written yet: see train.checkpoint_every)"

@@ -18,23 +18,23 @@ from mapo_fast.util.progress import Callbacks, stage
 
 
 def depends_on(config: Config, identity: dict[str, str]) -> dict[str, Any]:
-    """All that the errors depend on: fingerprints of the run's inputs, and its settings."""
+    """Everything that the errors depend on: fingerprints of the run's inputs, and its settings."""
     return {**identity, **{row.key: value_of(config, row.name) for row in affecting("reference")}}
 
 
 def precompute(trainer: Trainer, run: str, identity: dict[str, str], callbacks: Callbacks) -> None:
-    """Compute what is missing in the run's folder, and give the trainer all of it.
+    """Compute errors that are missing in the run's folder, and give all errors to the trainer.
 
-    Call it before `Trainer.restore`: it takes the start model that was built.
+    Call it before `Trainer.restore`: the UNet must still be the start model.
 
     Args:
-        trainer: its feed gets the `reference`.
+        trainer: the trainer whose feed gets the `reference`.
         run: the run's id.
         identity: fingerprints of the cache, the start model and its noise schedule.
-        callbacks: hear of the stage "reference".
+        callbacks: called with the stage "reference".
 
     Raises:
-        StopNow: a signal asks for the end; what is done is kept.
+        StopNow: a signal asks for the end; the errors computed so far are kept.
     """
     train, processes = trainer.config.train, trainer.processes
     trainer.feed.reference = reference = PrecomputedErrors(

@@ -4,8 +4,8 @@ Each prompt is sampled as a square and, where most pairs have another shape, in 
 
 The text encoders are loaded once, before the UNet (on the CPU where the GPU's budget is too small for them),
 and the VAE only while it decodes, one image at a time and in tiles where it is larger than 512 × 512 pixels.
-Beside the UNet and its optimizer that takes 0.3 GiB of weights and 0.8 GiB to work in, whatever the image's
-size, and training keeps neither.
+In addition to the UNet and its optimizer, decoding takes 0.3 GiB of weights and 0.8 GiB to work in, whatever
+the image's size; both are freed before training goes on.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Previews:
         Args:
             config: the run's settings.
             folder: the model.
-            device: to sample on.
-            shape: of most pairs' images, (height, width) in pixels.
+            device: the device to sample on.
+            shape: shape of most pairs' images, (height, width) in pixels.
 
         Raises:
             UserError: the model's scheduler cannot sample.
@@ -49,7 +49,7 @@ class Previews:
         square = (config.data.resolution, config.data.resolution)
         self.sizes: tuple[Size, ...] = tuple(dict.fromkeys((square, shape or square)))
         self.poll: Callable[[], None] = lambda: None
-        """Called after each denoising step, by all that sample; what it raises ends a preview."""
+        """Called after each denoising step, by all sampling processes; an exception in it ends a preview."""
         self.poll_alone: Callable[[], None] = lambda: None
         """Called before each decoding, which the main process does."""
         scheduler(folder, config.preview.steps)  # what is wrong with it is said before the first step
@@ -57,7 +57,7 @@ class Previews:
             self.prompts, self.empty = self._encoded(device)
             return
         except RuntimeError as error:  # the larger encoder has 2.6 GiB, more than some plans
-            if not is_out_of_memory(error):  # what it holds goes with the error
+            if not is_out_of_memory(error):  # memory that the error holds is freed with it
                 raise
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -126,5 +126,5 @@ class Previews:
             write_contact_sheet(self.config, self.sizes)
         del vae
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what decoding took, for the rest of the step
+            torch.cuda.empty_cache()  # frees decoding's memory for the rest of the step
         return written

@@ -22,7 +22,7 @@ _LONGEST_NAME = 40
 _CELL = 192
 """Longest side of an image in the contact sheet, in pixels."""
 _MOST_COLUMNS = 16
-"""Steps in a contact sheet; of more, as many that are evenly spaced, the first and the last among them."""
+"""Most steps in a contact sheet; of more, evenly spaced ones, the first and the last included."""
 
 
 def previews_folder(config: Config) -> Path:
@@ -58,7 +58,7 @@ def save(image: Image, path: Path, config: Config, index: int, step: int) -> Non
     """Write a PNG with its settings, in the form that A1111 and ComfyUI's tools read (`parameters`).
 
     Raises:
-        OSError: the disk.
+        OSError: the disk is full or cannot be written.
     """
     from PIL.PngImagePlugin import PngInfo
 
@@ -77,7 +77,7 @@ def write_contact_sheet(config: Config, sizes: Sequence[Size]) -> Path:
     """Put all previews of a run side by side: a row for each prompt and size, a column for each step.
 
     Raises:
-        OSError: the disk.
+        OSError: the disk is full or cannot be written.
     """
     from PIL import Image, ImageDraw
 

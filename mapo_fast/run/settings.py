@@ -1,4 +1,4 @@
-"""The settings of a run, final before anything is loaded: for `train` and for `mapo-fast show`."""
+"""The final settings of a run, known before anything is loaded: for `train` and for `mapo-fast show`."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def final_settings(
     model: Callable[[], Pipeline],
     recorded: dict[str, Any] | None = None,
 ) -> tuple[Config, Budget | None]:
-    """The config as a run on this device has it, and what its memory plan allows.
+    """The config of a run on this device, and its memory budget.
 
-    Every setting that is not a default is stated then; `Config.sources` says by whom.
+    Every setting that is not a default is set in it; `Config.sources` says by whom.
 
     Args:
-        model: opens the model's folder, where there is something to plan.
+        model: opens the model's folder, if a plan is needed.
         recorded: settings of the run to resume, section by section.
 
     Raises:
-        UserError: a setting that the device or several processes rule out, or no plan that fits.
+        UserError: a setting does not work on the device or with several processes, or no plan fits.
     """
     return planned(_on(config, device, processes), model, device, recorded, processes)
 
 
 def _on(config: Config, device: torch.device, processes: Processes) -> Config:
-    """The config with what the device and the number of processes decide."""
+    """The config with the settings that the device and the number of processes decide."""
     config = in_processes(config, processes)
     if device.type == "cpu":
         left_open = {name: value for name, value in on_cpu().items() if name not in config.stated}
@@ -57,13 +57,13 @@ def _on(config: Config, device: torch.device, processes: Processes) -> Config:
 
 
 class Shown(NamedTuple):
-    """What can be said of a run before it starts."""
+    """A run's settings before it starts."""
 
     settings: dict[str, Known]
     unplanned: str = ""
-    """Why the memory plan is not made yet, where a run would make one."""
+    """Why the memory plan is not made, where a run would make one."""
     refused: UserError | None = None
-    """What a run with these settings would end with."""
+    """The error that a run with these settings would raise."""
 
 
 def look(config: Config) -> Shown:

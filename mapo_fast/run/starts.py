@@ -1,7 +1,7 @@
 """`settings.json` of a run's folder: its settings at each start, and where each one came from.
 
-A resume may change what does not affect the updates; what the run had before stays in the file. Nothing
-depends on it: `run.json` is what a resume is compared with.
+A resume may change settings that do not affect the updates; earlier settings stay in the file. Nothing
+depends on this file: a resume is compared with `run.json`.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class Start(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
     step: int
-    """The one that it starts from."""
+    """The step that these settings start from."""
     version: str
     processes: int
     settings: dict[str, dict[str, Any]]
-    """As `mapo-fast show --json` prints them."""
+    """Settings in the form that `mapo-fast show --json` prints."""
 
 
 class Starts(BaseModel):
-    """What the file holds, beside its checksum."""
+    """Contents of the file, without its checksum."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -47,13 +47,13 @@ class Starts(BaseModel):
 
 
 def keep_settings(config: Config, run: str, *, step: int, processes: int) -> list[str]:
-    """Add the settings of a start, unless they are those of the one before; the folder is held.
+    """Add the settings of a start, unless they equal the previous ones; the caller holds the folder.
 
     Returns:
-        What to say: nothing, or that the file cannot be read and has been moved aside.
+        Lines to show: empty, or that the file cannot be read and has been moved aside.
 
     Raises:
-        UserError: as `files.disk_errors`.
+        UserError: the disk is full or cannot be written.
     """
     path = config.train.output / SETTINGS
     before, notes = _read(path, run)
@@ -93,7 +93,7 @@ def _read(path: Path, run: str, *, aside: bool = True) -> tuple[Starts, list[str
     except UserError as error:
         problem = str(error)
     except (WrongFileError, ValidationError):
-        problem = f"{path} is not what was written"
+        problem = f"{path} is damaged"
     if not aside:
         return none, [problem]
     other = path.with_name(f"unreadable-{path.name}")

@@ -66,15 +66,15 @@ def fit(config: Config, *, resume: bool = False, callbacks: Callbacks | None = N
     Args:
         config: all settings.
         resume: continue the run in `train.output`, or start it there.
-        callbacks: are told how it goes; without them nothing is said.
+        callbacks: called with progress; without them the run is silent.
 
     Returns:
-        Where the run ended. Called in the main thread, it stops at the first Ctrl-C or SIGTERM behind the
-        step under way, saves and returns with `finished` false.
+        Where the run ended. In the main thread the first Ctrl-C or SIGTERM stops the run after the step under
+        way; it saves and returns with `finished` false.
 
     Raises:
-        UserError: anything wrong with the config, the model, the cache or the output folder.
-        MachineError: the disk or the memory failed; the last finished step is saved if it can be.
+        UserError: the config, the model, the cache or the output folder has an error.
+        MachineError: the disk or the memory failed; the last finished step is saved if possible.
         FailedRunError: the model diverged, or too many steps were skipped.
         KeyboardInterrupt: a second signal, or one before the first step was begun.
     """
@@ -113,7 +113,9 @@ def _load_and_run(
         sampling = config.preview.prompts and (processes.main or processes.shard(config))
         previews = Previews(config, folder, device, most_frequent(cache.train)) if sampling else None
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)  # text encoders are gone and are not the plan's
+            torch.cuda.reset_peak_memory_stats(
+                device
+            )  # the plan does not count text encoders
         buckets = make_buckets(config.data.resolution, config.data.bucket_step)
         with compiling(config, folder.config("unet"), buckets, device) as kernels:
             if kernels:
@@ -128,7 +130,7 @@ def _load_and_run(
 
 
 def back_end(device: torch.device) -> str:
-    """What computes, and where that is not the GPU's kernels why."""
+    """The implementation that computes, with the reason where it is not the GPU's kernels."""
     if device.type == "cuda":
         return str(backend(device))
     if torch.cuda.is_available():
@@ -140,7 +142,7 @@ def _open_cache(config: Config, folder: Pipeline) -> PairCache:
     """The cache of a run.
 
     Raises:
-        UserError: it was made for another model, other settings or another kind of objective.
+        UserError: the cache was made for another model, other settings or another kind of objective.
     """
     cache = PairCache.open(config.data.cache)
     cache.check(folder, config.data)
@@ -155,7 +157,7 @@ def _open_cache(config: Config, folder: Pipeline) -> PairCache:
 
 
 def _identity(output: Path, folder: Pipeline, cache: PairCache) -> dict[str, str]:
-    """Fingerprints of what the run is made from."""
+    """Fingerprints of the run's inputs: cache, start model, noise schedule."""
     schedule = json.dumps(folder.scheduler_config, sort_keys=True)
     return {
         "cache": cache.fingerprint,
@@ -168,7 +170,7 @@ class _Claimed(NamedTuple):
     run: str
     """The run's id."""
     checkpoint: Checkpoint | None
-    """What to go on from."""
+    """The checkpoint to continue from."""
     notes: list[str]
 
 
@@ -181,10 +183,10 @@ def _claim(
     processes: int,
     held: ExitStack,
 ) -> _Claimed:
-    """Hold the output folder, find it fit once more, and find the checkpoint to go on from.
+    """Hold the output folder, check it once more, and find the checkpoint to continue from.
 
     Raises:
-        UserError: it is in use, or holds something else, another run or this one's results.
+        UserError: the folder is in use, or holds something else, another run or this one's results.
     """
     output = config.train.output
     with disk_errors(output):

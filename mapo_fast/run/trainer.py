@@ -4,8 +4,8 @@ A step is `train.accumulation` micro-batches. Everything random is a function of
 the data order a function of (seed, position), so a checkpoint needs weights, optimizer and the step count
 and nothing else to continue bit for bit. The host waits for the device once per logging interval.
 
-Of W processes the r-th takes micro-batches r, r + W, r + 2W, … of the order of one: a step with
-`train.accumulation` A is the step of one process with A · W. Process 0 writes everything; all take part in
+W processes with `train.accumulation` A take exactly the step that one process takes with A · W: the r-th
+takes micro-batches r, r + W, r + 2W, … of the one order. Process 0 writes everything; all take part in
 evaluations, and in previews and checkpoints where the model is split.
 
 A checkpoint is written before anything else that its step is due for. Whatever ends the run between two
@@ -65,18 +65,18 @@ class Trainer:
         processes: Processes = ALONE,
     ) -> None:
         self.stop, self.processes = stop, processes
-        self.poll = partial(processes.poll, stop)  # no method: what polls would hold all of this as it ends
+        self.poll = partial(processes.poll, stop)  # not a method, which would keep the trainer alive
         self.config, self.unet, self.cache = config, parts.unet, cache
         self.precision, self.device, self.store = precision, device, store
         self.step = 0
         self.saved_step: int | None = None
         """Step of the newest checkpoint that this run has continued from or written."""
         self._tried: int | None = None
-        """Step of the newest attempt to write one."""
+        """Step of the newest attempt to write a checkpoint."""
         self._judged = False
-        """Whether the run ends by its own judgement, which has saved what is worth it."""
+        """Whether the run ends itself (divergence, skipped steps) and has saved what can be used."""
         if previews is not None:
-            # A model that is whole samples in one process, and the others cannot hear of its signals.
+            # A model that is not split samples in one process, and the others do not get its signals.
             previews.poll = self.poll if processes.shard(config) else stop.poll
             previews.poll_alone = stop.poll
         loss = build_loss(config.objective, diffusion.num_train_timesteps)
@@ -93,11 +93,11 @@ class Trainer:
         """Train to the last step or the first signal to any process, then save.
 
         Args:
-            log: of process 0; None in the others.
+            log: the log of process 0; None in the others.
 
         Raises:
-            Interrupted: a second signal; it says what is saved.
-            Exception: whatever else ended the run. The last finished step is saved then, if it can be.
+            Interrupted: a second signal; the text says what is saved.
+            Exception: any other error. The last finished step is saved first, if possible.
         """
         try:
             finished = self._to_the_end(log, folder)
@@ -121,14 +121,14 @@ class Trainer:
         return self.result(self.step, finished=finished)
 
     def result(self, step: int, *, finished: bool) -> FitResult:
-        """What the run has come to; all processes call it together."""
+        """The result of the run; all processes call this together."""
         number, skipped = int(self.processes.largest(self.stop.number)), int(self.optimizer.skipped)
         output, kind = self.config.train.output, "lora" if self.config.adapter.kind == "lora" else "unet"
         made = output / kind if finished else None
         return FitResult(output, step, finished, skipped, self.saved_step, number, made)
 
     def _to_the_end(self, log: RunLog | None, folder: Pipeline) -> bool:
-        """Take the steps that are left; returns whether that is all of them, or a signal came before."""
+        """Take the remaining steps; returns False if a signal stopped the run before the last one."""
         source, prefetch = self.feed.micro_batches(self.step), self.config.speed.prefetch
         try:
             self.poll()
@@ -169,7 +169,7 @@ class Trainer:
         """One optimizer step; returns its 0-d gradient norm on the device."""
         self.engine.start(self.learning_rate(self.step), self.step)
         self.metrics.begin()
-        # What fails in one process ends all of them at this point, unless they wait for one another within.
+        # An error in one process ends all of them here, unless they wait for one another inside the step.
         together = self.processes.shard(self.config) or self.engine.baseline is not None
         for _ in range(self.config.train.accumulation):
             if together:
@@ -187,7 +187,7 @@ class Trainer:
         self.metrics.add(out)
 
     def _rescue(self, error: Exception, log: RunLog | None) -> None:
-        """Save what an error would lose, and add to its message what is saved."""
+        """Save the last finished step after an error, and add to its message what is saved."""
         if self._judged:
             return
         said = self._save_before(error)
@@ -202,7 +202,7 @@ class Trainer:
         if self.step in (0, self.saved_step, self._tried) or self.engine.changing:
             return self._what_is_saved()
         if self.processes.size > 1 and not isinstance(error, UserError):
-            # The others may know nothing of such an error: only a model that is whole here can be saved.
+            # The other processes may not have this error, so only a model that is not split can be saved.
             if self.processes.shard(self.config) or not self.processes.main or connection_lost(error):
                 return self._what_is_saved()
             self.processes = self.metrics.processes = ALONE
@@ -254,7 +254,7 @@ class Trainer:
         return self.processes.once(lambda: diverged(reason, first, self.store))
 
     def healthy(self) -> bool:
-        """Whether the model is finite, and so is what it predicts; all processes call it together."""
+        """Whether the model and its predictions are finite; all processes call this together."""
         known = self.feed.finite_input
         inputs = None if known is None else PairInputs(*(t.to(self.device) for t in known))
         with self.precision.context(self.device):
@@ -284,7 +284,7 @@ class Trainer:
         """Take over a checkpoint's weights, optimizer and position.
 
         Raises:
-            UserError: the checkpoint is of another model or optimizer, or beyond the last step.
+            UserError: the checkpoint is of another model or optimizer, or after the last step.
         """
         if checkpoint.step > (steps := self.config.train.steps):
             raise UserError(

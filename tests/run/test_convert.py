@@ -125,7 +125,7 @@ def test_targets_that_are_refused(tiny_sdxl: Path, file: Path, tmp_path: Path) -
     assert "one of auto, fp16, bf16, fp32" in refusal(file, "single-file", out, dtype="int8")
     assert "must end in .safetensors" in refusal(file, "single-file", tmp_path / "m.ckpt")
     assert "not found" in refusal(tmp_path / "none", "single-file", out)
-    assert "is no run; leave it out" in refusal(file, "single-file", out, step=1)
+    assert "is not a run; leave it out" in refusal(file, "single-file", out, step=1)
     out.write_text("before")
     assert "replace it with --force" in refusal(file, "single-file", out)
     link = tmp_path / "link.safetensors"
@@ -135,7 +135,7 @@ def test_targets_that_are_refused(tiny_sdxl: Path, file: Path, tmp_path: Path) -
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
-    assert "something else in it" in refusal(file, "diffusers", other, force=True)
+    assert "holds other things than a model" in refusal(file, "diffusers", other, force=True)
     folder = Path(shutil.copytree(other, tmp_path / "x.safetensors"))
     assert "is a folder" in refusal(file, "single-file", folder, force=True)
     copy = Path(shutil.copytree(tiny_sdxl, tmp_path / "a" / "model"))
@@ -238,7 +238,7 @@ def test_what_is_asked_of_a_lora_and_cannot_be(
     lora, out = lora_run / "lora" / "lora_kohya.safetensors", tmp_path / "m.safetensors"
     assert "is a LoRA; --merge 1.0 adds it" in refusal(lora_run, "single-file", out)
     assert "is a whole model, not a LoRA" in refusal(file, "kohya", out)
-    assert "is no LoRA; leave it out" in refusal(file, "single-file", out, merge=1.0)
+    assert "is not a LoRA; leave it out" in refusal(file, "single-file", out, merge=1.0)
     assert "writes a whole model" in refusal(lora_run, "kohya", out, merge=1.0)
     assert "written as they are" in refusal(lora_run, "kohya", out, dtype="bf16")
     assert "write a weight" in refusal(lora_run, "single-file", out, merge=float("nan"))
