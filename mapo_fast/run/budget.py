@@ -198,9 +198,7 @@ def _open(config: Config, recorded: dict[str, Any]) -> dict[str, Any]:
     """Settings that the config leaves to the planner and that the resumed run must keep, with its values."""
     known = {f"{section}.{key}": value for section, part in recorded.items() for key, value in part.items()}
     left_open = set(kept_at_resume()) - config.stated
-    return {
-        name: known[name] for name in sorted(left_open & known.keys())
-    }  # settings may be newer
+    return {name: known[name] for name in sorted(left_open & known.keys())}  # settings may be newer
 
 
 def _smaller(outcome: PlanResult, chosen: Plan) -> Plan | None:

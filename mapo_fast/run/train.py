@@ -113,9 +113,7 @@ def _load_and_run(
         sampling = config.preview.prompts and (processes.main or processes.shard(config))
         previews = Previews(config, folder, device, most_frequent(cache.train)) if sampling else None
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(
-                device
-            )  # the plan does not count text encoders
+            torch.cuda.reset_peak_memory_stats(device)  # the plan does not count text encoders
         buckets = make_buckets(config.data.resolution, config.data.bucket_step)
         with compiling(config, folder.config("unet"), buckets, device) as kernels:
             if kernels:
