@@ -41,7 +41,7 @@ def _write(path: Path, table: dict[str, Any]) -> str:
 
 def test_the_surface() -> None:
     names = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
-    assert names == {"prepare", "plan", "train", "show", "export", "demo", "doctor"}
+    assert names == {"prepare", "plan", "train", "show", "export", "sample", "demo", "doctor"}
 
 
 @pytest.mark.parametrize("command", ["prepare", "train", "plan", "show"])

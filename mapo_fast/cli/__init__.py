@@ -29,6 +29,7 @@ from mapo_fast.cli.options import (
     some_settings,
     stated,
 )
+from mapo_fast.cli.sample import sample
 from mapo_fast.cli.training import prepare, train
 from mapo_fast.util.console import Terminal, encode_anything, output_may_fail, say
 from mapo_fast.util.errors import printable
@@ -47,6 +48,7 @@ _PATIENCE = 10.0
 
 app.command(cls=Configured)(prepare)
 app.command(cls=Configured)(train)
+app.command()(sample)
 
 
 @app.command(cls=Configured)

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mapo_fast.data.prompt_text import plain, remarks
+from mapo_fast.models.sampling import LONGEST_TEXT
 from mapo_fast.util.errors import UserError, shown
 from mapo_fast.util.files import os_error, parse_json, read_bytes
 
 COLUMNS = ("prompt", "Prompt", "caption")
-LONGEST = 10_000
-"""Characters of a prompt; a longer one is a mistake in the file."""
 _BYTES = 1 << 28
 _ROWS = 4096
 
@@ -89,8 +88,8 @@ def _checked(value: Any, where: str) -> tuple[str, frozenset[str]]:
         return "", frozenset()
     if not isinstance(value, str):
         raise UserError(f"{where}: {shown(value)} is no text")
-    if len(value) > LONGEST:
-        raise UserError(f"{where}: the prompt has {len(value):,} characters, more than {LONGEST:,}")
+    if len(value) > LONGEST_TEXT:
+        raise UserError(f"{where}: the prompt has {len(value):,} characters, more than {LONGEST_TEXT:,}")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -135,10 +134,11 @@ def _list(path: Path) -> _Rows:
 
 
 def _table(path: Path) -> _Rows:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    # PartiPrompts' table has bare quotation marks in its texts: in a .tsv they mean nothing
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+    file = io.StringIO(_text(path), newline="")
+    if path.suffix.lower() == ".tsv":  # PartiPrompts has quotation marks in its texts that mean nothing
+        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        rows = csv.reader(file, strict=True)
     try:
         head = next(rows, [])
         column = head.index(_column(head, path))

@@ -115,6 +115,23 @@ def convert(
     (callbacks or Callbacks()).message(f"wrote {out}")
 
 
+def open_result(run: Path) -> Pipeline:
+    """The start model of a run with the run's result in it, or with its newest checkpoint.
+
+    Raises:
+        UserError: there is no result yet, or the start model is no longer where the run found it.
+    """
+    found = _run(run, None, None, None)
+    if isinstance(found, _Adapter):
+        assert found.base is not None
+        return with_lora(found.base, found.lora, 1.0)
+    assert isinstance(found.unet, Loaded)
+    unet = replace(
+        found.model.parts["unet"], where=run, stored=found.unet.stored, keys={}, header=None, added={}
+    )
+    return replace(found.model, parts={**found.model.parts, "unet": unet})
+
+
 def _open(source: Path, base: Path | None, tokenizers: Path | None, step: int | None) -> _Source | _Adapter:
     if (source / RECORD).is_file():
         return _run(source, base, tokenizers, step)

@@ -40,11 +40,15 @@ def file_name(index: int, prompt: str, size: Size, side: int) -> str:
 
     Example: `00-a-portrait-of-an-old-sailor.png`, `00-a-portrait-of-an-old-sailor-832x1216.png`.
     """
-    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
-    words = "-".join(re.findall(r"[a-z0-9]+", plain))[:_LONGEST_NAME].rstrip("-")
     height, width = size
-    parts = [f"{index:02d}", words, "" if size == (side, side) else f"{width}x{height}"]
+    parts = [f"{index:02d}", words(prompt), "" if size == (side, side) else f"{width}x{height}"]
     return "-".join(filter(None, parts)) + ".png"
+
+
+def words(prompt: str) -> str:
+    """The first words of a prompt, as part of a file's name."""
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    return "-".join(re.findall(r"[a-z0-9]+", plain))[:_LONGEST_NAME].rstrip("-")
 
 
 def jobs(config: Config, sizes: Sequence[Size]) -> Iterator[tuple[int, Size, str]]:

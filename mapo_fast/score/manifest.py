@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mapo_fast.util.errors import UserError
-from mapo_fast.util.files import disk_errors, os_error, parse_json, read_bytes
+from mapo_fast.util.errors import UserError, shown
+from mapo_fast.util.files import atomic_path, disk_errors, os_error, parse_json, read_bytes
 
 MANIFEST = "images.jsonl"
 _LARGEST = 2**28
@@ -32,10 +32,14 @@ def append(folder: Path, made: Made) -> None:
     Raises:
         UserError: the disk.
     """
-    line = {"file": made.path.name, "prompt": made.prompt, "seed": made.seed, "settings": dict(made.settings)}
     path = folder / MANIFEST
     with disk_errors(path), path.open("a", encoding="utf-8", newline="\n") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.write(_line(made))
+
+
+def _line(made: Made) -> str:
+    line = {"file": made.path.name, "prompt": made.prompt, "seed": made.seed, "settings": dict(made.settings)}
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def read(folder: Path) -> list[Made]:
@@ -47,6 +51,44 @@ def read(folder: Path) -> list[Made]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} has no {MANIFEST}: make its images with mapo-fast sample")
+    found = _listed(folder)
+    if not found:
+        raise UserError(f"{path} lists no image")
+    for made in found:
+        if not made.path.is_file():
+            raise UserError(f"{path}: {made.path} is missing; run mapo-fast sample again")
+    return found
+
+
+def resume(folder: Path, settings: Mapping[str, Any]) -> list[Made]:
+    """The images that a folder has, so that the others can be added to it.
+
+    Of the manifest, what a kill cut short and lines of images that are missing are dropped.
+
+    Raises:
+        UserError: a damaged line, or images that were made with other settings; the disk.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return []
+    found = _listed(folder)
+    for made in found:
+        for name in sorted(settings.keys() | made.settings.keys()):
+            had, has = made.settings.get(name), settings.get(name)
+            if had != has:
+                raise UserError(
+                    f"{path}: the images there have {name} = {shown(had)}, now it is {shown(has)}: name "
+                    "another folder as --out, or repeat the command that made them"
+                )
+    there = [made for made in found if made.path.is_file()]
+    with disk_errors(path), atomic_path(path) as temporary:
+        temporary.write_text("".join(map(_line, there)), encoding="utf-8", newline="\n")
+    return there
+
+
+def _listed(folder: Path) -> list[Made]:
+    """The images of a manifest, there or not."""
+    path = folder / MANIFEST
     try:
         lines = read_bytes(path, _LARGEST).decode("utf-8", "replace").split("\n")
     except OSError as error:
@@ -57,8 +99,6 @@ def read(folder: Path) -> list[Made]:
         if made.path.name in found:
             raise UserError(f"{path}, line {number}: {made.path.name} is listed twice")
         found[made.path.name] = made
-    if not found:
-        raise UserError(f"{path} lists no image")
     return [*found.values()]
 
 
@@ -74,10 +114,7 @@ def _parsed(line: str, folder: Path, where: str) -> Made:
         raise UserError(f"{where} is damaged: delete the line, and run mapo-fast sample again") from None
     if Path(file).name != file or file in ("", ".", ".."):
         raise UserError(f"{where}: {file!r} is no name of a file in the folder")
-    path = folder / file
-    if not path.is_file():
-        raise UserError(f"{where}: {path} is missing; run mapo-fast sample again")
-    return Made(path, prompt, seed, settings)
+    return Made(folder / file, prompt, seed, settings)
 
 
 def paired(folders: Sequence[Path]) -> list[list[Made]]:

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mapo_fast.data.prompt_files import LONGEST, read_prompts
+from mapo_fast.data.prompt_files import read_prompts
 from mapo_fast.data.prompt_text import plain, remarks
+from mapo_fast.models.sampling import LONGEST_TEXT
 from mapo_fast.util.errors import UserError
 
 RED, BLUE = "a red cat, sitting", 'a "blue" dog'
@@ -57,7 +58,7 @@ def test_a_prompt_counts_once(tmp_path: Path) -> None:
         ("a.txt", b"", "has no prompts"),
         ("a.txt", b" \n\t\n<lora:a:1>\n", "has no prompts"),
         ("a.txt", b"\xff\xfea\x00", "not UTF-8 text: save it as UTF-8"),
-        ("a.txt", b"ok\n" + b"x" * (LONGEST + 1), "line 2: the prompt has 10,001 characters"),
+        ("a.txt", b"ok\n" + b"x" * (LONGEST_TEXT + 1), "line 2: the prompt has 10,001 characters"),
         ("a.jsonl", b'{"prompt": "a"}\nred\n', "line 2 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n', 'line 1 is no object with a "prompt"'),
         ("a.jsonl", b'["a"]\n', 'line 1 is no object with a "prompt"'),
@@ -133,5 +134,5 @@ def test_one_warning_for_each_kind() -> None:
 @pytest.mark.parametrize("piece", ["(", "(a:1", "<lora:", "((a:1.1)", "\\(", ":1)", "(:1)"])
 def test_hostile_notations_take_no_time(piece: str) -> None:
     start = time.perf_counter()
-    plain(piece * (LONGEST // len(piece)))
+    plain(piece * (LONGEST_TEXT // len(piece)))
     assert time.perf_counter() - start < 2
