@@ -12,8 +12,9 @@ from mapo_fast.hardware.holders import gpus
 from mapo_fast.hardware.host import host
 from mapo_fast.hardware.names import find_card
 from mapo_fast.planner import shipped
+from mapo_fast.planner.capability import OLDEST_BF16, least_capability
 from mapo_fast.planner.plan import PlanResult
-from mapo_fast.settings.fp8 import capability_for, refuse_card_without_fp8
+from mapo_fast.settings.fp8 import refuse_card_without_fp8
 from mapo_fast.settings.load import expect_config
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
@@ -21,8 +22,6 @@ from mapo_fast.util.sizes import GIB, parse_size
 
 RAM = "32GiB"
 """Free system RAM of the machine that a plan is for, where nobody says."""
-_WITHOUT_BF16 = 80
-"""The compute capability below which a card does not compute in bf16."""
 
 
 def plan(
@@ -83,7 +82,7 @@ def card_and_memory(config: Config, card: str | None, vram: str | None) -> tuple
         raise UserError('say which card: --card "RTX 4090", or --vram 24')
     nbytes = min(sizes)  # a run has no more than its card either
     assumed = found or card_with(nbytes, least_capability(config))
-    if "bf16" in config.train.precision and assumed.capability < _WITHOUT_BF16:
+    if "bf16" in config.train.precision and assumed.capability < OLDEST_BF16:
         raise UserError(
             f"{assumed.name} cannot do bf16 (train.precision = {config.train.precision!r}): use 'fp16' with "
             "adapter.kind = 'lora', or 'fp32'"
@@ -96,8 +95,3 @@ def name_of_local_card() -> str | None:
     """This machine's first GPU with its memory, where there is one and NVML can be asked."""
     local = next(iter(gpus()), None)
     return None if local is None else f"{local.name} {local.total / GIB:.0f}GB"
-
-
-def least_capability(config: Config) -> int:
-    """The least compute capability that the settings need, 89 for 8.9."""
-    return max(capability_for(config), _WITHOUT_BF16 if "bf16" in config.train.precision else 0)

@@ -15,7 +15,7 @@ from mapo_fast.hardware.names import find_card
 from mapo_fast.models.full_size import SDXL_UNET
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.planner import shipped
-from mapo_fast.planner.answer import least_capability
+from mapo_fast.planner.capability import least_capability
 from mapo_fast.planner.models import parts_of, unet_of
 from mapo_fast.planner.plan import PlanResult
 from mapo_fast.planner.rates import rates_of
