@@ -1,7 +1,7 @@
-"""The `mapo-fast` command: one line on stderr for whatever ends it, never a stack trace.
+"""The `mapo-fast` command: any error is one line on stderr, never a stack trace.
 
 Exit codes: 0 done · 1 the machine failed (disk, I/O, memory) · 2 wrong input or settings · 3 no plan fits ·
-130 (Ctrl-C), 143 (SIGTERM) and 129 (the terminal was closed) stopped, and what was done is saved.
+130 (Ctrl-C), 143 (SIGTERM) and 129 (the terminal was closed) stopped, and finished work is saved.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _LIBRARIES = {
 }
 
 _PATIENCE = 10.0
-"""Seconds that another process of a run leaves the first one to report what is wrong for both."""
+"""Seconds that another process of a run waits for the first one to report an error for both."""
 
 
 app.command(cls=Configured)(prepare)
@@ -199,9 +199,9 @@ def export(
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="`auto`, `fp16`, `bf16` or `fp32`.")] = "auto",
     step: Annotated[int | None, typer.Option("--step", help="Of a run: take this checkpoint.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what stands at --out.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing --out.")] = False,
     no_metadata: Annotated[
-        bool, typer.Option("--no-metadata", help="Say nothing in the file of what it is.")
+        bool, typer.Option("--no-metadata", help="Write no metadata into the file.")
     ] = False,
     code: Code = None,
 ) -> None:

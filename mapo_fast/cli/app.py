@@ -21,9 +21,9 @@ except ImportError as missing:
 
 class _Commands(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; a signal that it does not answer itself ends it with 128 + its number.
+        """Run the command; an unhandled signal ends it with exit code 128 + the signal's number.
 
-        Ctrl-C too, where click would end it with 1.
+        This includes Ctrl-C, for which click's exit code would be 1.
         """
         try:
             with interruptible():
@@ -49,17 +49,17 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # rich's help costs more than all else that it takes
+    rich_markup_mode=None,  # rich's help takes longer than everything else in --help
     help="Preference fine-tuning of Stable Diffusion XL with MaPO on one GPU.",
 )
 
 
 def allow(code: list[str] | None, config: Path | None) -> None:
-    """Call what `--allow-code` names."""
+    """Call the functions that `--allow-code` names."""
     for one in code or []:
         extensions.allow(one, lambda line: typer.echo(printable(line), err=True), config)
 
 
 def is_main() -> bool:
-    """Whether this is the process that talks, of those of a launch."""
+    """Whether this is the process of a launch that writes output."""
     return os.environ.get("RANK", "0") == "0"

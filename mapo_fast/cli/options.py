@@ -66,7 +66,7 @@ def stated(
     data: str | None = None,
     out: str | None = None,
 ) -> list[str]:
-    """`--set` and the options that name a model, data and output, as overrides of settings."""
+    """Overrides of settings from `--set` and from the options that name a model, data and output."""
     named = {
         "model.path": model,
         "model.unet": unet,
@@ -80,10 +80,10 @@ def stated(
 
 
 def some_settings(config: Path | None, preset: str | None) -> None:
-    """Ask for a config or a preset where a command has neither.
+    """Raise where a command has neither a config nor a preset.
 
     Raises:
-        UserError: it has neither.
+        UserError: neither is given.
     """
     if config is None and preset is None:
         raise UserError(

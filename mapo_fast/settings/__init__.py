@@ -1,1 +1,1 @@
-"""What a person may set, and which settings work together. Imports neither torch nor numpy nor Triton."""
+"""All settings, and the rules on which of them work together. Imports neither torch nor numpy nor Triton."""

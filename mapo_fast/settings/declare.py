@@ -1,8 +1,8 @@
 """How a setting is declared, and the table that is read off the declarations.
 
 A field of a `Section` is declared once, by `setting`: type, default and limits as pydantic has them, its
-docstring, and what the rest of the program has to know of it. `rows` collects that; whoever needs a list of
-settings takes it from there (`table.py`) and keeps none.
+docstring, and the facts that the rest of the program needs. `rows` collects these. Code that needs a list of
+settings takes it from there (`table.py`) and keeps none of its own.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pydantic.fields import FieldInfo
 from mapo_fast.util.extensions import load_installed
 
 Affects = Literal["inputs", "cache", "arithmetic", "reference", "execution", "bookkeeping"]
-"""What another value of a setting makes another one of:
+"""What changes with the value of a setting:
 
-inputs       the data and the models that a run starts from: known by what they hold, so that folders may move
+inputs       the data and the models that a run starts from: identified by content, so folders may move
 cache        what `prepare` encodes: another value needs another cache
 arithmetic   the updates and the figures of a run: fixed for all of a run
 reference    the reference's errors that are computed before the first step, and kept
@@ -30,8 +30,8 @@ execution    how a run is computed, with the same result up to rounding: free at
 bookkeeping  what is written, kept and shown, and where: free at a resume
 """
 Planned = Literal["no", "exact", "last"]
-"""Whether the planner may choose a setting that is left out: no; yes, as the gradients are the same under all
-its values; or only where nothing else fits, as it changes what is computed."""
+"""Whether the planner may choose an unset setting: no; yes, because the gradients are the same under all its
+values; or only where nothing else fits, because it changes what is computed."""
 
 Source = Literal[
     "preset",
@@ -51,14 +51,14 @@ Source = Literal[
 preset        `--preset`
 file          the config file
 command line  `--set`
-stated        a program that made the config
+stated        a program that made the config in Python
 device        the CPU has another default, or several processes allow one value only
 start LoRA    the LoRA in `adapter.start` has it
-resumed run   the run that is continued had it, where the config leaves it to the memory plan
+resumed run   the run that is continued had it, and the config leaves it to the memory plan
 plan          the memory plan chose it
 model         the model says so, where the setting is `auto`: for `mapo-fast show` and a run's `settings.json`
 epochs        `train.epochs` and the number of training pairs give it
-default       none of these; completed where the default does not work with what is stated (`rules.py`)
+default       none of these; completed where the default does not work with the set values (`rules.py`)
 """
 
 _REQUIRED: Any = ...
@@ -76,10 +76,10 @@ def setting(
     """Declare a field of a `Section`.
 
     Args:
-        default: its value where the config leaves it out; none for one that has to be stated.
+        default: value of the setting where a config leaves it out; without one the setting is required.
         affects: see `Affects`.
         planned: see `Planned`.
-        on_cpu: its default in a run on the CPU, where that is another one.
+        on_cpu: default in a run on the CPU, where that differs.
         constraints: pydantic's `ge`, `lt`, `pattern`, ….
     """
     extra = {
@@ -92,13 +92,13 @@ def setting(
 
 @dataclass(frozen=True)
 class OneOf:
-    """The check of a name that a registry has, to stand in an `AfterValidator`.
+    """Check that a registry has a name, for an `AfterValidator`.
 
-    For a name that it has not, installed packages are asked (`util.extensions`).
+    For an unknown name, installed packages are asked first (`util.extensions`).
     """
 
     names: Callable[[], Sequence[str]]
-    """Those that are registered now."""
+    """Returns the names that are registered now."""
 
     def __call__(self, name: str) -> str:
         """Return the name."""
@@ -120,25 +120,25 @@ class Setting(NamedTuple):
     type: Any
     """Its annotation."""
     default: Any
-    """None too for one that has to be stated."""
+    """Default value; None also for a required setting."""
     required: bool
     on_cpu: Any
     """The default on the CPU."""
     affects: tuple[Affects, ...]
     planned: Planned
     limits: tuple[Any, ...]
-    """`annotated_types`' and pydantic's, such as `Ge(0)`."""
+    """Limits in `annotated_types`' and pydantic's form, such as `Ge(0)`."""
     text: str
     """Its documentation."""
 
     @property
     def name(self) -> str:
-        """As a config and a message name it: `section.key`."""
+        """The setting's name in configs and messages: `section.key`."""
         return f"{self.section}.{self.key}"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those that a registry has for it now; none where no registry says what it may be."""
+        """Names that a registry now has for the setting; empty for a setting without a registry."""
         checks = (limit.func for limit in self.limits if isinstance(limit, AfterValidator))
         return next((tuple(check.names()) for check in checks if isinstance(check, OneOf)), ())
 
@@ -149,7 +149,7 @@ class Setting(NamedTuple):
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        """All its values where these are names or truth values, the default first; else the default alone."""
+        """All values of a setting of names or truth values, the default first; else the default alone."""
         found = [self.default, *(name for name in self.names if name != self.default)]
         for member in _members(self.type):
             values = (True, False) if member is bool else get_args(member) if _is_literal(member) else ()
@@ -192,7 +192,7 @@ def _row(section: str, key: str, field: FieldInfo) -> Setting:
 
 
 def _members(type_: Any) -> tuple[Any, ...]:
-    """The types of a union; of another type itself."""
+    """The members of a union type; any other type by itself."""
     return get_args(type_) if get_origin(type_) in (Union, types.UnionType) else (type_,)
 
 

@@ -22,18 +22,18 @@ class Foreign(NamedTuple):
     ours: str
     """The setting, `section.key`, that is meant; empty where there is none."""
     note: str = ""
-    """What a person has to know before using it, or what happens without a setting."""
+    """Note for the message: how the setting differs, or what happens without one."""
 
     @property
     def hint(self) -> str:
-        """What a message says instead of the unknown key."""
+        """The hint in the message on an unknown key."""
         if not self.ours:
             return self.note
         return f"did you mean {self.ours}?" + (f" {self.note}" if self.note else "")
 
 
 def foreign(key: str) -> Foreign | None:
-    """The entry of a key, in whichever of its spellings: `--learning-rate`, `learning_rate`."""
+    """The entry of a key, in any spelling: `--learning-rate`, `learning_rate`."""
     return _BY_NAME.get(key.strip().lstrip("-").replace("-", "_").lower())
 
 
@@ -67,7 +67,7 @@ _ALIKE = {
     "preview.guidance": "validation_guidance",
     "preview.steps": "validation_num_inference_steps",
 }
-"""Keys that need no word beyond our name."""
+"""Keys of other trainers that need no note, by our setting."""
 
 _NOTED = (
     (
@@ -264,7 +264,7 @@ _NOTED = (
         "train.vram sets the memory to stay within, and the plan follows: leave it out",
     ),
 )
-"""Our setting or none, keys, and what to know."""
+"""Our setting or none, keys of other trainers, and a note."""
 
 FOREIGN = (
     *(Foreign(name, ours) for ours, names in _ALIKE.items() for name in names.split()),

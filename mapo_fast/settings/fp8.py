@@ -13,17 +13,17 @@ def capability_for(config: Config) -> int:
 
 
 def refuse_card_without_fp8(config: Config, name: str, capability: int) -> None:
-    """Raise where a card is to multiply fp8 and cannot.
+    """Raise if the settings ask for fp8 products and the card cannot multiply fp8.
 
     Raises:
-        UserError: naming the setting that asks for it, and what to set instead.
+        UserError: the message names the setting that asks for fp8, and what to set instead.
     """
     if capability < capability_for(config):
         raise refusal(config, name, capability)
 
 
 def refusal(config: Config, name: str, capability: int) -> UserError:
-    """Which setting asks for fp8 that a card has not, and what to set instead."""
+    """The error that names the setting that asks for fp8, and what to set instead."""
     asking = _asking(config)
     assert asking is not None
     setting, instead = asking

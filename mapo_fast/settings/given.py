@@ -1,7 +1,7 @@
-"""What a file or a program gives as settings, in the form in which it is validated: JSON.
+"""Settings from a file or a program, converted to the form in which they are validated: JSON.
 
-Wherever it comes from, the same is accepted then: paths are strings and tuples are lists, but true is not 1
-and "2" is not 2.
+So the same values are accepted from both: paths are strings and tuples are lists, but true is not 1 and "2"
+is not 2.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def as_json(table: Mapping[str, Any]) -> str:
     """The text of a nested dict of settings.
 
     Raises:
-        ValueError: a value that no setting can have.
+        ValueError: no setting can have the value.
     """
     text = json.dumps(table, default=_plain, ensure_ascii=False)
     try:
@@ -55,7 +55,7 @@ def user_path(name: str, text: str, base: Path | None = None) -> Path:
     """A path as a person writes it, `~` included, from `base` or the working folder.
 
     Raises:
-        UserError: no file can have it; `name` says where it stands.
+        UserError: no file can have this path; the message has `name`.
     """
     if not text:
         raise UserError(f"{name} is empty: name a file or folder")

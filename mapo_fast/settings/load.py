@@ -32,14 +32,14 @@ def load_config(
     """Read a TOML file, a preset or both, apply overrides, validate.
 
     Args:
-        path: of the file. Relative paths in it are relative to its folder.
+        path: the config file. Relative paths in it are relative to its folder.
         overrides: settings to replace, as `section.key=value`; their paths are relative to the working
             folder.
-        preset: name of one of `presets.PRESETS`; what the file states takes its place.
+        preset: name of one of `presets.PRESETS`; settings of the file replace the preset's.
 
     Returns:
-        The settings, which cannot be changed; `Config.sources` says where each one comes from. Where nothing
-        says so, the run and its cache are under `runs` in the working folder (`places.py`).
+        The immutable settings; `Config.sources` says where each one comes from. Unless they are set, the run
+        and its cache are under `runs` in the working folder (`places.py`).
 
     Raises:
         UserError: unknown preset, unreadable file, bad TOML, unknown key (with the nearest valid one), wrong
@@ -98,15 +98,15 @@ def _put_over(table: dict[str, Any], part: dict[str, Any]) -> None:
 
 
 def _ask_for_names(table: dict[str, Any], where: str) -> None:
-    """Ask for the model and the data, which only the command line can name where there is no file.
+    """Ask for the model and the data, which only the command line can name if there is no file.
 
     Raises:
-        UserError: one of them is not named.
+        UserError: the model or the data is not named.
     """
     names = _names(table)
     known = {row.name for row in TABLE}
     if any(name not in known and not name.startswith("objective.") for name in names):
-        return  # that is said first
+        return  # reported first
     if "model.path" not in names:
         raise UserError(f"{where}: which model? Name it with --model FILE.safetensors")
     if "data.source" not in names and "data.cache" not in names:
@@ -114,7 +114,7 @@ def _ask_for_names(table: dict[str, Any], where: str) -> None:
 
 
 def _make_way(table: dict[str, Any], names: Sequence[str]) -> None:
-    """Remove the length of a run, in steps or epochs, where another place states it otherwise."""
+    """Remove the length of a run, in steps or epochs, where a later source sets it in the other unit."""
     length = {"train.steps", "train.epochs"}
     if len(length & {*names}) == 1 and isinstance(train := table.get("train"), dict):
         train.pop((length - {*names}).pop().partition(".")[2], None)
@@ -127,7 +127,7 @@ def _names(table: dict[str, Any]) -> list[str]:
 
 
 def expect_config(config: object) -> None:
-    """Raise `TypeError` for what is no `Config`, such as a file's path."""
+    """Raise `TypeError` for anything but a `Config`, such as a file's path."""
     if not isinstance(config, Config):
         raise TypeError(
             f"config must be a Config, not {type(config).__name__}: load_config(path) reads a file"
@@ -135,7 +135,7 @@ def expect_config(config: object) -> None:
 
 
 def parse_config(table: dict[str, Any], where: str = "config") -> Config:
-    """Validate a nested dict of settings. Raises `UserError` as `load_config` does."""
+    """Validate a nested dict of settings; raises `UserError` for mistakes in it."""
     try:
         return Config.model_validate_json(as_json(table), strict=True)
     except ValidationError as error:
@@ -147,14 +147,14 @@ def parse_config(table: dict[str, Any], where: str = "config") -> Config:
 
 
 def with_settings(config: Config, settings: dict[str, Any], source: Source = "stated") -> Config:
-    """The config with some values (`section.key`) replaced, checked again; they are stated then.
+    """The config with some values (`section.key`) replaced and checked; these then count as set.
 
     Args:
-        settings: may be empty.
-        source: where those come from that are not stated as they are.
+        settings: new values by name; may be empty.
+        source: source of the values that are new.
 
     Raises:
-        UserError: they cannot be combined.
+        UserError: the values cannot be combined.
     """
     table = json.loads(config.model_dump_json(exclude_unset=True))
     for name, value in settings.items():
@@ -172,7 +172,7 @@ def _split(names: Iterable[str]) -> list[tuple[str, str, str]]:
 
 
 def _resolved_loras(name: str, entries: list[Any], base: Path | None = None) -> list[Any]:
-    """`model.lora` with its paths resolved; what is no text is left to the check of types."""
+    """`model.lora` with its paths resolved; entries that are not text are left to the check of types."""
     return [str(parse_lora(name, text, base)) if isinstance(text, str) else text for text in entries]
 
 
@@ -180,7 +180,7 @@ def apply_override(table: dict[str, Any], override: str) -> str:
     """Put one `section.key=value` into a table of settings; returns the name.
 
     Raises:
-        UserError: it is not written so.
+        UserError: the override is not written as `section.key=value`.
     """
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")

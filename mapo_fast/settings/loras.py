@@ -17,20 +17,20 @@ class Lora(NamedTuple):
     weight: float
 
     def __str__(self) -> str:
-        """As `parse_lora` reads it."""
+        """The text that `parse_lora` reads."""
         return f"{self.path}={self.weight!r}"
 
 
 def parse_lora(name: str, text: str, base: Path | None = None) -> Lora:
-    """Read `FILE` or `FILE=WEIGHT`; what exists as a path is always one.
+    """Read `FILE` or `FILE=WEIGHT`; a text that is an existing path is always a path.
 
     Args:
-        name: of the setting or option, for messages.
-        text: what stands there.
+        name: name of the setting or option, for messages.
+        text: the value to read.
         base: the folder that relative paths start from; the working folder by default.
 
     Raises:
-        UserError: the weight is no finite number, or no file can have the name.
+        UserError: the weight is not a finite number, or no file can have the name.
     """
     path = user_path(name, text, base)
     file, equals, number = text.rpartition("=")

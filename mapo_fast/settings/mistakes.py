@@ -1,4 +1,4 @@
-"""What is wrong with a config, in one line: the names of keys, their values, and what would do."""
+"""Mistakes in a config, in one line: the names of keys, their values, and what is valid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mapo_fast.util.errors import shown
 
 
 def mistakes(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first few mistakes that pydantic found in a `model`, which has sections.
+    """The first few mistakes that pydantic found in a `model` with sections, as text.
 
     Unknown keys come first: where a whole section is missing, they say why.
     """
@@ -21,7 +21,7 @@ def mistakes(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def meant(key: str, model: type[BaseModel]) -> str | None:
-    """What an unknown key means: another trainer's setting, or one of another section."""
+    """A hint on an unknown key: it is another trainer's, or belongs to another section; else None."""
     if known := foreign(key):
         return known.hint
     homes = [f"{section}.{key}" for section in model.model_fields if key in _fields(model, [section])]
@@ -36,7 +36,7 @@ _SHAPES = {
     "train.gradient_checkpointing": 'write true, false or a list of block names such as ["down_blocks.2"]; '
     "recomputation is always non-reentrant, which 'split' and the fused step need",
 }
-"""What values of the wrong type should have been."""
+"""Hints for values of the wrong type, by setting."""
 
 
 def _explain(error: Any, model: type[BaseModel]) -> str:

@@ -14,27 +14,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """What the settings, the planner and the engine have to know of an optimizer.
+    """An optimizer's entry for the settings, the planner and the engine.
 
-    Where an ability is False, the settings that need it are refused with this optimizer.
+    Where an ability is False, the settings that need it are rejected with this optimizer.
     """
 
     build: str
     """"module:NAME" of a function of (parameters, `OptimConfig`, seed) that returns a
     `torch.optim.Optimizer`. The seed is for random bits that it may draw."""
     fused_step: bool = False
-    """It updates some tensors while others have no gradients yet (`train.fused_step`, and the offload that
-    needs it): what `build` returns is a `mapo_fast.engine.optimizers.Fusable`."""
+    """Whether it updates some tensors while others have no gradients yet (`train.fused_step`, and the offload
+    that needs it): `build` then returns a `mapo_fast.engine.optimizers.Fusable`."""
     cuda_graph: bool = False
-    """Its step can be captured (`speed.cuda_graph`): it reads nothing on the host, counts its steps on the
-    device and takes the learning rate as a 0-d tensor there."""
+    """Whether its step can be captured (`speed.cuda_graph`): it reads nothing on the host, counts its steps
+    on the device and takes the learning rate as a 0-d tensor there."""
     shard: bool = False
-    """It updates a part of a tensor as it would the whole (`train.shard`): element by element, with states
-    that are of the tensor's shape or 0-d."""
+    """Whether it updates a part of a tensor as it would the whole (`train.shard`): element by element, with
+    states of the tensor's shape, or 0-d."""
     limits_updates: bool = False
     """It keeps `optim.max_update_rms`."""
     rounds_stochastically: bool = False
-    """bf16 weights keep, on average, updates that are smaller than their spacing (`train.precision =
+    """Whether bf16 weights keep, on average, updates that are smaller than their spacing (`train.precision =
     "pure_bf16"`)."""
     smaller: str | None = None
     """The optimizer that computes nearly the same with smaller states: the planner's choice where nothing
@@ -64,7 +64,7 @@ REMOVED = {
     "RAM, in a new run: begin it from the weights of the last checkpoint, whose README.txt says how to load "
     "them",
 }
-"""Optimizers of older versions, and what to do without them."""
+"""Optimizers of older versions, and what to use instead."""
 
 
 def optimizer_names() -> tuple[str, ...]:
@@ -80,7 +80,7 @@ def register_optimizer(name: str, optimizer: Optimizer) -> None:
 
     Args:
         name: lower-case letters, digits and underscores.
-        optimizer: what it is.
+        optimizer: its entry.
 
     Raises:
         TypeError, ValueError: the name is taken, or the entry is not well-formed; nothing is registered.

@@ -33,22 +33,22 @@ own), `start LoRA` (`adapter.start` has it), `model` (where a setting is `auto`)
 or the GPU is not on this machine, the plan's settings are "chosen when the run starts". `--json` prints one
 object, `"section.key": {"value": …, "from": …}`, where these are null.
 
-A run keeps the same in `settings.json` of its folder, once for each start with other settings. There a value
-may also come from the `resumed run`, be `stated` by a Python program, or be the only one that several
+A run keeps this list in `settings.json` of its folder, once for each start with other settings. There a value
+may also come from the `resumed run`, from a Python program (`stated`), or be the only one that several
 processes allow (`device`).
 
 What a setting affects says when it may change:
 
-- **inputs**: the data and the models that a run starts from. They are known by what they hold, so folders may
+- **inputs**: the data and the models that a run starts from. They are identified by content, so folders may
   move.
 - **cache**: what `prepare` encodes. Another value needs another `data.cache`.
-- **arithmetic**: the updates and the figures of a run. `train --resume` refuses another value.
+- **arithmetic**: the updates and the figures of a run. `train --resume` rejects another value.
 - **reference**: the reference's errors that are computed before the first step and kept in the run's folder.
 - **execution**: how a run is computed, with the same result up to rounding. A resume may change it.
 - **bookkeeping**: what is written, kept and shown, and where. A resume may change it.
 
-"Planned" settings that are left out are chosen by the memory plan (`train.vram`); "planned where nothing else
-fits" are those that change what is computed.
+The memory plan (`train.vram`) chooses "planned" settings that are unset. It changes those "planned where
+nothing else fits" last, because they change what is computed.
 
 <!-- Generated from mapo_fast/settings/schema.py by `python -m mapo_fast.settings.page`. -->
 """
@@ -74,7 +74,7 @@ def help_text(table: Sequence[Setting] = TABLE) -> str:
 
 
 def written(value: Any) -> str:
-    """A value as TOML has it; `(unset)` for None, which TOML has not."""
+    """A value in TOML; `(unset)` for None, which TOML does not have."""
     return "(unset)" if value is None else json.dumps(to_jsonable_python(value), ensure_ascii=False)
 
 
@@ -103,7 +103,7 @@ def _kind(row: Setting) -> str:
 
 
 def _type(type_: Any) -> str:
-    """What a value is, in words."""
+    """The type of a setting, in words."""
     origin, members = get_origin(type_), get_args(type_)
     if origin in (Union, types.UnionType):
         return _either(_type(member) for member in members if member is not type(None))

@@ -19,7 +19,7 @@ _LONGEST = 60
 def default_places(table: Mapping[str, Any]) -> dict[str, str]:
     """`train.output` and `data.cache` where a table of settings leaves them out and names model and data.
 
-    The output is `runs/MODEL-DATA`, and the cache `cache/MODEL-DATA` beside the output.
+    The output is `runs/MODEL-DATA`, and the cache `cache/MODEL-DATA` next to the output.
     """
     model, data, train = (_section(table, name) for name in ("model", "data", "train"))
     source = data.get("source", data.get("cache"))
@@ -36,12 +36,12 @@ def default_places(table: Mapping[str, Any]) -> dict[str, str]:
 
 
 def run_name(model: str | Path, data: str | Path) -> str:
-    """`MODEL-DATA`, after the names of the two."""
+    """`MODEL-DATA`, from the names of the model and the data."""
     return f"{_short_name(model)}-{_short_name(data)}"
 
 
 def result_name(model: str | Path, data: str | Path, output: Path) -> str:
-    """`MODEL-DATA-NUMBER`, what programs call a run's result.
+    """`MODEL-DATA-NUMBER`, the name of a run's result in programs.
 
     The number is that at the end of the output's name (`free_output`), or 1.
     """

@@ -12,18 +12,18 @@ from mapo_fast.settings.toml import parse_toml
 from mapo_fast.util.errors import UserError
 
 PRESETS = ("lora", "lora-small", "full", "dpo-lora", "kto-lora")
-"""Their names, in the order in which they are listed."""
+"""Names of the presets, in the order in which they are listed."""
 
 _PACKAGE = Path(__file__).parents[1]
 FOLDER = next(f for f in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if f.is_dir())
-"""Where their files are: in the package as a wheel installs it, beside it in a checkout."""
+"""Folder of the recipes: inside the package in a wheel, next to it in a checkout."""
 
 
 def preset_text(name: str) -> str:
     """The file of a preset, with its comments.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no preset of this name.
     """
     if name not in PRESETS:
         raise UserError(f"--preset {name}: there is no such preset; there are {', '.join(PRESETS)}")

@@ -1,16 +1,16 @@
-"""Which settings work together, and what the open ones of the memory plan are.
+"""Which settings work together, and which values the unset ones of the memory plan take.
 
-The settings of a memory plan (declared `planned="exact"`) need not be stated: the planner chooses them, and
-where nothing is planned (`train.vram`), they take their defaults. A config is rejected only if no values of
-the open settings keep all rules; what is stated then contradicts itself. Where a default does not work with
-what is stated, the nearest values that do take its place (`completed`):
+The settings of a memory plan (declared `planned="exact"`) may be unset: the planner chooses them, and where
+nothing is planned (`train.vram`), they take their defaults. A config is rejected only if no values of the
+unset settings satisfy every rule. Where a default does not work with the set values, the nearest values that
+do take its place (`completed`):
 
-    stated                                              completed by
+    set                                                 completed by
     train.gradient_checkpointing = false                train.layout = "joint"
     offload.optimizer = "cpu"                           train.fused_step = true
     offload.weights = "cpu", adapter.kind = "full"      train.fused_step = true, offload.optimizer = "cpu"
 
-Nearest means: the fewest open settings that differ from their defaults, and the values that are declared
+Nearest means: the fewest unset settings that differ from their defaults, and the values that are declared
 first.
 """
 
@@ -31,7 +31,7 @@ class _Rule(NamedTuple):
 
     names: tuple[str, ...]
     broken: Callable[..., Any]
-    """Called with their values."""
+    """Called with the values of the settings; true where they do not work together."""
     why: str
 
 
@@ -167,7 +167,7 @@ _RULES = (
 )
 
 NAMES = tuple(dict.fromkeys(name for rule in _RULES for name in rule.names))
-"""The settings that rules speak of. Checkpointing may be of some blocks by name: that counts as true."""
+"""The settings that rules are about. A list of blocks for checkpointing counts as true."""
 
 
 def work(values: Mapping[str, Any]) -> bool:
@@ -176,15 +176,16 @@ def work(values: Mapping[str, Any]) -> bool:
 
 
 def completed(values: Mapping[str, Any], stated: Collection[str], table: Sequence[Setting]) -> dict[str, Any]:
-    """Values for the open settings that work with what is stated, the nearest to their defaults.
+    """Values for the unset settings that work with the set ones, nearest to their defaults.
 
     Args:
-        values: of all `NAMES`, stated or default.
-        stated: names of those that the config states.
-        table: of all settings.
+        values: values of all `NAMES`, set or default.
+        stated: names of the settings that the config sets.
+        table: all settings.
 
     Raises:
-        ValueError: there are none; the message names the settings that exclude each other, and what would do.
+        ValueError: there are no such values; the message names the settings that exclude each other, and a
+            fix.
     """
     case = _Case(values, stated, {row.name: row for row in table})
     found = case.nearest(_RULES)
@@ -198,18 +199,18 @@ def _kept(rules: Sequence[_Rule], values: Mapping[str, Any]) -> bool:
 
 
 class _Case(NamedTuple):
-    """Settings that are judged."""
+    """Settings to check against the rules."""
 
     values: Mapping[str, Any]
     stated: Collection[str]
     table: Mapping[str, Setting]
 
     def is_open(self, name: str) -> bool:
-        """Whether it may take another value than it has."""
+        """Whether a setting may take another value."""
         return self.table[name].planned == "exact" and name not in self.stated
 
     def nearest(self, rules: Sequence[_Rule]) -> dict[str, Any] | None:
-        """Values of the open settings that keep the rules, if there are any."""
+        """Values of the unset settings that satisfy the rules, if there are any."""
         for choice in _choices(
             tuple((row.name, row.choices) for row in self.table.values() if self.is_open(row.name))
         ):
@@ -218,14 +219,14 @@ class _Case(NamedTuple):
         return None
 
     def contradiction(self) -> str:
-        """Name the fewest rules that cannot be kept together, by the settings that are given."""
+        """Describe the smallest set of rules that cannot be satisfied together, by the given settings."""
         rules = list(_RULES)
         for rule in _RULES:
             fewer = [other for other in rules if other is not rule]
             if self.nearest(fewer) is None:
                 rules = fewer
         named = {name: None for rule in rules for name in rule.names if not self.is_open(name)}
-        # Two independent contradictions: no single change resolves both, so suggest one for this one only.
+        # Two independent conflicts: suggest a fix for this one only.
         for kept in (_RULES, rules):
             ways = [way for name in named if (way := self.way_out(name, kept))]
             if ways:
@@ -245,7 +246,7 @@ class _Case(NamedTuple):
 
 @functools.cache
 def _choices(open_: tuple[tuple[str, tuple[Any, ...]], ...]) -> list[dict[str, Any]]:
-    """All values of some open settings, the nearest to the defaults first."""
+    """All values of some unset settings, nearest to the defaults first."""
     found = [
         dict(zip((name for name, _ in open_), picks, strict=True))
         for picks in itertools.product(*(values for _, values in open_))

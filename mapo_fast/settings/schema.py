@@ -1,9 +1,9 @@
-"""The configuration of `mapo-fast prepare` and `mapo-fast train`: one TOML file serves both commands.
+"""The configuration of `mapo-fast prepare` and `mapo-fast train`: one TOML file for both commands.
 
 Each section is a frozen pydantic model; the text under a field is its documentation. However a `Config` is
 made (the constructor, `model_validate`, `model_copy`), its values are in range and work together, and open
-settings are completed (`rules.py`). A mistake in a file (`load.py`) or in what `Config(...)` is given becomes
-one `UserError` that names the key and the nearest valid one (`mistakes.py`).
+settings are completed (`rules.py`). A mistake in a file (`load.py`) or in the arguments of `Config(...)`
+becomes one `UserError` that names the key and the nearest valid one (`mistakes.py`).
 """
 
 from __future__ import annotations
@@ -140,10 +140,10 @@ class DataConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """`[objective]`: what is minimised.
+    """`[objective]`: the loss.
 
     An objective takes the settings that its entry in `mapo_kernels.OBJECTIVES` names; one that is left out
-    has the default there. What stands below are the settings of this package's objectives; an objective from
+    has the default there. The settings below are those of this package's objectives; an objective from
     elsewhere may bring others.
     """
 
@@ -167,9 +167,9 @@ class ObjectiveConfig(Section):
     gamma: float | None = setting(None, affects="arithmetic")
     """`simpo`, `cpo`: the margin that a pair should have."""
     alpha: float | None = setting(None, affects="arithmetic")
-    """`dmpo`: the share of preferences that are taken for wrong."""
+    """`dmpo`: assumed fraction of mislabelled pairs."""
     eta: float | None = setting(None, affects="arithmetic")
-    """`linear_dpo`: least weight of a pair, and 1 less the largest."""
+    """`linear_dpo`: pair weights are clamped to [eta, 1 − eta]."""
     desirable_weight: float | None = setting(None, affects="arithmetic")
     """`kto`: weight of wanted images, 1."""
     undesirable_weight: float | None = setting(None, affects="arithmetic")
@@ -192,12 +192,12 @@ class ObjectiveConfig(Section):
 
     @property
     def takes(self) -> list[str]:
-        """Names of the settings that a config may state."""
+        """Names of the settings that a config may set."""
         return [name for name, setting in self.known.settings.items() if setting.role == "free"]
 
     @property
     def settings(self) -> dict[str, float]:
-        """The objective's settings that are stated."""
+        """The objective's settings that are set."""
         stated = {name: getattr(self, name, None) for name in setting_names()}
         return {name: float(value) for name, value in stated.items() if value is not None}
 
@@ -205,7 +205,7 @@ class ObjectiveConfig(Section):
     def _no_other_keys(self) -> ObjectiveConfig:
         for name in self.model_extra or ():
             if name not in setting_names():
-                raise PydanticCustomError("unknown_setting", "{key} is no setting", {"key": name})
+                raise PydanticCustomError("unknown_setting", "{key} is not a setting", {"key": name})
         return self
 
 
@@ -213,7 +213,7 @@ class AdapterConfig(Section):
     """`[adapter]`: full fine-tune or LoRA."""
 
     kind: Literal["full", "lora"] = setting("lora", affects="arithmetic")
-    """`full` trains every UNet weight; `lora` trains low-rank factors beside a frozen UNet."""
+    """`full` trains every UNet weight; `lora` trains low-rank factors on a frozen UNet."""
     rank: int = setting(16, affects="arithmetic", ge=1, le=2048)
     """LoRA rank r. SDXL's widest layers are whole at 1280: more adds memory and nothing else."""
     alpha: float | None = setting(None, affects="arithmetic", gt=0.0, le=1e6)
@@ -223,13 +223,13 @@ class AdapterConfig(Section):
     )
     """Names (suffixes) of the UNet layers that get an adapter."""
     start: Path | None = setting(None, affects="inputs")
-    """A LoRA to go on from, as `model.lora` may name one. Rank, alpha and targets are its own. The reference
-    of an objective is then base + LoRA; the LoRA's part for text encoders is applied by `prepare` and written
-    unchanged with the result."""
+    """A LoRA to train further, in a format that `model.lora` reads. Rank, alpha and targets are its own. The
+    reference of an objective is then base + LoRA. The LoRA's part for text encoders is applied by `prepare`
+    and written unchanged with the result."""
     base: Literal["dense", "int8", "nf4", "fp8"] = setting(
         "dense", affects=("arithmetic", "reference"), planned="last"
     )
-    """Storage of the frozen UNet beside a LoRA: in `train.precision`'s type, or the linear layers quantised
+    """Storage of the frozen UNet under a LoRA: in `train.precision`'s type, or the linear layers quantised
     to int8 or nf4 by bitsandbytes, and the convolutions stored in 8 bits. `fp8` is as small as int8; its
     matrix products are in fp8 too: less exact, meant to be faster, not measured yet. For RTX 40, H100 and
     newer."""
@@ -296,7 +296,7 @@ class TrainConfig(Section):
     """Passes over the training pairs, instead of `steps`: a run counts its steps from them when it starts."""
     pairs_per_batch: int = setting(1, affects=("arithmetic", "reference"), ge=1, le=256)
     """Pairs in one micro-batch (two images each); `kto` takes two single images for a pair. They are in
-    memory at once: for more of them in a step there is accumulation."""
+    memory at once: for more pairs in a step raise `accumulation`."""
     accumulation: int = setting(1, affects="arithmetic", ge=1, le=2**16)
     """Micro-batches per optimizer step."""
     precision: Literal["fp32", "bf16", "fp16", "pure_bf16"] = setting(
@@ -347,11 +347,11 @@ class TrainConfig(Section):
     """Optimizer steps between LoRA files in `exports/`, which ComfyUI and A1111 load while the run goes on; 0
     writes none. For adapter.kind = "lora"."""
     keep_checkpoints: int = setting(2, affects="bookkeeping", ge=1, le=_EVERY)
-    """Checkpoints kept; of one that is a link to a folder elsewhere, only the link is removed."""
+    """Checkpoints kept. If a checkpoint is a link to a folder elsewhere, only the link is removed."""
     evaluate_every: int = setting(100, affects="bookkeeping", ge=0, le=_EVERY)
     """Optimizer steps between held-out evaluations; 0 evaluates at step 0 and at the end only."""
     evaluate_pairs: int = setting(64, affects="arithmetic", ge=1, le=8192)
-    """Held-out pairs used, at most. Two predictions of each stay in memory, 0.5 MiB at 1024²."""
+    """Most held-out pairs used. Two predictions of each stay in memory, 0.5 MiB at 1024²."""
     evaluate_draws: int = setting(8, affects="arithmetic", ge=8, le=1000)
     """Stratified timesteps per held-out pair, each with a fixed noise. A schedule has 1000 of them."""
     max_skipped_steps: int = setting(10, affects="bookkeeping", ge=0, le=_EVERY)
@@ -381,11 +381,11 @@ class TrainConfig(Section):
 
 
 class OffloadConfig(Section):
-    """`[offload]`: what lives in pinned system memory and visits the GPU while it is needed."""
+    """`[offload]`: tensors that live in pinned system memory and visit the GPU while they are needed."""
 
     optimizer: Literal["gpu", "cpu"] = setting("gpu", affects="execution", planned="exact")
-    """Optimizer states; with `cpu` they stream in around their update, in train.fused_step. `cpu` by default
-    where a full fine-tune's weights are."""
+    """Optimizer states; with `cpu` they stream in around their update, which needs train.fused_step. `cpu` by
+    default where a full fine-tune's weights are."""
     weights: Literal["gpu", "cpu"] = setting("gpu", affects="execution", planned="exact")
     """UNet weights; with `cpu` they stream in block by block, forward and backward. A full fine-tune then
     needs train.fused_step and optimizer = "cpu", which become the defaults."""
@@ -407,9 +407,10 @@ class SpeedConfig(Section):
     """Compile the transformer blocks with torch.compile: once for every width of a block, not for an aspect
     bucket. The log's `compile_s` says how long it took."""
     cuda_graph: bool = setting(False, affects="execution")
-    """Capture a whole step (forward, backward, update) and replay it: of every shape of a micro-batch the
-    first step runs as usual, the second is captured, later ones cost the host one launch. Needs an NVIDIA GPU
-    and memory: what a step makes stays reserved for the graphs (`graph buffers` of the memory plan)."""
+    """Capture a whole step (forward, backward, update) and replay it. For every shape of a micro-batch the
+    first step runs as usual, the second is captured, and later ones cost the host one launch. Needs an NVIDIA
+    GPU and
+    memory: a step's buffers stay reserved for the graphs (`graph buffers` of the memory plan)."""
     fp8: bool = setting(False, affects="arithmetic")
     """Multiply the linear layers of the transformer blocks in fp8, except for their weights' gradients. Only
     for adapter.kind = "full"; a LoRA's base has adapter.base = "fp8". For RTX 40, H100 and newer. Less exact,
@@ -439,25 +440,25 @@ _LARGEST = 1e9
 
 
 _PRECOMPUTED = 2**28
-"""Errors of a reference that are computed before the first step: 1 GiB of RAM, and months of a GPU's time."""
+"""Most reference errors to compute before the first step: 1 GiB of RAM, and months of a GPU's time."""
 
 
 class ExportConfig(Section):
-    """`[export]`: what a finished run leaves for other programs, beside diffusers' folders."""
+    """`[export]`: files of a finished run for other programs, in addition to diffusers' folders."""
 
     single_file: bool = setting(True, affects="bookkeeping")
     """Write a full fine-tune as `model.safetensors`, too: the whole model, for ComfyUI and A1111."""
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = setting("auto", affects="bookkeeping")
     """Type of that file's weights; `auto` keeps that of a single file and takes fp16 for a folder's."""
     metadata: bool = setting(True, affects="bookkeeping")
-    """Say in the files what the model is, predicts and was made with, with the last preview as a thumbnail;
-    nothing of prompts, paths and users."""
+    """Write metadata into the files: what the model is, predicts and was made with, and the last preview as a
+    thumbnail; no prompts, paths or users."""
     prompts: bool = setting(False, affects="bookkeeping")
-    """Write the preview prompts into the model card, and with the path of the data into files' metadata."""
+    """Write the preview prompts into the model card, and prompts and the data's path into files' metadata."""
     title: str | None = setting(None, affects="bookkeeping", min_length=1, max_length=200)
-    """What programs show as the model's title; without it the start model's, with the objective's name."""
+    """The model's title, which programs show; by default the start model's, with the objective's name."""
     trigger: str | None = setting(None, affects="bookkeeping", min_length=1, max_length=200)
-    """The phrase that a LoRA's files state as its trigger; without it they state none."""
+    """The trigger phrase in a LoRA's files; none by default."""
 
 
 class Config(Section):
@@ -500,26 +501,26 @@ class Config(Section):
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     _sources: Mapping[str, Source] = PrivateAttr(default_factory=dict)
-    """Of settings that are stated elsewhere than in a program."""
+    """Sources of the settings that are set elsewhere than in a program."""
 
     @property
     def stated(self) -> set[str]:
-        """Names (`section.key`) of the settings that are stated; others have defaults or were completed."""
+        """Names (`section.key`) of the settings that are set; others have defaults or were completed."""
         return {f"{section}.{key}" for section, part in self for key in part.model_fields_set}
 
     @property
     def sources(self) -> dict[str, Source]:
-        """Where each setting that is stated comes from."""
+        """Where each set value comes from."""
         return {name: self._sources.get(name, "stated") for name in self.stated}
 
     def from_sources(self, sources: Mapping[str, Source]) -> Self:
-        """The same config that knows where its settings come from."""
+        """Record where the config's settings come from; returns the config."""
         copy = BaseModel.model_copy(self)
         copy._sources = dict(sources)
         return copy
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """As of every section; what stands in the sections that are replaced is stated by a program."""
+        """The config with some sections replaced; settings in these count as set by a program."""
         kept = {
             name: source for name, source in self._sources.items() if name.split(".")[0] not in (update or ())
         }
@@ -547,8 +548,8 @@ class Config(Section):
             if name not in objective.takes:
                 of = " with objective.form = 'paper'" if objective.form == "paper" else ""
                 raise ValueError(
-                    f"objective.{name} is no setting of objective.name = {objective.name!r}{of}, which has "
-                    f"{', '.join(objective.takes) or 'none'}"
+                    f"objective.{name} is not a setting of objective.name = {objective.name!r}{of}, which "
+                    f"has {', '.join(objective.takes) or 'none'}"
                 )
             low, high = known[name].low, known[name].high
             if not low < value < high:
@@ -597,14 +598,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> Config:
-        """Let the open settings take what works with the stated ones; they stay unstated."""
+        """Let unset settings take values that work with the set ones; they still count as unset."""
         values = {name: getattr(getattr(self, name.split(".")[0]), name.split(".")[1]) for name in NAMES}
         for name, value in completed(values, self.stated, rows(type(self))).items():
             section, key = name.split(".")
             part = getattr(self, section)
             if getattr(part, key) != value:
                 fields = {**dict(part), key: value}
-                # Not validated, as it would then be stated; in place, as this is the object being made.
+                # Not validated, which would count as set; in place, as this is the object being made.
                 changed = type(part).model_construct(_fields_set=part.model_fields_set, **fields)
                 self.__dict__[section] = changed
         return self

@@ -12,27 +12,27 @@ TABLE = rows(Config)
 
 
 def affecting(what: Affects, table: Sequence[Setting] = TABLE) -> list[Setting]:
-    """The settings that have a part in something, see `Affects`."""
+    """The settings that affect something, see `Affects`."""
     return [row for row in table if what in row.affects]
 
 
 def planned(how: Planned, table: Sequence[Setting] = TABLE) -> dict[str, tuple[Any, ...]]:
-    """The settings that the planner may choose so, with their values, the default first."""
+    """The settings that the planner may choose in this way, with their values, the default first."""
     return {row.name: row.choices for row in table if row.planned == how}
 
 
 def kept_at_resume(table: Sequence[Setting] = TABLE) -> list[str]:
-    """Those that a planner may choose and that a resumed run has to keep."""
+    """Names of settings that the planner may choose and that a resumed run has to keep."""
     return [row.name for row in affecting("arithmetic", table) if row.planned != "no"]
 
 
 def on_cpu(table: Sequence[Setting] = TABLE) -> dict[str, Any]:
-    """Defaults of a run on the CPU, where these are others: by measurement (`bench.train_step`)."""
+    """Defaults of a run on the CPU, where they differ: by measurement (`bench.train_step`)."""
     return {row.name: row.on_cpu for row in table if row.on_cpu != row.default}
 
 
 def paths(table: Sequence[Setting] = TABLE) -> list[str]:
-    """Those that name files and folders."""
+    """Names of settings whose values are files and folders."""
     return [row.name for row in table if row.is_path]
 
 

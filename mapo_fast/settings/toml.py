@@ -1,4 +1,4 @@
-"""TOML that fails in one way."""
+"""Parse TOML with one kind of exception."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """`tomllib.loads` that fails in one way: `ValueError`, also for what is nested too deeply."""
+    """`tomllib.loads` that raises only `ValueError`, also for tables that are nested too deeply."""
     try:
         if _DEEP_KEY.search(text):  # tomllib takes minutes for keys of tens of thousands of parts
             raise RecursionError

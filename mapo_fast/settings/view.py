@@ -19,15 +19,15 @@ class Known(NamedTuple):
     """A setting of a run."""
 
     value: Any
-    """As JSON has it; None too where the plan is not made yet."""
+    """Value in JSON's types; None also where the plan is not made yet."""
     source: Source
 
 
 def known(config: Config, planned: Collection[str] = ()) -> dict[str, Known]:
-    """`section.key` → what is known of it, section by section.
+    """`section.key` → value and source, section by section.
 
-    A setting that stands for another value has that one: the objective's default, a LoRA's `alpha` that is
-    its rank, a reference that is chosen by what is trained.
+    A setting whose value stands for another one shows that one: the objective's default, a LoRA's `alpha`
+    that is its rank, a reference that depends on what is trained.
 
     Args:
         planned: names of the settings that the memory plan chooses when the run starts.
@@ -64,7 +64,7 @@ def as_json(settings: Mapping[str, Known]) -> dict[str, dict[str, Any]]:
 
 
 def as_text(settings: Mapping[str, Known]) -> Iterator[tuple[str, str]]:
-    """Lines, with their style for a terminal: what is not a default stands out."""
+    """Lines, with their style for a terminal: values that are not defaults stand out."""
     texts = {
         name: _LATER if source in ("plan", "epochs") and value is None else written(value)
         for name, (value, source) in settings.items()
@@ -82,4 +82,4 @@ def as_text(settings: Mapping[str, Known]) -> Iterator[tuple[str, str]]:
 
 
 _COLUMN = 40
-"""Characters of a value that the next column waits for; few paths and lists are longer."""
+"""Width in characters of the column of values; few paths and lists are longer."""
