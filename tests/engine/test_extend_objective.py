@@ -61,7 +61,11 @@ def test_it_trains(tiny_sdxl: Path, tmp_path: Path) -> None:
     [
         ("lora", {"wrong": 0.5}, r"objective\.wrong = 0\.5 must be between 0 and 0\.5"),
         ("lora", {"beta": -1.0}, r"objective\.beta = -1 must be greater than 0"),
-        ("lora", {"gamma": 1.0}, r"objective\.gamma is not a setting of .*'robust_dpo', which has beta, wrong"),
+        (
+            "lora",
+            {"gamma": 1.0},
+            r"objective\.gamma is not a setting of .*'robust_dpo', which has beta, wrong",
+        ),
         ("lora", {"wrnog": 0.1}, "wrnog"),
         ("lora", {"form": "paper"}, r"objective\.form = 'paper' is of objective\.name = 'mapo'"),
         ("full", {"reference": "adapter"}, r"objective\.reference = 'adapter' switches a LoRA off"),

@@ -106,7 +106,10 @@ def test_overrides_replace_values_with_toml_types(tmp_path: Path) -> None:
         ("objective.form=paper", r"objective\.beta must be set .* 8 for general"),
         ("objective.form=paper objective.name=dpo", r"form = 'paper' is of objective\.name = 'mapo'"),
         ("objective.name=ppo", r"objective\.name = 'ppo'.*'linear_dpo'"),
-        ("objective.name=dpo objective.desirable_weight=2", r"desirable_weight is not a setting of .* = 'dpo'"),
+        (
+            "objective.name=dpo objective.desirable_weight=2",
+            r"desirable_weight is not a setting of .* = 'dpo'",
+        ),
         (
             "objective.name=kto objective.undesirable_weight=0",
             r"undesirable_weight = 0 must be greater than 0$",
