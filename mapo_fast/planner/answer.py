@@ -1,4 +1,4 @@
-"""A user's question to the planner: looked up in the table that is shipped, or computed.
+"""A user's question to the planner: looked up in the shipped table, or computed.
 
 Nothing here imports torch before something has to be computed.
 """
@@ -21,7 +21,7 @@ from mapo_fast.util.errors import UserError
 from mapo_fast.util.sizes import GIB, parse_size
 
 RAM = "32GiB"
-"""Free system RAM of the machine that a plan is for, where nobody says."""
+"""Default free system RAM of the machine that a plan is for."""
 
 
 def plan(
@@ -34,7 +34,7 @@ def plan(
     traced: bool = False,
     progress: Callable[[int, int], None] = lambda made, asked: None,
 ) -> PlanResult:
-    """Find the fastest way to train as `config` says that fits a card; no GPU and no weights are needed.
+    """Find the fastest plan for `config` that fits a card; no GPU and no weights are needed.
 
     Presets on known cards and sizes of memory are looked up. Other questions take a minute or two, the first
     time for a model and settings.
@@ -70,7 +70,7 @@ def plan(
 
 
 def card_and_memory(config: Config, card: str | None, vram: str | None) -> tuple[Card, int]:
-    """The card that is planned for, and its bytes of memory; raises as `plan`."""
+    """The card to plan for, and its bytes of memory; raises as `plan`."""
     if not (card or vram or config.train.vram):
         card = name_of_local_card()
     found = find_card(card) if card else None
@@ -92,6 +92,6 @@ def card_and_memory(config: Config, card: str | None, vram: str | None) -> tuple
 
 
 def name_of_local_card() -> str | None:
-    """This machine's first GPU with its memory, where there is one and NVML can be asked."""
+    """This machine's first GPU with its memory; None without one, or without NVML."""
     local = next(iter(gpus()), None)
     return None if local is None else f"{local.name} {local.total / GIB:.0f}GB"

@@ -1,4 +1,4 @@
-"""Questions to the planner that have to be computed: a user's, and that of a run that is about to start."""
+"""Plans that have to be computed: for a user's question, and for a run that is about to start."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def compute(
     traced: bool = False,
     progress: Progress = no_progress,
 ) -> PlanResult:
-    """Plan for a card that need not be here; of a model like SDXL the table is asked first.
+    """Plan for a card that need not be in this machine; for a model like SDXL the table is asked first.
 
     Args:
         model: "sdxl", or a model's file or folder.
@@ -71,7 +71,7 @@ def plan_run(
         rules: of torch's allocator.
 
     Raises:
-        UserError: the GPU cannot do what the settings ask for.
+        UserError: the GPU does not support a setting.
     """
     refuse_without_fp8(config, device)
     refuse_without_triton(config, device)
@@ -82,26 +82,26 @@ def plan_run(
 
 
 def refusal(outcome: PlanResult, source: str) -> str:
-    """Why nothing fits into what `source` gives, and what would, in one line."""
+    """One line on why no plan fits the memory of `source`, and what would fit."""
     enough = f'; train.vram = "{size_text(outcome.enough)}" would do' if outcome.enough else ""
     usable = max(0, outcome.usable) / GIB
     return (
-        f"no plan fits {source}, {outcome.vram / GIB:.2f} GiB ({usable:.2f} beside the CUDA "
+        f"no plan fits {source}, {outcome.vram / GIB:.2f} GiB ({usable:.2f} without the CUDA "
         f"context and workspaces): {outcome.advice}{enough}"
     )
 
 
 def card_of(device: torch.device) -> Card:
-    """This machine's GPU, with measured rates; where that fails with assumed ones, of which the source tells.
+    """This machine's GPU with measured rates, or with assumed ones if measuring fails; `source` says which.
 
-    One that is not known is then taken for the slowest with as much memory.
+    The assumed rates of an unknown GPU are those of the slowest card with as much memory.
     """
     name, properties = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device)
     total, capability = properties.total_memory, 10 * properties.major + properties.minor
     kernels = backend(device).name == "triton"
     try:
         return Card(name, total / GIB, capability, rates_of(device), kernels)
-    except Exception as error:  # whatever it is, a run does not depend on it
+    except Exception as error:  # a run does not depend on measured rates
         why = (str(error).splitlines() or [type(error).__name__])[0]
     try:
         card = find_card(name if "GB" in name else f"{name} {total / GIB:.0f}GB")

@@ -1,4 +1,4 @@
-"""What one PyTorch operation costs: floating-point operations by kind, and bytes moved.
+"""The cost of one PyTorch operation: floating-point operations by kind, and bytes moved.
 
 One multiply-add counts as two operations. Every operation reads its inputs and writes its outputs once;
 views and allocations move nothing. Attention is counted as the kernels compute it: scores and values in
@@ -23,7 +23,7 @@ ELEMENTWISE, MATRIX, FP8, CONVOLUTION, ATTENTION, FETCH, STORE, WAIT = range(8)
 
 
 class Cost(NamedTuple):
-    """Of one operation."""
+    """Cost of one operation."""
 
     kind: int
     flops: float
@@ -63,7 +63,7 @@ def _product(a: Tensor, b: Tensor) -> float:
 
 
 def _convolution(weight: Tensor, out: Tensor) -> float:
-    """Of an output (N, O, H, W) from a weight (O, C, kh, kw)."""
+    """Operations of a convolution with output (N, O, H, W) and weight (O, C, kh, kw)."""
     return 2.0 * math.prod(out.shape) * math.prod(weight.shape[1:])
 
 
@@ -73,7 +73,7 @@ def _convolution_backward(args: Sequence[Any]) -> float:
 
 
 def _attention(q: Tensor, k: Tensor) -> float:
-    """Of one product of queries (…, S, D) and keys (…, T, D)."""
+    """Operations of one product of queries (…, S, D) and keys (…, T, D)."""
     return 2.0 * math.prod(q.shape) * k.shape[-2]
 
 
@@ -110,7 +110,7 @@ def hidden_bytes(func: Any, args: Sequence[Any]) -> int:
 
 
 def addressed_bytes(tensors: Tensors, clips: bool) -> int:
-    """What a step of AdamW8bit moves of its tensors, which its kernels find by a table of addresses.
+    """Bytes that a step of AdamW8bit moves; its kernels find the tensors by a table of addresses.
 
     Parameters, moments, block maxima and step counts are read and written, gradients are read. Where updates
     are clipped, a pass before that reads all of these but the parameters and the counts.
@@ -128,9 +128,9 @@ def cost(
     out: Any,
     changed: Sequence[Tensor] = (),
 ) -> Cost | None:
-    """Of a dispatched operation that has made `out` of these tensors; None if it moves nothing.
+    """Cost of a dispatched operation that has made `out` of these tensors; None if it moves nothing.
 
-    The caller knows that it is no view.
+    The caller has checked that `out` is not a view.
 
     Args:
         changed: those of the given tensors that it writes to.
@@ -153,4 +153,4 @@ _FREE = frozenset({aten.empty, aten.empty_like, aten.empty_strided, aten.new_emp
 _OVERWRITING = frozenset(
     {aten.copy_, aten.fill_, aten.zero_, aten.uniform_, aten._foreach_copy_, aten._foreach_zero_}
 )
-"""What they write to they do not read."""
+"""Operations that do not read the tensors that they write to."""

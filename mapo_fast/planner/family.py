@@ -2,7 +2,7 @@
 
 For every combination of the discrete settings (`settings/rules.py`) the blocks whose recomputation costs most
 time for a byte are freed from it as long as memory lasts (`windows.py`). The first trace is that of the most
-frugal combination: where it does not fit, none does, and the others need not be made.
+frugal combination: if it does not fit, none does, and the other traces are not needed.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ BLOCKS = "train.gradient_checkpointing"
 CHOICES = {name: values for name, values in planned("exact").items() if name != BLOCKS}
 SDXL_PARAMETERS = 2_567_463_684
 SLACK = 1 / 256
-"""Share of the usable bytes that is left free where blocks are freed from recomputation: composing errs."""
+"""Share of the usable bytes kept free when blocks are freed from recomputation: composed figures err."""
 
 
 def stated(config: Config) -> dict[str, Any]:
-    """The settings of a plan that the config states, with their values."""
+    """The settings of a plan that the config sets, with their values."""
     names = config.stated
     return {name: value_of(config, name) for name in planned("exact") if name in names}
 
 
 class Family:
-    """All plans that compute the same: one variant's traces, and what is composed from them."""
+    """All plans that compute the same: one variant's traces, and the plans composed from them."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Family:
         self.stated = stated(config)
         self.full = self.config.adapter.kind == "full"
         self.blocks = self.stated.get(BLOCKS) or (False if BLOCKS in self.stated else None)
-        """What to recompute where it is stated: all, nothing, or blocks by name; else None."""
+        """Blocks to recompute if set in the config: all, none, or by name; else None."""
         self.combinations = self._sensible()
         self.names = self._needed()
         configs = [self._config(self._settings(name)) for name in self.names]
@@ -69,7 +69,7 @@ class Family:
         self._overheads: dict[str, int] = {}
 
     def _sensible(self) -> list[dict[str, Any]]:
-        """The combinations that work and are not beaten by another whatever the card."""
+        """The combinations that work and are not dominated by another on every card."""
         known = {name: value_of(self.config, name) for name in NAMES} | {BLOCKS: self.blocks is not False}
         values = [
             (self.stated[name],) if name in self.stated else options for name, options in CHOICES.items()
@@ -82,9 +82,12 @@ class Family:
         return [settings for settings in working if not self._beaten(settings, fused)]
 
     def _beaten(self, settings: dict[str, Any], fused: bool) -> bool:
-        """`joint` where anything is recomputed: `split` recomputes as much and needs less. `sequential` where
-        a full fine-tune can fuse its step, and beside offloaded activations: `split` is as small and faster.
-        A LoRA's fused step: its gradients and states are nothing beside the rest.
+        """Whether a combination is dominated on every card, for one of three reasons.
+
+        1. `joint` with recomputation, because `split` recomputes as much and needs less memory.
+        2. `sequential` in a full fine-tune that can fuse its step, or with offloaded activations, because
+           `split` is as small and faster.
+        3. A fused step of a LoRA, because its gradients and optimizer states are negligible.
         """
         asked = {"train.fused_step", "offload.optimizer"} & self.stated.keys()
         if settings["train.fused_step"] and not self.full and not asked:
@@ -95,9 +98,9 @@ class Family:
         return layout == "sequential" and (fused or away)
 
     def _needed(self) -> list[str]:
-        """Names of the modes that the combinations are composed from: what halves do, what is recomputed.
+        """Names of the modes that the combinations are composed from: layout, and what is recomputed.
 
-        One of them is without offload and one with all that may be offloaded, to know what that moves.
+        One mode is without offload and one with everything offloaded that may be, to measure the transfers.
         """
         names = dict.fromkeys(name for settings in self.combinations for name in self._modes(settings))
         moving = [s for s in self.combinations if "cpu" in (s["offload.weights"], s["offload.optimizer"])]
@@ -108,7 +111,7 @@ class Family:
         return sorted(names, key=lambda name: "offloaded" not in name)  # the longest first: two run at a time
 
     def _modes(self, settings: dict[str, Any]) -> list[str]:
-        """What blocks can be under a combination: plain, then recomputed."""
+        """Modes of blocks under a combination: plain, then recomputed."""
         layout = settings["train.layout"]
         names = [] if self.blocks is True else [_plain(layout)]
         if self.blocks is not False and (layout != "joint" or "train.layout" in self.stated):
@@ -116,7 +119,7 @@ class Family:
         return names
 
     def _settings(self, name: str) -> dict[str, Any]:
-        """Of a mode's trace: fused where that may be, and `offloaded` with all that may be offloaded."""
+        """Settings of a mode's trace: fused if allowed; `offloaded` with everything offloaded that may be."""
         layout, how = name.split(" ")
         alike = [s for s in self.combinations if _plain(s["train.layout"]) == _plain(layout)]
         settings = {key: max((s[key] for s in alike), key=values.index) for key, values in CHOICES.items()}
@@ -130,7 +133,7 @@ class Family:
     # --- Combinations ---
 
     def frugal(self) -> Plan:
-        """The plan with all on the host that may be and all recomputed that may be: one trace."""
+        """The plan with everything offloaded and recomputed that may be; takes one trace."""
         name = self.names[0]
         self.traces[name] = next(self._coming)
         blocks = {BLOCKS: list(self.blocks)} if isinstance(self.blocks, tuple) else {}
@@ -138,7 +141,7 @@ class Family:
         return self._measured(plan, self.traces[name])._replace(traced=not blocks)
 
     def least(self) -> int:
-        """Bytes below which no plan is; `frugal` comes first.
+        """Lower bound of all plans' bytes; call `frugal` first.
 
         Buffers that offloaded things visit do not count: they may be larger than the things.
         """
@@ -148,7 +151,7 @@ class Family:
         return int((trace.row("parameters") + trace.row("states")).max())
 
     def plans(self) -> list[Plan]:
-        """One for each combination of discrete settings, with its best choice of blocks."""
+        """One plan for each combination of discrete settings, with its best choice of blocks."""
         self.traces |= dict(zip(self.names[1:], self._coming, strict=True))
         room = int(self.usable * (1 - SLACK))
         found = (self._best(settings, room) for settings in self.combinations)
@@ -159,13 +162,13 @@ class Family:
         self._coming.close()
 
     def smaller(self, plan: Plan, excess: int) -> Plan | None:
-        """The plan with more recomputed, because its trace has shown this many bytes too many."""
+        """The plan with more recomputation, after its trace was this many bytes too large."""
         settings = {name: plan.settings[name] for name in CHOICES}
         found = self._best(settings, plan.reserved - excess)
         return found if found is not None and found.peak < plan.peak else None
 
     def _overhead(self, name: str) -> int:
-        """What the allocator reserves beside the tensors of a mode's trace."""
+        """Bytes that the allocator reserves on top of the tensors of a mode's trace."""
         if name not in self._overheads:
             trace = self.traces[name]
             peak = trace.peak + sum(self._graphs(trace.peak - trace.lasting).values())
@@ -185,7 +188,7 @@ class Family:
         lasting = self._lasting(settings)
         room -= sum(lasting.device.values()) + self._overhead(names[-1])
         if self.config.speed.cuda_graph:
-            room //= 2  # what a step makes, and as much again
+            room //= 2  # a step's own memory, and as much again
         plain, recomputed = _plain(layout), _recomputed(settings)
 
         def made(blocks: Any, free: Collection[str], default: str) -> Plan:
@@ -210,7 +213,7 @@ class Family:
         return made(True if not free else prefixes(names_of - free, names_of), free, recomputed)
 
     def _freed(self, modes: Mapping[str, Mode], plain: str, recomputed: str, room: int) -> set[str]:
-        """Blocks that need not be recomputed."""
+        """Names of the blocks that need not be recomputed."""
         freed: dict[str, str] = {}
         if compose(modes, freed, recomputed).peak > room:
             return set()
@@ -224,12 +227,12 @@ class Family:
         return next((t for name, t in self.traces.items() if name.endswith("offloaded") == offloaded), None)
 
     def _moved(self, category: str) -> int:
-        """Bytes that the trace with offload does not have on the device."""
+        """Device bytes that the trace with offload saves."""
         here, away = self._trace(offloaded=False), self._trace(offloaded=True)
         return 0 if here is None or away is None else int(here.row(category).max() - away.row(category).max())
 
     def _lasting(self, settings: dict[str, Any]) -> _Lasting:
-        """What lies on the device and in pinned memory throughout."""
+        """Bytes on the device and in pinned memory throughout a step."""
         here, away = self._trace(offloaded=False), self._trace(offloaded=True)
         assert here is not None
         device = {name: int(here.row(name).max()) for name in ("parameters", "states")}
@@ -284,7 +287,7 @@ class Family:
         )
 
     def _graphs(self, made: int) -> dict[str, int]:
-        """The pool of CUDA graphs, if there are any: all that a step makes, beside what runs outside them."""
+        """Bytes of the CUDA graphs' pool, if there are any: a step's own memory, on top of eager work's."""
         return {GRAPHS: made} if self.config.speed.cuda_graph else {}
 
     def _loaded(self) -> int:
@@ -330,17 +333,17 @@ def _recomputed(settings: Mapping[str, Any]) -> str:
 
 
 class _Lasting(NamedTuple):
-    """What is there throughout a step, in bytes."""
+    """Bytes that are in use throughout a step."""
 
     device: dict[str, int]
     weights: int
-    """Streamed from pinned memory."""
+    """Bytes of weights streamed from pinned memory."""
     states: int
-    """Likewise."""
+    """Bytes of optimizer state streamed from pinned memory."""
 
 
 def prefixes(chosen: set[str], blocks: set[str]) -> list[str]:
-    """The shortest list of name prefixes that hold exactly these of the blocks."""
+    """The shortest list of name prefixes that match exactly the chosen blocks."""
     found = []
 
     def visit(prefix: str) -> None:

@@ -1,4 +1,4 @@
-"""Compile what a run will launch, in threads, while its weights load.
+"""Compile a run's kernels, in threads, while its weights load.
 
 Which kernels that are is asked of the run itself: a step of its own engine on memory that is never touched,
 once for each kind of image shape, stopped where Triton would compile. A UNet with one transformer block
@@ -58,7 +58,7 @@ class Kernel(NamedTuple):
     options: Any
 
     def compile(self, target: Any) -> None:
-        """Put it into Triton's cache; what cannot be compiled will say so when it is launched."""
+        """Compile into Triton's cache; errors are ignored here and raised at the launch."""
         source = ASTSource(self.function, self.signature, self.constants, self.attributes)
         with suppress(Exception):
             triton.compile(source, target=target, options=self.options.__dict__)
@@ -94,7 +94,7 @@ def kinds_of_shapes(buckets: Iterable[Bucket], levels: int) -> list[Bucket]:
 def kernels_of(
     config: Config, unet_config: dict[str, Any], buckets: Iterable[Bucket], target: Any, card: hardware.Card
 ) -> dict[Any, Kernel]:
-    """What steps of a run launch, each once, under the key that Triton knows it by.
+    """The kernels that a run's steps launch, each once, under Triton's key.
 
     Args:
         config: as planned.
@@ -134,7 +134,7 @@ def kernels_of(
 
 
 def _smaller(config: Config, unet_config: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
-    """Settings and a UNet that launch the same kernels, sooner."""
+    """Settings and a smaller UNet that launch the same kernels in less time."""
     changes = {f"offload.{what}": "gpu" for what in ("optimizer", "weights", "activations")}
     checkpointing = bool(config.train.gradient_checkpointing)  # blocks by name may not be there
     config = with_settings(config, trace.EAGER | changes | {"train.gradient_checkpointing": checkpointing})
@@ -148,9 +148,9 @@ def _smaller(config: Config, unet_config: dict[str, Any]) -> tuple[Config, dict[
 def compiling(
     config: Config, unet_config: dict[str, Any], buckets: Iterable[Bucket], device: torch.device
 ) -> Iterator[int]:
-    """Within, the kernels of a run are compiled in threads; at the end all are. Yields how many they are.
+    """Compile a run's kernels in threads while the context is open; all are done at its end.
 
-    Nothing is done where no kernel runs, and where the same were compiled before on this machine.
+    Yields their number. Nothing is done where no kernel runs, or where they were compiled before on this machine.
     """
     if hardware.backend(device).name != "triton":
         yield 0

@@ -1,4 +1,4 @@
-"""Which UNet and VAE are planned for: a model's, or SDXL's by name."""
+"""The UNet and VAE to plan for: a model's, or SDXL's by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parts_of(model: str, config: Config) -> tuple[Config, dict[str, Any], Vae]:
         config: for another VAE's folder, and the noise schedule that `[train]` states.
 
     Raises:
-        UserError: it is no SDXL model.
+        UserError: not an SDXL model.
     """
     if model.lower() == "sdxl":
         parts = sdxl_parts()
@@ -40,13 +40,13 @@ def parts_of(model: str, config: Config) -> tuple[Config, dict[str, Any], Vae]:
 
 
 def unet_of(folder: Pipeline) -> dict[str, Any]:
-    """The config of a model's UNet; SDXL's own where it is no other, so that all of these share traces."""
+    """The config of a model's UNet; SDXL's own if they are equivalent, so that such models share traces."""
     unet = folder.config("unet")
     return SDXL_UNET if _in_full(unet) == _in_full(SDXL_UNET) else unet
 
 
 def _in_full(unet: dict[str, Any]) -> dict[str, Any]:
-    """All that a UNet is built by, with defaults; the size of its images is no part of it."""
+    """Everything that a UNet is built from, with defaults and without the image size."""
     known = {p.name: p.default for p in inspect.signature(UNet2DConditionModel.__init__).parameters.values()}
     found = {name: unet.get(name, known[name]) for name in known if name not in ("self", "sample_size")}
     return {name: tuple(v) if isinstance(v, list) else v or None for name, v in found.items()}

@@ -16,7 +16,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def check_picture(path: Path) -> None:
-    """Before the search, which takes longer.
+    """Check the picture's path before the search, which takes long.
 
     Raises:
         UserError: no picture can be written there.

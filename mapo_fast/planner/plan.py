@@ -1,4 +1,4 @@
-"""A plan: values for settings, with what they need."""
+"""A plan: values for settings, with their memory and time."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ if TYPE_CHECKING:  # it imports torch, which a plan that is looked up does witho
 
 GIB = 2**30
 GRAPHS = "graph buffers"
-"""What a plan calls the memory that CUDA graphs keep reserved."""
+"""Name of the memory that CUDA graphs keep reserved, in a plan."""
 
 
 class Plan(NamedTuple):
-    """Settings and the step that they make, predicted."""
+    """Settings, with the predicted memory and time of their step."""
 
     settings: dict[str, Any]
-    """`section.key` → value, of all that the planner may choose and the config leaves open."""
+    """`section.key` → value of all settings that the planner may choose and the config leaves unset."""
     device: dict[str, int]
     """Bytes on the device at the step's peak, by category."""
     peak: int
-    """Their sum: no CUDA context, no workspaces."""
+    """Sum of `parts`, without CUDA context and workspaces."""
     reserved: int
-    """Most bytes that torch's allocator reserves for them, with cuBLAS' workspaces (`replay.py`)."""
+    """Most bytes that torch's allocator reserves, with cuBLAS' workspaces (`replay.py`)."""
     pinned: int
     """Bytes of host memory that transfers go to and come from."""
     host: int
     """Most bytes of host memory, with loading and saving."""
     ms: float
     traced: bool
-    """Whether the figures are those of a full trace of this plan; else it is composed of others' pieces."""
+    """Whether the figures come from a full trace of this plan, not composed from other traces."""
     changes: tuple[str, ...] = ()
     """Settings that change what is computed."""
     accumulation: int = 1
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 
     @property
     def time(self) -> str:
-        """How long a step takes."""
+        """Time of a step, as text."""
         if self.accumulation == 1:
             return f"{seconds_text(self.ms / 1e3)} a step"
         each = seconds_text(self.ms / 1e3 / self.accumulation)
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
 
     @property
     def name(self) -> str:
-        """How it trains, in a few words."""
+        """Short description of how the plan trains."""
         values = {name: self.settings[name] for name in WORDS if name in self.settings}
         words = [in_words(name, value) for name, value in values.items() if value not in (False, "gpu")]
         if values.get("train.gradient_checkpointing") is False:
@@ -78,11 +78,11 @@ WORDS: dict[str, dict[Any, str]] = {
     "offload.weights": {"gpu": "weights on the card", "cpu": "weights in system RAM"},
     "offload.activations": {"gpu": "activations on the card", "cpu": "activations in system RAM"},
 }
-"""What the values of planned settings do."""
+"""Effects of the values of planned settings, in words."""
 
 
 def in_words(name: str, value: Any) -> str:
-    """What a planned setting does; empty for one that has no words."""
+    """Effect of a planned setting in words; empty for settings without a description."""
     if isinstance(value, (list, tuple)):
         return "some activations recomputed"
     return WORDS.get(name, {}).get(value, "")
@@ -105,13 +105,13 @@ class Loser(NamedTuple):
     """A plan that was not chosen."""
 
     plan: Plan
-    """Its time is corrected as the chosen plan's own trace has corrected that one's."""
+    """The plan; its time is corrected by the factor that the chosen plan's own trace gave."""
     reason: str
 
 
 @dataclass(frozen=True)
 class PlanResult:
-    """What the planner found; all figures are predictions."""
+    """The planner's result; all figures are predictions."""
 
     card: Card
     vram: int
@@ -120,13 +120,13 @@ class PlanResult:
     host: Host
     chosen: Plan | None
     trace: Trace | None
-    """That of the chosen plan; None where it was looked up."""
+    """Trace of the chosen plan; None where the plan was looked up."""
     others: list[Loser]
     stages: dict[str, int]
     """Peak bytes of the run's other stages on the device, see `stages.py`."""
     how_to_prepare: str
-    """With which settings `prepare` fits, where it does not as it is."""
+    """Settings with which `prepare` fits, where it does not fit as configured."""
     advice: str
-    """The smallest change that would fit, where nothing does."""
+    """The smallest change with which a plan would fit, where none does."""
     enough: int
-    """Bytes of GPU memory that would do, where nothing fits; 0 where none would."""
+    """Bytes of GPU memory that would be enough, where nothing fits; 0 where no amount would be."""

@@ -1,4 +1,4 @@
-"""What `mapo-fast plan` is asked: the settings to plan for, and the command that trains with them."""
+"""The question of `mapo-fast plan`: the settings to plan for, and the command that trains with them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def question(
 ) -> tuple[Config, Run]:
     """The settings of a config, of a preset or of both, and the run that has them.
 
-    A plan needs neither data nor, beside `model`, a model: the config may leave them out.
+    A plan needs no data, and no model but `model`: the config may leave them out.
 
     Args:
         preset: without it and a config, `full` where `adapter.kind=full` is among the overrides, else `lora`.

@@ -1,4 +1,4 @@
-"""Measures what a card attains: once for a GPU, its driver and torch, in a few seconds, then from disk.
+"""Measures a card's rates: once for a GPU, its driver and torch, in a few seconds; later read from disk.
 
 Arithmetic is measured on what SDXL computes most for one pair at 1024², forward and backward, tensors in the
 order in which the engine keeps them; of several shapes each has the same share of the work. Products in fp8
@@ -38,7 +38,7 @@ from mapo_kernels import backend
 from mapo_kernels.fp8 import fp8_product, in_fp8, to_fp8
 
 SAMPLES = 5
-"""Measurements of which the median is taken, at least; more of them until `SECONDS` are over."""
+"""Least number of measurements for a median; more are made until `SECONDS` are over."""
 SECONDS = 0.1
 MIB = 2**20
 COPIED = 96 * MIB
@@ -47,7 +47,7 @@ MOVED = 32 * MIB
 """Bytes of a copy between host and device."""
 LAUNCHES = 200
 BUSY = 5e-3
-"""Seconds in which the host can issue these many."""
+"""Seconds in which the host can issue this many operations."""
 
 LINEAR = ((2048, 1280, 10240), (2048, 5120, 1280), (2048, 1280, 1280), (8192, 640, 640))
 """Rows, width in, width out."""
@@ -72,10 +72,10 @@ def rates_of(device: torch.device) -> Rates:
     """The rates of this GPU: from disk, or measured now.
 
     Raises:
-        RuntimeError: they cannot be measured, for instance for want of free memory.
+        RuntimeError: the rates cannot be measured, for instance because too little memory is free.
     """
     path = _path(device)
-    with suppress(UserError, TypeError):  # not there, or damaged: measured again
+    with suppress(UserError, TypeError):  # missing or damaged: measured again
         known = Rates(**read_json(path))
         if isinstance(known.source, str) and not _wrong(known._asdict()):
             return known
@@ -87,13 +87,13 @@ def rates_of(device: torch.device) -> Rates:
 
 
 def measure(device: torch.device, *, shrink: int = 1) -> Rates:
-    """Measure now. Allocates less than 300 MiB at a time, and gives it back.
+    """Measure the rates now. Allocates less than 300 MiB at a time, and frees it.
 
     Args:
         shrink: divides widths and tokens, to try it out where nothing is fast.
 
     Raises:
-        RuntimeError: out of memory, or a figure that is none.
+        RuntimeError: out of memory, or a figure is not a valid rate.
     """
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng([device] if on_gpu else []):
@@ -107,7 +107,7 @@ def measure(device: torch.device, *, shrink: int = 1) -> Rates:
 
 
 def _wrong(figures: Mapping[str, Any]) -> list[str]:
-    """Names of those that are no rate."""
+    """Names of the figures that are not valid rates."""
     rates = {name: value for name, value in figures.items() if name != "source"}
     return [n for n, v in rates.items() if not (isinstance(v, float) and math.isfinite(v) and v > 0)]
 
@@ -168,7 +168,7 @@ class _Clock:
             torch.cuda.synchronize(self.device)
 
     def draw(self, *shape: int) -> Tensor:
-        """A tensor that wants a gradient, of the type that the device computes in."""
+        """A tensor that requires a gradient, of the type that the device computes in."""
         return torch.randn(shape, device=self.device, dtype=_dtype(self.device)).requires_grad_()
 
 
@@ -179,7 +179,7 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 def _mean(rates: list[float]) -> float:
-    """The rate of work that has the same share at each of these: the harmonic mean."""
+    """The rate of work that is divided equally among these rates: the harmonic mean."""
     return statistics.harmonic_mean(rates)
 
 
@@ -232,7 +232,7 @@ def _copy(clock: _Clock, nbytes: int, *, fetch: bool) -> float:
 
 
 def _launch(clock: _Clock, side: int, rate: float) -> float:
-    """Of small kernels that follow each other, issued while the device is busy with matrix products."""
+    """Seconds per small kernel, of many in a row that are issued while the device is busy with products."""
     x, busy = torch.zeros(1, device=clock.device), clock.draw(side, side).detach()
     products = math.ceil(BUSY * rate / (2 * side**3))
 

@@ -38,13 +38,13 @@ except Exception:  # it is missing, or damaged: see `mapo_kernels._triton`
 ROUNDING = 512
 """CUDA's caching allocator rounds every block up to this many bytes."""
 _LARGE = 4096
-"""Elements from which nothing is computed. Smaller tensors may be read by the host, so they are."""
+"""Elements from which tensors are not computed. Smaller ones are, because the host may read them."""
 
 META = torch.device("meta")
 
 
 class Allocation:
-    """One storage: it is there from operation `born` up to, and not with, operation `died`."""
+    """One storage, in use from operation `born` until before operation `died`."""
 
     __slots__ = ("born", "died", "nbytes", "number", "tag")
 
@@ -67,26 +67,26 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operations: list[Cost] = []
         self.allocations: list[Allocation] = []
         self.made: list[Allocation] = []
-        """All that ever were, by number; `allocations` are those that count."""
+        """All allocations ever made, by number; `allocations` are those that count."""
         self.events: list[int] = []
-        """Numbers of what was allocated, and ~numbers of what was freed, in order."""
+        """Numbers of allocations, and ~numbers of frees, in order."""
         self.first = 0
         """The first operation that counts."""
         self.live = self.peak = 0
         self._of: dict[int, Allocation] = {}
         self._known: dict[Any, Any] = {}
         self._launched_with: set[int] = set()
-        """Memory that the newest operator of ours has given to kernels."""
+        """Storages that our newest operator has passed to kernels."""
         for tensor in held:
             self.allocation(tensor)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here, and saying so takes longer at every call than most of them."""
+        """Always False: nothing is compiled here, and the default check takes longer than most operations."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Do the operation or not; note its cost and the storages it returns."""
+        """Execute the operation if it is small; record its cost and the storages it returns."""
         kwargs = kwargs or {}
         form = _form(func)
         if form.inside is not None:
@@ -116,18 +116,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def launched(self, arguments: Sequence[Any]) -> None:
-        """A Triton kernel: it reads or writes each of its tensors once."""
+        """Record a Triton kernel, which reads or writes each of its tensors once."""
         given = tensors(arguments)
         self._launched_with.update(map(_memory, given))
         self.operations.append(Cost(ELEMENTWISE, 0.0, float(size(given))))
 
     def addressed(self, nbytes: int) -> None:
-        """What the newest launches moved of tensors that they were not given."""
+        """Record bytes that the newest launches moved in tensors that are not their arguments."""
         last = self.operations[-1]
         self.operations[-1] = last._replace(nbytes=last.nbytes + nbytes)
 
     def allocation(self, tensor: Tensor) -> Allocation:
-        """The tensor's memory, new or known."""
+        """The allocation of a tensor, new or known."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._of.get(key)
@@ -143,18 +143,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return new
 
     def name(self, tensor: Tensor, tag: str) -> None:
-        """Say what a tensor's memory is for, unless that is known."""
+        """Tag a tensor's memory, unless it has a tag."""
         allocation = self.allocation(tensor)
         allocation.tag = allocation.tag or tag
 
     def tag_saved(self) -> None:
-        """What the step has made so far and is alive now is saved for backward."""
+        """Tag everything that the step has made and that is alive now as saved for backward."""
         for allocation in self._of.values():
             if allocation.born > self.first:
                 allocation.tag = allocation.tag or "saved"
 
     def restart(self) -> None:
-        """Begin: what is alive now is there from the beginning, what was before does not count."""
+        """Begin again: allocations alive now count from the start, earlier events do not count."""
         self.first = len(self.operations)
         self.allocations = list(self._of.values())
         for allocation in self.allocations:
@@ -176,7 +176,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.events.append(~allocation.number)
 
     def _result(self, func: Any, form: _Form, given: list[Tensor], args: Any, kwargs: Any) -> Any:
-        """What the operation returns, computed only where it is small."""
+        """The operation's result, computed only if it is small."""
         small = all(x.numel() < _LARGE for x in given) if given else not form.factory
         if small:
             return func(*args, **kwargs)
@@ -196,16 +196,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Form(NamedTuple):
-    """What an operation's schema and registrations say about it."""
+    """Facts about an operation from its schema and registrations."""
 
     inside: Callable[..., Any] | None
-    """How it is made of others: a custom operator's body, or a decomposition."""
+    """The body of a custom operator, or a decomposition into other operations."""
     view: bool
     writes: list[tuple[int, str]]
     """Place and name of the arguments that it writes to."""
     returns: int
     factory: bool
-    """It can make a tensor from none."""
+    """Whether it can make a tensor without tensor arguments."""
 
 
 @functools.cache
@@ -251,7 +251,7 @@ def _shape(x: Tensor) -> Tensor:
 
 
 def _untouched(shapes: Any) -> Any:
-    """Memory for meta tensors that nobody has written to; where it is a few numbers they are 1."""
+    """Unwritten memory for meta tensors; small tensors are filled with 1."""
     if isinstance(shapes, (list, tuple)):
         return type(shapes)(_untouched(part) for part in shapes)
     if not isinstance(shapes, Tensor):
@@ -262,9 +262,9 @@ def _untouched(shapes: Any) -> Any:
 
 @contextmanager
 def card_path(card: hardware.Card | None, recorder: Recorder) -> Iterator[None]:
-    """Within, our operators take the kernel path of `card`, and the recorder is told of launches.
+    """Let our operators take the kernel path of `card` in this context, and report launches to the recorder.
 
-    None is a card on which no kernel runs.
+    None means a card on which no kernel runs.
     """
     real_step = adamw8bit.take_step
 

@@ -12,7 +12,7 @@ _TRAIN |= {"attention"}
 
 
 def traced_settings(config: Config) -> dict[str, Any]:
-    """What the step of a trace is made by."""
+    """The settings that a traced step depends on."""
     table = config.model_dump(mode="json", include={"adapter", "objective", "offload", "optim"})
     table["train"] = config.train.model_dump(mode="json", include=_TRAIN)
     table["optim"].pop("lr")
@@ -22,7 +22,7 @@ def traced_settings(config: Config) -> dict[str, Any]:
 
 
 def planned_settings(config: Config) -> dict[str, Any]:
-    """What a plan is chosen by: what is traced, what the planner may not change, and the other stages."""
+    """The settings that a plan depends on: traced ones, fixed ones, and those of the other stages."""
     table = traced_settings(config)
     table["data"] |= config.data.model_dump(mode="json", include={"batch_size", "vae_tiling"})
     table["previews"] = bool(config.preview.prompts)

@@ -1,4 +1,4 @@
-"""What torch's allocator has to reserve for a traced run: its steps replayed by the allocator's rules.
+"""Memory that torch's allocator reserves for a traced run: its steps replayed by the allocator's rules.
 
 Tensors are not all. Blocks that lie where nothing else fits, what is left of segments, and the workspaces
 that torch makes for cuBLAS are reserved too. How much that is follows from the order in which a step
@@ -17,9 +17,9 @@ from mapo_fast.hardware.allocator import MIB, Block, CachingAllocator, CapReache
 from mapo_fast.planner.trace import Trace
 
 EXACT = 1 / 256
-"""Share of a peak by which the least cap that is found may be too high."""
+"""Tolerance of the search for the least cap, as a share of the peak."""
 _HANDLES = 2
-"""cuBLAS handles: of the thread that runs forward passes and of autograd's."""
+"""Number of cuBLAS handles: the thread of forward passes has one, and autograd's."""
 
 
 class Allocator(NamedTuple):
@@ -48,10 +48,10 @@ def reserved(trace: Trace, allocator: Allocator, cap: int | None = None) -> int:
     """Most bytes that are reserved in a run of these steps.
 
     A run loads, takes its first step and goes on with the last one that was traced. With CUDA graphs that
-    one is captured in a pool of its own, and something as large runs beside it.
+    one is captured in a pool of its own, and something as large runs outside of it.
 
     Raises:
-        CapReachedError: it needs more than the cap.
+        CapReachedError: the steps need more than the cap.
     """
     caching = CachingAllocator(allocator.rules, cap)
     sizes, events = trace.sizes.tolist(), trace.events.tolist()
@@ -79,13 +79,13 @@ def reserved(trace: Trace, allocator: Allocator, cap: int | None = None) -> int:
 
 
 class Replays:
-    """Replays of traces, each one made once."""
+    """Replays of traces; each one is computed once."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, Allocator, int | None], tuple[Trace, int | None]] = {}
 
     def reserved(self, trace: Trace, allocator: Allocator, cap: int | None = None) -> int | None:
-        """As `reserved`; None where these steps need more than the cap."""
+        """Bytes that the steps reserve, see `reserved`; None where they need more than the cap."""
         key = id(trace), allocator, cap
         if key not in self._known:
             found = None
@@ -95,7 +95,7 @@ class Replays:
         return self._known[key][1]
 
     def least(self, trace: Trace, allocator: Allocator) -> int:
-        """The least cap under which these steps run; with expandable segments what they reserve without."""
+        """The least cap under which the steps run; with expandable segments their bytes without a cap."""
         enough = self._uncapped(trace, allocator)
         if allocator.rules.expandable:
             return enough
@@ -109,9 +109,9 @@ class Replays:
         return enough
 
     def needed(self, trace: Trace, allocator: Allocator, room: int) -> int:
-        """What these steps reserve under a cap of `room` bytes; where they do not run, the least that does.
+        """Bytes that the steps reserve under a cap of `room`, or the least cap under which they run.
 
-        More than `room` says that they do not run.
+        A result above `room` means that they do not run under it.
         """
         most = self._uncapped(trace, allocator)
         if most <= room:

@@ -1,4 +1,4 @@
-"""What the planner found, for people and for programs."""
+"""The planner's result as text and as JSON."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Run(NamedTuple):
 
     steps: int
     images: str
-    """What a step trains on, such as "4 pairs"."""
+    """The size of a step, such as "4 pairs"."""
     command: str
     """What starts it."""
     preset: str | None = None
@@ -57,7 +57,7 @@ def sentence(plan: Plan, vram: int, run: Run, card: str) -> str:
 
 
 def as_text(outcome: PlanResult, run: Run) -> str:
-    """The answer in one sentence and what to type; then where memory goes, and why others lost."""
+    """The answer in one sentence and the command; then the use of memory, and why other plans lost."""
     if outcome.chosen is None:
         lines = [_does_not_fit(outcome), outcome.advice]
         lines += [f"--vram {size_text(outcome.enough)} would do"] if outcome.enough else []
@@ -92,13 +92,13 @@ def _a_step(plan: Plan) -> str:
 
 
 def held_note(outcome: PlanResult, gpu: Gpu) -> str:
-    """Who holds memory that the plan needs, and what to do; empty where enough is free."""
+    """Which programs hold memory that the plan needs, and what to do; empty where enough is free."""
     plan, held = outcome.chosen, held_text(gpu)
     if plan is None or not held or vram_for(plan.reserved) <= gpu.free:
         return ""
     free = f"{int(10 * gpu.free / GIB) / 10:.1f}"
     return (
-        f"{held}: close it, or see which slower plan fits beside it with "
+        f"{held}: close it, or see which slower plan fits next to it with "
         f'mapo-fast plan --card "{outcome.card.name}" --vram {free}'
     )
 
@@ -106,7 +106,7 @@ def held_note(outcome: PlanResult, gpu: Gpu) -> str:
 def _does_not_fit(outcome: PlanResult) -> str:
     left = max(0, outcome.usable) / GIB
     return (
-        f"does not fit: of {outcome.vram / GIB:.3g} GiB, {left:.2f} are left for training beside CUDA and "
+        f"does not fit: of {outcome.vram / GIB:.3g} GiB, {left:.2f} are left for training after CUDA and "
         f"its libraries ({vram_for(0) / GIB:.2f})"
     )
 
@@ -149,7 +149,7 @@ def _assumed(outcome: PlanResult) -> list[str]:
 
 
 def as_json(outcome: PlanResult, run: Run) -> str:
-    """One object; sizes in bytes, times in ms, the whole run's in s."""
+    """The result as one JSON object; sizes in bytes, times in ms, the whole run's in s."""
     plan = outcome.chosen
     return json.dumps(
         {

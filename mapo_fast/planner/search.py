@@ -5,7 +5,7 @@ Settings that the config states are kept; the planner chooses the others:
     train.layout, train.gradient_checkpointing (block by block), train.fused_step, offload.*
 
 All of these give the same gradients. Only where none of them fits is something proposed that changes what is
-computed: AdamW with 8-bit states, bf16 weights without fp32 masters, a quantised base beside a LoRA.
+computed: AdamW with 8-bit states, bf16 weights without fp32 masters, a quantised base under a LoRA.
 
 `family.py` composes the plans; the fastest is then traced itself, and the next one if it does not keep what
 was promised.
@@ -32,7 +32,7 @@ from mapo_fast.settings.schema import Config
 from mapo_fast.util.sizes import GIB, size_text
 
 BOTHER = 0.01
-"""A plan has to be this much faster for everything that it moves off the card, and for fusing the step."""
+"""Slowdown charged per offloaded item or fused step when ranking plans."""
 
 
 def search(
@@ -50,10 +50,10 @@ def search(
     """Choose a plan for training `config`'s UNet on a card with `vram` bytes of free memory.
 
     Args:
-        vae: what previews are decoded with.
-        rules: of torch's allocator there.
-        progress: told how many traces are made, of how many.
-        tracing: what makes the traces, where it serves other questions too; it is not closed.
+        vae: the VAE that decodes previews.
+        rules: rules of torch's allocator on that machine.
+        progress: called with the number of traces made, and of how many.
+        tracing: makes the traces, if shared with other questions; it is not closed.
     """
     if config.speed.cuda_graph:
         card = card._replace(rates=card.rates._replace(host=0.0))  # a step is launched at once
@@ -114,7 +114,7 @@ class _Search:
         return Family(*given, self.rules)
 
     def _fastest(self, family: Family, plans: list[Plan]) -> tuple[Plan, Trace] | None:
-        """The first plan whose own trace fits; what is slower or too large goes to `others`."""
+        """The first plan whose own trace fits; slower or too large plans go to `others`."""
         chosen: tuple[Plan, Trace] | None = None
         composed = ratio = 1.0
         queue = sorted(plans, key=_score)
@@ -161,7 +161,7 @@ class _Search:
         return _no_ram(plan, self.host)
 
     def _peak(self, plan: Plan) -> int:
-        """Most bytes that the step and the previews that the config asks for reserve."""
+        """Most bytes that the step and the config's previews reserve."""
         if not self.config.preview.prompts:
             return plan.reserved
         beside = plan.reserved - plan.peak
@@ -171,17 +171,18 @@ class _Search:
         """The smallest change that would fit: a setting given up, fewer pairs, a smaller image, more memory.
 
         Args:
-            plans: all there are; where the smallest lacks system RAM, they all do.
+            plans: all plans; where the smallest lacks system RAM, all do.
 
         Returns:
-            The advice, and the bytes of GPU memory that would do without it; 0 where system RAM is missing.
+            The advice, and the bytes of GPU memory that would be enough without it; 0 where system RAM is
+            missing.
         """
         lacks_ram = _no_ram(smallest, self.host)
         enough = 0 if lacks_ram else vram_for(self._peak(smallest))
         for changed, words in self._attempts():
             family = self._family(changed, {})
             plan = family.frugal()
-            if _no_ram(plan, self.host):  # the most frugal on the card is not that for the host
+            if _no_ram(plan, self.host):  # the plan with least GPU memory may need most RAM
                 plan = next((plan for plan in family.plans() if not self._lacks(plan)), plan)
             if not self._lacks(plan):
                 return f"{words} would fit ({plan.name}, {plan.peak / GIB:.2f} GiB)", enough
@@ -216,7 +217,7 @@ def _score(plan: Plan) -> float:
 
 
 def _no_ram(plan: Plan, host: Host) -> str:
-    """Why system RAM does not do for a plan, or an empty text."""
+    """Why a plan does not fit system RAM, or an empty text."""
     if plan.pinned > host.pinnable:
         return f"pins {plan.pinned / GIB:.1f} GiB of system RAM, {host.pinnable / GIB:.1f} can be"
     if plan.host > host.ram:
@@ -225,12 +226,12 @@ def _no_ram(plan: Plan, host: Host) -> str:
 
 
 def _ram_for(plan: Plan, host: Host) -> int:
-    """System RAM with which `_no_ram` would find nothing, if as large a share of it can be pinned."""
+    """System RAM that a plan needs, if as large a share of it can be pinned."""
     return max(plan.host, plan.pinned * host.ram // max(1, host.pinnable) + 1)
 
 
 def _without(config: Config, name: str) -> Config:
-    """The config with a stated setting left open."""
+    """The config with a set value removed."""
     table = json.loads(config.model_dump_json(exclude_unset=True))
     section, key = name.split(".")
     del table[section][key]

@@ -1,7 +1,7 @@
-"""Plans that are shipped: every preset on every known card and size of memory, made by `planner/table.py`.
+"""Shipped plans: every preset on every known card and size of memory, made by `planner/table.py`.
 
-An answer is found under a digest of what it was asked with: settings, card with its rates, memory. The whole
-table is used only if the code that made it is the code that is here; comments and docstrings do not count.
+An answer is found under a digest of its question: settings, card with its rates, memory. The whole table is
+used only if this code is the code that made it; comments and docstrings do not count.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _SOURCES = (
     "settings/rules.py",
 )
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")
-"""Variables that change what torch reserves."""
+"""Environment variables that change how much memory torch reserves."""
 
 
 def find(config: Config, card: Card, vram: int, limits: Host) -> PlanResult | None:
-    """The answer to a question, if it is in the table and the table is not out of date.
+    """The answer to a question, if it is in the table and the table is up to date.
 
     Windows and WSL have no expandable segments, so plans for them are computed.
     """
@@ -85,7 +85,7 @@ def key(config: Config, card: Card, vram: int, limits: Host) -> str:
 
 
 def is_fresh(table: dict[str, Any]) -> bool:
-    """Whether the code that made the table is the code that is here."""
+    """Whether the table was made by the code as it is now."""
     return bool(table["files"] == files() or table["code"] == code())
 
 

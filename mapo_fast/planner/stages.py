@@ -1,9 +1,9 @@
-"""What the other stages of a run need on the device, beside the training step that a plan is about.
+"""Device memory of a run's stages other than the training step, which a plan is about.
 
     prepare      before training: the VAE in fp32 with data.batch_size images, or one tile of each, in it
     previews     what lies on the device between steps, the VAE in fp32, and one tile decoded
     validation   a forward pass of the step's own micro-batch without gradients: less than the step; with
-                 CUDA graphs beside their buffers, and so within the plan
+                CUDA graphs in addition to their buffers, and so within the plan
     saving       one tensor after the other goes to the host: nothing
 
 Sampling a preview is a forward pass of two images without gradients: less than a pair's step. A text encoder
@@ -31,7 +31,7 @@ class Vae(NamedTuple):
 
     config: dict[str, Any]
     nbytes: int
-    """Of its weights in fp32."""
+    """Bytes of its weights in fp32."""
 
 
 SDXL_VAE = Vae({"block_out_channels": [128, 256, 512, 512]}, FP32 * 83_653_863)
@@ -56,7 +56,7 @@ def preparing(config: Config, vae: Vae) -> int:
 
 
 def how_to_prepare(config: Config, vae: Vae, usable: int) -> str:
-    """What `mapo-fast prepare` needs to fit, or an empty text where it does as it is."""
+    """Settings with which `mapo-fast prepare` fits; empty where it fits as configured."""
     need = preparing(config, vae)
     if need <= usable:
         return ""

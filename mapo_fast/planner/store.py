@@ -1,4 +1,4 @@
-"""Traces on disk, so that a plan that was asked for once is there at once.
+"""Traces on disk, so that a repeated question is answered at once.
 
 A trace is kept under a digest of everything it depends on: the sources of engine, kernels and planner, the
 versions of torch, diffusers, peft and bitsandbytes, the UNet's config and the settings. It serves every card.
@@ -61,7 +61,7 @@ class Tracing:
     """
 
     def __init__(self, *, kernels: bool = True, progress: Progress = no_progress, keep: bool = False) -> None:
-        """Start none yet.
+        """Start no process yet.
 
         Args:
             progress: told how many traces are made, of how many that have been asked for.
@@ -74,12 +74,12 @@ class Tracing:
         self._pool: ProcessPoolExecutor | None = None
 
     def close(self) -> None:
-        """End the other process."""
+        """End the other process, if there is one."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
     def traces(self, configs: Sequence[Config], unet_config: dict[str, Any]) -> Generator[Trace, None, None]:
-        """One after the other; those behind a trace that is not asked for any more are not made."""
+        """Yield traces one after the other; later ones are not made once the iterator is dropped."""
         paths = [folder() / f"{digest(config, unet_config, self.kernels)}.npz" for config in configs]
         found = {i: trace for i, path in enumerate(paths) if (trace := self._known(path)) is not None}
         work = {
@@ -101,7 +101,7 @@ class Tracing:
                         continue
                     with suppress(
                         Exception
-                    ):  # it may not know what was registered here; what fails fails here too
+                    ):  # it may lack registrations of this process; real errors occur here too
                         found[i] = futures.pop(i).result()
                 if self.keep:
                     self._kept[paths[i]] = found[i]
@@ -127,13 +127,13 @@ class Tracing:
 
 
 def _taken_back(futures: dict[int, Future[Trace]]) -> int | None:
-    """The last that the other process has not begun."""
+    """The last trace that the other process has not begun."""
     return next((i for i in reversed(futures) if futures[i].cancel()), None)
 
 
 @contextmanager
 def _no_main() -> Iterator[None]:
-    """Spawned processes run the user's script again, which may have no guard, unless they know of none."""
+    """Hide the user's script from spawned processes, which would run it again if it has no main guard."""
     main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
         yield
@@ -143,7 +143,7 @@ def _no_main() -> Iterator[None]:
 
 @contextmanager
 def _safe_path() -> Iterator[None]:
-    """A new process begins with `python -c`, which would look for modules in the current folder first."""
+    """Start new processes with safe-path: `python -c` would look for modules in the current folder first."""
     stated = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
@@ -165,7 +165,7 @@ def _record(work: _Work) -> Trace:
 
 
 def digest(config: Config, unet_config: dict[str, Any], kernels: bool) -> str:
-    """A name for a trace: of all that it depends on."""
+    """A trace's name: a digest of everything that it depends on."""
     parts = [
         kernels,
         traced_settings(config),
@@ -180,7 +180,7 @@ _THIS_PROCESS = uuid.uuid4().hex
 
 
 def _source_of(entry: str) -> str:
-    """Digest of the file that a registry's "module:NAME" lies in; without one it is known in this process."""
+    """Digest of the file of a registry's "module:NAME"; without a file, an id of this process."""
     file = getattr(importlib.import_module(entry.partition(":")[0]), "__file__", None)
     return _THIS_PROCESS if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
@@ -212,7 +212,7 @@ def _sources() -> list[str]:
 
 
 def _read(path: Path) -> Trace | None:
-    """None where there is no whole file; a damaged one is made again.
+    """Read a trace; None where there is no whole file, and a damaged one is made again.
 
     Each member of the archive has a checksum, and what reads it raises errors of many kinds.
     """
@@ -227,7 +227,7 @@ def _read(path: Path) -> Trace | None:
 
 
 def _write(path: Path, trace: Trace) -> None:
-    """Without a word where the folder cannot be written: it is a cache."""
+    """Write a trace; errors are ignored, because the folder is a cache."""
     fields = trace._asdict()
     rest = json.dumps({name: value for name, value in fields.items() if name not in _ARRAYS})
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")

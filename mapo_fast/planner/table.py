@@ -1,4 +1,4 @@
-"""Makes the table of plans that is shipped: `python -m mapo_fast.planner.table [PRESET ...]`.
+"""Makes the shipped table of plans: `python -m mapo_fast.planner.table [PRESET ...]`.
 
 Every preset is planned for every size of memory and for every card that it can train on, with 32 GiB of free
 system RAM, under Linux. Traces and replays are made once for all cards. Where code has changed and no answer
@@ -32,11 +32,11 @@ from mapo_fast.util.files import atomic_path
 from mapo_fast.util.sizes import parse_size
 
 SIZES = (6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 80)
-"""GiB of memory that are planned for without a card."""
+"""Sizes of GPU memory in GiB that are planned for without a card."""
 
 
 def questions(preset: str) -> Iterator[tuple[Config, Card, int]]:
-    """All that the table answers about a preset."""
+    """All questions about a preset that the table answers."""
     config, _ = question(None, preset, [], None)
     for size in SIZES:
         yield (config, *card_and_memory(config, None, f"{size}GiB"))
@@ -73,7 +73,7 @@ def _holds(table: dict[str, Any], preset: str, gib: int, tracing: Tracing) -> bo
 
 
 def row(outcome: PlanResult, plans: list[dict[str, Any]]) -> dict[str, Any]:
-    """An answer as the table has it; plans that are new are appended to `plans`."""
+    """An answer in the table's form; new plans are appended to `plans`."""
 
     def entry(plan: Plan) -> list[Any]:
         fields = json.loads(json.dumps(plan._asdict()))  # as they are read again
@@ -93,7 +93,7 @@ def row(outcome: PlanResult, plans: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write(table: dict[str, Any]) -> None:
-    """One plan and one answer a line."""
+    """The table as text, one plan or answer a line."""
     lines = [f"{json.dumps(name)}: {json.dumps(table[name])}" for name in ("files", "code", "made_with")]
     plans = ",\n".join(json.dumps(plan) for plan in table["plans"])
     rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(row)}" for key, row in table["answers"].items())
@@ -103,7 +103,7 @@ def write(table: dict[str, Any]) -> None:
 
 
 def main(presets: list[str]) -> None:
-    """Make the rows of these presets, or of all; say how far it is."""
+    """Make the rows of these presets, or of all, and print progress."""
     packages = {name: metadata.version(name).split("+")[0] for name in ("torch", "diffusers", "peft")}
     made_by = {"files": shipped.files(), "code": shipped.code(), "made_with": packages}
     table = shipped.read() | made_by

@@ -1,10 +1,10 @@
-"""How long a traced step takes on a card: the host issues, the card computes, copies run beside both.
+"""The time of a traced step on a card: the host issues, the card computes, copies run at the same time.
 
 An operation takes as long as its arithmetic or its memory traffic, whichever is longer, and starts when it
-has been issued and the one before it is done. A copy starts behind what was computed when it was issued,
-behind the copies before it in its direction, and behind earlier ones of the same memory; computing waits
-for it only where the engine does. So transfers that hide behind computing cost nothing, and others what
-sticks out.
+has been issued and the one before it is done. A copy starts after the work that was computed when it was
+issued, after the copies before it in its direction, and after earlier ones of the same memory; computing
+waits for it only where the engine does. So transfers that overlap with computing cost nothing, and others
+what sticks out.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ AHEAD = 1024
 
 
 class Times(NamedTuple):
-    """Of one step, in ms."""
+    """Times of one step, in ms."""
 
     step: float
     compute: float
-    """The card's work alone."""
+    """Time of the card's work alone."""
     transfer: float
-    """The busier of the two directions of PCIe."""
+    """Time of copies in the busier direction of PCIe."""
     ends: np.ndarray
-    """(n,) when each traced operation ends."""
+    """(n,) end of each traced operation."""
 
 
 def durations(trace: Trace, rates: Rates) -> np.ndarray:
-    """Seconds of each operation by itself, (n,)."""
+    """(n,) seconds of each operation by itself."""
     work = {
         MATRIX: rates.matrix,
         FP8: rates.fp8,
@@ -55,7 +55,7 @@ def durations(trace: Trace, rates: Rates) -> np.ndarray:
 def simulate(trace: Trace, card: Card) -> Times:
     """Run the step's operations in order on a card, one step after another.
 
-    Of a step with more micro-batches than were traced, each further one takes as long as one more of them.
+    If a step has more micro-batches than were traced, each further one takes as long as a traced one.
     """
     times = _simulated(trace, card)
     more = trace.accumulation - trace.micro_batches
@@ -80,7 +80,7 @@ def _simulated(trace: Trace, card: Card) -> Times:
 
 
 def _run(trace: Trace, seconds: np.ndarray, host: float, issued: float) -> tuple[np.ndarray, float, float]:
-    """When each operation ends, when the last one is computed, and when it was issued.
+    """End of each operation, and the times at which the last one is computed and issued.
 
     The device is free from 0 on; the host begins at `issued`, and waits when it is `AHEAD` of the device.
     """

@@ -38,11 +38,11 @@ from mapo_kernels.hardware import Card
 
 CPU = torch.device("cpu")
 EAGER = {"train.attention": "sdpa", "speed.compile": False, "speed.cuda_graph": False}
-"""What a recorder can look into. A compiled block saves what it saves eagerly, or less where its
-partitioner finds less to do. What CUDA graphs keep reserved is added afterwards (`family.py`)."""
+"""Settings under which a recorder sees all operations. A compiled block saves what it saves eagerly, or less
+where its partitioner finds less to do. What CUDA graphs keep reserved is added afterwards (`family.py`)."""
 CARD = Card(89, 128)
-"""What kernels are launched for. On another card they need more or less by a few hundred kB of partial sums:
-one trace serves all."""
+"""The card that kernels are launched for. On other cards partial sums differ by a few hundred kB, so one
+trace is used for all."""
 
 CATEGORIES = ("parameters", "gradients", "states", "saved", "transient", "staging", "host")
 """`saved` lives from a forward pass into its backward; `staging` are buffers that streamed things visit;
@@ -55,7 +55,7 @@ class Mark(NamedTuple):
     """A border between two pieces of a step."""
 
     operation: int
-    """It stands before this one."""
+    """Number of the operation after the mark."""
     name: str
     """`forward BLOCK`, where the block begins; `backward BLOCK`, where its backward ends; `accumulate`, where
     a micro-batch begins, and `finish` after the last; `loss` and `differentiated` around a backward pass."""
@@ -78,7 +78,7 @@ class Trace(NamedTuple):
     trainable: int
     """Trained numbers."""
     begins: list[int]
-    """Where in `events` each step begins: what is before is there when training begins."""
+    """Start of each step in `events`; earlier events happen before training begins."""
     accumulation: int = 1
     """Micro-batches in a step; two of them are traced at most, between marks `accumulate`."""
 
@@ -103,7 +103,7 @@ class Trace(NamedTuple):
 
     @property
     def micro_batches(self) -> int:
-        """How many were traced."""
+        """Number of traced micro-batches."""
         return max(1, sum(mark.name == "accumulate" for mark in self.marks))
 
     @property
@@ -113,7 +113,7 @@ class Trace(NamedTuple):
         return slice(borders.get("accumulate", 0), borders.get("finish", len(self.kinds)))
 
     def with_one_more(self) -> Trace:
-        """The operations of a step with one more micro-batch; nothing else fits them."""
+        """The operations of a step with one more micro-batch; memory is not extended."""
         again = self.last_micro_batch
         added = again.stop - again.start
         links = self.links.copy()
@@ -137,8 +137,8 @@ class Trace(NamedTuple):
 def record_step(config: Config, unet_config: dict[str, Any], *, kernels: bool = True) -> Trace:
     """Trace one optimizer step of `config`, of square latents at the config's resolution.
 
-    It is the second one: tables and states are there, and states are fetched ahead in the order in which they
-    will be asked for.
+    The traced step is the second one: tables and states exist, and states are fetched ahead in the order in
+    which they will be asked for.
 
     Args:
         unet_config: of a diffusers `UNet2DConditionModel`.
@@ -165,7 +165,7 @@ def record_step(config: Config, unet_config: dict[str, Any], *, kernels: bool = 
             for p in trained:
                 p.register_post_accumulate_grad_hook(_tag_gradient(recorder))
 
-        if config.train.fused_step:  # its own hooks take gradients away, others put what is a sum in place
+        if config.train.fused_step:  # its hooks take gradients away; other hooks replace them by sums
             tag_gradients()
         engine = Engine(plain, parts, loss, precision, CPU)
         if not config.train.fused_step:
@@ -247,11 +247,11 @@ def untouched_unet(unet_config: dict[str, Any], dtype: torch.dtype) -> Any:
 
 
 class _Apart(AttnProcessor2_0):  # type: ignore[misc]
-    """Any processor but diffusers' own is called by itself, with its projections behind the norm."""
+    """Any processor but diffusers' own is called by itself, with its projections after the norm."""
 
 
 def _attend_apart(unet: Any) -> None:
-    """As with xformers and flash-attn, which have nothing for the CPU; both need what SDPA's kernels need."""
+    """A stand-in for xformers and flash-attn, which have no CPU code; they need as much memory as SDPA."""
     for module in unet.modules():
         if isinstance(module, Attention):
             module.set_processor(_Apart())

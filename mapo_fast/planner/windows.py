@@ -101,7 +101,7 @@ class Composed(NamedTuple):
     """What a choice of modes makes."""
 
     peak: int
-    """Of what moves, in bytes."""
+    """Bytes that are moved."""
     forward: float
     backward: float
     """Seconds of computing."""

@@ -166,7 +166,7 @@ def test_pinnable_memory_of_another_system_is_another_question() -> None:
 def test_who_holds_memory_that_a_plan_needs_is_named() -> None:
     gpu = Gpu("RTX 3060", "GPU-1", 12 * GIB, 5 * GIB, [Holder("python (ComfyUI)", int(6.9 * GIB))])
     assert held_note(outcome(CHOSEN), gpu) == (
-        "python (ComfyUI) holds 6.9 of 12.0 GiB: close it, or see which slower plan fits beside it with "
+        "python (ComfyUI) holds 6.9 of 12.0 GiB: close it, or see which slower plan fits next to it with "
         'mapo-fast plan --card "RTX 3060 12GB" --vram 5.0'
     )
     assert held_note(outcome(CHOSEN), gpu._replace(free=7 * GIB)) == ""
