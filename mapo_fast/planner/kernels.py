@@ -150,7 +150,7 @@ def compiling(
 ) -> Iterator[int]:
     """Compile a run's kernels in threads while the context is open; all are done at its end.
 
-    Yields their number. Nothing is done where no kernel runs, or where they were compiled before on this machine.
+    Yields their number. Nothing is done where no kernel runs, or where they were compiled before.
     """
     if hardware.backend(device).name != "triton":
         yield 0
