@@ -9,7 +9,7 @@ from mapo_fast.util.errors import UserError
 
 
 def given_data(data: DataConfig) -> PreferencePairs:
-    """The source that `data.source` names, opened; no image is read.
+    """The source that `data.source` names, opened; no image is decoded.
 
     Raises:
         UserError: there is none, its layout is unknown or unreadable, or the cache lies in it.

@@ -89,7 +89,7 @@ def _recognised(path: Path) -> type[PreferencePairs] | None:
 def open_source(
     path: Path, *, default_caption: str | None = None, pair_by: PairBy = "name"
 ) -> PreferencePairs:
-    """The preference pairs at a path; no image is read.
+    """The preference pairs at a path; of images nothing is read but, for pair_by "prompt", metadata.
 
     Args:
         path: a file or folder.
