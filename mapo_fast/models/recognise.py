@@ -267,6 +267,12 @@ def refuse_other_unets(header: Header, prefix: str) -> None:
             "is an editing model (8 input channels: it takes an image next to the noise), which cannot "
             "be trained here",
         )
+    if first[1] != shapes.get("out.2.weight", (first[1],))[0]:
+        _refuse(
+            header,
+            f"has {first[1]} input channels, which are not those of the noise alone: only a model that makes "
+            "images from a prompt can be trained here",
+        )
     if "label_emb.0.0.weight" not in shapes:
         _refuse(
             header,

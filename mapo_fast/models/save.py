@@ -49,7 +49,7 @@ def save_single_file(
         Hex SHA-256 of the file.
 
     Raises:
-        UserError: a value beyond fp16's range; the disk is full or cannot be written.
+        UserError: a value is NaN, infinite or beyond fp16's range; the disk is full or cannot be written.
     """
     pieces = single_file.pieces(model, dtype=dtype, unet=unet)
     check_space(path, sum(piece.nbytes for piece in pieces.values()))

@@ -48,8 +48,8 @@ def pieces(
         unet: trained weights, by diffusers' names, in place of the model's.
 
     Raises:
-        UserError: the original code has no name for a layer. Raised as a piece is made: a value is beyond
-            fp16's range.
+        UserError: the original code has no name for a layer. Raised as a piece is made: a value is NaN,
+            infinite or beyond fp16's range.
     """
     found: dict[str, Piece] = {}
     for component, prefix in PREFIXES.items():
@@ -157,21 +157,24 @@ def converted(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     """A tensor rounded to a type.
 
     Raises:
-        UserError: a finite value is beyond the type's range, naming the tensor.
+        UserError: a value is NaN or infinite, or beyond the type's range, naming the tensor.
     """
-    if tensor.dtype == dtype:
-        return tensor
     found = rounded(tensor, dtype)
-    if not found.isfinite().all() and tensor.isfinite().all():
-        largest = float(tensor.abs().max())
-        if dtype is torch.float16:
-            raise UserError(
-                f"{key} has a value of {largest:.4g}, beyond fp16's range of 65504: write bf16 (--dtype bf16)"
-            )
+    if _finite(found):
+        return found
+    if not _finite(tensor):
+        raise UserError(f"{key} has NaN or infinite values: the model is damaged; copy or download it again")
+    largest = float(tensor.abs().max())
+    if dtype is torch.float16:
         raise UserError(
-            f"{key} has a value of {largest:.4g}, beyond {dtype}'s range: merge at a lower weight"
+            f"{key} has a value of {largest:.4g}, beyond fp16's range of 65504: write bf16 (--dtype bf16)"
         )
-    return found
+    raise UserError(f"{key} has a value of {largest:.4g}, beyond {dtype}'s range: merge at a lower weight")
+
+
+def _finite(tensor: Tensor) -> bool:
+    known = tensor.bfloat16() if tensor.dtype in _FP8 else tensor  # torch does not know it of fp8
+    return bool(known.isfinite().all())
 
 
 def _constants(part: Part) -> Iterator[tuple[str, Piece]]:

@@ -267,9 +267,11 @@ def _check_target(source: Path, to: str, out: Path, force: bool) -> None:
         raise UserError(
             f"{source} not found: name a run's folder, a LoRA's or model's .safetensors file, or a folder"
         )
+    real, inside = out.resolve(), source.resolve()
+    if inside in real.parents:
+        raise UserError(f"--out {out} lies in the source: write elsewhere")
     if not out.exists() and not out.is_symlink():  # a link to nothing counts as existing
         return
-    real, inside = out.resolve(), source.resolve()
     if real == inside or inside.is_relative_to(real):
         what = "is the source itself" if real == inside else "holds the source"
         if out.is_dir() or not force:

@@ -131,6 +131,10 @@ def without_blocks(keys: Keys, depth: int) -> Keys:
             lambda k: reshaped(k, FIRST, 320, 8, 3, 3),
             "editing model (8 input channels",
         ),
+        (
+            lambda k: reshaped(k, FIRST, 320, 5, 3, 3),
+            "has 5 input channels",
+        ),
         (lambda k: k | {"edm_mean": tensor(4), "edm_std": tensor(4)}, "Playground v2.5"),
         (lambda k: k | {"edm_vpred.sigma_max": tensor(), "edm_vpred.sigma_min": tensor()}, "v-EDM"),
         (lambda k: k | {f"{UNET}scaled_fp8": tensor(2)}, "scaled fp8"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from copy import deepcopy
@@ -19,6 +20,7 @@ from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.save import save_folder, save_single_file
 from mapo_fast.models.single_file import metadata
 from mapo_fast.util.errors import MachineError, UserError
+from tests.files_of_models import edit_file, make_file
 from tests.tiny import make_tiny_sdxl
 
 KINDS = [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
@@ -90,6 +92,23 @@ def test_trained_weights_take_the_place_of_the_unets(tiny_sdxl: Path, tmp_path: 
     same(open_sdxl(path, tokenizers=tiny_sdxl).load_unet().state_dict(), trained)
     save_folder(model, tmp_path / "folder", unet=trained)
     same(open_sdxl(tmp_path / "folder").load_unet().state_dict(), trained)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(torch.float32, math.nan), (torch.float16, math.inf), (torch.float8_e4m3fn, math.nan)],
+)
+def test_a_damaged_model_is_named_and_not_copied(
+    tiny_sdxl: Path, tmp_path: Path, dtype: torch.dtype, value: float
+) -> None:
+    file = make_file(tiny_sdxl, tmp_path / "m.safetensors", dtype=dtype)
+    key = "first_stage_model.quant_conv.bias"
+    edit_file(file, lambda t: t.update({key: torch.full_like(t[key].float(), value).to(dtype)}))
+    model = open_sdxl(file, tokenizers=tiny_sdxl)
+    for write, out in ((save_single_file, tmp_path / "out.safetensors"), (save_folder, tmp_path / "out")):
+        with pytest.raises(UserError, match=r"quant_conv.bias has NaN or infinite values"):
+            write(model, out)
+        assert not out.exists()
 
 
 def test_what_fp16_cannot_hold_is_named_and_nothing_is_written(tiny_sdxl: Path, tmp_path: Path) -> None:

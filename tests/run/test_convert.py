@@ -141,6 +141,9 @@ def test_targets_that_are_refused(tiny_sdxl: Path, file: Path, tmp_path: Path) -
     copy = Path(shutil.copytree(tiny_sdxl, tmp_path / "a" / "model"))
     assert "holds the source" in refusal(copy, "diffusers", copy.parent, force=True)
     assert "is the source itself" in refusal(copy, "diffusers", copy, force=True)
+    (link := tmp_path / "to-model").symlink_to(copy)
+    assert "lies in the source" in refusal(copy, "single-file", link / "m.safetensors")
+    assert "lies in the source" in refusal(link, "diffusers", copy / "unet" / "again", force=True)
     assert out.read_text() == "before"
     assert (other / "notes.txt").read_text() == "mine"
 
