@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mapo_fast.data.cache import PairCache
 from mapo_fast.data.prepare import prepare
+from mapo_fast.engine import compile as compile_module
 from mapo_fast.engine.build import build_unet, start_of
 from mapo_fast.engine.engine import Engine
 from mapo_fast.engine.objectives import build_loss
@@ -35,6 +36,7 @@ FP64 = Precision(torch.float64, torch.float64, None, scaled=False)
 CPU = torch.device("cpu")
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0"
 RANKS = {f"{ATTENTION}.attn1.to_q": 2, f"{ATTENTION}.attn2.to_k": 3, "mid_block.resnets.0.conv1": 4}
+KOHYA = "lora_kohya.safetensors"
 TEXT = {"text_encoder": "text_model.encoder.layers.0.self_attn.q_proj", "text_encoder_2": "text_projection"}
 
 
@@ -104,6 +106,41 @@ def test_the_reference_stays_when_the_factors_move(tiny_sdxl: Path, start: Path,
     moved = [p.detach().clone() for p in trained]
     assert torch.equal(parts.start.errors(inputs, FP64.context(CPU)), before)
     assert all(torch.equal(p, m) for p, m in zip(trained, moved, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "speed",
+    [
+        pytest.param({"fused_ops": True}, id="fused operators"),
+        pytest.param({"compile": True, "fused_ops": False}, id="compiled", marks=pytest.mark.proof),
+    ],
+)
+def test_fast_operators_keep_the_reference(
+    tiny_sdxl: Path,
+    cache: Path,
+    start: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    speed: dict[str, Any],
+) -> None:
+    monkeypatch.setattr(compile_module, "BACKEND", "aot_eager")
+    joint = {"layout": "joint", "gradient_checkpointing": False}
+    config = config_of(tiny_sdxl, tmp_path, tmp_path, start, speed=speed, train=joint)
+    model = open_model(config)
+    config = with_start(config, model.start, model.parts["unet"])
+    parts = build_unet(config, model, FP64, CPU)
+    engine = Engine(config, parts, build_loss(config.objective, 1000), FP64, CPU)
+    out = engine.accumulate(make_inputs(model.config("unet")), 1.0)
+    assert torch.equal(out.logits, torch.zeros_like(out.logits))
+
+    fit(config_of(tiny_sdxl, cache, tmp_path / "whole", start, speed=speed))
+    half = config_of(tiny_sdxl, cache, tmp_path / "half", start, speed=speed, train={"steps": 4})
+    fit(half)
+    fit(half.model_copy(update={"train": half.train.model_copy(update={"steps": 6})}), resume=True)
+    one, other = (load_file(tmp_path / run / "lora" / KOHYA) for run in ("whole", "half"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
 
 
 @pytest.mark.slow
