@@ -77,22 +77,26 @@ def only_text_differs(have: dict[str, Any], want: dict[str, Any]) -> bool:
     )
 
 
-def translated(have: dict[str, Any], want: dict[str, Any], folder: Pipeline) -> dict[str, Any]:
+def translated(have: dict[str, Any], folder: Pipeline) -> dict[str, Any]:
     """The settings of a cache of an earlier format as they would be of this one.
+
+    It may have been made before LoRAs were added to the text encoders: its latents can stay then.
 
     Before format 4 a model was known by its files, with their names and their configs' whole text; in
     format 4 by one digest for VAE and text. The settings that were stay beside: runs know the cache by them.
     """
     if have.get("format") not in TAKEN_OVER:
         return have
-    from mapo_fast.models.identity import files_fingerprint, joint_identity
+    from mapo_fast.models.identity import encoders_identity, files_fingerprint, joint_identity
+    from mapo_fast.models.merge import without_loras
 
-    known = joint_identity(folder) if have["format"] == 4 else files_fingerprint(folder, ENCODERS)
     now = {"format": FORMAT, "before": have.get("before", have)}
-    if have.get("model") != known:
-        return {**have, **now}
     others = {name: value for name, value in have.items() if name != "model"}
-    return {**others, **now, "vae": want["vae"], "text": want["text"]}
+    for model in (folder, without_loras(folder)):
+        known = joint_identity(model) if have["format"] == 4 else files_fingerprint(model, ENCODERS)
+        if known is not None and have.get("model") == known:
+            return {**others, **now, **encoders_identity(model)}
+    return {**have, **now}
 
 
 class Claim(NamedTuple):
@@ -123,7 +127,7 @@ def claim(cache: Path, settings: dict[str, Any], folder: Pipeline) -> Claim:
         if not index.exists() and not list(shards.glob("*.safetensors")):
             return Claim(settings)
         try:
-            have = translated(read_json(path), settings, folder)
+            have = translated(read_json(path), folder)
         except UserError as error:
             raise UserError(f"{error}: choose another data.cache") from None
         if only_text_differs(have, settings):

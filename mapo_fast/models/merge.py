@@ -45,6 +45,12 @@ def with_loras(model: Pipeline, loras: Iterable[tuple[Path, float]]) -> Pipeline
     return model
 
 
+def without_loras(model: Pipeline) -> Pipeline:
+    """The model as its folder or file has it."""
+    parts = {name: replace(part, added={}) for name, part in model.parts.items()}
+    return replace(model, parts=parts, start=None)
+
+
 def with_start_lora(model: Pipeline, lora: LoraFile | None) -> Pipeline:
     """The model whose text encoders have the LoRA that training goes on from, and that knows it.
 

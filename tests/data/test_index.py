@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mapo_fast.data import prepare as prepare_module
 from mapo_fast.data.cache import PairCache
 from mapo_fast.data.prepare import prepare
 from mapo_fast.models.identity import files_fingerprint, joint_identity
-from mapo_fast.models.open import open_sdxl
+from mapo_fast.models.open import open_model, open_sdxl
 from mapo_fast.models.sdxl import ENCODERS
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.tensorfile import write_tensors
@@ -28,6 +28,7 @@ from tests.data.pair_sources import (
     write_jsonl,
 )
 from tests.data.preparing import counting_images, said
+from tests.tiny import TEXT_WIDTH
 
 
 def test_check_accepts_its_own_model_and_settings(tiny_sdxl: Path, prepared: Path) -> None:
@@ -279,6 +280,27 @@ def test_an_earlier_format_is_taken_over_without_encoding(
     before_again = contents(copy)
     prepare(run)
     assert contents(copy) == before_again
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_an_earlier_format_keeps_its_latents_for_a_lora_of_text_encoders(
+    tiny_sdxl: Path, prepared: Path, copy: Path, tmp_path: Path, number: int
+) -> None:
+    as_format(copy, number, tiny_sdxl)
+    key, width = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj", TEXT_WIDTH
+    factors = {f"{key}.lora_down.weight": torch.ones(1, width), f"{key}.lora_up.weight": torch.ones(width, 1)}
+    save_file(factors, lora := tmp_path / "text.safetensors")
+    run = config(tiny_sdxl, prepared.parent / "s", copy)
+    run = run.model_copy(update={"model": run.model.model_copy(update={"lora": (str(lora),)})})
+    with counting_images() as images:
+        _, text = said(run)
+    assert "its prompts are encoded again, its latents stay" in text
+    assert not images
+    PairCache.open(copy).check(open_model(run), run.data)
+    have, want = contents(copy), contents(prepared)
+    changed = {name for name in have if name.startswith("shards/") and have[name] != want[name]}
+    assert changed
+    assert all(name.startswith("shards/text") for name in changed)
 
 
 @pytest.mark.parametrize("number", [3, 4])
