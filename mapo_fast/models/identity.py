@@ -74,8 +74,8 @@ def unet_identity(model: Pipeline) -> str:
 def files_fingerprint(model: Pipeline, components: Sequence[Component]) -> str | None:
     """SHA-256 over the files of these components with their names: the identity in older formats.
 
-    Caches of formats 2 and 3, and runs made with them, have it. None where a component is not a folder, or has
-    a LoRA added, which its files do not show.
+    Caches of formats 2 and 3, and runs made with them, have it. None where a component is not a folder, or
+    has a LoRA added, which its files do not show.
     """
     digest = hashlib.sha256()
     for component in components:

@@ -103,13 +103,13 @@ def read_lora(path: Path, model: Mapping[str, Part]) -> LoraFile:
             alphas[place] = _scalar(stored, key)
         else:
             factors.setdefault(place, {})[side] = stored
+    if not any((match := _FACTOR.fullmatch(key)) and match["side"] for key in header.tensors):
+        raise UserError(f"{path} has no LoRA factors: it is not a LoRA")
     if unknown:
         raise UserError(
             f"{path} has {len(unknown)} keys of layers that SDXL does not have, such as {shown(unknown[0])}: "
             "it is a LoRA for another model, or damaged"
         )
-    if not factors:
-        raise UserError(f"{path} has no LoRA factors: it is not a LoRA")
     stated = _stated_alphas(header, config)
     parts: dict[str, dict[str, LoraLayer]] = {}
     for (component, layer), pair in factors.items():

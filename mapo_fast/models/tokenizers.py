@@ -94,7 +94,7 @@ class Tokenizers:
         tokens = 1 + max(found.get_vocab().values())
         if tokens > text.vocab_size:
             way_out = (
-                "name the model's own tokenizers as model.tokenizers"
+                "name the model's own tokenizers as model.tokenizers, to export as --tokenizers"
                 if self.root is None
                 else "the folder mixes parts of different models"
             )

@@ -238,7 +238,7 @@ SD1 = "down_blocks_0_attentions_0_transformer_blocks_0"
         ({f"{LAYER}.diff": (1, 1)}, "difference of whole layers"),
         ({f"{LAYER}.a1.weight": (1, 1)}, "GLoRA"),
         ({"lora_unet_double_blocks_0.lora_up.weight": (1, 1)}, "for another model"),
-        ({"model.diffusion_model.input_blocks.0.0.weight": (1, 1)}, "for another model"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": (1, 1)}, "it is not a LoRA"),
         ({f"{LAYER}.lora_up.weight": (16, 4, 1, 1)}, "one of the two factors"),
         (
             {f"{LAYER}.lora_up.weight": (16, 4, 1, 1), f"{LAYER}.lora_down.weight": (4, 8, 3, 3)},
@@ -254,6 +254,7 @@ SD1 = "down_blocks_0_attentions_0_transformer_blocks_0"
         ({f"lora_unet_{SD1}_attn2_to_v.lora_down.weight": (4, 1024)}, "for Stable Diffusion 2"),
         ({"lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": (4, 1024)}, "Diffusion 2"),
         ({}, "no LoRA"),
+        ({f"{LAYER}.alpha": ()}, "it is not a LoRA"),
     ],
 )
 def test_other_files_are_named(
