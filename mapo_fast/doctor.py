@@ -1,4 +1,4 @@
-"""`mapo-fast doctor`: what this machine will use for training, why, and what to install to change it.
+"""`mapo-fast doctor`: what this machine will use for training, why, and what to install for more.
 
 Needs the base install only: every other package is looked up and may be missing or broken, and then its line
 says so. Where the command line (`mapo_fast[train]`) is not installed, `python -m mapo_fast.doctor` works.
@@ -164,7 +164,7 @@ def _gpu() -> str:
 
 
 def _held() -> str:
-    """Who else holds memory of the GPUs."""
+    """Other programs that hold memory of the GPUs."""
     found = gpus()
     if not found:
         return f"unknown who holds it (nvidia-ml-py is missing: {_TRAIN})"
@@ -229,7 +229,7 @@ def _xformers(device: str) -> str:
 
 
 def _eight_bit(device: str) -> str:
-    """One step of what AdamW8bit does, on a tensor large enough to have 8-bit states.
+    """Try one step of AdamW8bit, on a tensor large enough to have 8-bit states.
 
     Not through torch's optimizers or custom operators: these import its compiler, which takes as long as all
     else here.

@@ -63,7 +63,7 @@ def _lost(size: Size, height: np.ndarray, width: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Crop:
-    """How an image meets its bucket: size after the resize, then the crop's corner, all in pixels."""
+    """How an image is fitted to its bucket: size after the resize, then the crop's corner, all in pixels."""
 
     resized: Size
     crop_top: int
@@ -91,7 +91,7 @@ def fit_image(image: Image.Image, bucket: Size) -> Image.Image:
 
 
 def time_ids(size: Size, bucket: Size, conditioning: str) -> tuple[float, ...]:
-    """What the UNet is told of one image's size: `sdxl.time_ids`.
+    """The UNet's inputs for one image's size, see `sdxl.time_ids`.
 
     `shared` is what sampling uses, the same for both images of a pair: original size = target size, no crop.
     `own` is the image's file size and its own crop (a mirrored image keeps its mirror image's).

@@ -1,4 +1,4 @@
-"""The cache that `mapo-fast prepare` writes and training reads: nothing but the UNet is needed beside it.
+"""The cache that `mapo-fast prepare` writes and training reads: it needs only the UNet in addition.
 
     settings.json     what the cache is made for; written first
     shards/           latents, text-encoder states (see `shards`)
@@ -45,12 +45,12 @@ __all__ = ["CachedPair", "PairBatch", "PairCache", "PairRow", "SampleBatch"]
 
 OPEN_SHARDS = 128
 VERIFIED_AT_ONCE = 512 * 2**20
-"""Of a cache this large the check takes about half a second."""
+"""Bytes of files up to which a whole cache is checked when it is opened, in about half a second."""
 
 
 @dataclass(frozen=True)
 class PairRow:
-    """Where a pair comes from."""
+    """Source and prompt of a pair."""
 
     name: str
     prompt: str
@@ -89,7 +89,7 @@ class PairCache:
         self.flips, self.labelled, self.paired = index.flips, index.labelled, index.paired
         self._shards: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._lock = threading.Lock()
-        """Of the open shards: a batch may be read ahead while another one is evaluated."""
+        """Lock of the open shards: a batch may be read ahead while another one is evaluated."""
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool | None = None) -> PairCache:
@@ -136,7 +136,7 @@ class PairCache:
         return [PairRow(**row) for row in table.take([pair.index for pair in pairs]).to_pylist()]
 
     def labels(self, pairs: Sequence[CachedPair]) -> Tensor:
-        """(B,) fp32 soft labels, how probably the chosen image is the better one; for a `labelled` cache."""
+        """(B,) fp32 soft labels: probability that the chosen image is better; for a `labelled` cache."""
         return torch.tensor([float(self._table[pair.index]["label"]) for pair in pairs])
 
     def wanted(self, samples: Sequence[CachedPair]) -> Tensor:
@@ -198,7 +198,7 @@ class PairCache:
 
     @staticmethod
     def _half(record: np.void) -> str:
-        """Which half a single image is."""
+        """The half that a single image is."""
         return "rejected" if tuple(record["chosen"]) == NOWHERE else "chosen"
 
     def _images(

@@ -20,7 +20,7 @@ from mapo_fast.data.sources.base import SkippedRow
 
 @dataclass(frozen=True)
 class ImageJob:
-    """One distinct image to encode: where it first stands in the source, and the shape it gets."""
+    """One distinct image to encode: its first place in the source, and the shape it gets."""
 
     row: int
     chosen: bool
@@ -43,7 +43,7 @@ class Candidate:
 
 @dataclass
 class Choice:
-    """What the scan left: pairs, skipped rows, counts."""
+    """Result of the choice: pairs, skipped rows, counts."""
 
     pairs: list[Candidate] = field(default_factory=list)
     skipped: list[SkippedRow] = field(default_factory=list)

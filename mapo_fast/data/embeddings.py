@@ -115,7 +115,7 @@ def _damaged(folder: Pipeline, which: Which) -> str:
 
 
 def _tensors(keys: list[bytes], hidden: Tensor, pooled: Tensor, which: int) -> dict[str, Tensor]:
-    """What a shard holds: the prompts whose embeddings are finite, and the keys of the others."""
+    """A shard's contents: embeddings of prompts where they are finite, and the keys of the others."""
     values = {"hidden": hidden, "pooled": pooled} if which == 2 else {"hidden": hidden}
     good = torch.stack([value.isfinite().flatten(1).all(dim=1) for value in values.values()]).all(dim=0)
     tensors = {name: _half(value[good]) for name, value in values.items()} if good.any() else {}
@@ -126,6 +126,6 @@ def _tensors(keys: list[bytes], hidden: Tensor, pooled: Tensor, which: int) -> d
 
 
 def _half(values: Tensor) -> Tensor:
-    """fp16, or as it is where a value does not fit into fp16."""
+    """The tensor in fp16, or unchanged where a value does not fit into fp16."""
     half = values.half()
     return half if half.isfinite().all() else values

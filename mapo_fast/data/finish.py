@@ -85,7 +85,7 @@ def finish(
 
 
 def _warnings(data: DataConfig, pairs: list[Candidate], held: list[bool], paired: bool) -> list[str]:
-    """What gives the preference away, and what cannot be learned or measured."""
+    """Warnings about what gives the preference away, and what cannot be learned or measured."""
     rows = [pair.row for pair in pairs]
     chosen, rejected = (
         [row.images[half][1] for row in rows if half in row.images] for half in ("chosen", "rejected")

@@ -1,4 +1,4 @@
-"""What a cache is made for, and whether it is finished and whole: `settings.json` and `index.json`.
+"""The identity of a cache, and whether it is finished and whole: `settings.json` and `index.json`.
 
 Neither torch nor numpy is imported: a cache can be looked at before there is time for either. Only a model's
 identity (`cache_settings`) needs them.
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 FORMAT = 5
 TAKEN_OVER = (2, 3, 4)
-"""Formats whose shards are alike: `prepare` only writes the tables of such a cache anew."""
+"""Formats with equal shards: `prepare` only writes the tables of such a cache again."""
 
 
 def cache_settings(folder: Pipeline, data: DataConfig) -> dict[str, Any]:
-    """All that decides what a cache holds, given the same source; `held_out` only moves pairs about."""
+    """Everything that decides a cache's contents for a source; `held_out` only changes the split."""
     from mapo_fast.models.identity import encoders_identity  # reads tokenizers, and needs torch
 
     return {
@@ -83,7 +83,8 @@ def translated(have: dict[str, Any], folder: Pipeline) -> dict[str, Any]:
     It may have been made before LoRAs were added to the text encoders: its latents can stay then.
 
     Before format 4 a model was known by its files, with their names and their configs' whole text; in
-    format 4 by one digest for VAE and text. The settings that were stay beside: runs know the cache by them.
+    format 4 by one digest for VAE and text. The old settings are kept too, because runs identify the cache by
+    them.
     """
     if have.get("format") not in TAKEN_OVER:
         return have
@@ -100,12 +101,12 @@ def translated(have: dict[str, Any], folder: Pipeline) -> dict[str, Any]:
 
 
 class Claim(NamedTuple):
-    """What becomes of a cache folder."""
+    """What to do with a cache folder."""
 
     settings: dict[str, Any]
-    """What its settings.json is to hold."""
+    """Contents of its settings.json."""
     text_stays: bool = True
-    """False: its prompts were encoded by other text encoders or tokenizers, and only its latents stay."""
+    """Whether its prompts stay; False if they are of other text encoders or tokenizers: latents stay then."""
 
 
 def claim(cache: Path, settings: dict[str, Any], folder: Pipeline) -> Claim:
@@ -143,7 +144,7 @@ def claim(cache: Path, settings: dict[str, Any], folder: Pipeline) -> Claim:
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """`index.json` of a finished cache; None where there is none, or one whose tables are to be made anew.
+    """`index.json` of a finished cache; None if it is missing, or if its tables have to be made again.
 
     Raises:
         UserError: it is damaged or edited, or of another version.
@@ -173,7 +174,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
-    """Write `index.json`, which makes the cache a finished one; returns what it holds."""
+    """Write `index.json`, which finishes the cache; returns its contents."""
     index = {**index, "sha256": _digest(index)}
     write_json(folder / "index.json", index)
     return index
@@ -186,7 +187,7 @@ def _digest(index: dict[str, Any]) -> str:
 
 
 def is_whole(folder: Path, index: dict[str, Any]) -> bool:
-    """Whether every file is what was written. If one is not, `prepare` makes it anew or names it."""
+    """Whether every file is unchanged since it was written. If not, `prepare` makes it again or names it."""
     try:
         return all(
             (folder / name).stat().st_size == entry["bytes"] and sha256_file(folder / name) == entry["sha256"]
@@ -203,20 +204,20 @@ class CacheIndex:
         self.folder, self.content = folder, index
         self.settings: dict[str, Any] = index["settings"]
         self.pairs: int = index["pairs"]
-        """Pairs, or single images."""
+        """Number of pairs, or of single images."""
         self.train: int = index["train"]
-        """How many of them are for training; the others are held out."""
+        """Number of pairs for training; the others are held out."""
         self.flips: bool = self.settings["flip"]
-        """Whether it holds mirrored latents too."""
+        """Whether the cache holds mirrored latents too."""
         self.labelled: bool = index.get("labelled", False)
         """Whether every pair has a soft label."""
         self.paired: bool = index.get("paired", True)
-        """Whether it holds pairs; else single images, each wanted or unwanted."""
+        """Whether the cache holds pairs; otherwise single images, each wanted or unwanted."""
         self._unverified = set(index["files"])
 
     @classmethod
     def open(cls, folder: Path) -> CacheIndex:
-        """Read the index of a finished cache, and see that every file is there in its full size.
+        """Read the index of a finished cache, and check that every file exists in its full size.
 
         Raises:
             UserError: missing, unfinished, cut short, or made by another version.
@@ -238,7 +239,7 @@ class CacheIndex:
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Total bytes of all files."""
         return sum(entry["bytes"] for entry in self.content["files"].values())
 
     @property
@@ -252,7 +253,7 @@ class CacheIndex:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def check(self, settings: dict[str, Any], held_out: float) -> None:
-        """Check what the cache was made for.
+        """Check that the cache was made for this model and these settings.
 
         Args:
             settings: what `cache_settings` gives for the config.
@@ -304,12 +305,12 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def missing(path: Path) -> UserError:
-    """What to do about a file of the cache that is not there."""
+    """Remedy for a missing file of the cache."""
     return UserError(f"{path} is missing from the cache: run mapo-fast prepare again")
 
 
 def damaged(path: Path) -> UserError:
-    """What to do about a file of the cache that is not what was written."""
+    """Remedy for a damaged file of the cache."""
     return UserError(
         f"{path} is damaged (its checksum is not the one it was written with): delete it and run "
         "mapo-fast prepare again, which makes only this file anew"

@@ -170,7 +170,7 @@ class _Shard:
             self._start(filling)
 
     def complete(self) -> dict[str, Tensor]:
-        """Encode what still waits; the shard's tensors."""
+        """Encode the waiting images; returns the shard's tensors."""
         for filling in self._buckets.values():
             if filling.waiting:
                 self._start(filling)
@@ -261,7 +261,7 @@ def _files(jobs: Sequence[ImageJob], source: PreferencePairs) -> Iterator[tuple[
 def _report_tiling(
     encoder: LatentEncoder, jobs: Sequence[ImageJob], source: PreferencePairs, callbacks: Callbacks
 ) -> None:
-    """What tiling changes in the first image that is tiled at all."""
+    """A message on how much tiling changes the first tiled image."""
     large = [job for job in jobs if max(job.bucket) > TILE][:1]
     with closing(read_images(large, source)) as found:
         for _, image in found:
@@ -270,7 +270,7 @@ def _report_tiling(
 
 
 def _too_large(data: DataConfig, vram: str | None) -> str:
-    """What to do where encoding images runs out of the GPU's memory."""
+    """The remedy where encoding images runs out of GPU memory."""
     less = next(iter(encoding_with_less(data)), {})
     elsewhere = " and another data.cache, as tiles change the latents" if "vae_tiling" in less else ""
     change = f"set {setting_text(less)}{elsewhere}, or " if less else ""

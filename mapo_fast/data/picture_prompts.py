@@ -1,4 +1,4 @@
-"""The prompt that a program wrote into a picture that it made.
+"""Read the prompt that a program wrote into a generated picture.
 
 | program      | where                                         | what is read                               |
 |--------------|-----------------------------------------------|--------------------------------------------|
@@ -24,11 +24,11 @@ from mapo_fast.util.errors import MachineError, shown
 from mapo_fast.util.files import open_regular, os_error, parse_json
 
 TEXT_BYTES = 1 << 22
-"""No text in a picture that is read is larger."""
+"""Largest text in a picture that is read, in bytes."""
 PARTS = 10_000
-"""Parts of a file that are looked at (PNG's and WebP's chunks, JPEG's segments)."""
+"""Most parts of a file to look at (PNG's and WebP's chunks, JPEG's segments)."""
 HOPS = 32
-"""Nodes between a sampler and its text."""
+"""Most nodes between a sampler and its text."""
 
 _ENCODERS = {
     "CLIPTextEncode": ("text",),

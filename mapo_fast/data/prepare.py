@@ -165,7 +165,7 @@ class Preparation:
         return finish(self.data, choice, self.families, self.folder, known)
 
     def _prompt_keys(self, rows: list[ScannedRow]) -> dict[str, bytes]:
-        """The key of every prompt; what is stored under one spelling of a prompt serves all of them."""
+        """The key of every prompt; all spellings of a prompt share the stored embeddings."""
         prompts = (row.prompt for row in rows if not row.reason)
         keys = prompt_keys(self.folder, prompts, self.data.max_tokens)
         for prompt, key in keys.items():
@@ -225,7 +225,7 @@ class Preparation:
             )
 
     def _check_disk(self, choice: Choice) -> None:
-        """Stop where the disk has no space for what is to be encoded."""
+        """Raise where the disk has no space for the data to be encoded."""
         jobs = [job for job in choice.images if job.key not in self.families["latents"]]
         latents = sum(latent_bytes(self.folder, self.data, job.bucket) for job in jobs)
         new = sum(key not in self.families["text2"] for key in choice.prompts)

@@ -1,4 +1,4 @@
-"""Which prompts are the same to the text encoders: those that both tokenizers turn into the same tokens.
+"""Find prompts that are equal to the text encoders: both tokenizers turn them into the same tokens.
 
 Case, white space, Unicode forms and what lies beyond `data.max_tokens` make no difference to a model. Prompts
 that differ in nothing else count as one everywhere: they are encoded once, and cannot stand on both sides of

@@ -32,7 +32,7 @@ ABSENT = bytes(16)
 
 @dataclass(frozen=True)
 class ScannedRow:
-    """What is known about a row; `reason` is empty for a usable one."""
+    """Facts about a row; `reason` is empty for a usable one."""
 
     index: int
     name: str
@@ -49,7 +49,7 @@ class ScannedRow:
 
     @property
     def images(self) -> dict[str, tuple[bytes, Size]]:
-        """Hash and size of the images that there are, by half."""
+        """Hash and size of the row's images, by half."""
         halves = {
             "chosen": (self.chosen_hash, self.chosen_size),
             "rejected": (self.rejected_hash, self.rejected_size),
@@ -58,7 +58,7 @@ class ScannedRow:
 
     @property
     def profiles(self) -> dict[str, Profile]:
-        """What became of the colour profiles of the images that there are, by half."""
+        """Outcomes of the images' colour profiles, by half."""
         profiles = {"chosen": self.chosen_profile, "rejected": self.rejected_profile}
         return {half: profiles[half] for half in self.images}
 
@@ -139,7 +139,7 @@ def _clean(text: str) -> str:
 
 
 class _Seen(NamedTuple):
-    """What decoding an image showed. No exception is kept: its trace would keep the image's bytes."""
+    """Result of decoding an image. Exceptions are not kept: their traces would keep the image's bytes."""
 
     size: Size
     profile: Profile

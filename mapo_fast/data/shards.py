@@ -1,4 +1,4 @@
-"""Shards: safetensors files of bounded size that hold what was encoded, addressed by content.
+"""Shards: safetensors files of bounded size with encoded data, addressed by content.
 
 A family of shards is `latents-00000.safetensors`, `latents-00001.safetensors`, …; there are three families:
 
@@ -9,7 +9,7 @@ A family of shards is `latents-00000.safetensors`, `latents-00001.safetensors`, 
     text2     `hidden` (n, S, D₂), `pooled` (n, P) of the second, `keys` (n, 16), `failed`
 
 A shard says itself what it holds and is renamed into place only when it is complete. After that its SHA-256
-goes to `latents-00000.sha256` beside it (in the format of `sha256sum`): whatever stands in the folder with
+goes to `latents-00000.sha256` next to it (in the format of `sha256sum`): whatever stands in the folder with
 such a record after a kill is checked and reused, and only what no shard holds is encoded.
 """
 
@@ -80,7 +80,7 @@ class ShardFamily:
         return key in self.places or key in self.failed
 
     def alias(self, key: bytes, other: bytes) -> None:
-        """Have `key` stand for what is stored under `other`, if only the latter has been dealt with."""
+        """Let `key` refer to the item stored under `other`, if only the latter has been dealt with."""
         if key not in self and other in self.places:
             self.places[key] = self.places[other]
         elif key not in self and other in self.failed:

@@ -1,4 +1,4 @@
-"""What `prepare` tells: the lists of rows that it skipped and of prompts that it cut, and a summary."""
+"""Output of `prepare`: lists of skipped rows and of cut prompts, and a summary."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mapo_fast.util.progress import Callbacks
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What a cache holds and what it took."""
+    """Contents of a cache, and the effort to make it."""
 
     cache: Path
-    """Its folder; `skipped.jsonl` there lists the rows that were left out, `truncated.jsonl` cut prompts."""
+    """The cache's folder; `skipped.jsonl` there lists the skipped rows, `truncated.jsonl` cut prompts."""
     pairs: int
     train: int
     held_out: int
@@ -39,7 +39,7 @@ class PrepareResult:
     """Latents encoded again in fp32 because they came out non-finite."""
     warnings: tuple[str, ...]
     paired: bool = True
-    """False: what counts as a pair here is a single labelled image."""
+    """Whether rows are pairs; False if each is a single labelled image."""
     seconds: float = 0.0
     encoded: int = 0
     """Images that this call encoded; the others were there already."""
@@ -55,11 +55,11 @@ _REMEDIES = {
     "missing caption": "write captions next to the images, or set data.default_caption",
     "no prompt in the file": 'give pairs equal names instead of data.pair_by = "prompt"',
 }
-"""What to do about rows that are skipped for a reason."""
+"""Reason for skipped rows → remedy."""
 
 
 def remedy(reason: str) -> str:
-    """What to do about rows that are skipped for a reason, after a colon; empty where nothing is known."""
+    """The remedy for rows that are skipped for a reason, after a colon; empty where none is known."""
     return f": {_REMEDIES[reason]}" if reason in _REMEDIES else ""
 
 
@@ -102,7 +102,7 @@ def report(summary: PrepareResult, callbacks: Callbacks) -> None:
 
 
 def reasons(skipped: Iterable[SkippedRow]) -> dict[str, int]:
-    """How many rows are skipped for each reason."""
+    """Number of skipped rows for each reason."""
     return dict(sorted(Counter(row.reason for row in skipped).items()))
 
 

@@ -28,9 +28,9 @@ PAIR = np.dtype(
     ]
 )
 NOWHERE = (-1, -1)
-"""Place of the half that a single image does not have."""
+"""Place in the shards of the half that a single image does not have."""
 PIECE = 2**15
-"""Rows of pairs.npy that have a SHA-256 of their own."""
+"""Number of rows of pairs.npy per SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class CachedPair:
     bucket: tuple[int, int]
     """(height, width) in pixels of both images."""
     index: int
-    """Its row in the cache's table."""
+    """The pair's row in the cache's table."""
 
 
 class PairTable:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of CLIP's training images, by channel (Radford et al., arXiv 2103.00020; the same in OpenCLIP)."""
+"""Mean and deviation of CLIP's training images by channel (Radford et al., arXiv 2103.00020; OpenCLIP)."""
 
 _VISION_HEADS = {1280: 16, 1408: 16, 1664: 16}
-"""By width: ViT-H, g and bigG have heads of 80, 88 and 104 channels. All others have 64."""
+"""Channels of a head by width: ViT-H, g and bigG have 80, 88 and 104. All others have 64."""
 _EOS = 49407
 
 
@@ -85,7 +85,7 @@ class Clip:
 
     @property
     def scale(self) -> float:
-        """exp(logit_scale): the factor of CLIP's own logits."""
+        """The factor of CLIP's own logits, exp(logit_scale)."""
         return float(self.model.logit_scale.detach().exp())
 
 
@@ -121,13 +121,13 @@ def preprocess(image: Image, size: int) -> Tensor:
 
 
 def _normalised(found: Any) -> Tensor:
-    """transformers 5 wraps the embedding in an object."""
+    """The embedding itself: transformers 5 wraps it in an object."""
     features: Tensor = found if isinstance(found, Tensor) else found.pooler_output
     return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
 def _stated(path: Path) -> tuple[str, tuple[int, int] | None]:
-    """Activation and numbers of heads of a transformers folder; OpenAI's activation where nobody says."""
+    """Activation and numbers of heads of a transformers folder; OpenAI's activation by default."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         return "quick_gelu", None

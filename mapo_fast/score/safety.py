@@ -21,7 +21,7 @@ _LARGEST = 2**30
 _RESIZED, _CROP = 256, 224
 _MEAN_BGR = np.asarray([104, 117, 123], dtype=np.float32)
 _EXTERNAL = b"\x0a\x08location"
-"""How ONNX names a file with a tensor's data: it would be read wherever it lies."""
+"""ONNX's field for a file with a tensor's data, which would be read from anywhere."""
 
 
 class SafetyScorer:

@@ -4,7 +4,7 @@ Images are made one at a time, so each depends on the model, its prompt, its see
 nothing else. An image is written whole, then listed in the manifest; what is not listed is made again.
 
 The text encoders run before the UNet is loaded. The VAE decodes whole images, as the programs that people
-sample with do: where it finds no room beside the UNet, that waits in the system's memory meanwhile.
+sample with do: where it finds no room next to the UNet, the UNet waits in system RAM meanwhile.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def sample(
 
 
 def settings_of(model: Pipeline, how: Sampling, dtype: torch.dtype) -> dict[str, Any]:
-    """What a manifest says about an image beside prompt and seed: all that it depends on."""
+    """A manifest's entries for an image besides prompt and seed: everything that it depends on."""
     parts = [unet_identity(model), encoders_identity(model), model.scheduler_config]
     own = "zeros" if model.zeros_for_empty_prompt else "empty"
     return {

@@ -1,4 +1,4 @@
-"""What a scorer is, and the table of those that there are.
+"""The interface of scorers, and their table.
 
 A scorer takes images with their prompts and gives a number for each; higher is better. Weights come from
 paths that the user names; nothing is fetched.
@@ -23,7 +23,7 @@ class Scorer(Protocol):
     version: str
     """Changes whenever the same weights would give other scores: part of the cache's key."""
     sha256: str
-    """Of the weights that were loaded; empty without weights."""
+    """SHA-256 of the loaded weights; empty without weights."""
 
     def __call__(self, images: Sequence[Image], prompts: Sequence[str]) -> np.ndarray:
         """Score RGB images: (n,) float32, one for each image and its prompt."""
@@ -33,9 +33,9 @@ class Entry(NamedTuple):
     """A scorer that `--score` can name."""
 
     make: Callable[[Sequence[Path]], Scorer]
-    """Loads it from its files."""
+    """Loads the scorer from its files."""
     files: tuple[str, ...]
-    """What each file is, in order: none for a scorer without weights."""
+    """Description of each file, in order; empty for a scorer without weights."""
     about: str
 
 

@@ -32,7 +32,7 @@ class Scored(NamedTuple):
 
 
 class ScoreFile:
-    """What has been scored.
+    """A store of scores.
 
     Args:
         path: `scores.jsonl`; made when the first score is kept.
@@ -97,7 +97,7 @@ def _key(name: str, scorer: Scorer, path: Path, prompt: str) -> str:
 
 
 def open_image(path: Path) -> Image.Image:
-    """As `prepare` decodes images: bounded, sRGB, no program started."""
+    """Decode an image as `prepare` does: bounded, to sRGB, without starting a program."""
     try:
         return decode_image(_bytes(path)).convert("RGB")
     except ImageProblemError as error:

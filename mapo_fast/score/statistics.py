@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 _Z = 1.959963984540054
-"""Standard normal quantile of a two-sided 95 % interval."""
+"""Quantile of the standard normal distribution for a two-sided 95 % interval."""
 FEWEST_FOR_WIN_RATE = 10
 FEWEST_FOR_MEAN = 64
 _RESAMPLES = 4000
@@ -30,7 +30,7 @@ class WinRate(NamedTuple):
     rate: float
     """(wins + ½ ties) / prompts."""
     interval: Interval | None
-    """95 %; None below `FEWEST_FOR_WIN_RATE` prompts."""
+    """95 % interval; None below `FEWEST_FOR_WIN_RATE` prompts."""
 
 
 class Mean(NamedTuple):
@@ -38,7 +38,7 @@ class Mean(NamedTuple):
 
     value: float
     interval: Interval | None
-    """95 %; None below `FEWEST_FOR_MEAN` prompts."""
+    """95 % interval; None below `FEWEST_FOR_MEAN` prompts."""
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> WinRate:

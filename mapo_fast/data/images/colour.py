@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image, ImageCms
 
 Profile = Literal["", "converted", "ignored"]
-"""What became of an image's profile: there was none but sRGB, it was applied, or it was unusable."""
+"""Outcome of an image's colour profile: none but sRGB, applied, or unusable."""
 
 _TESTED = 16
-"""Levels of each channel that a profile is compared with sRGB at."""
+"""Levels of each channel at which a profile is compared with sRGB."""
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, Profile]:

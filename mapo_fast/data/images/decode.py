@@ -60,14 +60,14 @@ class ImageProblemError(Exception):
 
 
 class Decoded(NamedTuple):
-    """An image in mode RGB, upright, and what became of its colour profile."""
+    """An upright image in mode RGB, and the outcome of its colour profile."""
 
     image: Image.Image
     profile: Profile
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """`decode` without what it says about the colour profile."""
+    """Decode an image as `decode` does, without the outcome of its colour profile."""
     return decode(data, max_pixels=max_pixels).image
 
 
@@ -186,6 +186,6 @@ def _eight_bits(image: Image.Image, white: int, inverted: bool) -> Image.Image:
 
 
 def _first_line(error: BaseException) -> str:
-    """What a decoder says, without the address of the buffer that it was given."""
+    """A decoder's message, without the address of its buffer."""
     first = (str(error).splitlines() or [""])[0] or type(error).__name__
     return re.sub(r"<[^>]* at 0x[0-9a-fA-F]+>", "the file", first)

@@ -1,4 +1,4 @@
-"""Which image formats are decoded, and what a file is that cannot be."""
+"""Image formats that are decoded, and the kinds of files that cannot be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _DECODED = (
     "JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "QOI", "PSD", "SGI", "PCX",
     "ICO", "TGA",
 )  # fmt: skip
-"""What Pillow decodes in this process. For other formats it starts programs (PostScript: Ghostscript)."""
+"""Formats that Pillow decodes in this process. For others it starts programs (PostScript: Ghostscript)."""
 
 _SIGNS = (
     (b"\xff\x0a", "JPEG XL"),
@@ -74,7 +74,7 @@ def what_it_is(data: bytes) -> tuple[str, str]:
 
 
 def _container(head: bytes) -> str:
-    """The format of a file that names it after its first bytes."""
+    """The format of a file whose name of it follows the first bytes."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith(b"<"):
         kinds = ((b"<svg", "SVG"), (b"<html", "a web page"), (b"<!doctype html", "a web page"))

@@ -1,4 +1,4 @@
-"""libtiff writes what is wrong with a file to the process' standard error; here it becomes text."""
+"""Collects libtiff's error messages as text; libtiff writes them to the process's standard error."""
 
 from __future__ import annotations
 

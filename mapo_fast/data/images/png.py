@@ -1,4 +1,4 @@
-"""PNG files without what Pillow could refuse them for although their pixels are whole.
+"""Removes parts of PNG files for which Pillow would reject them although their pixels are whole.
 
 Pillow gives up a PNG whose compressed text or colour profile unpacks to more than 1 MiB (the workflows that
 ComfyUI stores do), or whose text is damaged. Its limits are settings of the whole process, so the file is
@@ -58,7 +58,7 @@ def _is_small(kind: bytes, body: bytes) -> bool:
 
 
 def inflated(data: bytes, limit: int) -> bytes | None:
-    """What compressed bytes unpack to; None where they are damaged or more than `limit`."""
+    """The unpacked bytes; None where they are damaged or more than `limit`."""
     unpacker = zlib.decompressobj()
     try:
         out = unpacker.decompress(data, limit)

@@ -1,4 +1,4 @@
-"""What a source of preference pairs is, whatever layout they are kept in, and what its rows are.
+"""Base classes of sources of preference pairs, and of their rows.
 
 A layout is a class of its own in a file of its own: it says whether a path is kept in it, opens the path and
 reads its rows. `registry` knows all of them. `docs/extend/data_source.md` adds one.
@@ -25,19 +25,19 @@ class PairRecord:
 
     index: int
     name: str
-    """Where it stands in the source, for people: `train-0.parquet:17`, `pairs.jsonl:3`, `chosen/a.png`."""
+    """Place in the source, for people: `train-0.parquet:17`, `pairs.jsonl:3`, `chosen/a.png`."""
     prompt: str
     chosen: ImageReader | None
-    """Reads the chosen image's file. None beside a single unwanted image."""
+    """Reads the chosen image's file. None for a single unwanted image."""
     rejected: ImageReader | None
-    """The rejected image's; None beside a single wanted image."""
+    """Reads the rejected image's file. None for a single wanted image."""
     label: float | None = None
-    """How probably the chosen image is the better one, where the source says so."""
+    """Probability that the chosen image is the better one, where the source has it."""
 
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """A row that is no usable pair, and why; reasons are few fixed words, details are not."""
+    """A row that cannot be used, and why; reasons are fixed words, details are free text."""
 
     index: int
     name: str
@@ -58,7 +58,7 @@ class ImageReader(Protocol):
 
     @property
     def name(self) -> str:
-        """Where it stands in its row or folder, for people."""
+        """Place of the image in its row or folder, for people."""
 
     def __call__(self) -> bytes:
         """The bytes of the image's file."""
@@ -72,13 +72,13 @@ class PreferencePairs(ABC):
     """
 
     looked_for: ClassVar[str]
-    """What the layout is known by, for the message where no layout is recognised: `pairs.jsonl`."""
+    """The layout's mark, for the message where no layout is recognised: `pairs.jsonl`."""
     paired: bool = True
-    """Whether its rows are pairs; else single images."""
+    """Whether the rows are pairs; otherwise they are single images."""
     note: str = ""
-    """What `prepare` tells the user about how the source is read."""
+    """Note of `prepare` for the user about how the source is read."""
     where: Path
-    """What the user named; `open_source` sets it."""
+    """Path that the user named; `open_source` sets it."""
     to_confirm: str = ""
     """How images became pairs, where only a person can tell whether that is right; `prepare` asks."""
     default_caption: str = ""
@@ -117,7 +117,7 @@ class PreferencePairs(ABC):
         """
 
     def rows(self, rows: Sequence[int]) -> Iterator[PairRecord | SkippedRow]:
-        """`read`, with one line for what the file system refuses; what the caller does is not its matter."""
+        """`read`, with one line for errors of the file system; exceptions of the caller pass through."""
         with reading(self.where):
             yield from self.read(rows)
 
@@ -142,7 +142,7 @@ class PreferencePairs(ABC):
 
 @contextmanager
 def reading(source: Path) -> Iterator[None]:
-    """Turn what the file system refuses while reading `source` into one line.
+    """Turn errors of the file system while reading `source` into one line.
 
     Raises:
         MachineError: I/O failed.
@@ -159,7 +159,7 @@ def reading(source: Path) -> Iterator[None]:
 
 
 def _no_path(error: ValueError) -> bool:
-    """Whether a path was refused: a NUL in it, or half of a surrogate pair."""
+    """Whether a path was rejected because it has a NUL or half of a surrogate pair."""
     return isinstance(error, UnicodeEncodeError) or "null" in str(error)
 
 

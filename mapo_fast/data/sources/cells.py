@@ -1,4 +1,4 @@
-"""What a cell of a table or a field of a line means, in whatever type people store it.
+"""Read cells of tables and fields of lines, in whatever type people store them.
 
 Each function gives the value that a person means, or a `SkippedRow` that shows what was found. None raises.
 """
@@ -78,7 +78,7 @@ def number(value: object) -> float | None:
 
 
 def is_missing(value: object) -> bool:
-    """Whether a cell says nothing: null, or blank text."""
+    """Whether a cell is empty: null, or blank text."""
     value = _plain(value)
     return value is None or (isinstance(value, str) and not value.strip())
 
@@ -99,11 +99,11 @@ def _plain(value: Any) -> Any:
 
 
 def _is_time(value: Any) -> bool:
-    """Whether it is a number of numpy's units of time, which would look like a label."""
+    """Whether a value is one of numpy's times, which would look like a label."""
     np = _numpy()
     return bool(np) and isinstance(value, (np.datetime64, np.timedelta64))
 
 
 def _numpy() -> Any:
-    """numpy where it has been imported: elsewhere no value is of it."""
+    """numpy if it has been imported; otherwise no value can be numpy's."""
     return sys.modules.get("numpy")

@@ -38,7 +38,7 @@ class DatasetPairs(PreferencePairs):
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        """A saved dataset; or arrow files, unless parquet files are beside them, which are then the data."""
+        """A saved dataset; or arrow files, unless parquet files are next to them, which are then the data."""
         if not path.is_dir():
             return False
         if _is_saved(path):
@@ -63,11 +63,11 @@ class DatasetPairs(PreferencePairs):
         self._files = [Path(entry["filename"]) for entry in dataset.cache_files]
 
     def __len__(self) -> int:
-        """Rows of the data set."""
+        """Number of rows of the data set."""
         return len(self._small)
 
     def files(self) -> Iterable[Path]:
-        """Its arrow files, and the images that it names."""
+        """The arrow files, and the images that they name."""
         yield from self._files
         for column in self.columns.images:
             for chunk in self._images.data.column(column).chunks:
@@ -118,7 +118,7 @@ def _check_offsets(array: pa.Array) -> None:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether it is a folder that `datasets` saved."""
+    """Whether a path is a folder that `datasets` saved."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 

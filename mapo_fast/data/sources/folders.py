@@ -46,7 +46,7 @@ def twin_folders(folder: Path) -> tuple[str, str] | None:
 
 
 class _Side(NamedTuple):
-    """One folder's files by what they are called without the suffix."""
+    """One folder's files by their names without the suffix."""
 
     images: dict[str, list[Entry]]
     captions: dict[str, list[Entry]]

@@ -23,13 +23,13 @@ from mapo_fast.util.errors import UserError, shown
 from mapo_fast.util.files import check_regular, parse_json
 
 LINE_BYTES = 1 << 20
-"""Longer lines are skipped and listed."""
+"""Bytes of the longest line; longer ones are skipped and listed."""
 
 
 class JsonlPairs(PreferencePairs):
     """A folder with `pairs.jsonl`. Empty lines are no rows. All are pairs, or all are single images.
 
-    It wins over twin folders beside it, which may hold its images.
+    It wins over twin folders next to it, which may hold its images.
     """
 
     looked_for = "pairs.jsonl"
@@ -71,7 +71,7 @@ class JsonlPairs(PreferencePairs):
                     self.paired, known = kind, True
 
     def __len__(self) -> int:
-        """Lines that are not empty."""
+        """Number of lines that are not empty."""
         return len(self._offsets)
 
     def read(self, rows: Sequence[int]) -> Iterator[PairRecord | SkippedRow]:
@@ -150,7 +150,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def _parsed(line: bytes) -> Any:
-    """What a line of JSON says, or the error."""
+    """The object in a line of JSON, or the error."""
     if len(line) == LINE_BYTES:
         return ValueError(f"the line has {LINE_BYTES:,} bytes or more")
     try:

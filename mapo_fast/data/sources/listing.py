@@ -20,10 +20,10 @@ from mapo_fast.util.errors import MachineError, shown
 from mapo_fast.util.files import check_regular, os_error, read_bytes
 
 IMAGE_BYTES = 1 << 29
-"""No image file is larger: 100 million pixels (`images.MAX_PIXELS`) of four bytes fit."""
+"""Largest image file in bytes: 100 million pixels (`images.MAX_PIXELS`) of four bytes fit."""
 
 LINKED_FOLDERS = 10_000
-"""How many links to folders a listing follows."""
+"""Most links to folders that a listing follows."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Entry:
     """A file of a folder."""
 
     name: str
-    """As it is listed: relative to the folder, with `/`."""
+    """Path in the listing: relative to the folder, with `/`."""
     path: Path
-    """The file itself: what links lead to."""
+    """The file itself, after links."""
     problem: str = ""
-    """Why it cannot be read, where it is no regular file."""
+    """Why the file cannot be read, where it is not a regular file."""
 
 
 def form(name: str) -> str:
-    """What file names that look equal have in common: Unicode's composed form."""
+    """A file name in Unicode's composed form, which is the same for names that look equal."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -86,7 +86,7 @@ def list_files(folder: Path) -> list[Entry]:
 
 
 def problems(entries: Sequence[Entry]) -> str:
-    """One line that names files that are passed over; empty where there are none."""
+    """One line that names skipped files; empty where there are none."""
     bad = [f"{entry.name}: {entry.problem}" for entry in entries if entry.problem]
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     return f"passed over: {'; '.join(bad[:3])}{more}" if bad else ""
@@ -154,7 +154,7 @@ class ImageFile:
     """An image in a file of its own; call it for its bytes."""
 
     name: str
-    """For people: as the folder lists it."""
+    """The image's path in its folder, for people."""
     path: Path
 
     def __call__(self) -> bytes:

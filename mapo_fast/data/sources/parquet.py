@@ -43,7 +43,7 @@ BATCH_BYTES = 8 << 20
 BATCH_ROWS = 1024
 PAGE_ROWS = 1024
 LARGE = 2 << 30
-"""Bytes of memory for reading that are worth a note."""
+"""Bytes of memory for reading from which the user is told."""
 
 
 class _Pass:
@@ -57,7 +57,7 @@ class _Pass:
         self._batches = self._file.iter_batches(rows, row_groups=[group], columns=list(columns))
         self._batch: pa.RecordBatch | None = None
         self.start = 0
-        """Row that what can still be read begins at."""
+        """First row that can still be read."""
 
     def row(self, row: int) -> pa.RecordBatch:
         """The row with this number, which is not before `start`."""
@@ -179,7 +179,7 @@ class ParquetPairs(PreferencePairs):
         return passes[key].row(row)
 
     def _path_columns(self, table: Any, group: int) -> list[str]:
-        """What of the image columns holds paths: a column, or `column.path` where bytes are missing."""
+        """The parts of image columns that hold paths: a column, or `column.path` where bytes are missing."""
         metadata = table.metadata.row_group(group)
         leaves = {metadata.column(i).path_in_schema: metadata.column(i) for i in range(metadata.num_columns)}
         found = []
@@ -203,7 +203,7 @@ def _size(group: Any, columns: Sequence[str]) -> int:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """One line for whatever pyarrow says about a file."""
+    """Turn pyarrow's errors about a file into one line."""
     import pyarrow as pa
 
     try:

@@ -1,4 +1,4 @@
-"""All layouts that are known, and the one that a path is kept in.
+"""All known layouts, and the search for the one of a path.
 
 They are asked in order, and the first that recognises the path opens it: those that were registered, the last
 one first, then the built-in ones, then those of installed packages (`util.extensions`). Of the built-in ones,
@@ -6,7 +6,7 @@ one first, then the built-in ones, then those of installed packages (`util.exten
 1. `pairs.jsonl` wins over twin folders, which may hold its images;
 2. twin folders, `chosen/` + `rejected/` or `w/` + `l/`, win over tables that lie in them;
 3. a dataset that `datasets` saved, or arrow files;
-4. parquet files, which win over arrow files beside them.
+4. parquet files, which win over arrow files next to them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What tables have in common, parquet files and Hugging Face datasets: columns, cells, files of one split.
+"""Shared code for tables, parquet files and Hugging Face datasets: columns, cells, files of one split.
 
 The columns are Pick-a-Pic's (`jpg_0`, `jpg_1`, `label_0`, `label_1`, `caption`, `has_label`; `label_0` = 1:
 `jpg_0` is chosen, 0: `jpg_1` is, 0.5: a tie, another share: the image with more is), or `prompt`, `chosen`,
@@ -31,7 +31,7 @@ _ROUNDED = 1e-3
 
 
 class Verdict(NamedTuple):
-    """What a row says: its prompt, the columns of its two images, and how sure the preference is."""
+    """A row's contents: its prompt, the columns of its two images, and how sure the preference is."""
 
     prompt: str
     chosen: str | None
@@ -41,7 +41,7 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns a table has, and what a row of them means."""
+    """The columns of a table, and how to read a row of them."""
 
     images: tuple[str, ...]
     small: tuple[str, ...]
@@ -220,7 +220,7 @@ def tables(files: Iterable[Entry], suffix: str) -> list[Entry]:
 
 
 def _is_table(suffix: str) -> Callable[[Entry], bool]:
-    """Of files that are not hidden, those with this suffix."""
+    """Files with this suffix that are not hidden."""
 
     def is_table(file: Entry) -> bool:
         name = PurePosixPath(file.name)
@@ -280,5 +280,5 @@ def paths_of(column: pa.Array) -> Iterator[str | None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, on one line."""
+    """The message of another library's error, on one line."""
     return (str(error).splitlines() or [""])[0] or type(error).__name__
