@@ -55,8 +55,8 @@ _REMEDIES = {
     "missing caption": "write captions next to the images, or set data.default_caption",
     "non-finite embedding": "where it is most rows, the model's text encoders are damaged: copy the model's "
     "files again",
-    "non-finite latent": "where it is most rows, the model's VAE is damaged: copy the model's files again, or "
-    "name another VAE as model.vae",
+    "non-finite latent": "where it is most rows, the model's VAE is damaged: copy the model's files again, "
+    "or name another VAE as model.vae",
     "no prompt in the file": 'give pairs equal names instead of data.pair_by = "prompt"',
 }
 """Reason for skipped rows → remedy."""

@@ -75,7 +75,7 @@ def test_prompts_whose_embeddings_are_not_finite_are_listed(
     assert batch.prompt_embeds.isfinite().all()
     assert batch.prompt_embeds.abs().max() < 65504
     assert batch.pooled_embeds.isfinite().all()
-    with pytest.raises(UserError, match="1 × non-finite embedding.*text encoders are damaged: copy"):
+    with pytest.raises(UserError, match=r"1 × non-finite embedding.*text encoders are damaged: copy"):
         prepare(config(tiny_sdxl, source, tmp_path / "d", max_skipped=0.1))
     assert not list((tmp_path / "d" / "shards").glob("latents-*")), "known before images are encoded"
     (tmp_path / "c" / "index.json").unlink()

@@ -120,7 +120,7 @@ def test_latents_that_stay_nan_are_skipped_and_listed(
     summary = prepare(config(tiny_sdxl, source, tmp_path / "c", vae_dtype="bf16"))
     assert (summary.pairs, summary.nan_retries) == (5, 1)
     assert skipped(tmp_path / "c") == {"pairs.jsonl:4": "non-finite latent"}
-    with pytest.raises(UserError, match="1 × non-finite latent.*name another VAE as model.vae"):
+    with pytest.raises(UserError, match=r"1 × non-finite latent.*name another VAE as model\.vae"):
         prepare(config(tiny_sdxl, source, tmp_path / "d", vae_dtype="bf16", max_skipped=0.1))
     assert list((tmp_path / "d" / "shards").glob("latents-*")), "what is encoded is kept"
 
