@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,12 +48,18 @@ def sample(
             help="Without --negative: zeros, or the encoded empty text (empty); else as the model says.",
         ),
     ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option("--like", help="A picture of A1111 or ComfyUI, whose settings in its file are taken."),
+    ] = None,
     preset: Annotated[
         str | None, typer.Option("--preset", help="comfyui: the settings of ComfyUI's own sampler.")
     ] = None,
 ) -> None:
     """Make images of prompts, with their settings listed; the same command goes on where it stopped."""
+    from mapo_fast.data.picture_settings import PictureSettings, picture_settings
     from mapo_fast.data.prompt_files import read_prompts
+    from mapo_fast.data.prompt_text import plain, remarks
     from mapo_fast.models.sampling import sampling
     from mapo_fast.settings.loras import parse_lora
 
@@ -70,11 +77,15 @@ def sample(
     }
     if size is not None:
         stated["width"], stated["height"] = _size(size)
-    how = sampling(preset, {}, {name: value for name, value in stated.items() if value is not None})
+    picture = PictureSettings({}, "") if like is None else picture_settings(like)
+    how = sampling(preset, picture.values, {name: v for name, v in stated.items() if v is not None})
+    text, notations = plain(how.negative)
+    how = replace(how, negative=text)
     loras = [parse_lora("--lora", text) for text in lora or ()]
     found = read_prompts(prompts)
     callbacks = Terminal()
-    for remark in found.remarks:
+    of_negative = remarks([notations], "the negative prompt")
+    for remark in filter(None, (*found.remarks, *of_negative, picture.remark)):
         callbacks.warning(remark)
 
     from mapo_fast.score.sample import open_for_sampling

@@ -1,49 +1,19 @@
 """Read the prompt that a program wrote into a generated picture.
 
-| program      | where                                         | what is read                               |
-|--------------|-----------------------------------------------|--------------------------------------------|
-| A1111, Forge | PNG text `parameters`; EXIF comment otherwise | all before «Negative prompt:» and «Steps:» |
-| ComfyUI      | PNG text `prompt`; EXIF model of a WebP       | the text of the samplers' positive input   |
+| program      | text         | what is read                                         |
+|--------------|--------------|------------------------------------------------------|
+| A1111, Forge | `parameters` | all before «Negative prompt:» and «Steps:»           |
+| ComfyUI      | `prompt`     | the text of the samplers' positive input             |
 
-Pictures come from anywhere: sizes, counts and depths are limited, nothing is run, and a prompt is text. Of
-ComfyUI's graph, only nodes that pass a text on unchanged are followed. Where a prompt is not certain there is
-an error that says why.
+Where a prompt is not certain there is an error that says why.
 """
 
 from __future__ import annotations
 
-import io
-import struct
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
 
-from mapo_fast.data.images.png import SIGNATURE, inflated
-from mapo_fast.util.errors import MachineError, shown
-from mapo_fast.util.files import open_regular, os_error, parse_json
-
-TEXT_BYTES = 1 << 22
-"""Largest text in a picture that is read, in bytes."""
-PARTS = 10_000
-"""Most parts of a file to look at (PNG's and WebP's chunks, JPEG's segments)."""
-HOPS = 32
-"""Most nodes between a sampler and its text."""
-
-_ENCODERS = {
-    "CLIPTextEncode": ("text",),
-    "CLIPTextEncodeSDXL": ("text_g", "text_l"),
-    "CLIPTextEncodeSDXLRefiner": ("text",),
-}
-"""ComfyUI's nodes that encode a prompt, and their inputs that hold it."""
-_PASS_ON = {"ControlNetApply": "conditioning", "ControlNetApplyAdvanced": "positive"}
-"""Nodes whose first output has the prompt of this input."""
-_STRINGS = ("PrimitiveString", "PrimitiveStringMultiline")
-_EXIF_FOLDER, _COMMENT, _MAKE, _MODEL = 0x8769, 0x9286, 0x010F, 0x0110
-
-
-class NoPromptError(Exception):
-    """A picture whose prompt is not known; `str()` says why."""
+from mapo_fast.data.picture_graph import encoded_text, nodes_of, samplers
+from mapo_fast.data.picture_texts import NoPromptError, a1111_parts, picture_texts
 
 
 def picture_prompt(path: Path) -> str:
@@ -53,15 +23,9 @@ def picture_prompt(path: Path) -> str:
         NoPromptError: there is none, or none that is certain.
         MachineError: I/O failed.
     """
-    try:
-        with open_regular(path) as file:
-            texts = _texts(file)
-    except OSError as error:
-        if isinstance(stopped := os_error(error, f"read {path}"), MachineError):
-            raise stopped from None
-        raise NoPromptError(error.strerror or str(error)) from None
+    texts = picture_texts(path)
     if "parameters" in texts:
-        prompt = _of_a1111(texts["parameters"])
+        prompt = a1111_parts(texts["parameters"]).prompt
     elif "prompt" in texts:
         prompt = _of_comfyui(texts["prompt"])
     else:
@@ -75,199 +39,9 @@ def picture_prompt(path: Path) -> str:
     return prompt.strip()
 
 
-def _texts(file: BinaryIO) -> dict[str, str]:
-    """The texts `parameters` and `prompt` of a picture's file, as far as it has them."""
-    head = file.read(12)
-    file.seek(0)
-    if head.startswith(SIGNATURE):
-        return _png(file)
-    if head.startswith(b"\xff\xd8"):
-        return _exif(_jpeg_exif(file))
-    if head[:4] == b"RIFF" and head[8:] == b"WEBP":
-        return _exif(_webp_exif(file))
-    raise NoPromptError("prompts are read from PNG, JPEG and WebP files")
-
-
-# --- PNG ---
-
-
-def _png(file: BinaryIO) -> dict[str, str]:
-    """The texts before the pixels."""
-    texts: dict[str, str] = {}
-    file.seek(len(SIGNATURE))
-    for _ in range(PARTS):
-        head = file.read(8)
-        length, kind = int.from_bytes(head[:4], "big"), head[4:]
-        if len(head) < 8 or kind in (b"IDAT", b"IEND"):
-            break
-        if kind not in (b"tEXt", b"zTXt", b"iTXt") or length > TEXT_BYTES:
-            file.seek(length + 4, io.SEEK_CUR)
-            continue
-        body, checksum = file.read(length), file.read(4)
-        if zlib.crc32(kind + body).to_bytes(4, "big") == checksum:
-            keyword, _, rest = body.partition(b"\0")
-            text = _png_text(kind, rest)
-            if keyword in (b"parameters", b"prompt") and text is not None:
-                texts.setdefault(keyword.decode(), text)
-    return texts
-
-
-def _png_text(kind: bytes, rest: bytes) -> str | None:
-    """The text of a chunk after its keyword; None where it is damaged or too large."""
-    packed = kind == b"zTXt" or (kind == b"iTXt" and rest[:1] == b"\1")
-    data: bytes | None = rest
-    if kind == b"zTXt":
-        data = rest[1:]
-    elif kind == b"iTXt":
-        data = rest[2:].split(b"\0", 2)[-1]
-    if packed:
-        data = inflated(data or b"", TEXT_BYTES)
-    try:
-        return None if data is None else data.decode("utf-8" if kind == b"iTXt" else "latin-1")
-    except UnicodeDecodeError:
-        return None
-
-
-# --- EXIF ---
-
-
-def _jpeg_exif(file: BinaryIO) -> bytes:
-    file.seek(2)
-    for _ in range(PARTS):
-        head = file.read(4)
-        length = int.from_bytes(head[2:], "big")
-        if len(head) < 4 or head[0] != 0xFF or head[1] in (0xD9, 0xDA) or length < 2:
-            break
-        if head[1] == 0xE1 and (body := file.read(length - 2)).startswith(b"Exif\0\0"):
-            return body[6:]
-        if head[1] != 0xE1:
-            file.seek(length - 2, io.SEEK_CUR)
-    return b""
-
-
-def _webp_exif(file: BinaryIO) -> bytes:
-    file.seek(12)
-    for _ in range(PARTS):
-        head = file.read(8)
-        length = int.from_bytes(head[4:], "little")
-        if len(head) < 8:
-            break
-        if head[:4] == b"EXIF":
-            return file.read(length).removeprefix(b"Exif\0\0") if length <= TEXT_BYTES else b""
-        file.seek(length + length % 2, io.SEEK_CUR)
-    return b""
-
-
-def _exif(tiff: bytes) -> dict[str, str]:
-    """A1111's comment, and what ComfyUI writes into the names of camera and maker."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    texts: dict[str, str] = {}
-    if order is None:
-        return texts
-    try:
-        tags = dict(_tags(tiff, order, *struct.unpack_from(f"{order}I", tiff, 4)))
-        if len(folder := tags.get(_EXIF_FOLDER, b"")) == 4:
-            tags |= dict(_tags(tiff, order, *struct.unpack(f"{order}I", folder)))
-    except struct.error:
-        return texts
-    if (comment := _comment(tags.get(_COMMENT, b""))) is not None:
-        texts["parameters"] = comment
-    for tag in (_MODEL, _MAKE):
-        if tags.get(tag, b"").startswith(b"prompt:"):
-            texts["prompt"] = tags[tag].removeprefix(b"prompt:").rstrip(b"\0").decode("utf-8", "replace")
-    return texts
-
-
-def _tags(tiff: bytes, order: str, at: int) -> Iterator[tuple[int, bytes]]:
-    """A folder's tags with their bytes: texts, comments and the places of other folders."""
-    (count,) = struct.unpack_from(f"{order}H", tiff, at)
-    for index in range(min(count, PARTS)):
-        tag, kind, items = struct.unpack_from(f"{order}HHI", tiff, at + 2 + 12 * index)
-        value = at + 10 + 12 * index
-        size = {1: 1, 2: 1, 4: 4, 7: 1}.get(kind, 0) * items
-        if size > 4:
-            (value,) = struct.unpack_from(f"{order}I", tiff, value)
-        if size:
-            yield tag, tiff[value : value + size]
-
-
-def _comment(data: bytes) -> str | None:
-    """The text of an EXIF comment where it is A1111's."""
-    code, text = data[:8], data[8:]
-    ways = {b"UNICODE\0": ("utf-16-be", "utf-16-le"), b"ASCII\0\0\0": ("utf-8",)}.get(code, ())
-    for way in ways:  # not every program keeps to the byte order of the file
-        try:
-            found = text.decode(way)
-        except UnicodeDecodeError:
-            continue
-        if "Steps: " in found:
-            return found
-    return None
-
-
-# --- What the texts say ---
-
-
-def _of_a1111(text: str) -> str:
-    lines = text.split("\n")
-    steps = [index for index, line in enumerate(lines) if line.startswith("Steps: ")]
-    if not steps:
-        raise NoPromptError("its text «parameters» has no line «Steps:», as A1111 writes it")
-    lines = lines[: steps[-1]]
-    ends = [index for index, line in enumerate(lines) if line.startswith("Negative prompt:")]
-    return "\n".join(lines[: ends[0]] if ends else lines)
-
-
 def _of_comfyui(text: str) -> str:
-    try:
-        graph = parse_json(text)
-    except ValueError as error:
-        raise NoPromptError(f"its text «prompt» is not ComfyUI's: {error}") from None
-    nodes = {str(key): node for key, node in graph.items()} if isinstance(graph, dict) else {}
-    found = set()
-    for node in nodes.values():
-        kind, inputs = _parts(node)
-        if "positive" in inputs and ("latent_image" in inputs or kind == "CFGGuider"):
-            found.add(_positive(nodes, inputs["positive"]))
+    nodes = nodes_of(text)
+    found = {encoded_text(nodes, inputs["positive"]) for _, inputs in samplers(nodes)}
     if len(found) != 1:
         raise NoPromptError("its samplers have different prompts" if found else "its graph has no sampler")
     return found.pop()
-
-
-def _positive(nodes: dict[str, Any], link: object) -> str:
-    """The prompt that a link to a conditioning leads to."""
-    for _ in range(HOPS):
-        (kind, inputs), output = _linked(nodes, link)
-        if kind in _ENCODERS:
-            texts = {_string(nodes, inputs.get(name)) for name in _ENCODERS[kind]}
-            if len(texts) > 1:
-                raise NoPromptError("its two text encoders have different prompts")
-            return texts.pop()
-        if kind not in _PASS_ON or output != 0:
-            break
-        link = inputs.get(_PASS_ON[kind])
-    raise NoPromptError(f"its prompt comes from a node that is not followed, {shown(kind)}")
-
-
-def _string(nodes: dict[str, Any], value: object) -> str:
-    if not isinstance(value, str):
-        (kind, inputs), _ = _linked(nodes, value)
-        value = inputs.get("value") if kind in _STRINGS else None
-        if not isinstance(value, str):
-            raise NoPromptError(f"its prompt comes from a node that is not followed, {shown(kind)}")
-    return value.strip()
-
-
-def _linked(nodes: dict[str, Any], link: object) -> tuple[tuple[str, dict[str, Any]], object]:
-    """Kind and inputs of the node that a link leads to, and which of its outputs is meant."""
-    if not isinstance(link, list) or len(link) != 2:
-        raise NoPromptError("its graph is not as ComfyUI writes it")
-    return _parts(nodes.get(str(link[0]))), link[1]
-
-
-def _parts(node: object) -> tuple[str, dict[str, Any]]:
-    """A node's kind and its inputs; nothing where it is no node."""
-    if not isinstance(node, dict):
-        return "", {}
-    kind, inputs = node.get("class_type"), node.get("inputs")
-    return kind if isinstance(kind, str) else "", inputs if isinstance(inputs, dict) else {}

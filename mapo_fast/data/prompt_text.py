@@ -47,9 +47,14 @@ _SAID = {
 }
 
 
-def remarks(kinds: Sequence[frozenset[str]]) -> Iterator[str]:
-    """One warning for each kind of notation that prompts had; `kinds` has what `plain` says of each."""
+def remarks(kinds: Sequence[frozenset[str]], name: str | None = None) -> Iterator[str]:
+    """One warning for each kind of notation that prompts had.
+
+    Args:
+        kinds: what `plain` says of each prompt.
+        name: of the prompts; by default their number.
+    """
     for kind, said in _SAID.items():
         count = sum(kind in one for one in kinds)
         if count:
-            yield said.format(prompts="1 prompt" if count == 1 else f"{count} prompts")
+            yield said.format(prompts=name or ("1 prompt" if count == 1 else f"{count} prompts"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,14 +51,24 @@ def wrong(name: str, value: Any) -> str | None:
     """What a setting of `Sampling` must be, where a value is not; None where it is."""
     if name in _RANGES:
         low, high, kind = _RANGES[name]
-        number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, kind) and not isinstance(value, bool)
         return None if number and low <= value <= high else f"must be {low} to {high}"
     if name in ("width", "height"):
         fits = type(value) is int and LATENT <= value <= LARGEST_SIDE and value % LATENT == 0
         return None if fits else f"must be a multiple of {LATENT}, at most {LARGEST_SIDE}"
     if name in _CHOICES:
         return None if value in _CHOICES[name] else f"must be one of {', '.join(_CHOICES[name])}"
-    return None if len(value) <= LONGEST_TEXT else f"must have at most {LONGEST_TEXT:,} characters"
+    if not isinstance(value, str) or len(value) > LONGEST_TEXT:
+        return f"must have at most {LONGEST_TEXT:,} characters"
+    return None if value.isascii() or _encodes(value) else "must be valid Unicode"
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _RANGES: dict[str, tuple[int, int, Any]] = {

@@ -31,7 +31,8 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Samplers by ComfyUI's names: diffusers' class, and what is set in its config."""
 SCHEDULES = ("normal", "karras")
-_WITHOUT_SCHEDULES = ("euler_ancestral", "ddim")
+WITHOUT_SCHEDULES = ("euler_ancestral", "ddim")
+"""Samplers whose schedule cannot be chosen in diffusers."""
 
 
 class Method(NamedTuple):
@@ -54,7 +55,7 @@ def scheduler(folder: Pipeline, steps: int, method: Method = Method()) -> Any:  
     """
     import diffusers
 
-    if method.schedule == "karras" and method.sampler in _WITHOUT_SCHEDULES:
+    if method.schedule == "karras" and method.sampler in WITHOUT_SCHEDULES:
         raise UserError(
             f"the sampler {method.sampler} has no schedule karras in diffusers: take normal, or dpmpp_2m"
         )

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image, PngImagePlugin
 
 from mapo_fast import cli
 from mapo_fast.score import sample as module
@@ -57,6 +58,7 @@ def test_images_are_made_and_then_are_there(
         (["--size", "big"], "--size 'big': write WIDTHxHEIGHT in pixels, such as 832x1216"),
         (["--seeds", "0"], "--seeds 0: must be 1 to 10,000"),
         (["--steps", "0"], "--steps 0: steps must be 1 to 1000"),
+        (["--like", "none.png"], "--like none.png: No such file"),
         (["--lora", "none=x"], "--lora = 'none=x': 'x' is no weight"),
         (["--sampler", "ddim", "--schedule", "karras"], "ddim has no schedule karras"),
     ],
@@ -75,6 +77,38 @@ def test_mistakes_are_one_line_and_write_nothing(
     assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_a_picture_are_taken(
+    tiny_sdxl: Path,
+    tmp_path: Path,
+    prompts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text(
+        "parameters",
+        "a dog\nNegative prompt: (blurry:1.4)\nSteps: 9, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 48x32, "
+        "Hires upscale: 2",
+    )
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png", pnginfo=info)
+    options = ["--prompts", prompts, "--out", tmp_path / "out", "--like", tmp_path / "mine.png", "--steps", 2]
+    assert run(monkeypatch, tiny_sdxl, *options) == 0
+    printed = capsys.readouterr().out
+    assert "weights as in (word:1.2) in the negative prompt are not applied" in printed
+    assert "Hires upscale" in printed
+    settings = read(tmp_path / "out")[0].settings
+    taken = {
+        "steps": 2,
+        "cfg": 7,
+        "width": 48,
+        "height": 32,
+        "sampler": "euler_ancestral",
+        "negative": "blurry",
+    }
+    assert settings.items() >= taken.items()
+    assert (settings["unconditional"], settings["spacing"]) == ("zeros", "linspace")
 
 
 def test_an_interrupt_says_how_to_go_on(

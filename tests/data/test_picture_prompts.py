@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
-from mapo_fast.data.picture_prompts import TEXT_BYTES, NoPromptError, picture_prompt
+from mapo_fast.data.picture_prompts import picture_prompt
+from mapo_fast.data.picture_texts import TEXT_BYTES, NoPromptError
 from tests.data.pair_sources import encoded, picture
 
 A1111 = (

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mapo_fast.data.picture_prompts import NoPromptError, picture_prompt
+from mapo_fast.data.picture_prompts import picture_prompt
+from mapo_fast.data.picture_texts import NoPromptError
 from mapo_fast.data.sources.base import PairRecord, SkippedRow
 from mapo_fast.data.sources.folders import TwinFolderPairs
 from mapo_fast.util.errors import UserError, shown
