@@ -69,8 +69,8 @@ def scheduler(folder: Pipeline, steps: int, method: Method = Method()) -> Any:  
     if config.get("rescale_betas_zero_snr"):
         config["timestep_spacing"] = "trailing"  # only then the first step is at zero SNR (arXiv 2305.08891)
     try:
-        made = getattr(diffusers, kind).from_config(config)
         with quiet_arrays():
+            made = getattr(diffusers, kind).from_config(config)
             made.set_timesteps(steps)
     except Exception as error:  # of any kind: diffusers takes the fields as they are
         raise UserError(
@@ -83,7 +83,7 @@ def scheduler(folder: Pipeline, steps: int, method: Method = Method()) -> Any:  
 
 @contextmanager
 def quiet_arrays() -> Iterator[None]:
-    """Hide numpy 2's warning about how diffusers' Euler scheduler turns a tensor into an array."""
+    """Hide numpy 2's warning about how diffusers' schedulers turn a tensor into an array."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
         yield

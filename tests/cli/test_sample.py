@@ -89,8 +89,8 @@ def test_settings_of_a_picture_are_taken(
     info = PngImagePlugin.PngInfo()
     info.add_text(
         "parameters",
-        "a dog\nNegative prompt: (blurry:1.4)\nSteps: 9, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 48x32, "
-        "Hires upscale: 2",
+        "a dog\nNegative prompt: (blurry:1.4)\nSteps: 9, Sampler: Euler a, CFG scale: 7, Seed: 5, "
+        "Size: 48x32, Hires upscale: 2",
     )
     Image.new("RGB", (8, 8)).save(tmp_path / "mine.png", pnginfo=info)
     options = ["--prompts", prompts, "--out", tmp_path / "out", "--like", tmp_path / "mine.png", "--steps", 2]

@@ -9,12 +9,9 @@ import torch
 from mapo_fast.models.conditioning import conditionings
 from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.sample import noise_seed, sample_latents
-from mapo_fast.models.schedulers import SAMPLERS, Method, scheduler
+from mapo_fast.models.schedulers import SAMPLERS, Method, quiet_arrays, scheduler
 from mapo_fast.util.errors import UserError
 from tests.tiny import make_tiny_sdxl
-
-# diffusers' Euler scheduler
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 PROMPT, SEED = "a red cat", 7
 METHODS = [(name, "normal") for name in SAMPLERS]
@@ -22,6 +19,7 @@ METHODS += [(name, "karras") for name in ("euler", "dpmpp_2m", "dpmpp_2m_sde")]
 OURS: dict[str, Any] = {"height": 32, "width": 48, "steps": 4, "guidance": 4.0, "rescale": 0.3}
 
 
+@quiet_arrays()  # ours keeps its own warnings quiet
 def theirs(root: Path, sampler: str, schedule: str, negative: str | None, **changes: Any) -> torch.Tensor:
     """The latents of diffusers' pipeline, set up as its documentation says."""
     import diffusers
