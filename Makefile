@@ -9,11 +9,11 @@
 #   make compile           the kernels with the Triton that torch's CUDA build pins
 #   make browser           Debian's Chromium, for the tests of pages, which skip without it
 #   make lock              uv.lock and constraints.txt, after a change of pyproject.toml's dependencies
-#   make gpu-check PART=ops     what needs an NVIDIA GPU: kernel tests, then microbenchmarks
-#   make gpu-check PART=memory  likewise: the engine's tests, then the memory table's rows at full size
-#   make gpu-check PART=step    likewise: whole training steps beside other recipes, and every switch
-#   make proof             what CI does not run: long campaigns that append rows to bench/results, and whole grids of tests
-#   make test-base         the loss with the base install only; patch_unet with diffusers beside it
+#   make gpu-check PART=ops     on an NVIDIA GPU: kernel tests, then microbenchmarks
+#   make gpu-check PART=memory  on the GPU too: the engine's tests, then the memory table's rows at full size
+#   make gpu-check PART=step    on the GPU too: whole training steps against other recipes, and every switch
+#   make proof             not part of CI: long campaigns that append rows to bench/results, and whole grids of tests
+#   make test-base         the loss with the base install only; patch_unet with diffusers installed too
 #
 # PIP_ARGS is handed to pip, for instance to choose the CPU build of torch:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"

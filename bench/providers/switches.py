@@ -65,7 +65,7 @@ SWITCHES: tuple[Switch, ...] = (
     *(_speed(name, on) for name in _SPEED for on in (True, False)),
     Switch("attention xformers", {"train.attention": "xformers"}, package="xformers"),
     Switch("attention flash", {"train.attention": "flash"}, package="flash_attn"),
-    Switch("step behind backward", {"train.fused_step": False}, ("full",)),
+    Switch("step after backward", {"train.fused_step": False}, ("full",)),
     Switch("fp32 masters", {"train.precision": "bf16"}, ("full",)),
     Switch("cudnn benchmark on", {}, benchmark=True),
     Switch("fp8 base", {"adapter.base": "fp8"}, ("lora",)),

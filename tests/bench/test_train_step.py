@@ -132,7 +132,7 @@ def test_switches_are_the_other_way_than_the_plan(monkeypatch: pytest.MonkeyPatc
     on_cpu = {switch.label for switch in SWITCHES if switch.suits(FULL)}
     assert on_cpu == {"fused_ops on", "channels_last on", "compile on", "prefetch on"}
     on_gpu = {switch.label for switch in SWITCHES if switch.suits(replace(FULL, device=torch.device("cuda")))}
-    assert {"fused_ops off", "cuda_graph on", "step behind backward", "fp32 masters"} <= on_gpu
+    assert {"fused_ops off", "cuda_graph on", "step after backward", "fp32 masters"} <= on_gpu
 
 
 @pytest.mark.slow
