@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mapo_fast.models.original import PREFIXES, Place, places
-from mapo_fast.models.parts import CONFIGS_KEY, Part, fields_to_state
+from mapo_fast.models.parts import CONFIGS_KEY, NAMES, Part, fields_to_state
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.recognise import IGNORED
 from mapo_fast.models.stored import DTYPES, rounded, whole
@@ -59,6 +59,20 @@ def pieces(
             found[prefix + key] = _piece(prefix + key, part, sources, dtype, trained)
         found.update(_constants(part))
     return found | markers(model)
+
+
+def not_carried_over(model: Pipeline, dtype: torch.dtype | None) -> str:
+    """What to say where text encoders or the VAE of a file are written in another type than theirs, or ""."""
+    changed = [
+        NAMES[name]
+        for name, part in model.parts.items()
+        if name != "unet" and part.header is not None
+        if dtype is not None and {DTYPES[stored.dtype] for stored in part.stored.values()} != {dtype}
+    ]
+    if not changed:
+        return ""
+    to = str(dtype).removeprefix("torch.")
+    return f"converted to {to}, not carried over bit by bit: {', '.join(changed)}"
 
 
 def markers(model: Pipeline) -> dict[str, Piece]:

@@ -20,7 +20,7 @@ from mapo_fast.models.open import open_model, open_sdxl
 from mapo_fast.models.parts import Part, folder_part
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.save import save_folder, save_single_file
-from mapo_fast.models.single_file import metadata
+from mapo_fast.models.single_file import metadata, not_carried_over
 from mapo_fast.models.stored import Loaded, whole
 from mapo_fast.run.export import DTYPES
 from mapo_fast.run.folder import RECORD, read_run
@@ -100,6 +100,7 @@ def convert(
     if tokenizers is not None and to != "diffusers":
         raise UserError(f"--tokenizers: --to {to} writes no tokenizers; leave it out")
     _check_target(source, to, out, force)
+    callbacks = callbacks or Callbacks()
     found = _open(source, base, tokenizers, step)
     if isinstance(found, _Adapter) and to in _OF_LORAS:
         _write_lora(found, to, out, dtype, merge, with_metadata)
@@ -112,7 +113,9 @@ def convert(
         else:
             known = model.metadata if with_metadata else None
             save_single_file(model.model, out, dtype=DTYPES[dtype], unet=model.unet, metadata=known)
-    (callbacks or Callbacks()).message(f"wrote {out}")
+        if note := not_carried_over(model.model, DTYPES[dtype]):
+            callbacks.message(note)
+    callbacks.message(f"wrote {out}")
 
 
 def open_result(run: Path) -> Pipeline:

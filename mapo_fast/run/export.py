@@ -14,6 +14,7 @@ from mapo_fast.engine.processes import Processes
 from mapo_fast.models.lora import save_kohya, save_lora
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.save import save_single_file
+from mapo_fast.models.single_file import not_carried_over
 from mapo_fast.run.card import write_card
 from mapo_fast.run.metadata import lora_metadata_of, metadata_of, title_of
 from mapo_fast.settings.places import result_name
@@ -48,7 +49,8 @@ def export(
         processes: the run's processes.
 
     Returns:
-        A warning about a single file that could not be written; the UNet's folder exists nevertheless.
+        A warning about a single file that could not be written; the UNet's folder exists nevertheless. Or one
+        about text encoders or a VAE in another type than the start model's.
     """
     output = config.train.output
     complete = whole(tensors, keep=processes.main)
@@ -91,7 +93,8 @@ def _write_single_file(config: Config, model: Pipeline, unet: Mapping[str, Tenso
             f"{SINGLE_FILE} was not written: {error}; mapo-fast export {config.train.output} "
             "--to single-file writes it from the run"
         ]
-    return []
+    note = not_carried_over(model, DTYPES[config.export.dtype])
+    return [f"{SINGLE_FILE}: {note}"] if note else []
 
 
 def about_checkpoint(config: Config, step: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -17,6 +19,7 @@ from mapo_fast.models.open import open_sdxl
 from mapo_fast.run.convert import convert
 from mapo_fast.run.train import fit
 from mapo_fast.settings.load import parse_config
+from mapo_fast.util.console import Terminal
 from mapo_fast.util.errors import UserError
 from tests.files_of_models import edit_file, make_file
 from tests.training import make_cache, settings
@@ -117,6 +120,18 @@ def test_models_go_both_ways(tiny_sdxl: Path, file: Path, tmp_path: Path) -> Non
     for part in ("unet", "vae"):
         ours, theirs = (next((root / part).glob("*.safetensors")) for root in (folder, tiny_sdxl))
         assert same(load_file(ours), load_file(theirs))
+
+
+def test_what_is_not_carried_over_is_said(tiny_sdxl: Path, file: Path, tmp_path: Path) -> None:
+    def said(source: Path, name: str, dtype: str) -> str:
+        out = io.StringIO()
+        terminal = Terminal(Console(file=out, width=300))
+        convert(source, "single-file", tmp_path / name, dtype=dtype, callbacks=terminal)
+        return out.getvalue()
+
+    assert "to bfloat16, not carried over bit by bit: VAE, first text" in said(file, "a.safetensors", "bf16")
+    assert "converted to" not in said(file, "b.safetensors", "auto") + said(file, "c.safetensors", "fp32")
+    assert "converted to" not in said(tiny_sdxl, "d.safetensors", "bf16")
 
 
 def test_targets_that_are_refused(tiny_sdxl: Path, file: Path, tmp_path: Path) -> None:
