@@ -13,7 +13,7 @@
 A step is SDXL's full fine-tune in bf16 weights with AdamW8bit, nothing recomputed; with --kind lora a LoRA's.
 On an NVIDIA GPU steps run (`kind_of_figure` is "measured"); elsewhere a full trace of the engine's own step
 is timed by the planner ("predicted"). With --append rows go to bench/results/scaling.jsonl, and the plots
-beside it are drawn anew.
+next to it are drawn again.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ def test_in_another_thread(tiny_sdxl: Path, pairs: Path, first: bytes, tmp_path:
 
 
 class Stopping(Callbacks):
-    """Calls something behind the second step."""
+    """Calls something after the second step."""
 
     def __init__(self, stop: Any) -> None:
         self.stop = stop

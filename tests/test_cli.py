@@ -121,7 +121,7 @@ def test_show_ends_with_what_a_run_would_end_with(
 def test_the_first_process_reports_or_the_only_one_with_the_mistake(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, ended: bool, code: int
 ) -> None:
-    """A launcher ends all processes behind the first that ends."""
+    """A launcher ends all processes after the first that ends."""
 
     def wait(seconds: float) -> None:
         if ended:

@@ -1,4 +1,4 @@
-"""What each install gives: the base the loss, diffusers beside it `patch_unet`, and neither needs more."""
+"""What each install gives: the base the loss, diffusers in addition `patch_unet`; neither needs more."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def test_nothing_asks_for_the_name_of_an_objective_or_an_optimizer() -> None:
 
 
 ROOMS = ("util", "hardware", "settings", "models", "data", "engine", "planner", "run", "score", "demo", "cli")
-"""Those of `mapo_fast`, each of which imports from itself and from what stands before it."""
+"""Rooms of `mapo_fast`; each imports only from itself and from those before it."""
 
 
 @pytest.mark.slow

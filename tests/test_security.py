@@ -295,7 +295,7 @@ def test_models_run_no_code_of_their_own(
 
 
 def test_a_model_s_weights_are_those_that_were_checked(model: Path) -> None:
-    """Configs and stray files beside the weights do not lead to other ones."""
+    """Configs and stray files next to the weights do not lead to other ones."""
     before = open_sdxl(model).load_text_encoder(1).state_dict()
     weights = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
     for name in ("other.safetensors", "shard-00001-model-00001-of-00001.safetensors"):
@@ -665,7 +665,7 @@ def test_allowed_code_is_not_looked_for_in_the_current_folder(
     monkeypatch.syspath_prepend(str(tmp_path / "links"))
     (tmp_path / "links" / "config.toml").symlink_to(config)
     config = tmp_path / "links" / "config.toml"
-    assert f"lies in {project}" in run(*code)  # and what lies beside the link is not found
+    assert f"lies in {project}" in run(*code)  # and a module next to the link is not found
     for wrong in ("harmful_code", "harmful_code.py", "../x:y", ":register", "a:b.c", "x: register"):
         assert "write it as module:function" in run("--allow-code", wrong)
     assert not trap.sprung

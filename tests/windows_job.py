@@ -32,7 +32,7 @@ def windows_job(folder: Path) -> Path:
     make_tiny_sdxl(home / "Mein Modell")
     make_pairs(home / "Paare für Übung", 8)
     program = shutil.which("mapo-fast", path=Path(sys.executable).parent)
-    assert program is not None, f"mapo-fast is not installed beside {sys.executable}"
+    assert program is not None, f"mapo-fast is not installed next to {sys.executable}"
     train = ["train", "--preset", "lora", "--model", "Mein Modell", "--data", "Paare für Übung"]
     train += ["--copy-to", "Für ComfyUI", *(word for one in SETTINGS for word in ("--set", one))]
     (home / "Für ComfyUI").mkdir()

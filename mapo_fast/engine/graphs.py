@@ -53,7 +53,7 @@ class StepGraphs:
 
     Args:
         step: takes the tensors; returns tensors, or tuples of them, without a graph for autograd. Leaves
-            nothing behind but what it has written in place.
+            nothing else: all results are written in place.
         device: the GPU.
         keep: called after a capture; returns what has to live as long as the graph.
     """

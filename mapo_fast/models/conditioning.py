@@ -1,4 +1,4 @@
-"""What an image is sampled from: its whole prompt, however long, beside its negative or empty one.
+"""Embeddings that an image is sampled from: its whole prompt, of any length, and its negative or empty one.
 
 Text is cut into chunks of 75 tokens. Each chunk gets a start token, an end token and padding to 77 of its
 own and is encoded alone; hidden states are concatenated along the sequence, the pooled embedding is the first

@@ -1,4 +1,4 @@
-"""The settings that an image is sampled with, beside its model, prompt and seed."""
+"""The settings that an image is sampled with, besides its model, prompt and seed."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def sampling(preset: str | None, like: Mapping[str, Any], stated: Mapping[str, Any]) -> Sampling:
-    """The settings of a preset, over them those of a picture, and over all what is stated.
+    """The settings of a preset, replaced by those of a picture, and then by explicit ones.
 
     Args:
         preset: a key of `PRESETS`, or None.

@@ -44,7 +44,7 @@ def test_a_trace_made_now_agrees(number: int) -> None:
 
 
 def test_a_fine_tune_reserves_what_a_replay_of_torchs_allocator_says() -> None:
-    """As another replay found: 8.1 % beside the tensors by default, 0.7 % with expandable segments."""
+    """Another replay found 8.1 % on top of the tensors by default, 0.7 % with expandable segments."""
     row = next(row for row in ROWS if row["name"] == "full, checkpointed")
     assert row["reserved_by_default_gib"] / row["peak_gib"] == pytest.approx(1.081, abs=0.012)
     assert row["reserved_gib"] / row["peak_gib"] == pytest.approx(1.007, abs=0.002)

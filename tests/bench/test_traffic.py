@@ -48,7 +48,7 @@ def test_layer_norm_moves_little_more(table: list[dict[str, Any]]) -> None:
     for (shape, name), factor in found.items():
         limit = 1.05 if "frozen" in shape else 1.1 if "×4096×" in shape else 1.25
         if "fp32 parameters" in shape:
-            limit += 0.01  # beside bf16 activations: every program reads twice the bytes of weight and bias
+            limit += 0.01  # with bf16 activations: every program reads twice the bytes of weight and bias
         assert factor <= limit, (shape, name)
 
 

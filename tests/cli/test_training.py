@@ -202,7 +202,7 @@ def test_mistakes_cost_a_quarter_of_importing_torch(run: Any, tmp_path: Path) ->
 def test_a_file_and_two_folders_become_a_lora_that_raises_the_preferred_share(
     run: Any, tmp_path: Path
 ) -> None:
-    """As a person would: the demo's world and settings, and plain diffusers to load what comes out."""
+    """A person's whole way: the demo's world and settings, and plain diffusers to load the result."""
     make_file(TINY_SDXL, tmp_path / "tiny.safetensors")
     for index, (prompt, chosen, rejected) in enumerate(world.preference_pairs(288, 0)):
         for side, drawing in (("w", chosen), ("l", rejected)):

@@ -97,7 +97,7 @@ def test_images_are_decoded_while_others_are_encoded_and_not_far_ahead(
         return decode_image(data)
 
     def wait(encoded: int) -> None:
-        """As a GPU is busy: until more is decoded than was asked for."""
+        """Wait like a busy GPU, until more is decoded than was asked for."""
         with changed:
             assert changed.wait_for(lambda: decoded >= min(COUNT, encoded + 4), timeout=60)
             assert decoded <= encoded + 2 + latents.AHEAD

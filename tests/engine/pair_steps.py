@@ -71,7 +71,7 @@ class ObjectiveLoss:
 
 
 def add_lora(unet: Any, *, dropout: float = 0.0) -> None:
-    """Factors that are not zero beside the attention's linears of a frozen UNet."""
+    """Add factors that are not zero to the attention's linears of a frozen UNet."""
     unet.requires_grad_(False)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     unet.add_adapter(LoraConfig(r=4, lora_alpha=6, target_modules=targets, lora_dropout=dropout))
@@ -85,7 +85,7 @@ def trainable(unet: Any) -> list[nn.Parameter]:
 
 
 def joint_backward(unet: Any, inputs: PairInputs, loss: Any) -> PairedLoss:
-    """Both halves in one batch."""
+    """Forward and backward of both halves in one batch."""
     out: PairedLoss = loss(predict(unet, inputs), inputs.target)
     out.loss.backward()
     return out

@@ -32,7 +32,7 @@ from tests.training import make_cache, settings
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 LR, BETAS, DECAY = 2**-7, (7 / 8, 63 / 64), 1 / 8
-"""The same numbers in fp32, in which flags and divisors are."""
+"""Settings that are exact in fp32, the type of flags and divisors."""
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ WEIGHTS = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
 
 
 def published(errors: Tensor, reference: Tensor, wanted: Tensor, k: Tensor) -> Tensor:
-    """As the released code writes it, sample by sample; `k` is a number."""
+    """The loss as in the released code, sample by sample; `k` is a number."""
     losses = []
     for e, r, good in zip(errors, reference, wanted, strict=True):
         g = r - e

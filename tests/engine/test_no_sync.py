@@ -75,7 +75,7 @@ def test_the_guard_sees_every_way_to_wait(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture(scope="module")
 def caches(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """Of pairs with soft labels, and of single images."""
+    """Caches of pairs with soft labels, and of single images."""
     folder = tmp_path_factory.mktemp("data")
     return {
         True: make_cache(tiny_sdxl, folder / "paired", labelled=True),

@@ -49,7 +49,7 @@ def test_storage_and_arithmetic(
 
 
 def test_autocast_keeps_no_copies_of_the_weights() -> None:
-    """Its cache would stand beside the gradients of earlier micro-batches: 4.4 GiB of a full SDXL."""
+    """Autocast's cache would add 4.4 GiB of a full SDXL to the gradients of earlier micro-batches."""
     with choose_precision(_config("bf16", "full"), CPU).context(CPU):
         assert torch.is_autocast_enabled("cpu")
         assert not torch.is_autocast_cache_enabled()

@@ -1,4 +1,4 @@
-"""Reading ahead: the same micro-batches in the same order, one in the making, and no thread left behind."""
+"""Reading ahead: the same micro-batches in the same order, one in the making, and no thread left over."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ OBJECTIVES = {False: {"name": "dpo", "reference": "precomputed"}, True: {"name":
 def test_a_run_goes_on_with_another_number_of_processes(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: bool
 ) -> None:
-    """As the run of one process that has two micro-batches a step."""
+    """The run is that of one process with two micro-batches a step."""
     from diffusers import UNet2DConditionModel
 
     output, one, objective = tmp_path / "parts", tmp_path / "one", OBJECTIVES[shard]

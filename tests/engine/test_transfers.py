@@ -64,7 +64,7 @@ class _DeviceTensor(Tensor):
 
 
 class _Gpu:
-    """Pretended streams behind torch.cuda's names."""
+    """Pretended streams under torch.cuda's names."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.compute = _DeviceTensor.stream = _Stream()
@@ -113,7 +113,7 @@ def test_copies_are_behind_what_they_depend_on(seed: int, monkeypatch: pytest.Mo
     transfers.store(result, c)
     late = transfers.store(away, c)  # not before away was fetched
     transfers.wait(late)
-    device.compute.add(lambda: c.fill_(9))  # allowed only behind the wait
+    device.compute.add(lambda: c.fill_(9))  # allowed only after the wait
     device.run(random.Random(seed))
     assert _values(away, a, b, result, home, c) == [1, 7, 1, 1, 7, 9]
 

@@ -151,7 +151,7 @@ def test_a_graphs_pool_is_apart_and_stays(rules: Rules) -> None:
 
 
 def trace(sizes: list[int], events: list[int], begins: list[int]) -> Trace:
-    """Of sizes in MiB."""
+    """A trace of allocations with sizes in MiB."""
     one = np.zeros(1)
     live = np.zeros((len(CATEGORIES), 1), dtype=np.int64)
     made = np.array(sizes) * MIB

@@ -129,7 +129,7 @@ def same_bits(results: Sequence[Tensor], others: Sequence[Tensor]) -> None:
 
 
 def dequantised(projection: Projection, dtype: torch.dtype) -> Projection:
-    """The same with its quantised weight as a plain tensor."""
+    """The projection with its quantised weight as a plain tensor."""
     return projection._replace(weight=dense_weight(projection.weight, dtype))
 
 

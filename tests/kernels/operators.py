@@ -51,7 +51,7 @@ class Call(NamedTuple):
     shared: list[Tensor]
     """Parameters of all units."""
     function: Callable[..., Sequence[Tensor]]
-    """Of both, in this order. Outputs hold the units as `per_unit` does."""
+    """Function of `per_unit` and `shared`, in this order. Outputs hold the units as `per_unit` does."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Operator:
     name: str
     """The public name, and after a comma what is special about this call."""
     call: Callable[[int, str], Call]
-    """Of a number of units and a device."""
+    """Makes the call from a number of units and a device."""
     takes_nothing: bool = True
     """Whether there may be 0 units; if not, this is an error that says so."""
 

@@ -605,7 +605,7 @@ def test_few_launches_and_tables_that_stay(device: str, monkeypatch: pytest.Monk
 
 
 def test_a_part_of_the_parameters(device: str) -> None:
-    """The same bits as in a step of all, whatever gradients the others have."""
+    """A part's step has the bits of a step of all, whatever gradients the others have."""
     params = [torch.nn.Parameter(torch.ones(n, device=device).bfloat16()) for n in (4100, 9, 30, 4096)]
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
     parted, whole = (

@@ -78,7 +78,7 @@ def test_a_first_kernel_that_fails(card: mock.Mock) -> None:
     ],
 )
 def test_a_triton_that_cannot_be_imported(error: str, reason: str) -> None:
-    """The module is read again beside the real one, which others hold."""
+    """Import the module a second time; the real one, which others hold, stays."""
     import builtins
 
     real = builtins.__import__

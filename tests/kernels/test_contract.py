@@ -120,7 +120,7 @@ LAYOUTS: dict[str, Layout] = {
 @every
 @pytest.mark.parametrize("name", some_of(LAYOUTS, ["channels innermost", "slice"]))
 def test_any_strides(device: str, operator: Operator, name: str) -> None:
-    """Of all operands and of the gradients that arrive; and of the first operand alone."""
+    """Strides of all operands and arriving gradients, and of the first operand alone."""
     lay = LAYOUTS[name]
     per_unit, shared, function = operator.call(UNITS, device)
     tensors = [*per_unit, *shared]

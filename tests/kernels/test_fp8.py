@@ -115,7 +115,7 @@ def test_factors_and_strides(device: str) -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("rank", [0, 4])
 def test_products(device: str, dtype: torch.dtype, rank: int) -> None:
-    """Of the rounded operands, against fp64; the adapter sees x as it is."""
+    """Products of the rounded operands, against fp64; the adapter sees x unrounded."""
     frozen = weight(48, 32, device)
     scales = frozen.tensors[1]
     x = torch.randn(3, 5, 32).to(device, dtype).requires_grad_()

@@ -177,7 +177,7 @@ def test_autocast_keeps_the_dtype(device: str) -> None:
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is:DeprecationWarning")  # inside Inductor
 def test_only_the_projection_is_saved(device: str, compile: bool) -> None:
-    """Of 2F values per row plain PyTorch saves 4F: the projection, gelu(gate) and the product's operands."""
+    """Plain PyTorch saves 4F values per row for 2F inputs: the projection, gelu(gate), product operands."""
     torch.use_deterministic_algorithms(False)
     function = compiled(lambda x: geglu(x * 2) * 3) if compile else lambda x: geglu(x * 2) * 3
     projected = make((16, 64), device)

@@ -400,7 +400,7 @@ def test_frozen_parameters(device: str) -> None:
 
 
 class Saved:
-    """Bytes that autograd holds for backward beside the given tensors, each storage counted once."""
+    """Bytes that autograd holds for backward besides the given tensors, each storage counted once."""
 
     def __init__(self, *without: Tensor) -> None:
         self.without = {t.untyped_storage().data_ptr() for t in without}

@@ -135,7 +135,7 @@ def test_any_shape(device: str, rows: list[int], channels: int, half: bool) -> N
 def test_many_tiles_and_programs(
     device: str, rows: int, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in production: several programs, several tiles each, several rows each, the last ones ragged."""
+    """Sizes as in production: several programs with several tiles of several rows, the last ones ragged."""
     monkeypatch.setattr(launch, "LARGEST_INTERPRETED_BLOCK", 128)
     monkeypatch.setattr(kernels, "SUM_ROWS", 2)
     if backend(device).name == "interpreter":

@@ -298,7 +298,7 @@ def test_no_worse_than_peft_on_four_bits(device: str, kind: str, dtype: torch.dt
 
 @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
 def test_no_worse_than_peft_in_bf16(device: str, factors: torch.dtype) -> None:
-    """Factors in bf16 beside bf16, or in fp32: judged in bf16, the arithmetic of the products."""
+    """Factors in bf16 with bf16, or in fp32: judged in bf16, the arithmetic of the products."""
     layer = peft_layer(nn.Linear(128, 64, device=device, dtype=torch.bfloat16), factors)
     x = leaf(2, 33, 128, device=device, dtype=torch.bfloat16)
     check_peft(x, layer, arithmetic=torch.bfloat16)

@@ -366,7 +366,7 @@ def test_smpo_scales_by_its_labels(device: str) -> None:
 
 
 def test_kto_is_a_mean_over_samples(device: str) -> None:
-    """As released: each sample by itself, chosen ones desirable; the baseline is a constant on the device."""
+    """The released loss: each sample by itself, chosen ones desirable; the baseline is a device constant."""
     p, t = make((6, 3, 5, 7), device)
     extra = needs("kto", 3, device)
     out = paired_loss(p, t, objective="kto", desirable_weight=1.3, undesirable_weight=0.7, **extra)

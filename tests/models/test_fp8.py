@@ -50,7 +50,7 @@ def test_it_rounds(truth: dict[str, Tensor]) -> None:
 
 
 def test_which_layers() -> None:
-    """Those of transformer blocks whose sizes fp8 products take; names, Parameters and joined views stay."""
+    """Layers of transformer blocks with suitable sizes change; names, Parameters and joined views stay."""
     unet = make_unet("sdxl")
     before = dict(unet.named_parameters())
     use_fp8(unet)

@@ -79,7 +79,7 @@ def ours_kohya(folder: Path, unet: Any, factors: Factors) -> Path:
 
 
 def peft_folder(folder: Path, unet: Any, factors: Factors) -> Path:
-    """As peft's `save_pretrained` writes it."""
+    """A folder as written by peft's `save_pretrained`."""
     tensors = {}
     for layer, (down, up) in factors.items():
         tensors[f"base_model.model.{layer}.lora_A.weight"] = down

@@ -191,7 +191,7 @@ def add_fp32_lora(unet: Any) -> None:
     ("dtype", "prepare"), [(torch.float32, lambda unet: None), (torch.bfloat16, add_fp32_lora)]
 )
 def test_autocast(dtype: torch.dtype, prepare: Callable[[Any], object]) -> None:
-    """As the trainer's `bf16`: fp32 weights, or fp32 LoRA factors on a bf16 base, and bf16 arithmetic."""
+    """The trainer's `bf16`: fp32 weights, or fp32 LoRA factors on a bf16 base, and bf16 arithmetic."""
     ratios, overall = rounding_ratios(dtype, torch.autocast("cpu", dtype=torch.bfloat16), prepare)
     assert max(ratios.values()) <= 2, sorted(ratios.items(), key=lambda item: -item[1])[:5]
     assert overall <= 1.1
@@ -229,7 +229,7 @@ def kinds_of_modules(unet: Any) -> dict[str, list[str]]:
 
 
 def own_forward(unet: Any, name: str, seen: list[tuple[str, Tensor, Tensor]]) -> Callable[[], None]:
-    """As LyCORIS and kohya's networks do it."""
+    """Replace a module's `forward`, as LyCORIS and kohya's networks do."""
     module = unet.get_submodule(name)
     before = module.forward
 

@@ -137,7 +137,7 @@ def test_what_is_stored(base: Any) -> None:
 
 @pytest.mark.slow
 def test_fp8_fused_is_fp8_unfused() -> None:
-    """The same rounding, q, k and v as one product, and adapters on top; joined codes come apart again."""
+    """Rounding is equal with q, k and v as one product and with adapters; joined codes come apart again."""
     unet = quantised("fp8")
     want = run(adapt(copy.deepcopy(unet)), "sdxl", torch.float64)
     before = {name: t.clone() for name, t in unet.state_dict().items()}
@@ -186,7 +186,7 @@ def test_moving_and_casting_keep_the_scales(base: Any) -> None:
 @pytest.mark.slow
 @BASES
 def test_the_adapters_files_are_the_same(base: Any, tmp_path: Path) -> None:
-    """Metadata, names and bytes are those of an adapter beside a dense base."""
+    """Metadata, names and bytes are those of an adapter on a dense base."""
 
     def content(file: Path) -> Any:
         with safe_open(file, "pt") as opened:

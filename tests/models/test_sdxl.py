@@ -81,7 +81,7 @@ def test_kohya_names_of_sdxl(layer: str) -> None:
 
 
 def test_blocks_of_different_depth_have_names_of_their_own() -> None:
-    """As the original UNet numbers them, whose `num_res_blocks` may be a list too."""
+    """Blocks have the original UNet's numbers, whose `num_res_blocks` may be a list too."""
     down = {"down_blocks.0.resnets.0": 1, "down_blocks.1.attentions.2": 5, "down_blocks.2.resnets.1": 8}
     up = {"up_blocks.0.attentions.2": 2, "up_blocks.1.resnets.0": 3, "up_blocks.2.resnets.1": 8}
     for part, number in (down | up).items():

@@ -194,7 +194,7 @@ def test_prepare_is_capped_as_training_is(
 def test_a_text_encoder_that_does_not_fit_runs_on_the_cpu(
     tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And goes on behind what is there."""
+    """The CPU continues after the prompts that are encoded already."""
     source = jsonl_folder(tmp_path / "s", 5)
     prepare(config(tiny_sdxl, source, tmp_path / "whole"))
     monkeypatch.setattr("mapo_fast.data.embeddings.BATCH", 2)

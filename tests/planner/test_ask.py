@@ -105,7 +105,7 @@ def test_what_does_not_fit_says_what_would_and_that_fits(
 def test_previews_are_planned_for_the_folders_own_vae(
     tiny_sdxl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a run does: SDXL's VAE alone is more than what is left of 700 MiB."""
+    """Plans use the model's VAE, as a run does: SDXL's alone is more than what is left of 700 MiB."""
     prompt = 'preview.prompts=["red square"]'
     assert plan(monkeypatch, tiny_sdxl, "--vram", "700MiB", "--set", prompt) == 0
     assert capsys.readouterr().out.startswith("fits: ")

@@ -130,7 +130,7 @@ def real_peak(config: Config) -> int:
 def test_the_prediction_is_within_three_percent_of_the_allocator(
     name: str,
 ) -> None:
-    """Of the eager path, which is what the CPU runs; the kernels' path allocates other things."""
+    """The predicted peak of the eager path, which the CPU runs; the kernels' path allocates otherwise."""
     # Eager AdamW8bit computes in temporaries that no card needs; torch's AdamW does not.
     config = settings(**PLANS[name], optim={"name": "adamw"})
     predicted = record_step(config, REDUCED, kernels=False).peak
@@ -193,7 +193,7 @@ def test_arithmetic_is_counted_in_every_kind() -> None:
 
 @pytest.mark.skipif(INTERPRETING, reason="nothing is multiplied in fp8 there")
 def test_products_in_fp8_are_counted_apart_with_the_bytes_of_rounding() -> None:
-    """Of y = x Wᵀ and dx = dy W in fp8, and of dW = dyᵀ x, which is not."""
+    """Operations of y = x Wᵀ and dx = dy W in fp8, and of dW = dyᵀ x, which is not."""
     rows, width, out = 512, 256, 384
     x, weight = (torch.empty(n, width, requires_grad=True) for n in (rows, out))
     recorder = Recorder([x, weight])

@@ -335,7 +335,7 @@ def test_previews_need_room_beside_what_lies_on_the_card(exact_budget: None) -> 
 
 @pytest.mark.slow
 def test_what_a_step_makes_is_there_twice_with_cuda_graphs(exact_budget: None) -> None:
-    """The graphs' pool stays reserved beside evaluations, previews and the first step of a shape."""
+    """The graphs' pool stays reserved during evaluations, previews and the first step of a shape."""
     asked = settings(speed={"cuda_graph": True}, preview={"prompts": ["a square"]})
     eager = search(settings(), REDUCED, RTX, GIB, PLENTY)
     found = search(asked, REDUCED, RTX, GIB, PLENTY)

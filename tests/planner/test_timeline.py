@@ -18,7 +18,7 @@ US = 1e-3
 def trace(
     *operations: tuple[int, float], links: dict[int, int] | None = None, marks: list[Mark] | None = None
 ) -> Trace:
-    """Of kinds and their microseconds on `CARD`."""
+    """A trace of operations: kinds and their microseconds on `CARD`."""
     kinds, micros = (np.array(column) for column in zip(*operations, strict=True))
     nbytes = np.where(kinds == FETCH, micros * 1e4, 0.0)
     linked = np.full(len(kinds), -1)

@@ -27,7 +27,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def whole(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Of a run that has ended: six steps of DPO, two files of reference errors."""
+    """Config of a run that has ended: six steps of DPO, two files of reference errors."""
     folder = tmp_path_factory.mktemp("whole")
     cache = make_cache(tiny_sdxl, folder / "data")
     config = make_config(tiny_sdxl, cache, folder / "run", objective={"name": "dpo"})
@@ -39,7 +39,7 @@ def whole(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture
 def config(whole: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """Of the same run in format 1, after four steps."""
+    """The folder of the same run in format 1, after four steps."""
     monkeypatch.setattr(reference, "PART", 4)
     shutil.copytree(whole.train.output, tmp_path / "run")
     as_format_1(tmp_path / "run")

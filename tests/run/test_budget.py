@@ -136,7 +136,7 @@ def test_running_out_of_memory_is_explained() -> None:
 
 
 class PretendedCard:
-    """A card of 24 GiB behind torch.cuda's names; the cap goes through torch's own checks."""
+    """A card of 24 GiB under torch.cuda's names; the cap goes through torch's own checks."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, *, free: float, reserved: float, display: bool = False

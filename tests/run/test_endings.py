@@ -47,7 +47,7 @@ Make = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def cache(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of many shards."""
+    """A cache of many shards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "SHARD_BYTES", 9000)
         return make_cache(tiny_sdxl, tmp_path_factory.mktemp("data"))
@@ -395,7 +395,7 @@ def at_batch(patch: pytest.MonkeyPatch, wanted: int, times: int = 1) -> list[int
 
 
 BATCHES = 4
-"""Of an evaluation: eight draws of one pair, two at a time."""
+"""Batches of an evaluation: eight draws of one pair, two at a time."""
 
 
 @pytest.mark.slow

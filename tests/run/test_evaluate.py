@@ -119,7 +119,7 @@ def test_a_start_that_does_not_fit_is_measured_again(
 
 @pytest.mark.slow
 def test_any_flipped_bit_of_the_start_is_found(held_out: HeldOut, tiny_sdxl: Path, tmp_path: Path) -> None:
-    """Of the lengths, the header and the numbers; what pads the header is not read."""
+    """Damage to the lengths, the header or the numbers is noticed; the header's padding is not read."""
     path = tmp_path / "start.safetensors"
     save_errors(held_out.errors(open_sdxl(tiny_sdxl).load_unet(), nullcontext()), path, "run")
     whole = path.read_bytes()

@@ -65,7 +65,7 @@ def test_a_run_and_its_resume(tiny_sdxl: Path, cache: Path, tmp_path: Path, numb
     assert fit(make_config(tiny_sdxl, cache, straight, **sections(plan))).finished
     shutil.copytree(straight, resumed)
     shutil.rmtree(resumed / RESULT[kind].partition("/")[0])
-    for step in (2, 3):  # as if it had been killed behind its first step
+    for step in (2, 3):  # as if it had been killed after its first step
         shutil.rmtree(resumed / "checkpoints" / f"step-{step:08d}")
     assert fit(make_config(tiny_sdxl, cache, resumed, **sections(plan)), resume=True).finished
     one, other = load_file(straight / RESULT[kind]), load_file(resumed / RESULT[kind])

@@ -149,7 +149,7 @@ def _in_child(config: Config, resume: bool, kill_after: float = 0.0) -> Any:
 
 
 def _cpu_seconds(config: Config) -> float:
-    """Of a training that nobody disturbs."""
+    """CPU time of an uninterrupted training."""
     before = os.times()
     _in_child(config, resume=False).join()
     after = os.times()
@@ -599,7 +599,7 @@ def _meanwhile(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], Any]) -> N
 def test_a_run_that_ended_meanwhile_is_not_written_over(
     make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both found the folder empty."""
+    """Two runs found the folder empty: the second one is refused."""
     run = tmp_path / "run"
     before: dict[Path, bytes] = {}
 

@@ -113,7 +113,7 @@ def test_a_cache_is_known_by_what_affects_it(tiny_sdxl: Path, tmp_path: Path) ->
 
 
 def test_what_the_reference_depends_on_has_names_of_its_own(tmp_path: Path) -> None:
-    """Its identity names settings without their sections, beside the fingerprints of the run's inputs."""
+    """Its identity names settings without their sections, next to the fingerprints of the run's inputs."""
     keys = [row.key for row in affecting("reference")]
     fingerprints = {"cache": "a", "start model": "b", "noise schedule": "c"}
     config = make_config(tmp_path, tmp_path, tmp_path, train={"seed": 5})

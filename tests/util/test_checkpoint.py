@@ -501,7 +501,7 @@ def test_a_checkpoints_folder_on_a_disk_that_is_not_there_is_no_new_beginning(tm
 
 
 def test_any_flipped_bit_of_a_checkpoint_is_found_or_changes_nothing(tmp_path: Path) -> None:
-    """Of its record, its weights and the header of its file; white space in JSON may change."""
+    """Damage to the record, the weights or the file's header is noticed; white space in JSON may change."""
     store = CheckpointStore(tmp_path, keep=1, run="own")
     saved = store.save(7, {"model": {"a": torch.ones(40)}}, {"lr": 0.1, "names": ["x", "y"]})
     chance = random.Random(0)

@@ -47,7 +47,7 @@ def test_a_system_error_is_the_machine_s_or_the_path_s(tmp_path: Path, name: str
 
 
 def test_damaged_contents_are_not_the_machine_s_fault() -> None:
-    """As pyarrow and Pillow raise them: without a number."""
+    """An OSError without a number, as pyarrow and Pillow raise them."""
     assert os_error(OSError("Corrupt snappy compressed data."), "read x").exit_code == 2
 
 

@@ -95,7 +95,7 @@ def test_prompts(prompt: object, meant: str) -> None:
 
 
 def outcomes(source: Path) -> list[Any]:
-    """Of each row the reason, or the label."""
+    """Each row's reason, or its label."""
     pairs = open_source(source)
     return [row.reason if isinstance(row, SkippedRow) else row.label for row in pairs.read(range(len(pairs)))]
 

@@ -26,7 +26,7 @@ def files(folder: Path, names: dict[str, bytes | str]) -> Path:
 
 
 def outcomes(source: Path) -> dict[str, str]:
-    """Of each row the reason, or what decoding its chosen image says; empty for a good row."""
+    """Each row's reason, or the error of decoding its chosen image; empty for a good row."""
     pairs = open_source(source)
     found: dict[str, Any] = {}
     for row in pairs.read(range(len(pairs))):

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="links need a privilege 
 
 
 def outcomes(source: Path) -> dict[str, Any]:
-    """Of each row its chosen image, or reason and detail."""
+    """Each row's chosen image, or reason and detail."""
     pairs = open_source(source)
     found: dict[str, Any] = {}
     for row in pairs.read(range(len(pairs))):
