@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from mapo_fast.cli.app import Configured, allow, app, is_main
+from mapo_fast.cli.evaluate import evaluate
 from mapo_fast.cli.options import (
     Code,
     ConfigFile,
@@ -49,6 +50,7 @@ _PATIENCE = 10.0
 app.command(cls=Configured)(prepare)
 app.command(cls=Configured)(train)
 app.command()(sample)
+app.command()(evaluate)
 
 
 @app.command(cls=Configured)

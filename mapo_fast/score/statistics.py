@@ -72,6 +72,13 @@ def wilson(rate: float, n: int, ties: float = 0.0) -> Interval:
     return max(0.0, (b - root) / (2 * a)), min(1.0, (b + root) / (2 * a))
 
 
+def sign_test(wins: int, losses: int) -> float:
+    """Exact two-sided p-value of a result as uneven between equal models; ties do not count."""
+    n = wins + losses
+    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, float(2 * tail) / float(2**n))
+
+
 class Units(NamedTuple):
     """Scores of each prompt's images."""
 

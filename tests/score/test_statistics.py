@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mapo_fast.score.statistics import FEWEST_FOR_MEAN, Units, bootstrap, by_prompt, mean, wilson, win_rate
+from mapo_fast.score.statistics import (
+    FEWEST_FOR_MEAN,
+    Units,
+    bootstrap,
+    by_prompt,
+    mean,
+    sign_test,
+    wilson,
+    win_rate,
+)
 
 RUNS = 2000
 
@@ -75,3 +84,9 @@ def test_few_prompts_have_a_mean_without_an_interval() -> None:
 def test_scores_of_other_prompts_are_no_comparison() -> None:
     with pytest.raises(ValueError, match="one for each prompt"):
         win_rate([1.0], [1.0, 2.0])
+
+
+def test_the_sign_test_is_binomial() -> None:
+    assert sign_test(9, 1) == pytest.approx(2 * (1 + 10) / 1024)
+    assert sign_test(5, 5) == 1.0
+    assert sign_test(0, 0) == 1.0

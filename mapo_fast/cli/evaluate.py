@@ -1,0 +1,93 @@
+"""`mapo-fast evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mapo_fast.cli.app import allow
+from mapo_fast.cli.options import Code
+from mapo_fast.util.console import Terminal, output_may_fail
+from mapo_fast.util.errors import UserError
+
+
+def evaluate(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of images, each made by mapo-fast sample; the first is the base."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the scores and the page.")],
+    score: Annotated[
+        list[str] | None,
+        typer.Option("--score", help="Scorer, NAME or NAME=PATH (docs/scorers.md). May be repeated."),
+    ] = None,
+    blind: Annotated[
+        Path | None, typer.Option("--blind", help="Also write a page for a blind comparison of two folders.")
+    ] = None,
+    votes: Annotated[
+        int | None, typer.Option("--votes", help="Votes on that page; one for each image by default.")
+    ] = None,
+    trained: Annotated[
+        Path | None,
+        typer.Option("--trained", help="A run or a cache; its prompts are reported apart on that page."),
+    ] = None,
+    code: Code = None,
+) -> None:
+    """Compare models by their images: scores, win rates with intervals, a blind comparison."""
+    from mapo_fast.score.manifest import paired
+    from mapo_fast.util.files import atomic_path, disk_errors
+
+    output_may_fail()
+    allow(code, None)
+    if not score and blind is None:
+        raise UserError("say how to compare: --score NAME=PATH (docs/scorers.md), or --blind out.html")
+    names = _names(folders)
+    for file in filter(None, (blind, out / "evaluation.html" if score else None)):
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file} is no file that can be written: choose another name")
+    images = dict(zip(names, paired(folders), strict=True))
+    callbacks = Terminal()
+    if blind is not None:
+        from mapo_fast.score.blind import write_blind
+        from mapo_fast.score.trained import prompts_of
+
+        seen = frozenset() if trained is None else prompts_of(trained)
+        with disk_errors(blind):
+            count = write_blind(blind, images, votes, seen)
+        callbacks.message(f"open {blind} in a browser: {count} votes by the arrow keys, then the answer")
+    if not score:
+        return
+
+    from mapo_fast.score import builtin  # noqa: F401  registers the scorers of this package
+    from mapo_fast.score.evaluate import evaluate as run
+    from mapo_fast.score.page import as_lines, write_evaluation
+    from mapo_fast.score.scorer import load_scorer
+
+    scorers = dict(load_scorer(text) for text in score)
+    shown: list[str] = []
+
+    def progress(name: str, total: int, done: int) -> None:
+        if name not in shown:
+            shown.append(name)
+            callbacks.message(f"{name}: {total} images")
+
+    result = run(dict(zip(names, folders, strict=True)), scorers, out, progress)
+    with disk_errors(out):
+        with atomic_path(out / "evaluation.json") as temporary:
+            temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_evaluation(out / "evaluation.html", result, images)
+    for line in as_lines(result):
+        callbacks.message(line)
+    callbacks.message(f"page: {out / 'evaluation.html'}, figures: {out / 'evaluation.json'}")
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """Names of the models: the folders', or their paths where two have one name."""
+    short = [folder.resolve().name for folder in folders]
+    names = short if len({*short}) == len(short) else [str(folder) for folder in folders]
+    if len({*names}) < len(names):
+        raise UserError(f"{folders[0]} is named twice: name folders of different models")
+    return names
