@@ -21,5 +21,5 @@ def test_of_a_run_and_of_its_cache(tiny_sdxl: Path, tmp_path: Path) -> None:
     expected = {row.prompt for row in opened.rows(opened.train[:])}
     assert expected
     assert prompts_of(tmp_path / "run") == prompts_of(cache) == expected
-    with pytest.raises(UserError, match="not a mapo_fast cache|no cache|is not"):
+    with pytest.raises(UserError, match="is not a mapo_fast cache"):
         prompts_of(tmp_path)
