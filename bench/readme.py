@@ -141,7 +141,7 @@ def saved_memory() -> str:
 def traffic() -> str:
     """Bytes that loads and stores move, in multiples of the least possible: ours and PyTorch eager's.
 
-    An optimizer's step stands under forward.
+    An optimizer's step is in the column of forward.
     """
     by_case: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for row in _rows("traffic"):

@@ -158,7 +158,7 @@ class MemoryChecker(Watcher):
     """Raises `MemoryAccessError` for an access outside the arguments, and for a race between two programs.
 
     Bounds are those of the tensors that the kernel was given, not of their storages; and of those whose
-    addresses stand in an int64 tensor that it was given (a test may put false ones there: then nothing is
+    addresses are in an int64 tensor that it was given (a test may put false ones there: then nothing is
     checked, and the launch counted as unchecked).
 
     A race is two accesses of different programs to one element, at least one of them a write, that nothing

@@ -40,7 +40,7 @@ def jit(kernel: Callable[..., Any] | None = None, *, any_value: Sequence[str] = 
 
     Args:
         any_value: integers of the signature that one compiled kernel takes whatever they are. Triton compiles
-            the others anew where they are 1 or a multiple of 16, and where they are not.
+            the others again where they are 1 or a multiple of 16, and where they are not.
     """
     if kernel is None:
         return functools.partial(jit, any_value=any_value)

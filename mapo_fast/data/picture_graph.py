@@ -1,4 +1,4 @@
-"""ComfyUI's graph of nodes, as it stands in a picture's text `prompt`.
+"""ComfyUI's graph of nodes, from a picture's text `prompt`.
 
 Nothing is run, and depths are limited. Only nodes that pass a text on unchanged are followed.
 """

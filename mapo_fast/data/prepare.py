@@ -96,7 +96,7 @@ def prepare(config: Config, *, yes: bool = False, callbacks: Callbacks | None = 
     vram = None if config.train.vram is None else parse_size(config.train.vram, "train.vram")
     with exclusive(data.cache), gpu.capped(vram):
         # Checked again: another process may have been here. A cache of an earlier format is taken over by
-        # this: its shards stay, and only its tables are written anew.
+        # this: its shards stay, and only its tables are written again.
         settings, text_stays = claim(data.cache, settings, folder)
         if not text_stays:
             callbacks.message(

@@ -30,7 +30,7 @@ _BYTES = 1 << 28
 _ROWS = 4096
 
 _Rows = Iterable[tuple[str, Any]]
-"""Where each value stands, for messages, and the value."""
+"""Place of each value, for messages, and the value."""
 
 
 class Prompts(NamedTuple):

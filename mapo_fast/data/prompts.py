@@ -1,7 +1,7 @@
 """Find prompts that are equal to the text encoders: both tokenizers turn them into the same tokens.
 
 Case, white space, Unicode forms and what lies beyond `data.max_tokens` make no difference to a model. Prompts
-that differ in nothing else count as one everywhere: they are encoded once, and cannot stand on both sides of
+that differ in nothing else count as one everywhere: they are encoded once, and cannot be on both sides of
 the held-out split.
 """
 

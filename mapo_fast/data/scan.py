@@ -2,8 +2,8 @@
 
 So all defects, the disk need and the share of skipped rows are known before hours of encoding begin. The
 result is kept in the cache folder in parts of `PART_ROWS` rows, named by the source's identity; a killed scan
-continues after its last part, and a source that changed is scanned anew, as are the rows of a damaged part.
-`FORMAT` counts the ways images were decoded: what an older one scanned is scanned anew.
+continues after its last part, and a changed source is scanned again, as are the rows of a damaged part.
+`FORMAT` counts the ways images were decoded: parts of an older format are scanned again.
 """
 
 from __future__ import annotations

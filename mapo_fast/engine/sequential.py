@@ -65,7 +65,7 @@ def sequential_backward(
             forward pass.
         scale: multiplies the gradients by its scale. Under `scratch` a chosen gradient has it before its
             coefficient, so it may overflow where `joint`'s does not, or the other way round.
-        context: autocast of the forward passes, entered anew for each.
+        context: autocast of the forward passes, entered for each one.
         sums: adds gradients of the parameters; None leaves it to autograd.
         given: the loss's other inputs for all pairs: `reference_errors`, `labels`; `baseline`.
 

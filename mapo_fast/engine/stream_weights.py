@@ -36,7 +36,7 @@ from mapo_fast.models.sdxl import execution_order
 STREAMED_BYTES = 1 << 20
 """Units with less than this to stream stay on the device."""
 _ALIGNMENT = 256
-"""Bytes; what torch's allocator gives to weights that stand alone."""
+"""Alignment in bytes: that of separate weights in torch's allocator."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """LoRA files as people have them: kohya's, diffusers', peft's, OneTrainer's, ComfyUI's, SimpleTuner's, LoCon.
 
 All of them hold, for a layer with weight W, two factors and perhaps an alpha: the layer computes with
-W + (alpha / rank) · up · down. They differ in the names of layers and factors, and in where alpha stands. A
+W + (alpha / rank) · up · down. They differ in the names of layers and factors, and in the place of alpha. A
 file is known by its keys and shapes; nothing is loaded but the alphas.
 
 Other kinds of adapters are rejected with a message that names the kind: programs that read them do not agree

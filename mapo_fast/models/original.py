@@ -79,7 +79,7 @@ def _unet(names: list[str], config: Mapping[str, Any]) -> dict[str, Place]:
         if (block := _UPSAMPLER.match(name)) and not any(
             n.startswith(f"{block[1]}.attentions") for n in names
         ):
-            original = original.replace(".2.conv", ".1.conv")  # it stands where the attention would
+            original = original.replace(".2.conv", ".1.conv")  # it has the attention's place
         found[name] = Place(f"{original}.{kind}")
     return found
 

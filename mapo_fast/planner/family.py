@@ -302,7 +302,7 @@ class Family:
         return int(away.row("parameters").max() + away.row("host").max()) // unets
 
     def traced(self, plan: Plan) -> tuple[Plan, Trace]:
-        """The plan with the figures of its own full trace."""
+        """The plan with the figures of its own full trace, and the trace."""
         (trace,) = self.tracing.traces([self._config(plan.settings)], self.unet_config)
         return self._measured(plan, trace), trace
 

@@ -2,7 +2,7 @@
 
 Every preset is planned for every size of memory and for every card that it can train on, with 32 GiB of free
 system RAM, under Linux. Traces and replays are made once for all cards. Where code has changed and no answer
-has, which one row of each preset shows, the table keeps its rows. Presets that are named are made anew in it.
+has, which one row of each preset shows, the table keeps its rows. Presets that are named are made again.
 """
 
 from __future__ import annotations

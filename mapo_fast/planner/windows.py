@@ -34,7 +34,7 @@ class Piece(NamedTuple):
     net: int
     """Live bytes at its end, less those at its beginning."""
     seconds: float
-    """Seconds of all micro-batches that it stands for."""
+    """Seconds of all micro-batches that the window represents."""
 
 
 class Mode(NamedTuple):

@@ -76,7 +76,7 @@ def fit(config: Config, *, resume: bool = False, callbacks: Callbacks | None = N
         UserError: the config, the model, the cache or the output folder has an error.
         MachineError: the disk or the memory failed; the last finished step is saved if possible.
         FailedRunError: the model diverged, or too many steps were skipped.
-        KeyboardInterrupt: a second signal, or one before the first step was begun.
+        KeyboardInterrupt: a second signal, or a signal before the first step.
     """
     expect_config(config)
     processes = environment()

@@ -14,7 +14,7 @@ from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
 
 _STATED = ("preset", "file", "command line", "stated", "epochs")
-"""Where a setting comes from that a run has to keep; the others are chosen anew."""
+"""Sources of settings that a run has to keep; the others are chosen again."""
 
 
 def unfinished(output: Path | None) -> Path:

@@ -1,6 +1,6 @@
 """The table of settings as text: `docs/settings.md` and what `--help` prints.
 
-python -m mapo_fast.settings.page          # write docs/settings.md anew
+python -m mapo_fast.settings.page          # write docs/settings.md again
 """
 
 from __future__ import annotations

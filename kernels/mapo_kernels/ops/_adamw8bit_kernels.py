@@ -1,4 +1,4 @@
-"""AdamW8bit's kernels, and the tables and launches of a step; what they compute stands in `adamw8bit.py`.
+"""AdamW8bit's kernels, and the tables and launches of a step; what they compute is in `adamw8bit.py`.
 
 Launches. One to count steps and compute each tensor's scalars in fp64, and one for each combination of
 dtypes (parameter, gradient, 8-bit or fp32 moments): 3 for an SDXL UNet. Clipping adds two passes: partial

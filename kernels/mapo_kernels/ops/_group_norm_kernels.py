@@ -1,4 +1,4 @@
-"""The kernels of group normalisation with SiLU; what they compute stands in `group_norm_silu.py`.
+"""The kernels of group normalisation with SiLU; what they compute is in `group_norm_silu.py`.
 
 A program works on one region of a sample, as `_group_norm_launch.py` cuts it.
 

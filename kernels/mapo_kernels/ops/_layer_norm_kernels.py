@@ -1,4 +1,4 @@
-"""Layer normalisation's kernels and their launchers; what they compute stands in `layer_norm.py`.
+"""Layer normalisation's kernels and their launchers; what they compute is in `layer_norm.py`.
 
 Exactness. A row stays in registers. Its mean is corrected by the mean of what is left after subtracting it,
 and so is the centred variance (Chan, Golub and LeVeque, 1983): a large mean does not cancel.

@@ -1,6 +1,6 @@
 """One linear layer as an operator: what `lora_linear`, `frozen_linear` and `fp8_linear` are made of.
 
-What it computes stands in `_projections.py`: y (…, N) of x (…, C) for a projection whose weight is dense,
+The formula is in `_projections.py`: y (…, N) of x (…, C) for a projection whose weight is dense,
 quantised or rounded to fp8, with or without an adapter. Saved for backward: t, and x if a weight or A trains.
 """
 

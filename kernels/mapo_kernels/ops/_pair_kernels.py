@@ -1,4 +1,4 @@
-"""The paired loss's two kernels and their launchers; what they compute stands in `paired_loss.py`.
+"""The paired loss's two kernels and their launchers; what they compute is in `paired_loss.py`.
 
 Forward. Program p sums one chunk of one sample into partials[p]; then it counts itself in an int32 counter.
 The program that counts last knows that all partials are there: it adds them in a fixed order and does the

@@ -373,7 +373,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def _scalar(
         self, index: int, group: dict[str, Any], key: str, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """A group's setting on the device; written anew, without a host wait, when it changed."""
+        """A group's setting on the device; written again, without a host wait, when it changed."""
         value = group[key]
         if isinstance(value, Tensor):
             return value.to(device, non_blocking=True)

@@ -23,7 +23,7 @@ _FOLDERS = 100
 
 
 def what_it_is(path: Path, recognised: Callable[[Path], object]) -> str:
-    """What stands where data in a known layout should; empty where it looks like none of the usual mistakes.
+    """What the path holds instead of data in a known layout; empty where it is none of the usual mistakes.
 
     Args:
         path: a folder that can be listed, or a file.
