@@ -1,6 +1,6 @@
 """The cache that `mapo-fast prepare` writes and training reads: it needs only the UNet in addition.
 
-    settings.json     what the cache is made for; written first
+    settings.json     identity of the cache: model and settings; written first
     shards/           latents, text-encoder states (see `shards`)
     pairs.npy         one fixed-size record per pair (`PAIR`): training pairs sorted by bucket and id, then
                       held-out pairs sorted by id
@@ -96,7 +96,7 @@ class PairCache:
         """Open a finished cache.
 
         Args:
-            folder: what `data.cache` names.
+            folder: the cache's folder, `data.cache`.
             verify: check the SHA-256 of every file now. False checks everything when it is first read; None
                 does so for caches of more than `VERIFIED_AT_ONCE` bytes.
 

@@ -42,12 +42,12 @@ def embed_prompts(
     """Encode the prompts, and the empty one, that the shards do not hold yet.
 
     Args:
-        prompts: distinct ones by key, in source order.
+        prompts: distinct prompts by key, in source order.
         families: `text1` and `text2`, which are written to.
         folder: the pipeline.
         max_tokens: `data.max_tokens`.
         device: where to encode, if it has the memory.
-        callbacks: told how it goes.
+        callbacks: called with progress.
 
     Raises:
         UserError: an encoder cannot be loaded, or gives values for the empty prompt that are not finite.
@@ -63,7 +63,7 @@ def embed_prompts(
         try:
             _embed(todo, family, folder, which, max_tokens, device, callbacks)
             continue
-        except RuntimeError as error:  # what the encoder holds goes with it
+        except RuntimeError as error:  # the encoder's memory is freed with it
             if not gpu.is_out_of_memory(error):
                 raise
         torch.cuda.empty_cache()

@@ -12,7 +12,7 @@ def given_data(data: DataConfig) -> PreferencePairs:
     """The source that `data.source` names, opened; no image is decoded.
 
     Raises:
-        UserError: there is none, its layout is unknown or unreadable, or the cache lies in it.
+        UserError: `data.source` is unset, its layout is unknown or unreadable, or the cache lies in it.
     """
     if data.source is None:
         raise UserError(
@@ -32,7 +32,7 @@ def check_confirmed(source: PreferencePairs, *, yes: bool) -> None:
     """Check that a person has confirmed the pairs of a source that asks for it.
 
     Raises:
-        UserError: nobody has; it shows the first pairs.
+        UserError: the pairs are not confirmed; the message shows the first pairs.
     """
     if source.to_confirm and not yes:
         raise UserError(

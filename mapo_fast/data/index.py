@@ -112,15 +112,15 @@ class Claim(NamedTuple):
 def claim(cache: Path, settings: dict[str, Any], folder: Pipeline) -> Claim:
     """Check that the cache folder is empty, or made for these settings; nothing is written.
 
-    One in which nothing has been encoded yet, which a refused `prepare` leaves, may become any other.
+    A cache in which nothing has been encoded yet, as a rejected `prepare` leaves it, may become any other.
 
     Args:
-        cache: what `data.cache` names.
-        settings: what it is to be made for.
+        cache: the cache's folder, `data.cache`.
+        settings: the settings to make it for.
         folder: the model, for caches of earlier formats.
 
     Raises:
-        UserError: it is made for other settings, or holds something else.
+        UserError: the folder's cache is for other settings, or the folder holds something else.
     """
     path = cache / "settings.json"
     index, shards = cache / "index.json", cache / "shards"
@@ -147,7 +147,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     """`index.json` of a finished cache; None if it is missing, or if its tables have to be made again.
 
     Raises:
-        UserError: it is damaged or edited, or of another version.
+        UserError: the index is damaged or edited, or of another version.
     """
     path = folder / "index.json"
     try:
@@ -246,7 +246,7 @@ class CacheIndex:
     def fingerprint(self) -> str:
         """Identity of the cache's content: settings, pairs and split, shards.
 
-        One that was taken over from an earlier format, and whose pairs and split are the same, keeps its own.
+        A cache that was taken over from an earlier format, with the same pairs and split, keeps its own.
         """
         settings = self.settings.get("before", self.settings)
         identity = {"settings": settings, "train": self.train, "files": self.content["files"]}

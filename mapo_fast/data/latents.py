@@ -57,13 +57,13 @@ def encode_images(
 
     Args:
         jobs: distinct images, in source order.
-        family: `latents`, which is written to.
-        source: where to read them.
+        family: the shards `latents`, which are written to.
+        source: the source of the images.
         folder: the pipeline.
         data: the settings.
         vram: `train.vram`, for the message where memory runs out.
         device: where to encode.
-        callbacks: told how it goes.
+        callbacks: called with progress.
 
     Raises:
         UserError: the VAE cannot be loaded, the source changed since it was scanned, or the GPU's memory does

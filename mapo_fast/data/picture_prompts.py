@@ -20,7 +20,7 @@ def picture_prompt(path: Path) -> str:
     """The prompt in a picture's file.
 
     Raises:
-        NoPromptError: there is none, or none that is certain.
+        NoPromptError: the picture has no prompt, or several candidates.
         MachineError: I/O failed.
     """
     texts = picture_texts(path)

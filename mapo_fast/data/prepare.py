@@ -55,10 +55,10 @@ def prepare(config: Config, *, yes: bool = False, callbacks: Callbacks | None = 
     Args:
         config: `[model]` and `[data]` matter, and `train.vram` as a limit of GPU memory.
         yes: pairs that only a person can confirm, those of data.pair_by = "order", are right.
-        callbacks: are told how it goes; without them nothing is said.
+        callbacks: called with progress; without them `prepare` is silent.
 
     Returns:
-        What the cache holds, and which rows of the source it does not.
+        The contents of the cache, and the numbers of skipped rows by reason.
 
     Raises:
         UserError: wrong source or model folder, a cache made for something else or in use by another

@@ -87,7 +87,7 @@ def _checked(value: Any, where: str) -> tuple[str, frozenset[str]]:
     if value is None:
         return "", frozenset()
     if not isinstance(value, str):
-        raise UserError(f"{where}: {shown(value)} is no text")
+        raise UserError(f"{where}: {shown(value)} is not text")
     if len(value) > LONGEST_TEXT:
         raise UserError(f"{where}: the prompt has {len(value):,} characters, more than {LONGEST_TEXT:,}")
     try:
@@ -128,7 +128,7 @@ def _list(path: Path) -> _Rows:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, list):
-        raise UserError(f"{path} is no list of texts")
+        raise UserError(f"{path} is not a list of texts")
     for number, value in enumerate(values, 1):
         yield f"entry {number}", value
 

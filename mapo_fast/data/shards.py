@@ -42,8 +42,8 @@ class Place(NamedTuple):
 class ShardFamily:
     """The finished shards of one family in a folder.
 
-    Opening it reads every shard. One without a record was cut short by a kill and is removed. Text that is
-    stored and not finite, as before cache format 4 it could be, counts as failed.
+    Opening a family reads every shard. A shard without a record was cut short by a kill and is removed.
+    Stored text that is not finite, which was possible before cache format 4, counts as failed.
 
     Raises:
         UserError: a shard is not what its record says.

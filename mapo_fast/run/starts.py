@@ -99,4 +99,4 @@ def _read(path: Path, run: str, *, aside: bool = True) -> tuple[Starts, list[str
     other = path.with_name(f"unreadable-{path.name}")
     with disk_errors(path):
         path.replace(other)
-    return none, [f"{problem}: it is now {other.name}, and {path.name} begins anew"]
+    return none, [f"{problem}: it is now {other.name}, and a new {path.name} is begun"]

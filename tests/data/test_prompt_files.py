@@ -62,7 +62,7 @@ def test_a_prompt_counts_once(tmp_path: Path) -> None:
         ("a.jsonl", b'{"prompt": "a"}\nred\n', "line 2 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n', 'line 1 is no object with a "prompt"'),
         ("a.jsonl", b'["a"]\n', 'line 1 is no object with a "prompt"'),
-        ("a.jsonl", b'{"prompt": 7}\n', "line 1: 7 is no text"),
+        ("a.jsonl", b'{"prompt": 7}\n', "line 1: 7 is not text"),
         ("a.jsonl", b'{"prompt": "\\ud800"}\n', "line 1: the prompt is not valid Unicode"),
         ("a.jsonl", b"[" * 100_000, "line 1 is not JSON: it is nested too deeply"),
         (
@@ -74,8 +74,8 @@ def test_a_prompt_counts_once(tmp_path: Path) -> None:
         ("a.csv", b"id,prompt\n1\n", "line 2 has 1 columns, fewer than its head"),
         ("a.csv", b'prompt\n"a', "line 2 cannot be read"),
         ("a.csv", b"prompt\n" + b"x" * 200_000, "line 2 cannot be read: field larger than field limit"),
-        ("a.json", b'{"a": "b"}', "is no list of texts"),
-        ("a.json", b"[1]", "entry 1: 1 is no text"),
+        ("a.json", b'{"a": "b"}', "is not a list of texts"),
+        ("a.json", b"[1]", "entry 1: 1 is not text"),
         ("a.json", b"[", "is not JSON"),
         ("a.parquet", b"PAR1", "cannot be read as parquet"),
         ("a.md", b"a", r"prompts are read from \.txt, \.jsonl, "),
@@ -101,7 +101,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 def test_numbers_in_a_parquet_column_are_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": [1, 2]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="row 1: 1 is no text"):
+    with pytest.raises(UserError, match="row 1: 1 is not text"):
         read_prompts(tmp_path / "a.parquet")
 
 

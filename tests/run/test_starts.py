@@ -64,6 +64,6 @@ def test_what_cannot_be_read_is_moved_aside(tmp_path: Path, damage: str) -> None
     aside = tmp_path / "unreadable-settings.json"
     (note,) = keep_settings(_config(tmp_path), "r", step=4, processes=1)
     assert str(path) in note
-    assert note.endswith("it is now unreadable-settings.json, and settings.json begins anew")
+    assert note.endswith("it is now unreadable-settings.json, and a new settings.json is begun")
     assert (aside.readlink() if aside.is_symlink() else aside.read_bytes()) == before
     assert [start["step"] for start in _starts(tmp_path)] == [4]

@@ -18,7 +18,7 @@ class PairedLoss(NamedTuple):
     rejected_error: Tensor
     """(B,) mean squared error of the rejected samples, e_l."""
     logits: Tensor
-    """(B,) the objective's logit z: the argument of logσ, or the term in its place (`mapo_kernels.objectives`)."""
+    """(B,) the objective's logit z: the argument of logσ or of its replacement (see `objectives`)."""
     correct: Tensor
     """(B,) bool, logits > 0: the model denoises the chosen sample better than the rejected one.
 
