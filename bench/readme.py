@@ -11,6 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import objective_tables, op_tables, step_tables
+from mapo_fast.hardware.cards import vram_for
+from mapo_fast.hardware.host import host
+from mapo_fast.planner import shipped
+from mapo_fast.planner.answer import RAM, card_and_memory
+from mapo_fast.planner.plan import seconds_text
+from mapo_fast.planner.question import question
+from mapo_fast.util.sizes import GIB, parse_size
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -178,6 +185,31 @@ def resources() -> str:
     return "\n".join(lines)
 
 
+def cards() -> str:
+    """What the presets need by size of memory, and the whole run's time on a card with as much: predicted."""
+    table, limits = shipped.read(), host(parse_size(RAM, "ram"))
+    presets = ("lora", "full")
+    lines = ["| GPU memory | " + " | ".join(f"`--preset {name}`" for name in presets) + " |"]
+    lines.append("|---" * (1 + len(presets)) + "|")
+    for gib in (8, 12, 16, 24):
+        cells = []
+        for preset in presets:
+            config, run = question(None, preset, [], None)
+            card, vram = card_and_memory(config, None, f"{gib}GiB")
+            answer = table["answers"].get(shipped.key(config, card, vram, limits))
+            cells.append("not planned" if answer is None else _fits(answer, table, run.steps, card.name))
+        lines.append(f"| {gib} GiB | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _fits(answer: dict[str, Any], table: dict[str, Any], steps: int, card: str) -> str:
+    if answer["chosen"] is None:
+        return "does not fit"
+    number, ms = answer["chosen"]
+    needed = vram_for(table["plans"][number]["reserved"]) / GIB
+    return f"{needed:.1f} GiB, {steps:,} steps in {seconds_text(ms * steps / 1e3)} ({card})"
+
+
 def ops() -> str:
     """The microbenchmarks on a GPU, or a line that there are none yet."""
     return op_tables.table(op_tables.rows())
@@ -186,7 +218,7 @@ def ops() -> str:
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    ROOT / "README.md": {"demo": demo},
+    ROOT / "README.md": {"demo": demo, "cards": cards},
     DOCS / "objectives.md": {"objective_settings": objective_tables.named},
     DOCS / "kernels" / "paired_loss.md": {"formulas": objective_tables.formulas},
     DOCS / "results" / "demo.md": {"demo": demo},
