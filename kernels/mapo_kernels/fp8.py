@@ -43,14 +43,14 @@ from mapo_kernels.hardware import backend, card
 
 FP8 = torch.float8_e4m3fn
 MULTIPLE = 16
-"""What both dimensions of a weight are multiples of, for `scaled_mm`."""
+"""Both dimensions of a weight must be multiples of this, for `scaled_mm`."""
 TILE = 4096
 """Elements a program handles at a time, 16 per thread."""
 ROWS_PER_PROGRAM = 32
 """Fewest rows per program once each multiprocessor has one: factors are read once per program."""
 PROGRAMS_PER_MULTIPROCESSOR = 4
 LONGEST_ROW = 16384
-"""What fits the registers of a program; longer rows take the plain torch path."""
+"""Longest row that fits the registers of a program; longer ones take the plain torch path."""
 
 
 class Rows(NamedTuple):

@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 MOST_SETTINGS = 3
-"""What the kernel takes; an objective with fewer gets zeros for the others."""
+"""Most settings that the kernel takes; an objective with fewer gets zeros for the others."""
 
 
 class Setting(NamedTuple):

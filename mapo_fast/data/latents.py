@@ -163,7 +163,7 @@ class _Shard:
         self._started: deque[tuple[_Filling, list[ImageJob], list[Encoding]]] = deque()
 
     def add(self, job: ImageJob, image: Image.Image) -> None:
-        """One image more."""
+        """Add an image."""
         filling = self._buckets.setdefault(job.bucket, _Filling())
         filling.waiting.append((job, image))
         if len(filling.waiting) == self._batch_size:

@@ -29,7 +29,7 @@ _STRINGS = ("PrimitiveString", "PrimitiveStringMultiline")
 
 
 def nodes_of(text: str) -> Nodes:
-    """The nodes of a graph; none where it is no graph.
+    """The nodes of a graph; empty where the text is not a graph.
 
     Raises:
         NoPromptError: it is no JSON.
@@ -89,7 +89,7 @@ def linked(nodes: Nodes, link: object) -> tuple[tuple[str, dict[str, Any]], obje
 
 
 def node_parts(node: object) -> tuple[str, dict[str, Any]]:
-    """A node's kind and its inputs; nothing where it is no node."""
+    """A node's kind and its inputs; empty where it is not a node."""
     if not isinstance(node, dict):
         return "", {}
     kind, inputs = node.get("class_type"), node.get("inputs")

@@ -25,9 +25,9 @@ from mapo_fast.models.schedulers import WITHOUT_SCHEDULES
 from mapo_fast.util.errors import UserError, printable
 
 _LINE = 20_000
-"""Characters of A1111's settings that are looked at."""
+"""Most characters of A1111's settings that are read."""
 _LISTED = 8
-"""Names of what is not taken that are listed."""
+"""Most names of ignored settings to list."""
 _FIELD = re.compile(r'(\w[\w \-/]{0,40}): *("(?:[^"\\]|\\.)*"|[^,]*)(?:, *|$)')
 
 _SAMPLERS = {
@@ -42,7 +42,7 @@ _SCHEDULES = {"Karras": "karras", "karras": "karras"} | dict.fromkeys(
     ("Uniform", "Normal", "normal"), "normal"
 )
 _NO_SETTINGS = ("Seed", "Model", "Model hash", "Version", "VAE hash", "Hashes")
-"""A1111's fields that say nothing about how it sampled."""
+"""A1111's fields that do not affect sampling."""
 _USUAL_NODES = (
     "KSampler",
     "CheckpointLoaderSimple",
@@ -63,9 +63,9 @@ class PictureSettings(NamedTuple):
     """Settings of a picture."""
 
     values: dict[str, Any]
-    """By the name of the setting in `Sampling`, all in range."""
+    """Values by the name of the setting in `Sampling`, all in range."""
     remark: str
-    """One line about what was not taken; empty where all was."""
+    """One line about ignored settings; empty where there are none."""
 
 
 def picture_settings(path: Path) -> PictureSettings:
@@ -136,7 +136,7 @@ def _sampler(values: dict[str, Any], text: str, schedule: str | None) -> list[st
 
 
 def _number(text: str, kind: type[int] | type[float]) -> int | float | None:
-    """A number; None, which no setting may be, where it is none."""
+    """The number in a text; None, which no setting may be, where it is not one."""
     try:
         return kind(text) if len(text) < 20 else None
     except ValueError:

@@ -31,7 +31,7 @@ _EXIF_FOLDER, _COMMENT, _MAKE, _MODEL = 0x8769, 0x9286, 0x010F, 0x0110
 
 
 class NoPromptError(Exception):
-    """A picture whose prompt, or another thing in its texts, is not known; `str()` says why."""
+    """A picture's prompt, or other text in it, cannot be read; `str()` says why."""
 
 
 class A1111(NamedTuple):

@@ -38,7 +38,7 @@ class Prompts(NamedTuple):
 
     texts: list[str]
     remarks: list[str]
-    """What the user should know about them."""
+    """Remarks for the user about the prompts."""
 
 
 def read_prompts(path: Path) -> Prompts:

@@ -1,4 +1,4 @@
-"""What other programs' notations in a prompt become: plain text, with one warning for each kind.
+"""Turn other programs' notations in a prompt into plain text, with one warning for each kind.
 
 | written                                  | becomes                                                     |
 |------------------------------------------|-------------------------------------------------------------|
@@ -19,7 +19,7 @@ _NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
 _WEIGHT = re.compile(r"(?<!\\)\(([^()\\]*(?:\\.[^()\\]*)*):\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*(?<!\\)\)")
 _BREAK = re.compile(r"\bBREAK\b")
 _DEEPEST = 16
-"""Weights within weights that are looked at."""
+"""Most levels of nested weights that are resolved."""
 
 
 def plain(prompt: str) -> tuple[str, frozenset[str]]:

@@ -41,7 +41,7 @@ class TrainingUnet:
     activations: ActivationOffload | None
     compiled: CompiledBlocks | None
     start: StartModel | None = None
-    """What gives the reference's errors in every step."""
+    """Start model that gives the reference's errors in every step."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The up-to-date weights; streamed ones are those in host memory."""

@@ -41,7 +41,7 @@ class Captured(NamedTuple):
 
     replay: Callable[[], None]
     inputs: list[Tensor | None]
-    """Where it reads."""
+    """Buffers that the graph reads its inputs from."""
     result: Any
     """Tensors that it writes."""
     kept: Any

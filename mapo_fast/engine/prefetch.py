@@ -19,7 +19,7 @@ from mapo_fast.engine.step import PairInputs
 
 
 class MicroBatch(NamedTuple):
-    """What `Engine.accumulate` takes."""
+    """Arguments of `Engine.accumulate`."""
 
     inputs: PairInputs
     share: float

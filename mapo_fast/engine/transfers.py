@@ -29,8 +29,8 @@ from torch import Tensor
 from mapo_fast.util.errors import UserError
 
 _REGISTERED_BYTES = 1 << 20
-"""From here on host memory is registered by itself. torch's own pinned allocator rounds up to powers of two:
-of 66 MiB it makes 128."""
+"""Bytes from which host memory is registered by itself. torch's own pinned allocator rounds up to powers of
+two: of 66 MiB it makes 128."""
 
 
 class Ticket:

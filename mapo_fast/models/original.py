@@ -23,7 +23,7 @@ PREFIXES = {
     "text_encoder": "conditioner.embedders.0.transformer.text_model.",
     "text_encoder_2": "conditioner.embedders.1.model.",
 }
-"""How the keys of each part begin."""
+"""Prefix of the keys of each part."""
 
 
 class Place(NamedTuple):

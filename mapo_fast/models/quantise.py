@@ -66,7 +66,7 @@ class Quantised(NamedTuple):
     kind: str
     """`int8`, `nf4` or `fp8` of a linear layer, `int8 conv` of a convolution."""
     dense_bytes: int
-    """Its weight before."""
+    """The layer's dense weight."""
     stored_bytes: int
     """Codes and scales."""
 

@@ -13,7 +13,7 @@ from mapo_fast.util.errors import UserError, shown
 
 LARGEST_SIDE = 4096
 LONGEST_TEXT = 10_000
-"""Characters of a prompt; a longer one is a mistake."""
+"""Most characters of a prompt; a longer one is a mistake."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def wrong(name: str, value: Any) -> str | None:
-    """What a setting of `Sampling` must be, where a value is not; None where it is."""
+    """Requirement of a setting of `Sampling` that a value does not meet; None where it does."""
     if name in _RANGES:
         low, high, kind = _RANGES[name]
         number = isinstance(value, kind) and not isinstance(value, bool)

@@ -36,7 +36,7 @@ WITHOUT_SCHEDULES = ("euler_ancestral", "ddim")
 
 
 class Method(NamedTuple):
-    """How noise becomes an image."""
+    """A sampling method: sampler, schedule and spacing."""
 
     sampler: str = "euler"
     """A key of `SAMPLERS`."""

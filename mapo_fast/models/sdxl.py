@@ -1,4 +1,4 @@
-"""What is particular to Stable Diffusion XL, in one place: the rest of the package asks here.
+"""Facts specific to Stable Diffusion XL, in one place for the rest of the package.
 
 Parts      a pipeline folder has one UNet, one VAE, two text encoders with a tokenizer each, and a scheduler.
 Text       a prompt's embedding is the penultimate hidden state of both encoders, side by side; the pooled

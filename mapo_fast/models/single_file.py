@@ -62,7 +62,7 @@ def pieces(
 
 
 def not_carried_over(model: Pipeline, dtype: torch.dtype | None) -> str:
-    """What to say where text encoders or the VAE of a file are written in another type than theirs, or ""."""
+    """Warning where a file's text encoders or VAE are written in another type than theirs, or ""."""
     changed = [
         NAMES[name]
         for name, part in model.parts.items()

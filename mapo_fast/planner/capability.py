@@ -6,7 +6,7 @@ from mapo_fast.settings.fp8 import capability_for
 from mapo_fast.settings.schema import Config
 
 OLDEST_BF16 = 80
-"""Below this a card does not compute in bf16."""
+"""Compute capability below which a card does not compute in bf16."""
 
 
 def least_capability(config: Config) -> int:

@@ -32,7 +32,7 @@ class Run(NamedTuple):
     images: str
     """The size of a step, such as "4 pairs"."""
     command: str
-    """What starts it."""
+    """Command that starts the run."""
     preset: str | None = None
 
 

@@ -98,10 +98,10 @@ def _borders(trace: Trace) -> list[tuple[tuple[int, int], str]]:
 
 
 class Composed(NamedTuple):
-    """What a choice of modes makes."""
+    """Figures of a step with a choice of modes."""
 
     peak: int
-    """Bytes that are moved."""
+    """Peak of the live bytes that change during the step."""
     forward: float
     backward: float
     """Seconds of computing."""

@@ -1,4 +1,4 @@
-"""What can be found wrong with a run before torch is imported: paths, the data's layout, cache, run folder.
+"""Checks of a run that need no torch: paths, the data's layout, cache, run folder.
 
 `fit` and `prepare` check all of it again, with what only the model itself can tell.
 """
@@ -22,7 +22,7 @@ from mapo_kernels.objectives import OBJECTIVES
 
 
 def check_train(config: Config, *, resume: bool, yes: bool = False) -> bool:
-    """Look at all that a run needs; nothing is written.
+    """Check everything that a run needs; nothing is written.
 
     Args:
         config: the settings.
@@ -62,7 +62,7 @@ def check_train(config: Config, *, resume: bool, yes: bool = False) -> bool:
 
 
 def check_prepare(config: Config, *, yes: bool = False) -> None:
-    """Look at all that `prepare` needs; nothing is written.
+    """Check everything that `prepare` needs; nothing is written.
 
     Args:
         config: the settings.
@@ -81,7 +81,7 @@ def check_prepare(config: Config, *, yes: bool = False) -> None:
 
 
 def check_kind(objective: ObjectiveConfig, paired: bool, what: str) -> None:
-    """Check that an objective learns from what there is: pairs, or single images.
+    """Check that an objective learns from the kind of data: pairs, or single images.
 
     Raises:
         UserError: it does not; `what` names the data.
@@ -115,7 +115,7 @@ def _check_cache(config: Config, have: dict[str, Any]) -> None:
 
 
 def _check_model(config: Config) -> None:
-    """Check that what `[model]` and `adapter.start` name is there."""
+    """Check that the files in `[model]` and `adapter.start` exist."""
     model = config.model
     whole = "must be a diffusers SDXL pipeline folder or a single .safetensors file"
     named = [

@@ -1,4 +1,4 @@
-"""How long a run is: its steps, and in one line what it will take."""
+"""The length of a run: its steps, and a line with its memory and time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def with_steps(config: Config, cache: PairCache, processes: int) -> Config:
 
 
 def forecast(config: Config, budget: Budget | None) -> str:
-    """What the run will take, in one line."""
+    """Memory and time of the run, in one line."""
     run = run_of(config, "")
     if budget is None:
         return f"{run.steps:,} steps of {run.images}; memory and time are not predicted here"

@@ -1,4 +1,4 @@
-"""A finished run's file under a name of its own, and what to do with it."""
+"""Names a finished run's file, and says what to do with it."""
 
 from __future__ import annotations
 

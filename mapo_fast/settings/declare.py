@@ -118,7 +118,7 @@ class Setting(NamedTuple):
     section: str
     key: str
     type: Any
-    """Its annotation."""
+    """The field's type annotation."""
     default: Any
     """Default value; None also for a required setting."""
     required: bool
@@ -129,7 +129,7 @@ class Setting(NamedTuple):
     limits: tuple[Any, ...]
     """Limits in `annotated_types`' and pydantic's form, such as `Ge(0)`."""
     text: str
-    """Its documentation."""
+    """The setting's documentation."""
 
     @property
     def name(self) -> str:

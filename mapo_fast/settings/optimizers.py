@@ -32,7 +32,7 @@ class Optimizer:
     """Whether it updates a part of a tensor as it would the whole (`train.shard`): element by element, with
     states of the tensor's shape, or 0-d."""
     limits_updates: bool = False
-    """It keeps `optim.max_update_rms`."""
+    """Whether it supports `optim.max_update_rms`."""
     rounds_stochastically: bool = False
     """Whether bf16 weights keep, on average, updates that are smaller than their spacing (`train.precision =
     "pure_bf16"`)."""

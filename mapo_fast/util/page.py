@@ -73,7 +73,7 @@ def write_page(
 
 
 def _allowed(script: str) -> str:
-    """What may run: this script, or none."""
+    """Content security policy of a page: its own script, or none."""
     return f"'sha256-{_digest(script)}'" if script else "'none'"
 
 

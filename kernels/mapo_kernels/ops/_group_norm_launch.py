@@ -65,7 +65,7 @@ def ordered_like(grad: Tensor, x: Tensor) -> Tensor:
 
 
 class Gradients(NamedTuple):
-    """What a backward pass fills; None is what nobody needs."""
+    """Results that a backward pass fills; None for those that are not needed."""
 
     x: Tensor | None
     weight: Tensor | None

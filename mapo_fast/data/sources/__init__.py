@@ -1,4 +1,4 @@
-"""Where preference pairs come from: a layout a file. `docs/extend/data_source.md` adds one from outside."""
+"""Sources of preference pairs: a file for each layout. `docs/extend/data_source.md` shows how to add one."""
 
 from mapo_fast.data.sources.base import MissingImageError, PairRecord, PreferencePairs, SkippedRow
 from mapo_fast.data.sources.cells import clean_prompt, soft_label, wanted

@@ -49,7 +49,7 @@ class Columns:
     """Pick-a-Pic's columns, where labels say which image is chosen; chosen and rejected; or one image."""
 
     def judge(self, index: int, name: str, row: dict[str, Any], default: str) -> Verdict | SkippedRow:
-        """What a row says, or why it cannot be used; one without a prompt has the `default`."""
+        """A row's contents, or why it cannot be used; a row without a prompt gets the `default`."""
         if self.kind == "single":
             good = wanted(index, name, row["label"])
             prompt = clean_prompt(index, name, row["prompt"], default=default)

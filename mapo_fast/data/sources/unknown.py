@@ -1,4 +1,4 @@
-"""What is at a path that is kept in no known layout, and what to do about it."""
+"""Describe a path in no known layout, and what to do about it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tgz", ".gz", ".zst", ".xz", ".bz2"
 _TABLES = (".csv", ".tsv", ".xlsx", ".xls", ".ods", ".json", ".jsonl")
 _TWINS = {"chosen": "rejected", "rejected": "chosen", "w": "l", "l": "w"}
 _FOLDERS = 100
-"""How many folders in a folder are looked into."""
+"""Most subfolders to look into."""
 
 
 def what_it_is(path: Path, recognised: Callable[[Path], object]) -> str:
