@@ -22,7 +22,7 @@ class DelayedTransfers(Transfers):
     """Each copy is made as late as its rules allow; until then its destination holds NaN.
 
     Only what waits for a copy makes it happen: `wait`, `synchronize`, a later copy from or to the same memory
-    that happens itself, and whatever is behind it on the same stream. A source overwritten too early is
+    that happens itself, and whatever is after it on the same stream. A source overwritten too early is
     therefore copied as it is then. Plain `Transfers` on the CPU is the other extreme: everything happens at
     once.
     """

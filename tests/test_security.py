@@ -248,7 +248,7 @@ def _class_of_scheduler(model: Path, trap: Trap) -> None:
 
 
 def _adapter(model: Path, trap: Trap) -> None:
-    """Beside a text encoder, transformers would look for an adapter and load its pickle."""
+    """Next to a text encoder, transformers would look for an adapter and load its pickle."""
     for part in ("text_encoder", "text_encoder_2"):
         adapter = {
             "peft_type": "LORA",

@@ -4,7 +4,7 @@
 `prepare_unet`, and lets the trainer's own `Engine` take a step. The result is the step in steady state: what
 is alive at its end (optimizer states, buffers made when first needed) counts from its beginning.
 
-Beside live bytes by category, a trace has marks where checkpointable blocks begin in forward and end in
+Besides live bytes by category, a trace has marks where checkpointable blocks begin in forward and end in
 backward; the pieces between them are what `windows.py` composes other plans from.
 """
 
