@@ -69,6 +69,8 @@ def conditionings(
             hidden[job].append(states)
         encoder.free()
     found = {job: PromptEmbeds(torch.cat(states, dim=-1), pooled[job]) for job, states in hidden.items()}
-    if zeros:
-        return [Conditioning(found[job], PromptEmbeds(*map(torch.zeros_like, found[job]))) for job in asked]
-    return [Conditioning(found[job], found[negative, job[1]]) for job in asked]
+    nothing = {  # by the number of chunks
+        count: PromptEmbeds(*map(torch.zeros_like, found[text, count])) if zeros else found[negative, count]
+        for text, count in asked
+    }
+    return [Conditioning(found[job], nothing[job[1]]) for job in asked]

@@ -1,6 +1,7 @@
 """A folder of images of one model, with what each was made of: `images.jsonl`.
 
-A line for each image: `file` (its name in the folder), `prompt`, `seed`, and `settings` of the sampler.
+A line for each image: `file` (its name in the folder), `prompt`, `seed`, `settings` of the sampler, and
+`sha256` of the file, which may be left out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mapo_fast.util.errors import UserError, shown
-from mapo_fast.util.files import atomic_path, disk_errors, os_error, parse_json, read_bytes
+from mapo_fast.util.files import atomic_path, disk_errors, os_error, parse_json, read_bytes, sha256_file
 
 MANIFEST = "images.jsonl"
 _LARGEST = 2**28
@@ -24,6 +25,8 @@ class Made(NamedTuple):
     prompt: str
     seed: int
     settings: Mapping[str, Any]
+    sha256: str = ""
+    """The file's, when it was made; empty where that is not known."""
 
 
 def append(folder: Path, made: Made) -> None:
@@ -38,8 +41,8 @@ def append(folder: Path, made: Made) -> None:
 
 
 def _line(made: Made) -> str:
-    line = {"file": made.path.name, "prompt": made.prompt, "seed": made.seed, "settings": dict(made.settings)}
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    line = {"file": made.path.name, **made._asdict(), "settings": dict(made.settings)}
+    return json.dumps({name: line[name] for name in line if name != "path"}, ensure_ascii=False) + "\n"
 
 
 def read(folder: Path) -> list[Made]:
@@ -63,7 +66,7 @@ def read(folder: Path) -> list[Made]:
 def resume(folder: Path, settings: Mapping[str, Any]) -> list[Made]:
     """The images that a folder has, so that the others can be added to it.
 
-    Of the manifest, what a kill cut short and lines of images that are missing are dropped.
+    Of the manifest, what a kill cut short and lines of images that are missing or have changed are dropped.
 
     Raises:
         UserError: a damaged line, or images that were made with other settings; the disk.
@@ -80,10 +83,17 @@ def resume(folder: Path, settings: Mapping[str, Any]) -> list[Made]:
                     f"{path}: the images there have {name} = {shown(had)}, now it is {shown(has)}: name "
                     "another folder as --out, or repeat the command that made them"
                 )
-    there = [made for made in found if made.path.is_file()]
+    there = [made for made in found if made.path.is_file() and _is_whole(made)]
     with disk_errors(path), atomic_path(path) as temporary:
         temporary.write_text("".join(map(_line, there)), encoding="utf-8", newline="\n")
     return there
+
+
+def _is_whole(made: Made) -> bool:
+    try:
+        return made.sha256 in ("", sha256_file(made.path))
+    except OSError as error:
+        raise os_error(error, f"read {made.path}") from None
 
 
 def _listed(folder: Path) -> list[Made]:
@@ -108,13 +118,14 @@ def _parsed(line: str, folder: Path, where: str) -> Made:
         file, prompt, seed, settings = (entry[name] for name in ("file", "prompt", "seed", "settings"))
         if not (isinstance(file, str) and isinstance(prompt, str) and type(seed) is int):
             raise TypeError
-        if not isinstance(settings, dict):
+        digest = entry.get("sha256", "")
+        if not (isinstance(settings, dict) and isinstance(digest, str)):
             raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{where} is damaged: delete the line, and run mapo-fast sample again") from None
     if Path(file).name != file or file in ("", ".", ".."):
         raise UserError(f"{where}: {file!r} is no name of a file in the folder")
-    return Made(folder / file, prompt, seed, settings)
+    return Made(folder / file, prompt, seed, settings, digest)
 
 
 def paired(folders: Sequence[Path]) -> list[list[Made]]:

@@ -34,7 +34,7 @@ from mapo_fast.run.preview_files import words
 from mapo_fast.score.manifest import Made, append, resume
 from mapo_fast.settings.loras import Lora
 from mapo_fast.util.errors import UserError
-from mapo_fast.util.files import atomic_path, disk_errors, exclusive
+from mapo_fast.util.files import atomic_path, disk_errors, exclusive, sha256_file
 from mapo_fast.util.progress import Callbacks, stage
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def sample(
                 )
                 made = Made(out / file_name(prompt, seed), prompt, seed, settings)
                 _save(_decoded(unet, vae, latents), made)
-                append(out, made)
+                append(out, made._replace(sha256=sha256_file(made.path)))
                 advance(1)
     return len(left)
 

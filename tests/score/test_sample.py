@@ -22,6 +22,7 @@ from mapo_fast.score.sample import open_for_sampling, sample
 from mapo_fast.settings.load import parse_config
 from mapo_fast.settings.loras import Lora
 from mapo_fast.util.errors import UserError
+from mapo_fast.util.files import sha256_file
 from tests.files_of_models import edit_file, make_file
 from tests.training import make_cache, settings
 
@@ -93,11 +94,14 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(tiny_sdxl: Path, whole: P
     assert made(tmp_path) == made(whole)
 
 
-def test_a_missing_image_is_made_again(tiny_sdxl: Path, whole: Path, tmp_path: Path) -> None:
-    run(tiny_sdxl, tmp_path, PROMPTS[:1])
-    read(tmp_path)[0].path.unlink()
-    assert run(tiny_sdxl, tmp_path, PROMPTS[:1]) == 1
-    assert made(tmp_path).items() <= made(whole).items()
+def test_missing_and_changed_images_are_made_again(tiny_sdxl: Path, whole: Path, tmp_path: Path) -> None:
+    run(tiny_sdxl, tmp_path, PROMPTS[:1], seeds=3)
+    missing, changed, _ = read(tmp_path)
+    missing.path.unlink()
+    changed.path.write_bytes(changed.path.read_bytes()[:-20])
+    assert run(tiny_sdxl, tmp_path, PROMPTS[:1], seeds=3) == 2
+    assert {one.sha256 for one in read(tmp_path)} == {sha256_file(one.path) for one in read(tmp_path)}
+    assert made(tmp_path).items() >= {(PROMPTS[0], 0): made(whole)[PROMPTS[0], 0]}.items()
 
 
 @pytest.mark.parametrize(
@@ -210,6 +214,8 @@ def test_what_is_stated_wins_over_a_picture_and_that_over_a_preset() -> None:
 
 def test_manifest_lines_hold_everything(whole: Path) -> None:
     lines = [json.loads(line) for line in (whole / MANIFEST).read_text(encoding="utf-8").splitlines()]
-    assert {frozenset(line) for line in lines} == {frozenset({"file", "prompt", "seed", "settings"})}
+    assert {frozenset(line) for line in lines} == {
+        frozenset({"file", "prompt", "seed", "settings", "sha256"})
+    }
     assert {*lines[0]["settings"]} == {*vars(HOW), "model", "dtype"}
     assert np.isfinite(lines[0]["settings"]["cfg"])
