@@ -29,7 +29,7 @@ from mapo_fast.models.sample import decode_latents, noise_seed, sample_latents
 from mapo_fast.models.sampling import Sampling
 from mapo_fast.models.schedulers import Method, scheduler
 from mapo_fast.run.convert import open_result
-from mapo_fast.run.folder import RECORD
+from mapo_fast.run.folder import RECORD, remove_leftovers
 from mapo_fast.run.preview_files import words
 from mapo_fast.score.manifest import Made, append, resume
 from mapo_fast.settings.loras import Lora
@@ -97,6 +97,7 @@ def sample(
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
+        remove_leftovers(out)
         there = {(made.prompt, made.seed) for made in resume(out, settings)}
         left = [(prompt, seed) for prompt in prompts for seed in seeds if (prompt, seed) not in there]
         if not left:

@@ -83,8 +83,10 @@ def test_killed_anywhere_it_goes_on(
     if after:
         with (tmp_path / MANIFEST).open("a") as file:
             file.write('{"file": "cut sho')
+        (tmp_path / ".half.png.7.tmp").write_bytes(b"half")
     assert run(tiny_sdxl, tmp_path) == 6 - after
     assert made(tmp_path) == made(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()}
     assert run(tiny_sdxl, tmp_path) == 0
 
 
