@@ -30,6 +30,7 @@ from mapo_fast.cli.options import (
     some_settings,
     stated,
 )
+from mapo_fast.cli.report import report as report_command
 from mapo_fast.cli.sample import sample
 from mapo_fast.cli.training import prepare, train
 from mapo_fast.util.console import Terminal, encode_anything, output_may_fail, say
@@ -51,6 +52,7 @@ app.command(cls=Configured)(prepare)
 app.command(cls=Configured)(train)
 app.command()(sample)
 app.command()(evaluate)
+app.command(name="report")(report_command)
 
 
 @app.command(cls=Configured)

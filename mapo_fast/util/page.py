@@ -34,6 +34,9 @@ th, td { text-align: left; padding: .4rem 1rem .4rem 0; vertical-align: top;
 figure { margin: 0; }
 figcaption { font-size: .9rem; padding: .2rem 0; } img { max-width: 100%; height: auto; }
 svg { width: 100%; height: auto; } pre { background: var(--field); padding: .8rem; white-space: pre-wrap; }
+.c0 { color: var(--bar); } .c1 { color: #3b78c2; } .c2 { color: #8a6d1a; }
+.zero { stroke: currentColor; opacity: .4; }
+.line { fill: none; stroke: currentColor; stroke-width: 2; } .band { fill: currentColor; opacity: .18; }
 button { font: inherit; padding: .5rem 1rem; } :focus-visible { outline: 3px solid #1a73e8; }
 """
 
