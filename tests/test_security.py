@@ -777,7 +777,7 @@ def test_an_objective_of_an_installed_package_is_found(
     )
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     with patch.dict(OBJECTIVES):
-        with pytest.raises(UserError, match=r"objective\.name.* or 'sloped', .*; broken_extension .*: broken"):
+        with pytest.raises(UserError, match=r"objective\.name.* or 'sloped', .*broken_extension .*: broken"):
             make_config(tmp_path, tmp_path, tmp_path, objective={"name": "sloping"})
         config = make_config(tmp_path, tmp_path, tmp_path, objective={"name": "sloped", "slope": 0.5})
         assert config.objective.settings == {"slope": 0.5}
