@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_WIDTH, _HEIGHT, _LEFT, _BELOW = 420, 220, 56, 26
+_WIDTH, _HEIGHT, _LEFT, _BELOW = 420, 220, 74, 26
 _COLOURS = 3
 """Colours of `mapo_fast.util.page`, the classes c0, c1, …"""
 
@@ -70,8 +70,8 @@ def _labels(low: float, high: float, first: float, last: float) -> list[str]:
         )
 
     return [
-        text(_LEFT - 6, 18, f"{high:.4g}", "end"),
-        text(_LEFT - 6, _HEIGHT - _BELOW, f"{low:.4g}", "end"),
+        text(_LEFT - 6, 18, f"{high:.3g}", "end"),
+        text(_LEFT - 6, _HEIGHT - _BELOW, f"{low:.3g}", "end"),
         text(_LEFT, _HEIGHT - 6, f"step {first:g}", "start"),
         text(_WIDTH - 8, _HEIGHT - 6, f"{last:g}", "end"),
     ]
