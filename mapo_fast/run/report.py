@@ -173,11 +173,10 @@ def _data(cache: Path, full_paths: bool) -> str:
     rows: list[tuple[str, str]] = [("cache", _path(cache, full_paths))]
     try:
         index = parse_json(read_bytes(cache / "index.json", _LARGEST))
-        rows += [
-            (name, f"{index[name]:,}") for name in ("train", "held_out") if isinstance(index.get(name), int)
-        ]
+        pairs, train = index["pairs"], index["train"]
+        rows += [("pairs for training", f"{train:,}"), ("held out", f"{pairs - train:,}")]
         warned = [str(text) for text in index.get("warnings", ()) if isinstance(text, str)]
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"<h2>Data</h2><p>The cache {html.escape(rows[0][1])} is not there any more.</p>"
     for reason, count in _skipped(cache / "skipped.jsonl").most_common():
         rows.append((f"skipped: {reason}", f"{count:,}"))
@@ -216,6 +215,8 @@ def _settings(settings: Mapping[str, Mapping[str, Any]], full_paths: bool) -> st
 def _value(value: Any, full_paths: bool) -> str:
     if isinstance(value, str) and not full_paths and Path(value).is_absolute():
         return _path(Path(value), full_paths)
+    if value is None:
+        return "unset"
     return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
 
 
