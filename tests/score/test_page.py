@@ -6,9 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from mapo_fast.cli import app
+from mapo_fast.demo import score
+from mapo_fast.demo.run import TINY_SDXL
+from mapo_fast.models.open import open_sdxl
+from mapo_fast.score.manifest import Made, append
 from tests.browser import opened
 from tests.score.test_evaluate import make
 
@@ -46,3 +51,48 @@ def test_the_page_fits_a_phone_and_a_desk(out: Path, width: int) -> None:
 def test_nothing_to_compare_by_is_one_line(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = CliRunner().invoke(app, ["evaluate", str(out / "base"), "--out", str(out / "x")])
     assert "say how to compare" in str(result.exception)
+
+
+RULE = """\
+import numpy as np
+from mapo_fast.demo import world
+from mapo_fast.score.scorer import Entry, register_scorer
+
+
+class Rule:
+    version, sha256 = "1", ""
+
+    def __call__(self, images, prompts):
+        asked = [next(shape for shape in world.SHAPES if shape in prompt) for prompt in prompts]
+        wanted = [world.Reading(world.CHOSEN, shape) for shape in asked]
+        found = [world.read(image) == reading for image, reading in zip(images, wanted)]
+        return np.asarray(found, dtype=np.float32)
+
+
+def register():
+    register_scorer("demo_rule", Entry(lambda paths: Rule(), (), "the asked shape in the chosen colour"))
+"""
+
+
+@pytest.mark.slow
+def test_the_demos_rule_as_an_installed_scorer_gives_the_demos_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = open_sdxl(TINY_SDXL)
+    prompts = score.make_prompts(folder, with_colour=False, count=24, seed=0, device="cpu")
+    samples = score.sample(folder.load_unet(), folder.load_vae(torch.float32), folder, prompts, 4)
+    (tmp_path / "images").mkdir()
+    for image, caption, seed in zip(samples.images, prompts.captions, prompts.seeds, strict=True):
+        path = tmp_path / "images" / f"{seed}.png"
+        image.save(path)
+        append(tmp_path / "images", Made(path, caption, seed, {}))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "demo_rule_scorer.py").write_text(RULE, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    arguments = ["evaluate", str(tmp_path / "images"), "--score", "demo_rule", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*arguments, "--allow-code", "demo_rule_scorer:register"])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    share, _ = score.share(samples, prompts, score.preferred)
+    assert 0 < share < 1
+    assert found["results"]["demo_rule"]["means"]["images"]["value"] == share
