@@ -117,7 +117,7 @@ def test_mistakes_are_one_line(run: Any, tmp_path: Path) -> None:
         (["train", "--preset", "lora", "--data", "x"], "which model? Name it with --model"),
         (["train", "--preset", "lora", "--model", "base"], "which data? Name the folder"),
         ([*one, "--data", "nothing"], "data.source not found: nothing"),
-        ([*one, "--data", "empty"], "data.source empty has no layout that is known here"),
+        ([*one, "--data", "empty"], "data.source empty is an empty folder: a pair is two images"),
         (
             [*one, "--data", "singles"],
             "from pairs (chosen, rejected), data.source singles holds single",

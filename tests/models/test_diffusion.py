@@ -48,7 +48,7 @@ def test_the_formulas(prediction: str, zero_snr: bool) -> None:
     ("change", "message"),
     [
         ({"rescale_betas_zero_snr": True}, "zero terminal SNR with epsilon-prediction cannot work"),
-        ({"beta_schedule": "wiggly"}, "beta_schedule = 'wiggly': a schedule"),
+        ({"beta_schedule": "wiggly"}, "beta_schedule = 'wiggly': set one of linear"),
         ({"prediction_type": "sample"}, "prediction_type = 'sample', which cannot be trained"),
     ],
 )
