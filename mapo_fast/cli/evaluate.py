@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -15,14 +16,24 @@ from mapo_fast.util.errors import UserError
 
 
 def evaluate(
-    folders: Annotated[
+    models: Annotated[
         list[Path],
-        typer.Argument(help="Folders of images, each made by mapo-fast sample; the first is the base."),
+        typer.Argument(
+            help="Models (a file, a pipeline folder, a run), or folders of images by mapo-fast sample. "
+            "The others are compared with the first."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the scores and the page.")],
     score: Annotated[
         list[str] | None,
         typer.Option("--score", help="Scorer, NAME or NAME=PATH (docs/scorers.md). May be repeated."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="File of prompts; needed where a model is named.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Images of each prompt and model.")] = 1,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="comfyui: sample as ComfyUI's own sampler does.")
     ] = None,
     blind: Annotated[
         Path | None, typer.Option("--blind", help="Also write a page for a blind comparison of two folders.")
@@ -44,12 +55,13 @@ def evaluate(
     allow(code, None)
     if not score and blind is None:
         raise UserError("say how to compare: --score NAME=PATH (docs/scorers.md), or --blind out.html")
-    names = _names(folders)
+    callbacks = Terminal()
+    names = _names(models)
+    folders = _images(dict(zip(names, models, strict=True)), prompts, seeds, preset, out, callbacks)
     for file in filter(None, (blind, out / "evaluation.html" if score else None)):
         if file.exists() and not file.is_file():
             raise UserError(f"{file} is no file that can be written: choose another name")
     images = dict(zip(names, paired(folders), strict=True))
-    callbacks = Terminal()
     if blind is not None:
         from mapo_fast.score.blind import write_blind
         from mapo_fast.score.trained import prompts_of
@@ -84,10 +96,44 @@ def evaluate(
     callbacks.message(f"page: {out / 'evaluation.html'}, figures: {out / 'evaluation.json'}")
 
 
+def _images(
+    models: dict[str, Path],
+    prompts: Path | None,
+    seeds: int,
+    preset: str | None,
+    out: Path,
+    callbacks: Terminal,
+) -> list[Path]:
+    """A folder of images of each model: what is named, or made now in `OUT/images/NAME`."""
+    from mapo_fast.score.manifest import MANIFEST
+
+    folders, found = [], None
+    for name, model in models.items():
+        if (model / MANIFEST).is_file():
+            folders.append(model)
+            continue
+        if prompts is None:
+            raise UserError(f"{model} has no images of mapo-fast sample: add --prompts FILE to make them")
+        from mapo_fast.data.prompt_files import read_prompts
+        from mapo_fast.models.sampling import sampling
+        from mapo_fast.score.sample import open_for_sampling, sample
+
+        if found is None:
+            found = read_prompts(prompts)
+            for remark in found.remarks:
+                callbacks.warning(remark)
+        folders.append(out / "images" / name)
+        callbacks.message(f"images of {name}")
+        how = sampling(preset, {}, {})
+        sample(open_for_sampling(model), found.texts, range(seeds), how, folders[-1], callbacks)
+    return folders
+
+
 def _names(folders: list[Path]) -> list[str]:
-    """Names of the models: the folders', or their paths where two have one name."""
-    short = [folder.resolve().name for folder in folders]
-    names = short if len({*short}) == len(short) else [str(folder) for folder in folders]
+    """Names of the models: those of their files, or their paths where two have one name."""
+    short = [folder.resolve().stem if folder.is_file() else folder.resolve().name for folder in folders]
+    paths = [re.sub(r"[^\w.-]+", "_", str(folder)).strip("_") for folder in folders]
+    names = short if len({*short}) == len(short) else paths
     if len({*names}) < len(names):
-        raise UserError(f"{folders[0]} is named twice: name folders of different models")
+        raise UserError("a model is named twice: name different ones")
     return names

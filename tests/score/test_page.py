@@ -13,9 +13,11 @@ from mapo_fast.cli import app
 from mapo_fast.demo import score
 from mapo_fast.demo.run import TINY_SDXL
 from mapo_fast.models.open import open_sdxl
+from mapo_fast.models.sampling import sampling
 from mapo_fast.score.manifest import Made, append
 from tests.browser import opened
 from tests.score.test_evaluate import make
+from tests.tiny import make_tiny_sdxl
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,23 @@ def test_the_page_fits_a_phone_and_a_desk(out: Path, width: int) -> None:
     with opened(out / "out" / "evaluation.html", width) as page:
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.locator("svg[role=img]").count() == 2
+
+
+@pytest.mark.slow
+def test_models_are_sampled_first(tiny_sdxl: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red ball\na blue ball\n", encoding="utf-8")
+    models = [str(tiny_sdxl), str(make_tiny_sdxl(tmp_path / "other", seed=3))]
+    arguments = ["evaluate", *models, "--score", "jpeg_size", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert "add --prompts FILE" in str(result.exception)
+    with pytest.MonkeyPatch.context() as patch:
+        small = sampling(None, {}, {"width": 64, "height": 64, "steps": 2})
+        patch.setattr("mapo_fast.models.sampling.sampling", lambda *args: small)
+        result = CliRunner().invoke(app, [*arguments, "--prompts", str(tmp_path / "prompts.txt")])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    assert [one["prompt"] for one in found["prompts"]] == ["a red ball", "a blue ball"]
+    assert len(list((tmp_path / "out" / "images" / "other").glob("*.png"))) == 2
 
 
 def test_nothing_to_compare_by_is_one_line(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
