@@ -55,8 +55,14 @@ def evaluate(
     allow(code, None)
     if not score and blind is None:
         raise UserError("say how to compare: --score NAME=PATH (docs/scorers.md), or --blind out.html")
+    from mapo_fast.score import builtin  # noqa: F401  registers the scorers of this package
+    from mapo_fast.score.scorer import load_scorer
+
     callbacks = Terminal()
     names = _names(models)
+    scorers = dict(
+        load_scorer(text) for text in score or ()
+    )  # what is wrong with one is said before sampling
     folders = _images(dict(zip(names, models, strict=True)), prompts, seeds, preset, out, callbacks)
     for file in filter(None, (blind, out / "evaluation.html" if score else None)):
         if file.exists() and not file.is_file():
@@ -73,12 +79,9 @@ def evaluate(
     if not score:
         return
 
-    from mapo_fast.score import builtin  # noqa: F401  registers the scorers of this package
     from mapo_fast.score.evaluate import evaluate as run
     from mapo_fast.score.page import as_lines, write_evaluation
-    from mapo_fast.score.scorer import load_scorer
 
-    scorers = dict(load_scorer(text) for text in score)
     shown: list[str] = []
 
     def progress(name: str, total: int, done: int) -> None:
