@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -13,6 +14,10 @@ from mapo_fast.cli.app import allow
 from mapo_fast.cli.options import Code
 from mapo_fast.util.console import Terminal, output_may_fail
 from mapo_fast.util.errors import UserError
+
+if TYPE_CHECKING:
+    from mapo_fast.score.manifest import Made
+    from mapo_fast.settings.loras import Lora
 
 
 def evaluate(
@@ -41,6 +46,12 @@ def evaluate(
     votes: Annotated[
         int | None, typer.Option("--votes", help="Votes on that page; one for each image by default.")
     ] = None,
+    strip: Annotated[
+        Path | None,
+        typer.Option(
+            "--strip", help="A LoRA; after the votes the page shows it on the first model, at 0.4 to 1.2."
+        ),
+    ] = None,
     trained: Annotated[
         Path | None,
         typer.Option("--trained", help="A run or a cache; its prompts are reported apart on that page."),
@@ -53,6 +64,8 @@ def evaluate(
 
     output_may_fail()
     allow(code, None)
+    if strip is not None and blind is None:
+        raise UserError("--strip is shown on the page of a blind comparison: add --blind out.html")
     if not score and blind is None:
         raise UserError("say how to compare: --score NAME=PATH (docs/scorers.md), or --blind out.html")
     from mapo_fast.score import builtin  # noqa: F401  registers the scorers of this package
@@ -63,7 +76,8 @@ def evaluate(
     scorers = dict(
         load_scorer(text) for text in score or ()
     )  # what is wrong with one is said before sampling
-    folders = _images(dict(zip(names, models, strict=True)), prompts, seeds, preset, out, callbacks)
+    asked = Asked(prompts, seeds, preset, callbacks)
+    folders = _images(dict(zip(names, models, strict=True)), asked, out)
     for file in filter(None, (blind, out / "evaluation.html" if score else None)):
         if file.exists() and not file.is_file():
             raise UserError(f"{file} is no file that can be written: choose another name")
@@ -73,8 +87,11 @@ def evaluate(
         from mapo_fast.score.trained import prompts_of
 
         seen = frozenset() if trained is None else prompts_of(trained)
+        strengths = None
+        if strip is not None:
+            strengths = _strip(models[0], strip, asked, images[names[0]][0].prompt, out / "images" / "strip")
         with disk_errors(blind):
-            count = write_blind(blind, images, votes, seen)
+            count = write_blind(blind, images, votes, seen, strengths)
         callbacks.message(f"open {blind} in a browser: {count} votes by the arrow keys, then the answer")
     if not score:
         return
@@ -99,37 +116,63 @@ def evaluate(
     callbacks.message(f"page: {out / 'evaluation.html'}, figures: {out / 'evaluation.json'}")
 
 
-def _images(
-    models: dict[str, Path],
-    prompts: Path | None,
-    seeds: int,
-    preset: str | None,
-    out: Path,
-    callbacks: Terminal,
-) -> list[Path]:
+_STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2)
+
+
+class Asked(NamedTuple):
+    """What to sample, where a model is named."""
+
+    prompts: Path | None
+    seeds: int
+    preset: str | None
+    callbacks: Terminal
+
+
+def _images(models: dict[str, Path], asked: Asked, out: Path) -> list[Path]:
     """A folder of images of each model: what is named, or made now in `OUT/images/NAME`."""
     from mapo_fast.score.manifest import MANIFEST
 
-    folders, found = [], None
+    folders, texts = [], None
     for name, model in models.items():
         if (model / MANIFEST).is_file():
             folders.append(model)
             continue
-        if prompts is None:
+        if asked.prompts is None:
             raise UserError(f"{model} has no images of mapo-fast sample: add --prompts FILE to make them")
         from mapo_fast.data.prompt_files import read_prompts
-        from mapo_fast.models.sampling import sampling
-        from mapo_fast.score.sample import open_for_sampling, sample
 
-        if found is None:
-            found = read_prompts(prompts)
-            for remark in found.remarks:
-                callbacks.warning(remark)
+        if texts is None:
+            read = read_prompts(asked.prompts)
+            texts = read.texts
+            for remark in read.remarks:
+                asked.callbacks.warning(remark)
         folders.append(out / "images" / name)
-        callbacks.message(f"images of {name}")
-        how = sampling(preset, {}, {})
-        sample(open_for_sampling(model), found.texts, range(seeds), how, folders[-1], callbacks)
+        asked.callbacks.message(f"images of {name}")
+        _sample(model, [], texts, asked, folders[-1])
     return folders
+
+
+def _sample(model: Path, loras: list[Lora], texts: Sequence[str], asked: Asked, folder: Path) -> None:
+    from mapo_fast.models.sampling import sampling
+    from mapo_fast.score.sample import open_for_sampling, sample
+
+    how = sampling(asked.preset, {}, {})
+    sample(open_for_sampling(model, loras), texts, range(asked.seeds), how, folder, asked.callbacks)
+
+
+def _strip(model: Path, lora: Path, asked: Asked, prompt: str, out: Path) -> dict[str, Made]:
+    """One prompt by the first model with a LoRA at several strengths."""
+    from mapo_fast.score.manifest import MANIFEST, read
+    from mapo_fast.settings.loras import Lora
+
+    if (model / MANIFEST).is_file():
+        raise UserError(f"--strip adds the LoRA to the first model: name the model instead of {model}")
+    found = {}
+    for strength in _STRENGTHS:
+        folder = out / f"{strength:g}"
+        _sample(model, [Lora(lora, strength)], [prompt], asked._replace(seeds=1), folder)
+        found[f"{strength:g}"] = read(folder)[0]
+    return found
 
 
 def _names(folders: list[Path]) -> list[str]:

@@ -24,6 +24,7 @@ def write_blind(
     images: Mapping[str, Sequence[Made]],
     votes: int | None = None,
     seen: frozenset[str] = frozenset(),
+    strip: Mapping[str, Made] | None = None,
 ) -> int:
     """Write the page.
 
@@ -32,6 +33,7 @@ def write_blind(
         images: of two models, in the same order.
         votes: how many; as many as there are images by default.
         seen: prompts that were trained on, which are reported apart.
+        strip: images of one prompt by strength of a LoRA, shown after the last vote.
 
     Returns:
         The number of votes.
@@ -60,6 +62,14 @@ def write_blind(
             }
             for a, b in zip(ours, theirs, strict=True)
         ],
+        "strip": [
+            {
+                "strength": strength,
+                "prompt": made.prompt,
+                "image": image_url(open_image(made.path), _SIDE // 2),
+            }
+            for strength, made in (strip or {}).items()
+        ],
     }
     write_page(path, "Which is better?", _BODY.format(votes=count), script=_SCRIPT, data=data, style=_STYLE)
     return count
@@ -75,6 +85,7 @@ _BODY = """<main>
 <p><button id="tie">no difference</button> <button id="undo">undo</button>
 <span id="count" role="status"></span></p>
 <div id="result" role="status" hidden></div>
+<div id="strip" class="grid" hidden></div>
 </main>"""
 
 _STYLE = """
@@ -150,6 +161,16 @@ function reveal() {
     at("result").append(line("Prompts that were trained on", of(true)));
   }
   at("result").hidden = false;
+  for (const one of data.strip) {
+    const figure = document.createElement("figure"), image = document.createElement("img");
+    image.src = one.image;
+    image.alt = `${one.prompt}, strength ${one.strength}`;
+    const caption = document.createElement("figcaption");
+    caption.textContent = `strength ${one.strength}: ${one.prompt}`;
+    figure.append(image, caption);
+    at("strip").append(figure);
+  }
+  at("strip").hidden = !data.strip.length;
 }
 at("left").addEventListener("click", () => vote(0));
 at("right").addEventListener("click", () => vote(1));

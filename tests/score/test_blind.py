@@ -40,7 +40,8 @@ def test_of_equal_models_one_is_called_better_in_at_most_5_percent(count: int) -
 @pytest.mark.parametrize("width", [400, 1400])
 def test_votes_by_keys_and_the_answer(images: dict[str, list[Made]], tmp_path: Path, width: int) -> None:
     page_file = tmp_path / "blind.html"
-    assert write_blind(page_file, images, 10, frozenset(PROMPTS[:6])) == 10
+    strip = {"0.4": images["base"][0], "1.2": images["tuned"][0]}
+    assert write_blind(page_file, images, 10, frozenset(PROMPTS[:6]), strip) == 10
     with opened(page_file, width) as page:
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert "tuned" not in page.inner_text("main")
@@ -62,6 +63,8 @@ def test_votes_by_keys_and_the_answer(images: dict[str, list[Made]], tmp_path: P
         )
         assert f"sign test p = {sign_test(9, 0):.3f}. tuned is better." in text
         assert "trained on" in text
+        assert page.locator("#strip img").count() == 2
+        assert f"strength 1.2: {PROMPTS[0]}" in page.inner_text("#strip")
 
 
 def test_the_page_holds_no_script_of_a_prompt(images: dict[str, list[Made]], tmp_path: Path) -> None:

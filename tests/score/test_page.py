@@ -14,8 +14,9 @@ from mapo_fast.demo import score
 from mapo_fast.demo.run import TINY_SDXL
 from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.sampling import sampling
-from mapo_fast.score.manifest import Made, append
+from mapo_fast.score.manifest import Made, append, read
 from tests.browser import opened
+from tests.models.test_lora_file import text_lora
 from tests.score.test_evaluate import make
 from tests.tiny import make_tiny_sdxl
 
@@ -60,11 +61,20 @@ def test_models_are_sampled_first(tiny_sdxl: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         small = sampling(None, {}, {"width": 64, "height": 64, "steps": 2})
         patch.setattr("mapo_fast.models.sampling.sampling", lambda *args: small)
-        result = CliRunner().invoke(app, [*arguments, "--prompts", str(tmp_path / "prompts.txt")])
+        arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--seeds", "5"]
+        lora = text_lora(tmp_path / "lora.safetensors", open_sdxl(tiny_sdxl))
+        strip = ["--blind", str(tmp_path / "blind.html"), "--strip", str(lora)]
+        result = CliRunner().invoke(app, [*arguments, *strip])
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
     assert [one["prompt"] for one in found["prompts"]] == ["a red ball", "a blue ball"]
-    assert len(list((tmp_path / "out" / "images" / "other").glob("*.png"))) == 2
+    result = CliRunner().invoke(app, [*arguments, "--strip", "lora.safetensors"])
+    assert "add --blind out.html" in str(result.exception)
+    assert len(list((tmp_path / "out" / "images" / "other").glob("*.png"))) == 10
+    folders = [tmp_path / "out" / "images" / "strip" / name for name in ("0.4", "1.2")]
+    one, other = (read(folder)[0].settings["model"] for folder in folders)
+    assert one != other
+    assert '"strength": "0.8"' in (tmp_path / "blind.html").read_text(encoding="utf-8")
 
 
 def test_nothing_to_compare_by_is_one_line(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
