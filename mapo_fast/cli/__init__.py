@@ -138,7 +138,6 @@ def show(
     code: Code = None,
 ) -> None:
     """Print the settings as a new run on this machine has them, each with where it comes from."""
-    from mapo_fast.run.settings import look
     from mapo_fast.settings import view
     from mapo_fast.settings.load import load_config
 
@@ -146,6 +145,8 @@ def show(
     allow(code, config)
     settings = load_config(config, stated(overrides, model, unet, vae, lora, data), preset=preset)
     from rich.console import Console
+
+    from mapo_fast.run.settings import look
 
     with Console(stderr=True).status("planning memory; the first time this takes a minute or two"):
         seen = look(settings)

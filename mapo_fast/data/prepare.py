@@ -34,7 +34,15 @@ from mapo_fast.data.prompts import prompt_keys, spelling_key
 from mapo_fast.data.scan import ScannedRow, scan
 from mapo_fast.data.shards import ShardFamily
 from mapo_fast.data.sources.base import PreferencePairs
-from mapo_fast.data.summary import PrepareResult, reasons, remedy, report, summary_of, write_lines
+from mapo_fast.data.summary import (
+    SKIPPED,
+    PrepareResult,
+    reasons,
+    remedy,
+    report,
+    summary_of,
+    write_lines,
+)
 from mapo_fast.data.vae_encoder import latent_shape
 from mapo_fast.hardware import gpu
 from mapo_fast.models.fp32 import exact_fp32
@@ -207,7 +215,7 @@ class Preparation:
 
     def _check_skipped(self, choice: Choice, rows: int) -> None:
         """List the skipped rows, and stop where there are more than `data.max_skipped` allows."""
-        path = self.cache / "skipped.jsonl"
+        path = self.cache / SKIPPED
         order = sorted(choice.skipped, key=lambda row: row.index)
         write_lines(path, ({"row": r.name, "reason": r.reason, "detail": r.detail} for r in order))
         found = reasons(choice.skipped)

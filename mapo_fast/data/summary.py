@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mapo_fast.data.sources.base import SkippedRow
-from mapo_fast.util.files import atomic_path
+from mapo_fast.util.files import atomic_path, parse_json, read_bytes
 from mapo_fast.util.progress import Callbacks
 
 
@@ -47,6 +47,11 @@ class PrepareResult:
     """Distinct images whose colours a profile moved to sRGB."""
     ignored_profiles: int = 0
     """Distinct images with a colour profile that is damaged or for another kind of image."""
+
+
+SKIPPED = "skipped.jsonl"
+"""The file in a cache that lists the skipped rows."""
+_LONGEST_LIST = 2**28
 
 
 _REMEDIES = {
@@ -99,10 +104,29 @@ def report(summary: PrepareResult, callbacks: Callbacks) -> None:
         callbacks.message(
             f"  {summary.ignored_profiles} images have a colour profile that is unusable: ignored"
         )
+    first = _first_skipped(summary.cache / SKIPPED) if summary.skipped else {}
     for reason, count in summary.skipped.items():
-        callbacks.message(f"  skipped: {count} × {reason}{remedy(reason)}")
+        such_as = f" (such as {first[reason]})" if reason in first else ""
+        callbacks.message(f"  skipped: {count} × {reason}{such_as}{remedy(reason)}")
     for warning in summary.warnings:
         callbacks.warning(warning)
+
+
+def _first_skipped(path: Path) -> dict[str, str]:
+    """Row and detail of the first row that is skipped for each reason."""
+    found: dict[str, str] = {}
+    try:
+        lines = read_bytes(path, _LONGEST_LIST).decode("utf-8", "replace").splitlines()
+    except OSError:  # the counts are in the index; somebody may have removed the list
+        return found
+    for line in lines:
+        try:
+            row = parse_json(line)
+            text = ": ".join(filter(None, (str(row["row"]), str(row["detail"]))))
+            found.setdefault(str(row["reason"]), text)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return found
 
 
 def reasons(skipped: Iterable[SkippedRow]) -> dict[str, int]:

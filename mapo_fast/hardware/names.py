@@ -60,6 +60,8 @@ def _unknown(name: str) -> UserError:
     for card in CARDS:
         plain.setdefault(_plain(card.name), card.name)
     asked = _plain(name)
+    if re.search(r"\b(gtx|titan|quadro [kmp])", name.lower()):
+        return UserError(f"--card {name!r} is older than RTX 20: the kernels need compute capability 7.5")
     containing = [n for n in plain if asked and asked in n]
     near = [
         plain[n] for n in dict.fromkeys([*containing, *difflib.get_close_matches(asked, plain, cutoff=0.5)])

@@ -108,3 +108,9 @@ def test_sizes_are_read_with_and_without_a_unit() -> None:
     for wrong in ("0", "lots", "-3GiB", "24 TB", ""):
         with pytest.raises(UserError, match=f'--vram = {wrong!r} is not a size: write it as "24GiB"'):
             parse_size(wrong, "--vram")
+
+
+@pytest.mark.parametrize("name", ["GTX 1080", "NVIDIA GeForce GTX 1660 Ti", "Titan X"])
+def test_cards_that_are_too_old_are_answered_so(name: str) -> None:
+    with pytest.raises(UserError, match="older than RTX 20"):
+        find_card(name)
