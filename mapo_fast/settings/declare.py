@@ -7,10 +7,14 @@ settings takes it from there (`table.py`) and keeps none of its own.
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
+import textwrap
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -128,13 +132,24 @@ class Setting(NamedTuple):
     planned: Planned
     limits: tuple[Any, ...]
     """Limits in `annotated_types`' and pydantic's form, such as `Ge(0)`."""
-    text: str
-    """The setting's documentation."""
+    declared_in: type[BaseModel]
 
     @property
     def name(self) -> str:
         """The setting's name in configs and messages: `section.key`."""
         return f"{self.section}.{self.key}"
+
+    @property
+    def text(self) -> str:
+        """The setting's documentation.
+
+        Raises:
+            TypeError: the field has no docstring.
+        """
+        try:
+            return _docstrings(self.declared_in)[self.key]
+        except KeyError:
+            raise TypeError(f"{self.name} has no docstring below its declaration") from None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -162,19 +177,19 @@ def rows(config: type[BaseModel]) -> tuple[Setting, ...]:
     """The table of a config's settings, in the order of their declaration.
 
     Raises:
-        TypeError: a field is declared without `setting` or without a docstring.
+        TypeError: a field is declared without `setting`.
     """
     return tuple(
-        _row(section, key, field)
+        _row(section, key, field, part.annotation)  # type: ignore[arg-type]
         for section, part in config.model_fields.items()
         for key, field in part.annotation.model_fields.items()  # type: ignore[union-attr]
     )
 
 
-def _row(section: str, key: str, field: FieldInfo) -> Setting:
+def _row(section: str, key: str, field: FieldInfo, part: type[BaseModel]) -> Setting:
     extra = field.json_schema_extra
-    if not isinstance(extra, dict) or "setting" not in extra or not field.description:
-        raise TypeError(f"{section}.{key} has to be declared by setting(…), with a docstring below it")
+    if not isinstance(extra, dict) or "setting" not in extra:
+        raise TypeError(f"{section}.{key} has to be declared by setting(…)")
     required = field.is_required()
     said: Any = extra["setting"]
     return Setting(
@@ -187,8 +202,25 @@ def _row(section: str, key: str, field: FieldInfo) -> Setting:
         said["affects"],
         said["planned"],
         tuple(field.metadata),
-        " ".join(field.description.split()),
+        part,
     )
+
+
+@functools.cache
+def _docstrings(section: type[BaseModel]) -> dict[str, str]:
+    """The docstrings below a section's fields, by field.
+
+    They are read from the source when somebody asks: that costs a quarter of what a mistyped command costs.
+    """
+    [declaration] = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(declaration, ast.ClassDef)
+    found = {}
+    for field, below in pairwise(declaration.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            match below:
+                case ast.Expr(ast.Constant(str(text))):
+                    found[field.target.id] = " ".join(text.split())
+    return found
 
 
 def _members(type_: Any) -> tuple[Any, ...]:

@@ -73,20 +73,25 @@ def test_page_and_help_follow_the_declarations() -> None:
     assert '  oven.rack = "middle"  Where it stands.' in lines
 
 
-@pytest.mark.parametrize("what", ["plain default", "no docstring"])
-def test_a_setting_that_is_not_declared_whole_is_named(what: str) -> None:
-    class Bare(Section):
-        left: int = 3 if what == "plain default" else setting(3, affects="execution")
+def test_a_setting_that_is_not_declared_whole_is_named() -> None:
+    class Plain(Section):
+        left: int = 3
         """What is left."""
 
-    if what == "no docstring":
-        Bare.model_fields["left"].description = None
+    class Bare(Section):
+        left: int = setting(3, affects="execution")
 
-    class Whole(BaseModel):
+    class WithPlain(BaseModel):
+        bare: Plain
+
+    class WithBare(BaseModel):
         bare: Bare
 
     with pytest.raises(TypeError, match=r"bare\.left has to be declared by setting"):
-        rows(Whole)
+        rows(WithPlain)
+    [left] = rows(WithBare)
+    with pytest.raises(TypeError, match=r"bare\.left has no docstring"):
+        _ = left.text
 
 
 def test_the_committed_page_is_current() -> None:
