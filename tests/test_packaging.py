@@ -247,7 +247,20 @@ def test_nothing_asks_for_the_name_of_an_objective_or_an_optimizer() -> None:
     assert _compared(ast.parse("config.objective.name in ('kto', 'npo')")) & names == {"kto", "npo"}
 
 
-ROOMS = ("util", "hardware", "settings", "models", "data", "engine", "planner", "run", "score", "demo", "cli")
+ROOMS = (
+    "util",
+    "hardware",
+    "settings",
+    "models",
+    "data",
+    "engine",
+    "planner",
+    "run",
+    "score",
+    "demo",
+    "studio",
+    "cli",
+)
 """Rooms of `mapo_fast`; each imports only from itself and from those before it."""
 
 

@@ -10,6 +10,7 @@ Where a prompt is not certain there is an error that says why.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mapo_fast.data.picture_graph import encoded_text, nodes_of, samplers
@@ -23,7 +24,15 @@ def picture_prompt(path: Path) -> str:
         NoPromptError: the picture has no prompt, or several candidates.
         MachineError: I/O failed.
     """
-    texts = picture_texts(path)
+    return prompt_in(picture_texts(path))
+
+
+def prompt_in(texts: Mapping[str, str]) -> str:
+    """The prompt in a picture's texts.
+
+    Raises:
+        NoPromptError: there is none, or several candidates.
+    """
     if "parameters" in texts:
         prompt = a1111_parts(texts["parameters"]).prompt
     elif "prompt" in texts:

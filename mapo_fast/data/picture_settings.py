@@ -14,21 +14,17 @@ Prompt, seed and model are not settings here. What else a picture says is named,
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mapo_fast.data.picture_graph import Nodes, encoded_text, linked, node_parts, nodes_of, samplers
-from mapo_fast.data.picture_texts import A1111, NoPromptError, a1111_parts, picture_texts
+from mapo_fast.data.picture_texts import A1111, NoPromptError, a1111_fields, a1111_parts, picture_texts
 from mapo_fast.models.sampling import wrong
 from mapo_fast.models.schedulers import WITHOUT_SCHEDULES
 from mapo_fast.util.errors import UserError, printable
 
-_LINE = 20_000
-"""Most characters of A1111's settings that are read."""
 _LISTED = 8
 """Most names of ignored settings to list."""
-_FIELD = re.compile(r'(\w[\w \-/]{0,40}): *("(?:[^"\\]|\\.)*"|[^,]*)(?:, *|$)')
 
 _SAMPLERS = {
     "Euler": "euler",
@@ -98,9 +94,7 @@ def picture_settings(path: Path) -> PictureSettings:
 
 
 def _of_a1111(parts: A1111) -> tuple[dict[str, Any], list[str]]:
-    if len(parts.settings) > _LINE:
-        raise NoPromptError(f"its settings have more than {_LINE:,} characters")
-    fields = {match[1]: match[2] for match in _FIELD.finditer(parts.settings)}
+    fields = a1111_fields(parts.settings)
     values: dict[str, Any] = {"negative": parts.negative, "unconditional": "zeros", "spacing": "linspace"}
     unknown = []
     for name, text in fields.items():

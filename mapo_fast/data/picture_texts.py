@@ -11,6 +11,7 @@ Pictures come from anywhere: sizes and counts are limited, and nothing but bytes
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ TEXT_BYTES = 1 << 22
 PARTS = 10_000
 """Most parts of a file to look at (PNG's and WebP's chunks, JPEG's segments)."""
 
+_LINE = 20_000
+"""Most characters of A1111's settings that are read."""
+_FIELD = re.compile(r'(\w[\w \-/]{0,40}): *("(?:[^"\\]|\\.)*"|[^,]*)(?:, *|$)')
 _NEGATIVE = "Negative prompt:"
 _EXIF_FOLDER, _COMMENT, _MAKE, _MODEL = 0x8769, 0x9286, 0x010F, 0x0110
 
@@ -58,6 +62,17 @@ def a1111_parts(text: str) -> A1111:
     end = ends[0] if ends else len(before)
     negative = "\n".join(before[end:]).removeprefix(_NEGATIVE)
     return A1111("\n".join(before[:end]), negative.strip(), settings)
+
+
+def a1111_fields(settings: str) -> dict[str, str]:
+    """The settings in A1111's line, by its names.
+
+    Raises:
+        NoPromptError: the line is too long.
+    """
+    if len(settings) > _LINE:
+        raise NoPromptError(f"its settings have more than {_LINE:,} characters")
+    return {match[1]: match[2] for match in _FIELD.finditer(settings)}
 
 
 def picture_texts(path: Path) -> dict[str, str]:
