@@ -70,7 +70,7 @@ def fit(config: Config, *, resume: bool = False, callbacks: Callbacks | None = N
 
     Returns:
         Where the run ended. In the main thread the first Ctrl-C or SIGTERM stops the run after the step under
-        way; it saves and returns with `finished` false.
+        way, as does a file `stop` in `train.output`; it saves and returns with `finished` false.
 
     Raises:
         UserError: the config, the model, the cache or the output folder has an error.
@@ -119,7 +119,7 @@ def _load_and_run(
             if kernels:
                 callbacks.message(f"compiling kernels: {kernels} of them, while the weights load")
             parts = build_unet(config, folder, precision, device, processes)
-        stop = StopRequest()
+        stop = StopRequest(config.train.output)
         trainer = Trainer(
             config, parts, cache, diffusion, precision, device, store, previews, stop, processes
         )

@@ -36,6 +36,7 @@ from mapo_fast.settings.loras import Lora
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import atomic_path, disk_errors, exclusive, sha256_file
 from mapo_fast.util.progress import Callbacks, stage
+from mapo_fast.util.signals import Interrupted, stop_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,6 +88,7 @@ def sample(
 
     Raises:
         UserError: the folder has images with other settings, the model cannot be sampled from, the disk.
+        Interrupted: a file `stop` in the folder; it is removed.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -115,6 +117,8 @@ def sample(
         unet, vae = model.load_unet(dtype).to(device), model.load_vae(torch.float32).to(device)
         with stage(callbacks, "images", len(left)) as advance:
             for prompt, seed in left:
+                if stop_file(out):
+                    raise Interrupted(0)
                 latents = sample_latents(
                     unet,
                     model,

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 
 CAUGHT = tuple(
@@ -36,17 +37,39 @@ def exit_code(number: int | None) -> int:
     return 128 + (number or signal.SIGINT)
 
 
+STOP_FILE = "stop"
+"""A file of this name in the folder of a run or of samples stops what works there, as Ctrl-C does."""
+
+
+def stop_file(folder: Path) -> bool:
+    """Whether a stop file is there; it is removed."""
+    path = folder / STOP_FILE
+    if not path.exists():
+        return False
+    path.unlink(missing_ok=True)
+    return True
+
+
 class StopRequest:
     """Context manager; `requested` turns true at the first signal, a second one raises `Interrupted`.
 
-    Outside the main thread signals cannot be caught, and the request is never set.
+    With a folder it turns true at a stop file in it too. Outside the main thread signals cannot be caught,
+    and only the file stops.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._requested = False
         self.number = 0
         """Number of the first signal; 0 before one."""
         self._handling = _handling(self._handle)
+
+    @property
+    def requested(self) -> bool:
+        """Whether to stop."""
+        if not self._requested and self._folder is not None:
+            self._requested = stop_file(self._folder)
+        return self._requested
 
     def __enter__(self) -> StopRequest:
         """Install the handlers."""
@@ -65,9 +88,9 @@ class StopRequest:
             raise StopNow
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self._requested:
             raise Interrupted(number)
-        self.requested, self.number = True, number
+        self._requested, self.number = True, number
 
 
 @contextmanager

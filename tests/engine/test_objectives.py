@@ -22,7 +22,7 @@ from mapo_fast.run.train import fit
 from mapo_fast.run.trainer import Trainer
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.errors import UserError
-from mapo_fast.util.signals import StopRequest
+from mapo_fast.util.signals import STOP_FILE
 from mapo_kernels import OBJECTIVES
 from mapo_kernels.objectives import objective_names
 from tests.tiers import some_of
@@ -142,14 +142,11 @@ def test_a_pass_that_was_stopped_goes_on_and_a_longer_run_adds_to_it(
     def errors(start: Any, *args: Any) -> Tensor:
         made.append(1)
         if len(made) == 2:
-            stop.requested = True
+            (tmp_path / "run" / STOP_FILE).touch()
         return real(start, *args)
 
-    stop = StopRequest()
     monkeypatch.setattr(reference.StartModel, "errors", errors)
-    with monkeypatch.context() as patched:
-        patched.setattr("mapo_fast.run.train.StopRequest", lambda: stop)
-        assert not fit(make("dpo", accumulation=2)).finished
+    assert not fit(make("dpo", accumulation=2)).finished
     assert len(made) == 2
     assert fit(make("dpo", accumulation=2), resume=True).finished
     assert len(made) == 4

@@ -17,12 +17,13 @@ from mapo_fast.models.open import open_sdxl
 from mapo_fast.models.sampling import Sampling, sampling, wrong
 from mapo_fast.run.train import fit
 from mapo_fast.score import sample as module
-from mapo_fast.score.manifest import MANIFEST, paired, read
+from mapo_fast.score.manifest import MANIFEST, Made, paired, read
 from mapo_fast.score.sample import open_for_sampling, sample
 from mapo_fast.settings.load import parse_config
 from mapo_fast.settings.loras import Lora
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import sha256_file
+from mapo_fast.util.signals import STOP_FILE, Interrupted
 from tests.files_of_models import edit_file, make_file
 from tests.training import make_cache, settings
 
@@ -88,6 +89,25 @@ def test_killed_anywhere_it_goes_on(
     assert made(tmp_path) == made(whole)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()}
     assert run(tiny_sdxl, tmp_path) == 0
+
+
+def test_a_file_stops_it_between_images(
+    tiny_sdxl: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module.append
+
+    def append(folder: Path, one: Made) -> None:
+        real(folder, one)
+        if one.seed == 1:
+            (folder / STOP_FILE).touch()
+
+    monkeypatch.setattr(module, "append", append)
+    with pytest.raises(Interrupted):
+        run(tiny_sdxl, tmp_path)
+    assert len(read(tmp_path)) == 2
+    monkeypatch.undo()
+    assert run(tiny_sdxl, tmp_path) == 4
+    assert made(tmp_path) == made(whole)
 
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(tiny_sdxl: Path, whole: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from mapo_fast import cli
 from mapo_fast.run.folder import FitResult
-from mapo_fast.util.signals import CAUGHT, Interrupted, StopRequest, interruptible
+from mapo_fast.util.signals import CAUGHT, STOP_FILE, Interrupted, StopNow, StopRequest, interruptible
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +39,18 @@ def test_the_first_signal_is_a_request_and_the_second_ends(number: signal.Signal
             signal.raise_signal(signal.SIGTERM)
         assert second.value.number == signal.SIGTERM
     assert signal.getsignal(number) is before
+
+
+def test_a_file_in_the_folder_is_a_request_once(tmp_path: Path) -> None:
+    with StopRequest(tmp_path) as stop:
+        assert not stop.requested
+        (tmp_path / STOP_FILE).touch()
+        assert stop.requested
+        assert stop.requested
+        with pytest.raises(StopNow):
+            stop.poll()
+    assert (stop.number, [*tmp_path.iterdir()]) == (0, [])
+    assert not StopRequest(tmp_path).requested
 
 
 @pytest.mark.parametrize("number", CAUGHT, ids=lambda number: number.name)
