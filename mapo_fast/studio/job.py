@@ -7,11 +7,13 @@ ended into `ended.json`. A file `stop` in the folder acts as Ctrl-C, so finished
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import sys
 import threading
 import time
 import traceback
+from importlib import import_module
 from pathlib import Path
 
 from mapo_fast.util.files import read_json, write_json
@@ -44,14 +46,10 @@ def _run(argv: list[str]) -> int:
     """The command's exit code."""
     try:
         if argv[0] in _INSIDE:
-            from importlib import import_module
-
             import_module(_INSIDE[argv[0]]).main(argv[1:])
         else:
-            from mapo_fast.cli import main as command
-
             sys.argv = ["mapo-fast", *argv]
-            command()
+            runpy.run_module("mapo_fast", run_name="__main__")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:

@@ -30,6 +30,7 @@ from mapo_fast.studio.answers import Answer
 from mapo_fast.studio.holder import held, network_drive
 from mapo_fast.studio.index import Index, index_folder
 from mapo_fast.studio.kept import kept_prompts
+from mapo_fast.studio.looks import thumbnail_file
 from mapo_fast.studio.pairs import REPEATS, Pair, agreement, draw, pair_id, repeat
 from mapo_fast.studio.pictures import PROMPT_BYTES, Group, Picture, Pictures, Progress
 from mapo_fast.studio.records import Records
@@ -136,6 +137,17 @@ class Project:
         """The file of a picture that can be shown."""
         found = self.picture(id)
         return None if found is None or found.broken else self._pictures.file_of(found.path)
+
+    def thumbnail(self, id: int) -> Path | None:
+        """The small copy of a picture, which this program made; None before the job `looks` made it."""
+        found = self.index.rows("select changed from pictures where id = ? and broken = ''", [id])
+        path = thumbnail_file(self.folder, id, found[0][0]) if found else None
+        return path if path is not None and path.is_file() else None
+
+    def near(self, limit: int = 1000) -> list[tuple[int, int, int]]:
+        """Pairs of pictures that are nearly the same, and in how many bits they differ; see `looks`."""
+        rows = self.index.rows("select one, other, distance from near order by distance limit ?", [limit])
+        return [(one, other, distance) for one, other, distance in rows]
 
     def pictures(self, group: int | None = None, after: int = 0, limit: int = 100) -> list[Picture]:
         """Pictures that can be shown, by number; `group` is a `Group.id`."""

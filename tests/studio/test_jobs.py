@@ -107,7 +107,8 @@ def test_killed_it_is_shown_as_such_and_resumed(tmp_path: Path, ended: Callable[
 def test_it_outlives_the_server(tmp_path: Path, ended: Callable[[str], Job]) -> None:
     server = (
         "import sys, time\nfrom pathlib import Path\nfrom mapo_fast.studio import jobs\n"
-        f"real = jobs._process\njobs._process = lambda c, *r: real([sys.executable, '-c', {SLEEPER!r}, c[-1]], *r)\n"
+        "real = jobs._process\n"
+        f"jobs._process = lambda c, *r: real([sys.executable, '-c', {SLEEPER!r}, c[-1]], *r)\n"
         f"print(jobs.start(Path({str(tmp_path)!r}), 'train', ['train']).id, flush=True)\n"
         "time.sleep(60)\n"
     )
