@@ -1,8 +1,8 @@
 """The job that looks at every picture: small copies for lists, and which ones are nearly the same.
 
 Two pictures are near where at most `NEAR` of the 64 bits of their difference hashes differ: of a grid of
-9 x 8 grey values, whether each is brighter than its right neighbour. Candidates share one of `NEAR` + 1 bands of
-bits, which all near pairs do, so no pair is missed and not all pairs are compared.
+9 x 8 grey values, whether each is brighter than its right neighbour. Candidates share one of `NEAR` + 1 bands
+of bits, which all near pairs do, so no pair is missed and not all pairs are compared.
 """
 
 from __future__ import annotations
