@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from mapo_fast.data.buckets import crop_to, time_ids
 from mapo_fast.data.choose import Candidate, Choice
 from mapo_fast.data.index import write_index
-from mapo_fast.data.leak import profile_leaks, size_leaks
+from mapo_fast.data.leak import colour_leaks, made_leaks, profile_leaks, size_leaks
 from mapo_fast.data.prompts import EMPTY
 from mapo_fast.data.shards import FAMILIES, ShardFamily
 from mapo_fast.data.split import held_out_pairs
@@ -90,10 +90,19 @@ def _warnings(data: DataConfig, pairs: list[Candidate], held: list[bool], paired
     chosen, rejected = (
         [row.images[half][1] for row in rows if half in row.images] for half in ("chosen", "rejected")
     )
-    profiles = [[row.profiles[half] for row in rows if half in row.images] for half in ("chosen", "rejected")]
+    halves = [(row, half) for half in ("chosen", "rejected") for row in rows if half in row.images]
     warnings = []
     if chosen and rejected:
-        warnings = size_leaks(chosen, rejected, data.size_conditioning) + profile_leaks(*profiles)
+        at = len(chosen)
+        profiles, made, colours = (
+            [getattr(row, name)[half] for row, half in halves] for name in ("profiles", "made", "colours")
+        )
+        warnings = [
+            *size_leaks(chosen, rejected, data.size_conditioning),
+            *profile_leaks(profiles[:at], profiles[at:]),
+            *made_leaks(made[:at], made[at:]),
+            *colour_leaks(colours[:at], colours[at:]),
+        ]
     if not paired and not (chosen and rejected):
         warnings.append(f"all images are {'wanted' if chosen else 'unwanted'}: nothing shows the difference")
     if data.held_out > 0 and not any(held):

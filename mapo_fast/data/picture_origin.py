@@ -5,14 +5,16 @@ Of ComfyUI's graph a value counts only where all nodes that could have set it ag
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
+from mapo_fast.data.leak import MADE, Made
 from mapo_fast.data.picture_graph import node_parts, nodes_of, samplers
 from mapo_fast.data.picture_prompts import prompt_in
-from mapo_fast.data.picture_texts import NoPromptError, a1111_fields, a1111_parts, picture_texts
+from mapo_fast.data.picture_texts import NoPromptError, a1111_fields, a1111_parts, picture_texts, texts_in
 
 _LORA = re.compile(r"<lora:([^:>]{1,200})")
 _LONGEST = 200
@@ -45,14 +47,26 @@ def origin(path: Path) -> Origin:
         prompt, why = prompt_in(texts), ""
     except NoPromptError as error:
         prompt, why = None, str(error)
+    return Origin(prompt, why, **_facts(texts))
+
+
+def made_with(data: bytes) -> Made:
+    """What made the picture in a file's bytes."""
     try:
-        facts = _facts(texts)
+        facts = _facts(texts_in(io.BytesIO(data)))
     except NoPromptError:
-        facts = {}
-    return Origin(prompt, why, **{name: _clean(value) for name, value in facts.items()})
+        return Made()
+    return Made(**{name: facts[name] for name in MADE if name in facts})
 
 
 def _facts(texts: Mapping[str, str]) -> dict[str, str]:
+    try:
+        return {name: _clean(value) for name, value in _said(texts).items()}
+    except NoPromptError:
+        return {}
+
+
+def _said(texts: Mapping[str, str]) -> dict[str, str]:
     if "parameters" in texts:
         parts = a1111_parts(texts["parameters"])
         fields = a1111_fields(parts.settings)

@@ -84,14 +84,19 @@ def picture_texts(path: Path) -> dict[str, str]:
     """
     try:
         with open_regular(path) as file:
-            return _texts(file)
+            return texts_in(file)
     except OSError as error:
         if isinstance(stopped := os_error(error, f"read {path}"), MachineError):
             raise stopped from None
         raise NoPromptError(error.strerror or str(error)) from None
 
 
-def _texts(file: BinaryIO) -> dict[str, str]:
+def texts_in(file: BinaryIO) -> dict[str, str]:
+    """The texts `parameters` and `prompt` of an open picture.
+
+    Raises:
+        NoPromptError: it is of another kind.
+    """
     head = file.read(12)
     file.seek(0)
     if head.startswith(SIGNATURE):

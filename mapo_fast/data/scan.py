@@ -16,15 +16,21 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image, ImageStat
 
 from mapo_fast.data.buckets import Size
 from mapo_fast.data.images.colour import Profile
 from mapo_fast.data.images.decode import ImageProblemError, decode
+from mapo_fast.data.leak import BLACK, COLOUR, MADE, UNKNOWN, Colour, Made
+from mapo_fast.data.picture_origin import made_with
 from mapo_fast.data.sources.base import MissingImageError, PairRecord, PreferencePairs, SkippedRow
 from mapo_fast.util.files import atomic_path, disk_errors, open_regular
 
-FORMAT = 2
+FORMAT = 3
 PART_ROWS = 1000
+
+_COLOUR_SIDE = 32
+"""Least side of the copy of an image that its mean colour is taken from."""
 
 ABSENT = bytes(16)
 """Hash of the half that a single image does not have."""
@@ -46,6 +52,10 @@ class ScannedRow:
     label: float | None = None
     chosen_profile: Profile = ""
     rejected_profile: Profile = ""
+    chosen_made: Made = UNKNOWN
+    rejected_made: Made = UNKNOWN
+    chosen_colour: Colour = BLACK
+    rejected_colour: Colour = BLACK
 
     @property
     def images(self) -> dict[str, tuple[bytes, Size]]:
@@ -62,6 +72,18 @@ class ScannedRow:
         profiles = {"chosen": self.chosen_profile, "rejected": self.rejected_profile}
         return {half: profiles[half] for half in self.images}
 
+    @property
+    def made(self) -> dict[str, Made]:
+        """What made the row's images, by half."""
+        made = {"chosen": self.chosen_made, "rejected": self.rejected_made}
+        return {half: made[half] for half in self.images}
+
+    @property
+    def colours(self) -> dict[str, Colour]:
+        """Means of the images' pixels, by half."""
+        colours = {"chosen": self.chosen_colour, "rejected": self.rejected_colour}
+        return {half: colours[half] for half in self.images}
+
 
 _SCHEMA = pa.schema(
     [
@@ -77,6 +99,8 @@ _SCHEMA = pa.schema(
         ("label", pa.float64()),
         ("chosen_profile", pa.string()),
         ("rejected_profile", pa.string()),
+        *((f"{half}_made", pa.list_(pa.string(), len(MADE))) for half in ("chosen", "rejected")),
+        *((f"{half}_colour", pa.list_(pa.float64(), len(COLOUR))) for half in ("chosen", "rejected")),
     ]
 )
 
@@ -130,7 +154,12 @@ def _finished(part: Path, numbers: range) -> list[ScannedRow]:
 
 
 def _from_table(row: dict[str, Any]) -> ScannedRow:
-    return ScannedRow(**{**row, **{key: tuple(row[key]) for key in ("chosen_size", "rejected_size")}})
+    found = dict(row)
+    for half in ("chosen", "rejected"):
+        found[f"{half}_size"] = tuple(row[f"{half}_size"])
+        found[f"{half}_made"] = Made(*row[f"{half}_made"])
+        found[f"{half}_colour"] = Colour(*row[f"{half}_colour"])
+    return ScannedRow(**found)
 
 
 def _clean(text: str) -> str:
@@ -145,6 +174,8 @@ class _Seen(NamedTuple):
     profile: Profile
     reason: str = ""
     detail: str = ""
+    made: Made = Made()
+    colour: Colour = Colour()
 
 
 def _scan_row(row: PairRecord | SkippedRow, known: dict[bytes, _Seen]) -> ScannedRow:
@@ -185,6 +216,10 @@ def _scan_row(row: PairRecord | SkippedRow, known: dict[bytes, _Seen]) -> Scanne
         label=row.label,
         chosen_profile=first.profile,
         rejected_profile=second.profile,
+        chosen_made=first.made,
+        rejected_made=second.made,
+        chosen_colour=first.colour,
+        rejected_colour=second.colour,
     )
 
 
@@ -193,7 +228,15 @@ def _look(data: bytes) -> _Seen:
         image, profile = decode(data)
     except ImageProblemError as problem:
         return _Seen((0, 0), "", problem.reason, problem.detail)
-    return _Seen((image.height, image.width), profile)
+    size = image.height, image.width
+    return _Seen(size, profile, made=made_with(data), colour=_colour(image))
+
+
+def _colour(image: Image.Image) -> Colour:
+    """Mean brightness and saturation of a small copy."""
+    small = image.reduce(max(1, min(image.size) // _COLOUR_SIDE)).convert("HSV")
+    _, saturation, value = ImageStat.Stat(small).mean
+    return Colour(value / 255, saturation / 255)
 
 
 def _skipped(index: int, name: str, prompt: str, reason: str, detail: str) -> ScannedRow:

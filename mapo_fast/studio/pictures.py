@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ SIDECARS = (".txt", ".caption")
 PROMPT_BYTES = 1 << 16
 """Longest prompt, in bytes."""
 _BATCH = 200
+_LORA = re.compile(r"\s*<lora:[^>]{1,200}>")
 
 
 class Picture(NamedTuple):
@@ -281,7 +283,9 @@ def _looked_at(file: Path, name: str, stamp: tuple[int, int], typed: str | None)
 
 def _prompt(file: Path, made: Origin, typed: str | None) -> tuple[str | None, str]:
     """The prompt, or why there is none."""
-    prompt, why = (made.prompt if typed is None else typed), made.why
+    prompt, why = typed, made.why
+    if prompt is None and made.prompt is not None:
+        prompt = _LORA.sub("", made.prompt).strip() or None  # pictures with and without a LoRA are compared
     if prompt is None:
         for path in _sidecars(file):
             try:

@@ -8,7 +8,7 @@
 | `kept.json`     | prompts that are not voted on (`kept`)                              |
 | `candidates/`   | pictures made here                                                  |
 | `configs/`      | what a run is trained with                                          |
-| `runs/`, `jobs/`, `comparisons/` | what the studio started                            |
+| `data/`, `runs/`, `jobs/`, `comparisons/` | what the studio made and started           |
 
 All pictures in the folder belong to it, but for those in the folders of the last two rows.
 """
@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from mapo_fast.settings.toml import parse_toml
 from mapo_fast.studio.answers import Answer
+from mapo_fast.studio.dataset import decided, leaks, singles, write_pairs, write_singles
 from mapo_fast.studio.holder import held, network_drive
 from mapo_fast.studio.index import Index, index_folder
 from mapo_fast.studio.kept import kept_prompts
@@ -39,7 +40,8 @@ from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import atomic_path, disk_errors, read_bytes
 
 SETTINGS, PROMPTS = "studio.toml", "prompts.jsonl"
-NOT_PICTURES = ("runs", "comparisons", "jobs", "configs")
+DATA = "data"
+NOT_PICTURES = ("runs", "comparisons", "jobs", "configs", DATA)
 _SESSIONS = 32
 """Tabs whose open pairs are remembered."""
 _TRIES = 100
@@ -308,6 +310,50 @@ class Project:
             if pair is not None and session is not None:
                 self._open.setdefault(session, []).insert(0, pair)
             return pair
+
+    # --- what is trained on ---
+
+    def write_data(self, *, kto: bool = False, soft: bool = False) -> tuple[Path, int]:
+        """Write the votes as a data set, `data/pairs` or `data/singles`; its folder and the number of rows.
+
+        Args:
+            kto: single pictures instead of pairs.
+            soft: write the share of votes as each pair's label, for objectives that take one.
+
+        Raises:
+            UserError: no vote chose a picture; the disk.
+        """
+        votes = self.votes.all()
+        folder = self.folder / DATA / ("singles" if kto else "pairs")
+        with disk_errors(folder):
+            folder.parent.mkdir(exist_ok=True)
+            if kto:
+                return folder, write_singles(folder, singles(votes), self._file_finder(votes))
+            return folder, write_pairs(folder, decided(votes), self._file_finder(votes), soft=soft)
+
+    def _file_finder(self, votes: list[Vote]) -> Callable[[str], Path | None]:
+        """Finds the file of a SHA-256: where it was voted on, or where it has been moved to."""
+        known = dict(self.index.rows("select digest, path from pictures where digest is not null"))
+        voted = {d: p for v in votes for d, p in ((v.left_sha256, v.left), (v.right_sha256, v.right))}
+
+        def find(digest: str) -> Path | None:
+            path = known.get(digest) or voted.get(digest)
+            file = None if path is None else self._pictures.file_of(path)
+            return file if file is not None and file.is_file() and not file.is_symlink() else None
+
+        return find
+
+    def data_card(self) -> list[str]:
+        """Warnings about what else the votes follow: model, sampler, LoRA, size, colour."""
+        pictures = {p.path: p for p in self._pictures.some("broken = ''", [], -1)}
+        at = {v.left_sha256: v.left for v in self.votes.all()}
+        at |= {v.right_sha256: v.right for v in self.votes.all()}
+        pairs = [
+            (pictures[at[one.chosen]], pictures[at[one.rejected]])
+            for one in decided(self.votes.all())
+            if at[one.chosen] in pictures and at[one.rejected] in pictures
+        ]
+        return leaks(pairs, dict(self.index.rows("select id, colour from pictures where colour is not null")))
 
     def kept(self) -> list[str]:
         """The prompts that are not voted on."""

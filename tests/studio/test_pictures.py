@@ -95,7 +95,7 @@ def test_prompts_come_from_metadata_then_texts_and_all_are_kept_as_they_are(tmp_
     (folder / "e.txt").write_text("of a text")
     with scanned(folder) as project:
         found = {p.path: p for p in project.pictures()}
-    assert found["a.png"].prompt == f"{hostile} <lora:style:1>"
+    assert found["a.png"].prompt == hostile
     assert found["a.png"][-5:-1] == ("m1", "DPM++ 2M", "style", "1")
     assert [found[f"{name}.png"].prompt for name in "bcde"] == [long, "from a caption", None, "of metadata"]
     assert "d.txt cannot be read" in found["d.png"].why
