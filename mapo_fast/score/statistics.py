@@ -10,8 +10,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 _Z = 1.959963984540054
 """Quantile of the standard normal distribution for a two-sided 95 % interval."""
 FEWEST_FOR_WIN_RATE = 10
@@ -108,6 +106,8 @@ def mean(units: Units) -> Mean:
 
 def bootstrap(units: Units) -> Interval:
     """95 % percentile interval of the mean over images; prompts are drawn, always the same ones."""
+    import numpy as np  # what shows win rates only does without
+
     totals, counts = np.asarray(units.totals, dtype=np.float64), np.asarray(units.counts)
     random = np.random.default_rng(0)
     draws = []
