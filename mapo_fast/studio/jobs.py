@@ -165,7 +165,7 @@ def _read(folder: Path) -> Job:
 
 
 def _state(folder: Path) -> tuple[State, int | None]:
-    if _is_held(folder):
+    if is_held(folder):
         return "running", None
     ended = _optional(folder / ENDED)  # read after the lock: it is written before the lock is given back
     code = ended.get("code")
@@ -177,7 +177,8 @@ def _state(folder: Path) -> tuple[State, int | None]:
     return "killed", None
 
 
-def _is_held(folder: Path) -> bool:
+def is_held(folder: Path) -> bool:
+    """Whether a process holds the lock of a folder: of a job or of a run."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder / LOCK)
