@@ -27,3 +27,18 @@ def test_the_committed_row_keeps_the_promises() -> None:
     assert row["next_pair_ms"]["p95"] < 100
     first, last = row["memory_mib"]
     assert last - first < 20
+
+
+def test_pairs_are_drawn_at_random_as_no_rule_was_better() -> None:
+    """At equal votes, over three seeds, with a fifth of the votes wrong."""
+    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    shares = {
+        rule: {
+            row["seed"]: row["preferred_share"]["after"]
+            for row in rows
+            if row["what"] == "votes" and (row["rule"], row["votes"], row["wrong"]) == (rule, 120, 0.2)
+        }
+        for rule in ("random", "fewest")
+    }
+    assert [*map(len, shares.values())] == [3, 3]
+    assert sum(shares["fewest"].values()) <= sum(shares["random"].values())
