@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mapo_fast.util import extensions
-from mapo_fast.util.errors import printable
+from mapo_fast.util.errors import UserError, printable
 from mapo_fast.util.signals import exit_code, interruptible
 
 try:
@@ -34,7 +34,22 @@ class _Commands(typer.core.TyperGroup):
 
 
 class Configured(typer.core.TyperCommand):
-    """A command that reads a config: its help ends with all settings."""
+    """A command that reads a config: its help ends with all settings, and it knows them typed as options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The usual parsing; a setting, ours or another trainer's, that is typed as an option is named."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if (option := getattr(error, "option_name", None)) is None:  # typer does not export this error
+                raise
+            from mapo_fast.settings.mistakes import meant
+            from mapo_fast.settings.schema import Config
+
+            if hint := meant(option, Config):
+                text = f"no option {option}; settings are given by --set section.key=value ({hint})"
+                raise UserError(text) from None
+            raise
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """The usual help, then a line for each setting."""

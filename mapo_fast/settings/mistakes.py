@@ -24,6 +24,7 @@ def meant(key: str, model: type[BaseModel]) -> str | None:
     """A hint on an unknown key: it is another trainer's, or belongs to another section; else None."""
     if known := foreign(key):
         return known.hint
+    key = key.lstrip("-").replace("-", "_").rpartition(".")[2]
     homes = [f"{section}.{key}" for section in model.model_fields if key in _fields(model, [section])]
     return f"did you mean {' or '.join(homes)}?" if homes else None
 

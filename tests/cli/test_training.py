@@ -128,6 +128,15 @@ def test_mistakes_are_one_line(run: Any, tmp_path: Path) -> None:
         ([*one, "--set", "adapter.kind=full", "--set", "train.export_every=3"], "train.export_every writes"),
         ([*one, "--copy-to", "nowhere"], "--copy-to nowhere: there is no such folder"),
         ([*one, "--preset", "lroa"], "there is no such preset; there are lora, "),
+        (
+            [*one, "--learning_rate=1e-4"],
+            "no option --learning_rate; settings are given by --set",
+        ),
+        (
+            [*one, "--network-dim", "16"],
+            "no option --network-dim; settings are given by --set",
+        ),
+        ([*one, "--steps", "16"], "(did you mean train.steps or preview.steps?)"),
     ):
         code, err = run(*words)
         assert (code, err.count("\n")) == (2, 1), err
