@@ -17,6 +17,7 @@ setup(
             "demo/assets/*",
             "models/assets/*",
             "planner/plans.json",
+            "planner/traces.zip",
         ],
         "mapo_fast.recipes": ["*.toml"],
         "mapo_kernels": ["py.typed"],

@@ -43,8 +43,12 @@ def completion_counter(device: torch.device) -> Tensor:
       being captured therefore gets its own counter from the graph's pool; its clearing is captured with it.
     - CUDA-graph trees of `torch.compile` would find a cached counter inside their private pool: ops that use
       this counter carry the tag `cudagraph_unsafe`, which makes Inductor run them outside its graphs.
+    - Where a card is only assumed, for a count of memory, nothing runs: every launch gets its own, so that a
+      count does not depend on earlier ones.
     """
     stream = 0
+    if assumed_card() is not None:
+        return torch.zeros(1, dtype=torch.int32, device=device)
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return torch.zeros(1, dtype=torch.int32, device=device)

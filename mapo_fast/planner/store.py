@@ -2,6 +2,7 @@
 
 A trace is kept under a digest of everything it depends on: the sources of engine, kernels and planner, the
 versions of torch, diffusers, peft and bitsandbytes, the UNet's config and the settings. It serves every card.
+Those of the presets are shipped (`shipped_traces`).
 """
 
 from __future__ import annotations
@@ -23,19 +24,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 import mapo_kernels
-from mapo_fast.planner.relevant import traced_settings
+from mapo_fast.planner import shipped_traces
 from mapo_fast.planner.replay import Replays
-from mapo_fast.planner.trace import Mark, Trace, record_step
+from mapo_fast.planner.trace import Trace, record_step
+from mapo_fast.planner.trace_file import pack, unpack
 from mapo_fast.settings.optimizers import OPTIMIZERS
 from mapo_fast.settings.schema import Config
-from mapo_fast.util.files import open_regular, parse_json
+from mapo_fast.util.errors import UserError
+from mapo_fast.util.files import atomic_path, open_regular
 
 Progress = Callable[[int, int], None]
 _Work = tuple[Path, str, dict[str, Any], bool]
-_ARRAYS = ("kinds", "flops", "nbytes", "links", "live", "kept", "sizes", "events")
 
 
 def no_progress(made: int, asked: int) -> None:
@@ -60,16 +60,25 @@ class Tracing:
     Importing torch and diffusers takes as long as half a trace: the other one serves until `close`.
     """
 
-    def __init__(self, *, kernels: bool = True, progress: Progress = no_progress, keep: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        kernels: bool = True,
+        progress: Progress = no_progress,
+        keep: bool = False,
+        shipped: bool = True,
+    ) -> None:
         """Start no process yet.
 
         Args:
             progress: told how many traces are made, of how many that have been asked for.
-            keep: traces in memory too, for many questions in turn.
+            keep: traces in memory too, in `kept`, for many questions in turn.
+            shipped: use the shipped traces.
         """
-        self.kernels, self.progress, self.keep = kernels, progress, keep
+        self.kernels, self.progress, self.keep, self.shipped = kernels, progress, keep, shipped
         self.replays = Replays()
-        self._kept: dict[Path, Trace] = {}
+        self.kept: dict[str, Trace] = {}
+        """Traces by their name among the shipped ones."""
         self.made = self.asked = 0
         self._pool: ProcessPoolExecutor | None = None
 
@@ -80,8 +89,10 @@ class Tracing:
 
     def traces(self, configs: Sequence[Config], unet_config: dict[str, Any]) -> Generator[Trace, None, None]:
         """Yield traces one after the other; later ones are not made once the iterator is dropped."""
-        paths = [folder() / f"{digest(config, unet_config, self.kernels)}.npz" for config in configs]
-        found = {i: trace for i, path in enumerate(paths) if (trace := self._known(path)) is not None}
+        names = [shipped_traces.name(config, unet_config, self.kernels) for config in configs]
+        paths = [folder() / f"{digest(config, unet_config, self.kernels)}.xz" for config in configs]
+        known = map(self._known, names, paths)
+        found = {i: trace for i, trace in enumerate(known) if trace is not None}
         work = {
             i: (path, configs[i].model_dump_json(), unet_config, self.kernels)
             for i, path in enumerate(paths)
@@ -103,8 +114,9 @@ class Tracing:
                         Exception
                     ):  # it may lack registrations of this process; real errors occur here too
                         found[i] = futures.pop(i).result()
+                found[i] = found[i]._replace(accumulation=configs[i].train.accumulation)
                 if self.keep:
-                    self._kept[paths[i]] = found[i]
+                    self.kept[names[i]] = found[i]
                 if i in work:
                     self.made += 1
                     self.progress(self.made, self.asked)
@@ -113,8 +125,8 @@ class Tracing:
             for future in futures.values():
                 future.cancel()
 
-    def _known(self, path: Path) -> Trace | None:
-        return self._kept.get(path) or _read(path)
+    def _known(self, name: str, path: Path) -> Trace | None:
+        return self.kept.get(name) or _read(path) or (shipped_traces.find(name) if self.shipped else None)
 
     def _begin(self, work: dict[int, _Work]) -> dict[int, Future[Trace]]:
         if not work or (os.cpu_count() or 1) == 1 or multiprocessing.current_process().daemon:
@@ -167,13 +179,11 @@ def _record(work: _Work) -> Trace:
 def digest(config: Config, unet_config: dict[str, Any], kernels: bool) -> str:
     """A trace's name: a digest of everything that it depends on."""
     parts = [
-        kernels,
-        traced_settings(config),
-        sorted(unet_config.items(), key=str),
+        shipped_traces.name(config, unet_config, kernels),
         _sources(),
         _source_of(OPTIMIZERS[config.optim.name].build),
     ]
-    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 _THIS_PROCESS = uuid.uuid4().hex
@@ -212,29 +222,17 @@ def _sources() -> list[str]:
 
 
 def _read(path: Path) -> Trace | None:
-    """Read a trace; None where there is no whole file, and a damaged one is made again.
-
-    Each member of the archive has a checksum, and what reads it raises errors of many kinds.
-    """
+    """Read a trace; None where there is no whole file, and a damaged one is made again."""
     try:
-        with open_regular(path) as opened, np.load(opened) as file:
-            rest = parse_json(str(file["rest"]))
-            arrays = {name: file[name] for name in _ARRAYS}
-        marks = [Mark(*mark) for mark in rest.pop("marks")]
-        return Trace(**arrays, marks=marks, **rest)
-    except Exception:
+        with open_regular(path) as opened:
+            return unpack(opened.read())
+    except (OSError, UserError):
         return None
 
 
 def _write(path: Path, trace: Trace) -> None:
     """Write a trace; errors are ignored, because the folder is a cache."""
-    fields = trace._asdict()
-    rest = json.dumps({name: value for name, value in fields.items() if name not in _ARRAYS})
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(temporary, rest=rest, **{name: fields[name] for name in _ARRAYS})
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(pack(trace))

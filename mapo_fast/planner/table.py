@@ -1,4 +1,4 @@
-"""Makes the shipped table of plans: `python -m mapo_fast.planner.table [PRESET ...]`.
+"""Makes the shipped plans and traces: `python -m mapo_fast.planner.table [PRESET ...]`.
 
 Every preset is planned for every size of memory and for every card that it can train on, with 32 GiB of free
 system RAM, under Linux. Traces and replays are made once for all cards. Where code has changed and no answer
@@ -18,7 +18,7 @@ from typing import Any
 from mapo_fast.hardware.cards import CARDS, Card
 from mapo_fast.hardware.host import host
 from mapo_fast.models.full_size import SDXL_UNET
-from mapo_fast.planner import shipped
+from mapo_fast.planner import shipped, shipped_traces
 from mapo_fast.planner.answer import RAM, card_and_memory
 from mapo_fast.planner.plan import Plan, PlanResult
 from mapo_fast.planner.question import question
@@ -58,9 +58,11 @@ def answers(preset: str, tracing: Tracing) -> Iterator[tuple[str, PlanResult]]:
 
 
 def holds(table: dict[str, Any], asked: Iterable[tuple[str, int]]) -> bool:
-    """Whether the table has what is answered now to some questions: presets, each with GiB of memory."""
-    with closing(Tracing(keep=True)) as tracing:
-        return all(_holds(table, preset, gib, tracing) for preset, gib in asked)
+    """Whether what is shipped is what is made now for some questions: presets, each with GiB of memory."""
+    with closing(Tracing(keep=True, shipped=False)) as tracing:
+        return all(_holds(table, preset, gib, tracing) for preset, gib in asked) and all(
+            shipped_traces.has(name, trace) for name, trace in tracing.kept.items()
+        )
 
 
 def _holds(table: dict[str, Any], preset: str, gib: int, tracing: Tracing) -> bool:
@@ -113,12 +115,13 @@ def main(presets: list[str]) -> None:
         return
     if not presets:
         table |= {"plans": [], "answers": {}}
-    with closing(Tracing(keep=True)) as tracing:
+    with closing(Tracing(keep=True, shipped=False)) as tracing:
         for preset in presets or PRESETS:
             for key, outcome in answers(preset, tracing):
                 made = row(outcome, table["plans"])
                 table["answers"][key] = {"asked": [preset, outcome.card.name]} | made
             write(table)
+            shipped_traces.write(tracing.kept, keep=bool(presets))
             cpu = sum(os.times()[:4])
             print(f"{preset}: {len(table['answers'])} answers so far, {cpu / 60:.1f} min of CPU", flush=True)
 

@@ -59,6 +59,7 @@ class RunLog:
         wandb: str | None = None,
         run: str = "",
         earlier: Callable[[], str] = lambda: "take an earlier checkpoint",
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Open the log.
 
@@ -72,6 +73,7 @@ class RunLog:
             wandb: Weights & Biases project that mirrors TensorBoard; None for none.
             run: id of the run. Another run's log under this name is moved aside, with a warning.
             earlier: gives the text on how to take an earlier checkpoint, for the monitor's warnings.
+            facts: more for the entry `start` (`facts.py`).
 
         Raises:
             UserError: disk full or not writable, or wandb is asked for and not installed or does not start.
@@ -100,7 +102,8 @@ class RunLog:
             elif entry["event"] == "evaluation":
                 self._monitor.evaluation(entry["step"], entry)
         self._replaying = False
-        self._write("start", start_step, {"run": run, "total_steps": total_steps, "version": __version__})
+        known = {"run": run, "total_steps": total_steps, "version": __version__}
+        self._write("start", start_step, {**known, **(facts or {})})
         self._board = self._open_tensorboard(folder / "tensorboard")
         if lost:
             self.warning(start_step, lost)

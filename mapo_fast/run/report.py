@@ -15,6 +15,7 @@ from mapo_fast.run.chart import Curve, chart
 from mapo_fast.run.folder import read_run
 from mapo_fast.run.log import LOG_FILE, read_log
 from mapo_fast.run.starts import last_settings
+from mapo_fast.util.console import command_line
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import parse_json, read_bytes
 from mapo_fast.util.page import image_url, write_page
@@ -49,6 +50,7 @@ def write_report(run: Path, out: Path, *, full_paths: bool = False) -> None:
     body = [
         f"<h1>{html.escape(run.resolve().name)}</h1>",
         _state(entries),
+        _start(entries, full_paths),
         _warnings(entries, None if full_paths else run),
         _held_out(entries),
         _training(entries),
@@ -64,17 +66,41 @@ def _of(entries: Iterable[Mapping[str, Any]], event: str, key: str = "step") -> 
 
 
 def _state(entries: Sequence[Mapping[str, Any]]) -> str:
-    start, steps, ends = (_of(entries, event) for event in ("start", "step", "end"))
+    start, ends = _of(entries, "start"), _of(entries, "end")
     if not start:
         return "<p>The run has not taken a step yet.</p>"
     done, total = max(int(entry["step"]) for entry in entries), start[-1].get("total_steps", "?")
-    peak = max((float(entry.get("peak_memory_mib", 0)) for entry in steps), default=0.0)
     finished = bool(ends) and ends[-1].get("finished") is True
     words = "finished" if finished else "not finished: mapo-fast train --resume continues it"
     seconds = sum(float(entry.get("seconds", 0)) for entry in ends)
-    return (
-        f"<p>Step {done} of {total}, {words}. Peak memory {peak:,.0f} MiB; {seconds / 60:.1f} min in all.</p>"
-    )
+    return f"<p>Step {done} of {total}, {words}; {seconds / 60:.1f} min in all.</p>"
+
+
+def _start(entries: Sequence[Mapping[str, Any]], full_paths: bool) -> str:
+    """The newest start's command, device and versions, and the memory that was planned and used."""
+    starts, steps = _of(entries, "start"), _of(entries, "step", "peak_memory_mib")
+    if not starts:
+        return ""
+    start, rows = starts[-1], []
+    if isinstance(words := start.get("command"), list):
+        rows.append(("command", command_line(words) if full_paths else " ".join(map(_word, words))))
+    rows.append(("device", str(start.get("device", "not recorded"))))
+    if "planned_memory_mib" in start:
+        planned, reserved = (float(start[f"planned_{name}_mib"]) for name in ("memory", "reserved"))
+        rows.append(("memory, planned", f"{planned:,.0f} MiB, {reserved:,.0f} MiB reserved"))
+    if steps:
+        rows.append(("memory, peak", f"{max(float(e['peak_memory_mib']) for e in steps):,.0f} MiB"))
+    if isinstance(versions := start.get("versions"), dict):
+        versions = {"mapo_fast": start.get("version"), **versions}
+        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    return _rows(rows)
+
+
+def _word(word: Any) -> str:
+    """A word of a command, such as --model=/home/me/a.safetensors, with its path shortened."""
+    name, equals, value = str(word).rpartition("=")
+    text = f"{name}{equals}{_value(value, full_paths=False)}"
+    return f'"{text}"' if " " in text else text
 
 
 def _warnings(entries: Sequence[Mapping[str, Any]], run: Path | None) -> str:
@@ -213,7 +239,7 @@ def _settings(settings: Mapping[str, Mapping[str, Any]], full_paths: bool) -> st
 
 
 def _value(value: Any, full_paths: bool) -> str:
-    if isinstance(value, str) and not full_paths and Path(value).is_absolute():
+    if isinstance(value, str) and not full_paths and (Path(value).is_absolute() or value.startswith("~")):
         return _path(Path(value), full_paths)
     if value is None:
         return "unset"

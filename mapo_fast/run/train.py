@@ -12,7 +12,7 @@ import json
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,7 @@ from mapo_fast.planner.kernels import compiling
 from mapo_fast.run.adopt import adopt, start_identity
 from mapo_fast.run.ahead import check_kind
 from mapo_fast.run.budget import is_planned
+from mapo_fast.run.facts import start_facts
 from mapo_fast.run.folder import (
     START,
     FitResult,
@@ -124,7 +125,8 @@ def _load_and_run(
             config, parts, cache, diffusion, precision, device, store, previews, stop, processes
         )
         notes = [] if budget is None else budget.notes()
-        return _claim_and_run(trainer, folder, identity, resume, notes, callbacks)
+        facts = start_facts(device, budget)
+        return _claim_and_run(trainer, folder, identity, resume, notes, facts, callbacks)
 
 
 def back_end(device: torch.device) -> str:
@@ -210,6 +212,7 @@ def _claim_and_run(
     identity: dict[str, str],
     resume: bool,
     notes: list[str],
+    facts: dict[str, Any],
     callbacks: Callbacks,
 ) -> FitResult:
     """Claim the output folder and train, from the checkpoint if there is one."""
@@ -243,6 +246,7 @@ def _claim_and_run(
                 wandb=config.train.wandb,
                 run=run,
                 earlier=partial(earlier_checkpoint, config, trainer.store),
+                facts=facts,
             )
             held.enter_context(log)
             for note in notes + notes_of(config, trainer.cache, checkpoint, resume, processes.size):

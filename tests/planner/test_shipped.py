@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mapo_fast.hardware.cards import CARDS
 from mapo_fast.hardware.holders import Gpu, Holder
 from mapo_fast.hardware.host import Host, host
 from mapo_fast.models.full_size import SDXL_UNET
-from mapo_fast.planner import answer, ask, models, shipped, table
+from mapo_fast.planner import answer, ask, models, shipped, shipped_traces, store, table
 from mapo_fast.planner.plan import Plan, PlanResult
 from mapo_fast.planner.question import question
 from mapo_fast.planner.report import held_note
@@ -41,6 +42,7 @@ CHOSEN = Plan(SETTINGS, {"parameters": 5 * GIB}, 5 * GIB, 6 * GIB, 1, 2, 1234.0,
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanResult:
     """A table with one answer, for the preset `lora` on an RTX 3060 with 12 GiB."""
     monkeypatch.setattr(shipped, "FILE", tmp_path / "plans.json")
+    monkeypatch.setattr(shipped_traces, "FILE", tmp_path / "traces.zip")
     monkeypatch.setattr(table, "PRESETS", ("lora",))
     monkeypatch.setattr(table, "SIZES", ())
     monkeypatch.setattr(table, "CARDS", [outcome(None).card])
@@ -198,3 +200,20 @@ def test_the_table_is_that_of_this_code() -> None:
 def test_the_table_has_what_is_computed_now() -> None:
     """Rows of one preset share most of their traces."""
     assert table.holds(shipped.read(), [("lora", 24), ("lora", 48), ("lora", 80)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_other_questions_about_a_preset_need_no_trace(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another size of memory and other numbers, on Windows: at most a minute of CPU."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(store, "folder", lambda: tmp_path)
+    monkeypatch.setattr(store, "_record", lambda work: pytest.fail("a trace was made"))
+    asked, _ = question(None, preset, ["objective.beta=0.02", "train.accumulation=3"], None)
+    before = time.process_time()
+    found = answer.plan(asked, card=None, vram="23.5", ram="64", model="sdxl")
+    assert found.chosen is not None
+    assert time.process_time() - before < 60

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from mapo_fast import __version__
 from mapo_fast.cli import app
 from mapo_fast.run.log import LOG_FILE
 from mapo_fast.run.report import write_report
@@ -53,6 +56,41 @@ def test_the_page_fits_a_phone_and_a_desk(run: Path, tmp_path: Path, width: int)
     with opened(tmp_path / "r.html", width) as page:
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.locator("svg[role=img]").count() >= 6
+
+
+@pytest.mark.slow
+def test_a_run_starts_with_what_the_page_says(run: Path, tmp_path: Path) -> None:
+    """As on a GPU, from the command line: memory planned and used, the command, versions."""
+    again = tmp_path / "again"
+    again.mkdir()
+    for name in ("run.json", LOG_FILE, "settings.json"):
+        (again / name).write_bytes((run / name).read_bytes())
+    start = json.loads((run / LOG_FILE).read_text().splitlines()[0])
+    assert start["device"] == "cpu"
+    assert start["versions"]["torch"] == torch.__version__
+    command = [
+        "mapo-fast",
+        "train",
+        "/home/me/my config.toml",
+        "--model=/srv/a.safetensors",
+        "--set",
+        "a.b=~/c",
+    ]
+    planned = {"planned_memory_mib": 7890.4, "planned_reserved_mib": 8000, "planned_ms": 3}
+    step = {"event": "step", "step": 4, "peak_memory_mib": 7654.3}
+    with (again / LOG_FILE).open("a") as log:
+        log.writelines(json.dumps(entry) + "\n" for entry in ({**start, **planned, "command": command}, step))
+    write_report(again, tmp_path / "r.html")
+    page = html.unescape((tmp_path / "r.html").read_text(encoding="utf-8"))
+    for text in (
+        'mapo-fast train "…/my config.toml" --model=…/a.safetensors --set a.b=…/c',
+        "7,890 MiB, 8,000 MiB reserved",
+        "7,654 MiB",
+        f"mapo_fast {__version__}, python",
+    ):
+        assert text in page
+    write_report(again, tmp_path / "r.html", full_paths=True)
+    assert "--model=/srv/a.safetensors" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_what_is_no_run_is_one_line(tmp_path: Path) -> None:
