@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mapo_fast.data.cache import PairCache
+from mapo_fast.data.prompt_text import plain, remarks
 from mapo_fast.engine.gradient_sums import kept_to_nearest
 from mapo_fast.settings.optimizers import OPTIMIZERS
 from mapo_fast.settings.schema import Config
@@ -55,6 +56,7 @@ def notes_of(
             "fewer than 8 that is mostly noise. Raise train.pairs_per_batch (2 images each) or "
             "train.accumulation"
         )
+    notes += remarks([plain(prompt)[1] for prompt in config.preview.prompts], "preview.prompts")
     if not cache.held_out:
         what = (
             "pair is held out (data.held_out): preference accuracy"

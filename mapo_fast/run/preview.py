@@ -1,5 +1,7 @@
 """Previews: the same prompts and start noise sampled at several steps of a run.
 
+Prompts are read, and noise is drawn, as `mapo-fast sample` does it.
+
 Each prompt is sampled as a square and, where most pairs have another shape, in that shape too.
 
 The text encoders are loaded once, before the UNet (on the CPU where the GPU's budget is too small for them),
@@ -19,11 +21,11 @@ import torch
 
 from mapo_fast.hardware.gpu import is_out_of_memory
 from mapo_fast.models.pipeline import Pipeline
-from mapo_fast.models.sample import decode_latents, sample_latents
+from mapo_fast.models.sample import decode_latents, noise_seed, sample_latents
 from mapo_fast.models.schedulers import scheduler
 from mapo_fast.models.text import PromptEmbeds, empty_prompt, encode_prompts
 from mapo_fast.models.vae import use_tiles
-from mapo_fast.run.preview_files import Size, jobs, save, step_folder, write_contact_sheet
+from mapo_fast.run.preview_files import Size, jobs, save, step_folder, texts, write_contact_sheet
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.files import disk_errors
 
@@ -46,6 +48,7 @@ class Previews:
             UserError: the model's scheduler cannot sample.
         """
         self.config, self.folder, self.device = config, folder, device
+        self.texts = texts(config)
         square = (config.data.resolution, config.data.resolution)
         self.sizes: tuple[Size, ...] = tuple(dict.fromkeys((square, shape or square)))
         self.poll: Callable[[], None] = lambda: None
@@ -70,7 +73,7 @@ class Previews:
             "device": device,
             "dtype": torch.float32,
         }
-        prompts = encode_prompts(self.folder, self.config.preview.prompts, **settings)
+        prompts = encode_prompts(self.folder, self.texts, **settings)
         return prompts, empty_prompt(self.folder, **settings)
 
     def complete(self, step: int) -> bool:
@@ -101,7 +104,7 @@ class Previews:
                     self.folder,
                     self.prompts,
                     self.empty,
-                    seeds=[preview.seed + i for i in range(len(preview.prompts))],
+                    seeds=[noise_seed(text, preview.seed) for text in self.texts],
                     height=height,
                     width=width,
                     steps=preview.steps,

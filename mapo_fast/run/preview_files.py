@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mapo_fast.data.prompt_text import plain
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.files import atomic_path
 
@@ -51,10 +52,15 @@ def words(prompt: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", plain))[:_LONGEST_NAME].rstrip("-")
 
 
+def texts(config: Config) -> list[str]:
+    """The prompts as they are encoded, and as `mapo-fast sample` reads them."""
+    return [plain(prompt)[0] for prompt in config.preview.prompts]
+
+
 def jobs(config: Config, sizes: Sequence[Size]) -> Iterator[tuple[int, Size, str]]:
     """Prompt number, size and file name of each preview of a step, size after size."""
     for size in sizes:
-        for index, prompt in enumerate(config.preview.prompts):
+        for index, prompt in enumerate(texts(config)):
             yield index, size, file_name(index, prompt, size, config.data.resolution)
 
 
@@ -70,8 +76,8 @@ def save(image: Image, path: Path, config: Config, index: int, step: int) -> Non
     text = PngInfo()
     text.add_itxt(
         "parameters",
-        f"{preview.prompts[index]}\nSteps: {preview.steps}, Sampler: Euler, CFG scale: {preview.guidance:g}, "
-        f"Seed: {preview.seed + index}, Size: {width}x{height}, Training step: {step}",
+        f"{texts(config)[index]}\nSteps: {preview.steps}, Sampler: Euler, CFG scale: {preview.guidance:g}, "
+        f"Seed: {preview.seed}, Size: {width}x{height}, Training step: {step}",
     )
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=text)

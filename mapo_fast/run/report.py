@@ -83,6 +83,7 @@ def _start(entries: Sequence[Mapping[str, Any]], full_paths: bool) -> str:
         return ""
     start, rows = starts[-1], []
     if isinstance(words := start.get("command"), list):
+        words = [str(word) for word in words]
         rows.append(("command", command_line(words) if full_paths else " ".join(map(_word, words))))
     rows.append(("device", str(start.get("device", "not recorded"))))
     if "planned_memory_mib" in start:
@@ -96,9 +97,9 @@ def _start(entries: Sequence[Mapping[str, Any]], full_paths: bool) -> str:
     return _rows(rows)
 
 
-def _word(word: Any) -> str:
+def _word(word: str) -> str:
     """A word of a command, such as --model=/home/me/a.safetensors, with its path shortened."""
-    name, equals, value = str(word).rpartition("=")
+    name, equals, value = word.rpartition("=")
     text = f"{name}{equals}{_value(value, full_paths=False)}"
     return f'"{text}"' if " " in text else text
 

@@ -427,7 +427,7 @@ class PreviewConfig(Section):
     every: int = setting(500, affects="bookkeeping", ge=0, le=_EVERY)
     """Optimizer steps between previews; 0 samples at the start and the end only."""
     seed: int = setting(0, affects="bookkeeping", ge=0, lt=2**62)
-    """Seed of the first prompt's start noise; prompt i uses seed + i."""
+    """Seed of the start noise, which also depends on the prompt."""
     steps: int = setting(25, affects="bookkeeping", ge=1, le=1000)
     """Denoising steps; a schedule has 1000."""
     guidance: float = setting(5.0, affects="bookkeeping", ge=0.0, le=1000.0)

@@ -26,12 +26,15 @@ from mapo_fast.data.prepare import prepare
 from mapo_fast.engine.step import training_inputs
 from mapo_fast.models.diffusion import Diffusion
 from mapo_fast.models.open import open_sdxl
+from mapo_fast.models.sampling import Sampling
 from mapo_fast.run.feed import Feed
 from mapo_fast.run.log import read_log
 from mapo_fast.run.notes import earlier_checkpoint
 from mapo_fast.run.preview import Previews
 from mapo_fast.run.train import fit
 from mapo_fast.run.trainer import Trainer
+from mapo_fast.score import manifest
+from mapo_fast.score.sample import open_for_sampling, sample
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.checkpoint import CheckpointStore
 from mapo_fast.util.errors import UserError
@@ -512,8 +515,11 @@ def test_a_cache_of_another_model_is_refused(cache: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_previews_are_the_same_prompts_and_noise(make: Callable[..., Config], tmp_path: Path) -> None:
-    preview = {"prompts": ["red", "blue"], "steps": 2, "every": 1}
+def test_previews_are_the_same_prompts_and_noise(
+    make: Callable[..., Config], tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    """And those that `mapo-fast sample` makes, which reads prompts in the same way."""
+    preview = {"prompts": ["red", "(blue:1.2)"], "steps": 2, "every": 1, "seed": 3}
     fit(make(tmp_path / "run", train={"steps": 2}, optim={"lr": 1e-12}, preview=preview))
     sheet, *folders = sorted((tmp_path / "run" / "previews").iterdir())
     assert sheet.name == "contact-sheet.png"
@@ -523,7 +529,11 @@ def test_previews_are_the_same_prompts_and_noise(make: Callable[..., Config], tm
         for path in (folders[0] / "00-red.png", folders[2] / "00-red.png", folders[0] / "01-blue.png")
     )
     assert first.tobytes() == last.tobytes() != other.tobytes()
-    assert first.text["parameters"].startswith("red\nSteps: 2, Sampler: Euler, CFG scale: 5, Seed: 0, Size: ")
+    assert first.text["parameters"].startswith("red\nSteps: 2, Sampler: Euler, CFG scale: 5, Seed: 3, Size: ")
+    how = Sampling(sampler="euler", steps=2, cfg=5.0, width=first.width, height=first.height)
+    sample(open_for_sampling(tiny_sdxl), ["red", "blue"], [3], how, tmp_path / "sampled")
+    sampled = [Image.open(made.path).tobytes() for made in manifest.read(tmp_path / "sampled")]
+    assert sampled == [first.tobytes(), other.tobytes()]
     [board] = (tmp_path / "run" / "tensorboard").iterdir()
     assert b"previews/01-blue" in board.read_bytes()
 
