@@ -4,14 +4,16 @@ Images are made one at a time, so each depends on the model, its prompt, its see
 nothing else. An image is written whole, then listed in the manifest; what is not listed is made again.
 
 The text encoders run before the UNet is loaded. The VAE decodes whole images, as the programs that people
-sample with do: where it finds no room next to the UNet, the UNet waits in system RAM meanwhile.
+sample with do: where it finds no room next to the UNet, the UNet waits in system RAM meanwhile. Images that a
+card is too small to decode whole are decoded in tiles, and the manifest says so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mapo_fast.hardware.cards import CONTEXT_GIB
 from mapo_fast.hardware.gpu import is_out_of_memory
 from mapo_fast.models.conditioning import conditionings
 from mapo_fast.models.identity import encoders_identity, unet_identity
@@ -28,6 +31,8 @@ from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.sample import decode_latents, noise_seed, sample_latents
 from mapo_fast.models.sampling import Sampling
 from mapo_fast.models.schedulers import Method, scheduler
+from mapo_fast.models.vae import decode_bytes, use_tiles
+from mapo_fast.planner.stages import FP32, vae_of
 from mapo_fast.run.convert import open_result
 from mapo_fast.run.folder import RECORD, remove_leftovers
 from mapo_fast.run.preview_files import words
@@ -37,6 +42,7 @@ from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import atomic_path, disk_errors, exclusive, sha256_file
 from mapo_fast.util.progress import Callbacks, stage
 from mapo_fast.util.signals import Interrupted, stop_file
+from mapo_fast.util.sizes import GIB
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -96,6 +102,15 @@ def sample(
     scheduler(model, how.steps, method)
     settings = settings_of(model, how, dtype)
     callbacks = callbacks or Callbacks()
+    tiles = device.type == "cuda" and needs_tiles(
+        model, how, torch.cuda.get_device_properties(device).total_memory
+    )
+    if tiles:
+        settings["tiles"] = True
+        callbacks.warning(
+            f"{how.width} × {how.height} is too large for this GPU to decode whole: it is decoded in tiles, "
+            "which changes colours a little"
+        )
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
@@ -115,7 +130,9 @@ def sample(
         )
         by_prompt = dict(zip(distinct, encoded, strict=True))
         unet, vae = model.load_unet(dtype).to(device), model.load_vae(torch.float32).to(device)
-        with stage(callbacks, "images", len(left)) as advance:
+        if tiles:
+            use_tiles(vae)
+        with _explained(), stage(callbacks, "images", len(left)) as advance:
             for prompt, seed in left:
                 if stop_file(out):
                     raise Interrupted(0)
@@ -137,6 +154,30 @@ def sample(
                 append(out, made._replace(sha256=sha256_file(made.path)))
                 advance(1)
     return len(left)
+
+
+def needs_tiles(model: Pipeline, how: Sampling, memory: int) -> bool:
+    """Whether `memory` bytes of a card are too few for the VAE to decode an image whole, all else moved away.
+
+    It is the card's memory and not what is free now, so that an interrupted call goes on in the same way.
+    """
+    vae = vae_of(model)
+    need = vae.nbytes + decode_bytes(vae.config, how.width * how.height, FP32) + int(CONTEXT_GIB * GIB)
+    return need > memory
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn running out of GPU memory into one line; the images that are made stay."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "out of GPU memory: other programs hold it (nvidia-smi lists them), or the images are too large; "
+            "the images so far are kept, and the same command goes on"
+        ) from error
 
 
 def settings_of(model: Pipeline, how: Sampling, dtype: torch.dtype) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from mapo_fast.models.lora import add_lora, save_lora
@@ -241,3 +242,65 @@ def test_manifest_lines_hold_everything(whole: Path) -> None:
     }
     assert {*lines[0]["settings"]} == {*vars(HOW), "model", "dtype"}
     assert np.isfinite(lines[0]["settings"]["cfg"])
+
+
+def test_only_what_a_card_cannot_decode_whole_is_decoded_in_tiles(tiny_sdxl: Path) -> None:
+    class Full:
+        """SDXL's own VAE, which needs 3 GiB for 1024 × 1024 pixels and 0.3 GiB for its weights."""
+
+        def config(self, part: str) -> dict[str, Any]:
+            return {
+                "block_out_channels": [128, 256, 512, 512],
+                "down_block_types": ["DownEncoderBlock2D"] * 4,
+                "up_block_types": ["UpDecoderBlock2D"] * 4,
+                "layers_per_block": 2,
+            }
+
+    model: Any = Full()
+    assert not module.needs_tiles(model, Sampling(), 4 * 2**30)
+    assert module.needs_tiles(model, Sampling(), 3 * 2**30)
+    assert module.needs_tiles(model, Sampling(width=2048, height=2048), 12 * 2**30)
+    assert not module.needs_tiles(open_sdxl(tiny_sdxl), HOW, 2**30)
+
+
+def test_the_unet_waits_in_ram_where_the_vae_finds_no_room(
+    tiny_sdxl: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every first attempt to decode runs out of memory; the images are the same."""
+    real, attempts, moves = module.decode_latents, 0, []
+
+    def first_fails(*args: Any) -> Any:
+        nonlocal attempts
+        attempts += 1
+        if attempts % 2:
+            raise torch.OutOfMemoryError("no room")
+        return real(*args)
+
+    def to(unet: Any, where: Any) -> Any:
+        moves.append(str(where))
+        return unet
+
+    monkeypatch.setattr(module, "decode_latents", first_fails)
+    monkeypatch.setattr(UNet2DConditionModel, "to", to)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert run(tiny_sdxl, tmp_path / "out") == 6
+    assert made(tmp_path / "out") == made(whole)
+    assert moves[-2:] == ["cpu", "cpu"]
+
+
+def test_running_out_of_memory_keeps_the_images_so_far(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = module.decode_latents, 0
+
+    def third_fails(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls >= 3:
+            raise torch.OutOfMemoryError("no room")
+        return real(*args)
+
+    monkeypatch.setattr(module, "decode_latents", third_fails)
+    with pytest.raises(UserError, match=r"out of GPU memory: .* the images so far are kept"):
+        run(tiny_sdxl, tmp_path / "out")
+    assert len(read(tmp_path / "out")) == 2
