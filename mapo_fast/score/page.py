@@ -148,7 +148,7 @@ def _side_by_side(
 
 
 def _run(result: Mapping[str, Any]) -> str:
-    rows = [(f"model {name}", folder) for name, folder in result["models"].items()]
+    rows = [(f"model {name}", f"…/{Path(folder).name}") for name, folder in result["models"].items()]
     for name, one in result["scorers"].items():
         rows.append((f"scorer {name}", f"{one['version']}, SHA-256 {one['sha256'] or '– (no weights)'}"))
     for model, value in result["diversity"].items():
