@@ -59,7 +59,7 @@ def evaluate(
     code: Code = None,
 ) -> None:
     """Compare models by their images: scores, win rates with intervals, a blind comparison."""
-    from mapo_fast.score.manifest import paired
+    from mapo_fast.score.manifest import differences, paired
     from mapo_fast.util.files import atomic_path, disk_errors
 
     output_may_fail()
@@ -82,6 +82,8 @@ def evaluate(
         if file.exists() and not file.is_file():
             raise UserError(f"{file} is no file that can be written: choose another name")
     images = dict(zip(names, paired(folders), strict=True))
+    for remark in differences(images):
+        callbacks.warning(remark)
     if blind is not None:
         from mapo_fast.score.blind import write_blind
         from mapo_fast.score.trained import prompts_of

@@ -32,8 +32,8 @@ def evaluate(
         progress: told the scorer, the number of images, and how many are done.
 
     Returns:
-        What `evaluation.json` holds: `models`, `prompts` (with the scores of each model), and for each scorer
-        `means` and `against_first`.
+        What `evaluation.json` holds: `models`, `settings` of sampling, `prompts` (with the scores of each
+        model), and for each scorer `means` and `against_first`.
 
     Raises:
         UserError: images that cannot be compared or read, a score that is not finite. Scores so far are kept.
@@ -54,6 +54,7 @@ def evaluate(
     clips = [clip for one in scorers.values() if isinstance(clip := getattr(one, "clip", None), Clip)]
     return {
         "models": {model: str(folder) for model, folder in folders.items()},
+        "settings": {model: images[0].settings for model, images in models.items()},
         "images_per_model": len(models[first]),
         "scorers": {name: {"version": one.version, "sha256": one.sha256} for name, one in scorers.items()},
         "results": {name: _compared(scores, first) for name, scores in by_scorer.items()},

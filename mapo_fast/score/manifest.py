@@ -11,8 +11,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mapo_fast.data.images.formats import decoded_formats
 from mapo_fast.util.errors import UserError, shown
-from mapo_fast.util.files import atomic_path, disk_errors, os_error, parse_json, read_bytes, sha256_file
+from mapo_fast.util.files import (
+    atomic_path,
+    disk_errors,
+    open_regular,
+    os_error,
+    parse_json,
+    read_bytes,
+    sha256_file,
+)
 
 MANIFEST = "images.jsonl"
 _LARGEST = 2**28
@@ -135,7 +144,7 @@ def paired(folders: Sequence[Path]) -> list[list[Made]]:
         For each folder its images, all in the order of the first.
 
     Raises:
-        UserError: a folder that cannot be read, or prompts and seeds that differ.
+        UserError: a folder that cannot be read, or prompts, seeds or sizes that differ.
     """
     models = [read(folder) for folder in folders]
     wanted = [(made.prompt, made.seed) for made in models[0]]
@@ -156,4 +165,40 @@ def paired(folders: Sequence[Path]) -> list[list[Made]]:
                 f"{prompt[:80]!r} at seed {seed}: sample both with the same --prompts and seeds"
             )
         aligned.append([by_key[key] for key in wanted])
+        _check_sizes(aligned[0], aligned[-1])
     return aligned
+
+
+def differences(models: Mapping[str, Sequence[Made]]) -> list[str]:
+    """One remark for each setting, the model aside, in which a model's first image differs from the first's."""
+    (first, images), *others = models.items()
+    wanted, found = images[0].settings, []
+    for name, theirs in others:
+        for key, value in theirs[0].settings.items():
+            if key != "model" and key in wanted and wanted[key] != value:
+                found.append(
+                    f"{name} was sampled with {key} = {value!r}, {first} with {wanted[key]!r}: that is compared "
+                    "too"
+                )
+    return found
+
+
+def _check_sizes(ours: Sequence[Made], theirs: Sequence[Made]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        (width, height), (other_width, other_height) = _size(one), _size(other)
+        if (width, height) != (other_width, other_height):
+            raise UserError(
+                f"{one.path} is {width} × {height} and {other.path} is {other_width} × {other_height}: "
+                "sample both with the same --size"
+            )
+
+
+def _size(made: Made) -> tuple[int, int]:
+    """Width and height of an image, from its header."""
+    from PIL import Image
+
+    try:
+        with open_regular(made.path) as file, Image.open(file, formats=decoded_formats()) as image:
+            return image.size
+    except Exception as error:  # of damaged files almost anything
+        raise UserError(f"{made.path} is no image ({type(error).__name__}): remove its line") from None

@@ -47,8 +47,12 @@ def write_evaluation(path: Path, result: Mapping[str, Any], images: Mapping[str,
 
 
 def interval_text(interval: Sequence[float] | None, form: str) -> str:
-    """`[low, high]`, or that there are too few prompts."""
-    return "too few prompts" if interval is None else f"[{interval[0]:{form}}, {interval[1]:{form}}]"
+    """`[low, high]`, or that there are too few prompts for an interval."""
+    return (
+        "(too few prompts for an interval)"
+        if interval is None
+        else f"[{interval[0]:{form}}, {interval[1]:{form}}]"
+    )
 
 
 def as_lines(result: Mapping[str, Any]) -> list[str]:
@@ -149,6 +153,9 @@ def _side_by_side(
 
 def _run(result: Mapping[str, Any]) -> str:
     rows = [(f"model {name}", f"…/{Path(folder).name}") for name, folder in result["models"].items()]
+    for name, how in result["settings"].items():
+        said = ", ".join(f"{key} {value}" for key, value in how.items() if key != "model" and value != "")
+        rows.append((f"{name} was sampled with", said or "not recorded"))
     for name, one in result["scorers"].items():
         rows.append((f"scorer {name}", f"{one['version']}, SHA-256 {one['sha256'] or '– (no weights)'}"))
     for model, value in result["diversity"].items():

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mapo_fast.score import builtin  # noqa: F401  registers the scorers
 from mapo_fast.score.evaluate import SCORES, evaluate
-from mapo_fast.score.manifest import MANIFEST, Made, append, paired, read
+from mapo_fast.score.manifest import MANIFEST, Made, append, differences, paired, read
 from mapo_fast.score.scorer import load_scorer
 from mapo_fast.util.errors import UserError
 from tests.score.clips import write_transformers
@@ -119,6 +119,19 @@ def test_folders_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as raised:
             paired([a, b])
         assert "\n" not in str(raised.value)
+
+
+def test_images_of_other_sizes_and_settings_are_named(tmp_path: Path) -> None:
+    a, b = (make(tmp_path / name, [1] * 12) for name in "ab")
+    text = (b / MANIFEST).read_text()
+    (b / MANIFEST).write_text(text.replace('"steps": 2', '"steps": 3'))
+    images = dict(zip("ab", paired([a, b]), strict=True))
+    [remark] = differences(images)
+    assert remark.startswith("b was sampled with steps = 3, a with 2")
+    assert differences({"a": images["a"], "c": images["a"]}) == []
+    Image.new("RGB", (32, 40)).save(b / "3-0.png")
+    with pytest.raises(UserError, match=r"3-0\.png is 32 × 32 and .*3-0\.png is 32 × 40: sample both"):
+        paired([a, b])
 
 
 def test_an_svg_named_png_is_one_line(tmp_path: Path) -> None:
