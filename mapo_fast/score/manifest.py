@@ -170,15 +170,15 @@ def paired(folders: Sequence[Path]) -> list[list[Made]]:
 
 
 def differences(models: Mapping[str, Sequence[Made]]) -> list[str]:
-    """One remark for each setting, the model aside, in which a model's first image differs from the first's."""
+    """One remark for each setting, the model aside, of which a model's first image has another value."""
     (first, images), *others = models.items()
     wanted, found = images[0].settings, []
     for name, theirs in others:
         for key, value in theirs[0].settings.items():
             if key != "model" and key in wanted and wanted[key] != value:
                 found.append(
-                    f"{name} was sampled with {key} = {value!r}, {first} with {wanted[key]!r}: that is compared "
-                    "too"
+                    f"{name} was sampled with {key} = {value!r}, {first} with {wanted[key]!r}: that is "
+                    "compared too"
                 )
     return found
 
