@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,10 @@ class HeldOutErrors(NamedTuple):
     rejected: Tensor  # (pairs, draws) fp32, CPU; for single images those that are not
     predictions: list[Tensor]  # one draw per pair: chosen and rejected prediction, (2, C, h, w) fp16, CPU
     paired: bool = True
+
+    def part(self, first: int, last: int) -> HeldOutErrors:
+        """The errors of draws `first` to `last` − 1."""
+        return self._replace(chosen=self.chosen[:, first:last], rejected=self.rejected[:, first:last])
 
 
 class HeldOut:
@@ -159,49 +164,68 @@ def paired_change(now: Tensor, start: Tensor) -> PairedChange:
     return PairedChange(mean, mean - half, mean + half)
 
 
+BINS = 4
+"""Noise levels that figures are also given for: equal parts of the timesteps, from little noise to much."""
+
+
 def compare(now: HeldOutErrors, start: HeldOutErrors) -> dict[str, Any]:
-    """Figures of one evaluation, each against the start model.
+    """Figures of one evaluation, each against the start model: over all timesteps, and in each of `BINS`.
 
     Single images have no accuracy and no margin. Reported are the changes of the wanted and of the unwanted
     images' errors, where there are such images.
 
+    Draw d of D is of the d-th of D equal parts of the timesteps (`engine.draws.stratified_timesteps`), so the
+    draws are cut into `BINS` runs. `bins` has the figures of each, by its share of the timesteps: `0-25%`.
+
     `drift` is Σ‖prediction − start prediction‖² / Σ‖start prediction‖².
     """
-
-    def accuracy(errors: HeldOutErrors) -> Tensor:
-        # a comparison with NaN is merely false: let it show instead
-        finite = torch.isfinite(errors.chosen) & torch.isfinite(errors.rejected)
-        correct = (errors.chosen < errors.rejected).double()
-        return torch.where(finite, correct, float("nan")).mean(dim=1)
-
-    def margin(errors: HeldOutErrors) -> Tensor:
-        return (errors.rejected - errors.chosen).double().mean(dim=1)
 
     moved = sum(
         float((a.float() - b.float()).square().sum())
         for a, b in zip(now.predictions, start.predictions, strict=True)
     )
     size = sum(float(b.float().square().sum()) for b in start.predictions)
-    drift = {"drift": moved / size if size else 0.0}
-    if not now.paired:
-        figures: dict[str, Any] = {"images": len(now.predictions), "draws": now.chosen.shape[1]}
-        for name in ("chosen", "rejected"):
-            one, other = getattr(now, name), getattr(start, name)
-            if len(one):
-                figures[f"{name}_error"] = float(one.mean())
-                figures[f"{name}_error_change"] = paired_change(one.mean(dim=1), other.mean(dim=1))._asdict()
-        return figures | drift
-    return {
-        "pairs": len(now.chosen),
-        "draws": now.chosen.shape[1],
-        "accuracy": float(accuracy(now).mean()),
-        "accuracy_start": float(accuracy(start).mean()),
-        "accuracy_change": paired_change(accuracy(now), accuracy(start))._asdict(),
-        "margin_change": paired_change(margin(now), margin(start))._asdict(),
-        "chosen_error": float(now.chosen.mean()),
-        "chosen_error_change": paired_change(now.chosen.mean(dim=1), start.chosen.mean(dim=1))._asdict(),
-        **drift,
+    draws = now.chosen.shape[1]
+    edges = [draws * part // BINS for part in range(BINS + 1)]
+    bins = {
+        f"{first / draws:.0%}-{last / draws:.0%}".replace("%-", "-"): _changes(
+            now.part(first, last), start.part(first, last)
+        )
+        for first, last in pairwise(edges)
     }
+    counted = {"pairs": len(now.chosen)} if now.paired else {"images": len(now.predictions)}
+    drift = moved / size if size else 0.0
+    return {**counted, "draws": draws, **_changes(now, start), "drift": drift, "bins": bins}
+
+
+def _changes(now: HeldOutErrors, start: HeldOutErrors) -> dict[str, Any]:
+    """The figures of some draws, each with its change and the interval of that."""
+    figures: dict[str, Any] = {}
+    if now.paired:
+        accuracy, before = _accuracy(now), _accuracy(start)
+        figures |= {
+            "accuracy": float(accuracy.mean()),
+            "accuracy_start": float(before.mean()),
+            "accuracy_change": paired_change(accuracy, before)._asdict(),
+            "margin_change": paired_change(_margin(now), _margin(start))._asdict(),
+        }
+    for name in ("chosen",) if now.paired else ("chosen", "rejected"):
+        one, other = getattr(now, name), getattr(start, name)
+        if len(one):
+            figures[f"{name}_error"] = float(one.mean())
+            figures[f"{name}_error_change"] = paired_change(one.mean(dim=1), other.mean(dim=1))._asdict()
+    return figures
+
+
+def _accuracy(errors: HeldOutErrors) -> Tensor:
+    """Each pair's share of draws whose chosen image has the smaller error; NaN where one is not finite."""
+    finite = torch.isfinite(errors.chosen) & torch.isfinite(errors.rejected)
+    correct = (errors.chosen < errors.rejected).double()
+    return torch.where(finite, correct, float("nan")).mean(dim=1)
+
+
+def _margin(errors: HeldOutErrors) -> Tensor:
+    return (errors.rejected - errors.chosen).double().mean(dim=1)
 
 
 def start_of(run: str) -> dict[str, Any]:

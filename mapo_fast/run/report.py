@@ -137,8 +137,31 @@ def _held_out(entries: Sequence[Mapping[str, Any]]) -> str:
         return "<h2>Held-out pairs</h2><p>No pair is held out, or none is evaluated yet.</p>"
     return (
         '<h2>Held-out pairs</h2><p class="note">Changes against the start model; the band is the 95 % '
-        f'interval.</p><div class="grid">{"".join(charts)}</div>'
+        f'interval.</p><div class="grid">{"".join(charts)}</div>{_by_noise(entries)}'
     )
+
+
+def _by_noise(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The newest changes at each noise level, with their intervals."""
+    found = _of(entries, "evaluation", "bins")
+    if not found or not isinstance(bins := found[-1]["bins"], dict):
+        return ""
+    keys = [key for key in _CHANGES if all(isinstance(one.get(key), dict) for one in bins.values())]
+    head = "".join(f'<th scope="col">{_CHANGES[key][0]}</th>' for key in keys)
+    lines = ""
+    for level, one in bins.items():
+        cells = "".join(f"<td>{_interval(one[key])}</td>" for key in keys)
+        lines += f'<tr><th scope="row">{html.escape(str(level))}</th>{cells}</tr>'
+    return (
+        f'<h3>By noise level, step {found[-1]["step"]}</h3><p class="note">Shares of the timesteps, from '
+        'little noise (details) to much (composition).</p><div class="wide"><table><thead><tr>'
+        f'<th scope="col">timesteps</th>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    )
+
+
+def _interval(change: Mapping[str, Any]) -> str:
+    low, high = _band(change)
+    return f"{float(change['mean']):+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def _band(change: Mapping[str, Any]) -> tuple[float, float]:

@@ -184,6 +184,9 @@ class Terminal(Callbacks):
         if "drift" in figures:
             parts.append(f"drift {figures['drift']:.2g}")
         say(self.console, f"held-out at step {step}: " + "; ".join(parts), wrap=True)
+        if step and (bins := figures.get("bins")):
+            parts = [f"{level} {_by_noise(one)}" for level, one in bins.items()]
+            say(self.console, "  by noise level: " + "; ".join(parts), "dim", wrap=True)
 
     def _eta(self, step: int, total: int) -> str:
         done = step - self._first_step
@@ -191,6 +194,12 @@ class Terminal(Callbacks):
             return ""
         left = (time.monotonic() - self._began) / done * (total - step)
         return f"  ETA {timedelta(seconds=round(left))}"
+
+
+def _by_noise(figures: Mapping[str, Any]) -> str:
+    """The changes at one noise level, without intervals."""
+    names = {"margin_change": "margin", "chosen_error_change": "chosen error"}
+    return ", ".join(f"{said} {figures[key]['mean']:+.4f}" for key, said in names.items() if key in figures)
 
 
 def _change(change: Mapping[str, float | None]) -> str:

@@ -17,6 +17,7 @@ from mapo_fast.models.diffusion import Diffusion
 from mapo_fast.models.open import open_sdxl
 from mapo_fast.run.evaluate import HeldOut, HeldOutErrors, compare, load_errors, paired_change, save_errors
 from mapo_fast.util.records import WrongFileError
+from mapo_fast.util.students_t import half_width
 from tests.training import make_cache
 
 
@@ -45,6 +46,24 @@ def test_errors_are_the_denoising_errors_at_fixed_draws(held_out: HeldOut, tiny_
         error = (predict(unet.eval(), inputs) - inputs.target).square().mean(dim=(1, 2, 3))
     assert found.chosen[index, draw] == pytest.approx(float(error[0]), rel=1e-5)
     assert found.rejected[index, draw] == pytest.approx(float(error[1]), rel=1e-5)
+
+
+def test_figures_of_each_noise_level() -> None:
+    """Nine draws: the noise levels have 2, 2, 2 and 3 of them, and the margin grows in the last alone."""
+    start = HeldOutErrors(torch.full((5, 9), 0.5), torch.full((5, 9), 0.6), [])
+    moved = start.rejected.clone()
+    moved[:, 6:] += torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])[:, None]
+    figures = compare(start._replace(rejected=moved, chosen=start.chosen - 0.25), start)
+    bins = figures["bins"]
+    assert list(bins) == ["0-22%", "22-44%", "44-67%", "67-100%"]
+    assert [round(one["margin_change"]["mean"], 5) for one in bins.values()] == [0.25, 0.25, 0.25, 3.25]
+    assert bins["67-100%"]["margin_change"]["high"] == pytest.approx(
+        3.25 + half_width(0.95, 4) * 2.5**0.5 / 5**0.5
+    )
+    assert [one["chosen_error_change"]["mean"] for one in bins.values()] == [-0.25] * 4
+    weights = [2 / 9, 2 / 9, 2 / 9, 3 / 9]
+    whole = sum(w * one["margin_change"]["mean"] for w, one in zip(weights, bins.values(), strict=True))
+    assert whole == pytest.approx(figures["margin_change"]["mean"])
 
 
 @pytest.mark.slow

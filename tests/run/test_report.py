@@ -41,7 +41,14 @@ def test_a_run_on_one_page(run: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "Step 4 of 4, finished" in page
-    for text in ("Chosen error, change", "Margin, change", "Saturation", "before</div>", "skipped: x"):
+    for text in (
+        "Chosen error, change",
+        "Margin, change",
+        "Saturation",
+        "By noise level",
+        "before</div>",
+        "skipped: x",
+    ):
         assert text.replace("before</div>", ", before") in page, text
     assert "<script" not in page
     assert str(run.parent) not in page
