@@ -6,8 +6,10 @@
 
 Runs `mapo_fast.demo.run.run_demo` into a temporary folder and appends a row for each: the figures of
 `report.json`, and versions, CPU and git commit. Exit code 1 when one misses the demo's acceptance: MaPO at
-least doubles the preferred share, is above the SFT control, and leaves the must-not-change score within 5
-points of its start. Other objectives run with their defaults and are not judged.
+least doubles the preferred share, is above the SFT control, leaves the must-not-change score within 5 points
+of its start, and does no harm: the chosen images' held-out error does not rise beyond its 95 % interval, and
+the trainer does not warn. Runs under plans, whose optimizers and lengths differ, need not keep the last one.
+Other objectives run with their defaults and are not judged.
 """
 
 from __future__ import annotations
@@ -32,19 +34,22 @@ OBJECTIVES = tuple(name for name in objective_names() if name != "sft")
 """Objectives of the demo runs, without the control."""
 FEWER = DemoSize(samples=96)
 """Samples per run: fewer than in the demo, because sampling takes most of the time."""
-STEPS = {"train.steps": 150}
-"""Steps with 8-bit states, where the margin grows more slowly than with the demo's own AdamW."""
+STEPS = {"train.steps": 150, "objective.beta": 0.1}
+"""Steps with 8-bit states, where the margin grows more slowly than with the demo's own AdamW; and the MaPO
+authors' β, with which models move more than with the demo's."""
 LORA = {"optim.lr": 1.5e-4}
 """Learning rate of a LoRA, which moves less than all weights do with the same rate."""
 NF4 = {"train.steps": 125}
 """Steps in nf4, where the start model differs and margins grow several times as fast (bench/LOG.md)."""
 
 
-def accepted(result: dict[str, Any]) -> bool:
-    """Whether a report meets the three conditions above."""
+def accepted(result: dict[str, Any], *, harmless: bool) -> bool:
+    """Whether a report meets the conditions above; `harmless`: the last one too."""
     share, same = result["preferred_share"], result["unchanged_score"]
     doubled = share["mapo"] >= 2 * share["before"]
-    return doubled and share["mapo"] > share["sft"] and abs(same["mapo"] - same["before"]) <= 0.05
+    good = doubled and share["mapo"] > share["sft"] and abs(same["mapo"] - same["before"]) <= 0.05
+    rise = result["held_out"]["mapo"]["chosen_error_change"]["low"]
+    return good and (not harmless or (rise <= 0 and not result["warnings"]["mapo"]))
 
 
 def of_plan(settings: dict[str, Any]) -> list[str]:
@@ -101,7 +106,7 @@ def main() -> int:
         fired = {model: [one["step"] for one in found] for model, found in result["warnings"].items()}
         row = {"bench": "demo", **job.fields, **result, "warnings": fired}
         if job.objective == "mapo":
-            row["accepted"] = accepted(result)
+            row["accepted"] = accepted(result, harmless=job.file == "demo")
         row["environment"] = environment()
         with (RESULTS / f"{job.file}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

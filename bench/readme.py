@@ -34,18 +34,23 @@ def demo() -> str:
     newest = {row["seed"]: row for row in _rows("demo")}
     lines = [
         "| seed | preferred share: before | SFT | **MaPO** "
-        "| must not change: before | SFT | **MaPO** | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| must not change: before | SFT | **MaPO** | chosen error, held out: change | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for seed, row in sorted(newest.items()):
         share, same = row["preferred_share"], row["unchanged_score"]
         lines.append(
             f"| {seed} | {share['before']:.2f} | {share['sft']:.2f} | **{share['mapo']:.2f}** "
-            f"| {same['before']:.2f} | {same['sft']:.2f} | **{same['mapo']:.2f}** | {row['seconds']:.0f} |"
+            f"| {same['before']:.2f} | {same['sft']:.2f} | **{same['mapo']:.2f}** "
+            f"| {_interval(row['held_out']['mapo']['chosen_error_change'])} | {row['seconds']:.0f} |"
         )
     machine = next(iter(newest.values()))["environment"]
     lines += ["", f"(CPU: {machine['cpu']}, torch threads: {machine['threads']}.)"]
     return "\n".join(lines)
+
+
+def _interval(change: dict[str, float]) -> str:
+    return f"{change['mean']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"
 
 
 def objectives() -> str:

@@ -204,6 +204,7 @@ def export(
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="`auto`, `fp16`, `bf16` or `fp32`.")] = "auto",
     step: Annotated[int | None, typer.Option("--step", help="Of a run: take this checkpoint.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Of a run: take its best step (train.best).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing --out.")] = False,
     no_metadata: Annotated[
         bool, typer.Option("--no-metadata", help="Write no metadata into the file.")
@@ -223,6 +224,7 @@ def export(
         merge=merge,
         dtype=dtype,
         step=step,
+        best=best,
         force=force,
         with_metadata=not no_metadata,
         callbacks=Terminal(),

@@ -175,6 +175,7 @@ def _run_demo(
         "seconds": 0.0,
         "seconds_by_stage": stages,
         "seed": seed,
+        "held_out": {model: _held_out(out / model) for model in ("sft", objective)},
         "warnings": {model: _warnings(out / model) for model in ("sft", objective)},
         "settings": asdict(size)
         | {
@@ -226,7 +227,8 @@ def _configs(
 def _write_config(out: Path, objective: str, seed: int, size: DemoSize, overrides: Sequence[str]) -> Path:
     path = out / f"config_{objective}.toml"
     comments = {
-        "mapo": '\nform = "code"          # as in the MaPO authors\' released code\nbeta = 0.1\nsnr = 0.5',
+        "mapo": '\nform = "code"          # as in the MaPO authors\' released code\nsnr = 0.5\n'
+        "beta = 0.02            # theirs is 0.1: here the chosen images' error would rise with it",
         "sft": "           # the chosen image's denoising error alone",
     }
     paired = ObjectiveConfig(name=objective).known.samples == "pair"
@@ -309,6 +311,12 @@ def _figures(cells: report.Cells, prompts: dict[str, score.Prompts]) -> dict[str
             model: score.colour_shares(samples.readings) for model, samples in cells["preference"].items()
         },
     }
+
+
+def _held_out(run: Path) -> dict[str, Any]:
+    """The last held-out changes of a run by name, with their 95 % intervals; empty without held-out pairs."""
+    entries = [one for one in read_log(run / "log.jsonl") if one["event"] == "evaluation"]
+    return {key: value for key, value in (entries[-1] if entries else {}).items() if key.endswith("_change")}
 
 
 def _warnings(run: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.save import save_folder, save_single_file
 from mapo_fast.models.single_file import metadata, not_carried_over
 from mapo_fast.models.stored import Loaded, whole
+from mapo_fast.run.best import FOLDER as BEST
 from mapo_fast.run.export import DTYPES
 from mapo_fast.run.folder import RECORD, read_run
 from mapo_fast.run.metadata import lora_metadata_of, metadata_of
@@ -65,6 +66,7 @@ def convert(
     merge: float | None = None,
     dtype: str = "auto",
     step: int | None = None,
+    best: bool = False,
     force: bool = False,
     with_metadata: bool = True,
     callbacks: Callbacks | None = None,
@@ -84,6 +86,7 @@ def convert(
         dtype: type of the weights, a key of `export.DTYPES`; `auto` keeps that of a single file and takes
             fp16 for a folder's in a single file. A LoRA's factors are written as they are.
         step: step of a run's checkpoint to export, instead of the result or the newest checkpoint.
+        best: export a run's best step instead (`train.best`).
         force: replace an existing file or folder at `out`.
         with_metadata: whether a file gets metadata that describe it.
         callbacks: called with a line that names the written file.
@@ -99,9 +102,11 @@ def convert(
         raise UserError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
     if tokenizers is not None and to != "diffusers":
         raise UserError(f"--tokenizers: --to {to} writes no tokenizers; leave it out")
+    if best and step is not None:
+        raise UserError(f"--step {step} and --best name two steps: leave one out")
     _check_target(source, to, out, force)
     callbacks = callbacks or Callbacks()
-    found = _open(source, base, tokenizers, step)
+    found = _open(source, base, tokenizers, step, best)
     if isinstance(found, _Adapter) and to in _OF_LORAS:
         _write_lora(found, to, out, dtype, merge, with_metadata)
     else:
@@ -118,13 +123,17 @@ def convert(
     callbacks.message(f"wrote {out}")
 
 
-def open_result(run: Path) -> Pipeline:
+def open_result(run: Path, *, best: bool = False) -> Pipeline:
     """The start model of a run with the run's result in it, or with its newest checkpoint.
+
+    Args:
+        run: the run's folder.
+        best: take its best step instead.
 
     Raises:
         UserError: there is no result yet, or the start model is no longer where the run found it.
     """
-    found = _run(run, None, None, None)
+    found = _run(run, None, None, None, best)
     if isinstance(found, _Adapter):
         assert found.base is not None
         return with_lora(found.base, found.lora, 1.0)
@@ -135,11 +144,14 @@ def open_result(run: Path) -> Pipeline:
     return replace(found.model, parts={**found.model.parts, "unet": unet})
 
 
-def _open(source: Path, base: Path | None, tokenizers: Path | None, step: int | None) -> _Source | _Adapter:
+def _open(
+    source: Path, base: Path | None, tokenizers: Path | None, step: int | None, best: bool
+) -> _Source | _Adapter:
     if (source / RECORD).is_file():
-        return _run(source, base, tokenizers, step)
-    if step is not None:
-        raise UserError(f"--step {step}: {source} is not a run; leave it out")
+        return _run(source, base, tokenizers, step, best)
+    if step is not None or best:
+        option = "--best" if best else f"--step {step}"
+        raise UserError(f"{option}: {source} is not a run; leave it out")
     if is_lora(source):
         opened = None if base is None else open_sdxl(base, tokenizers=tokenizers)
         parts = sdxl_parts() if opened is None else opened.parts
@@ -184,9 +196,13 @@ def _write_lora(
         save_peft(found.lora, out)
 
 
-def _run(source: Path, base: Path | None, tokenizers: Path | None, step: int | None) -> _Source | _Adapter:
+def _run(
+    source: Path, base: Path | None, tokenizers: Path | None, step: int | None, best: bool
+) -> _Source | _Adapter:
     record = read_run(source)
     assert record is not None
+    if best:
+        step = _best_step(source, record.run)
     config = _config(source, record.config)
     others = {name: path for name, path in (("path", base), ("tokenizers", tokenizers)) if path is not None}
     config = config.model_copy(update={"model": config.model.model_copy(update=others)})
@@ -249,16 +265,26 @@ def _trained(source: Path, run: str, step: int | None) -> Loaded:
 
 
 def _checkpoint(source: Path, run: str, step: int | None) -> Checkpoint:
-    """A run's checkpoint of a step, or the newest one.
+    """A run's checkpoint of a step, which may be the best one, or the newest.
 
     Raises:
         UserError: the checkpoint is missing or cannot be used.
     """
+    best = CheckpointStore(source / BEST, 1, run)
+    if step is not None and step in (number for number, _ in best.found()):
+        return best.at(step)
     store = CheckpointStore(source / "checkpoints", 1, run)
     checkpoint = store.newest() if step is None else store.at(step)
     if checkpoint is None:
         raise UserError(f"{source} has no result and no checkpoint yet: train it first")
     return checkpoint
+
+
+def _best_step(source: Path, run: str) -> int:
+    kept = CheckpointStore(source / BEST, 1, run).newest()
+    if kept is None:
+        raise UserError(f"{source} has no best step (train.best): leave --best out, or name a --step")
+    return kept.step
 
 
 def _check_target(source: Path, to: str, out: Path, force: bool) -> None:

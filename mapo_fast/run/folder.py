@@ -41,6 +41,8 @@ class FitResult:
     """Step of the checkpoint to resume from; None before the first step."""
     signal: int = field(default=0, compare=False)
     """Number of the signal that stopped the run; 0 without one."""
+    best_step: int | None = field(default=None, compare=False)
+    """The best step by the held-out pairs (`train.best`), in `best/`; None where there is none."""
     model: Path | None = field(default=None, compare=False)
     """Folder of the result, for `UNet2DConditionModel.from_pretrained` or, with a LoRA,
     `pipe.load_lora_weights`; None before the end."""

@@ -13,6 +13,7 @@ from mapo_fast.data.cache import PairCache
 from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.processes import Processes
 from mapo_fast.models.diffusion import Diffusion
+from mapo_fast.run.best import Best
 from mapo_fast.run.evaluate import HeldOut, HeldOutErrors, compare, start_errors
 from mapo_fast.run.log import RunLog
 from mapo_fast.run.preview import Previews
@@ -59,6 +60,9 @@ class Looks:
             device=device,
             processes=processes,
         )
+        self.best = Best(config, self.held_out)
+        self.keep: Callable[[int, dict[str, Any]], None] = lambda step, about: None
+        """Called by all processes together with a step that is the best so far, and what to keep of it."""
         self.start: HeldOutErrors | None = None
         """The start model's held-out errors; None where no pair is held out."""
 
@@ -116,6 +120,8 @@ class Looks:
             log.evaluation(step, compare(errors, start))
 
         self.processes.once(report)
+        if step and (about := self.best.take(step, errors, start)) is not None:
+            self.keep(step, about)
 
     def _preview(self, step: int, log: RunLog | None, context: AbstractContextManager[None]) -> None:
         def write() -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from mapo_fast.run.folder import FitResult
 from mapo_fast.settings.places import result_name
 from mapo_fast.settings.schema import Config
+from mapo_fast.util.console import command_line
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import atomic_path, disk_errors, sha256_file
 
@@ -57,6 +58,12 @@ def deliver(config: Config, result: FitResult, copy_to: Path | None) -> Iterator
         yield f"diffusers: pipe.load_lora_weights({path!r})"
     else:
         yield f"diffusers: UNet2DConditionModel.from_pretrained({path!r})"
+    if result.best_step == result.step:
+        yield f"the last step, {result.step}, is the best one by the held-out pairs"
+    elif result.best_step is not None:
+        words = ["mapo-fast", "export", str(result.output), "--best", "--to"]
+        words += ["kohya" if is_lora else "single-file", "--out", f"{name}-best.safetensors"]
+        yield f"step {result.best_step} is the best one by the held-out pairs: {command_line(words)}"
 
 
 def _put(made: Path, file: Path) -> None:

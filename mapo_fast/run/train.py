@@ -227,6 +227,7 @@ def _claim_and_run(
         held.enter_context(trainer.stop)
         try:
             notes += found + trainer.looks.measure_start(output / START, run)
+            notes += filter(None, [trainer.looks.best.note])
             if config.reference == "precomputed":
                 precompute(trainer, run, identity, callbacks)
                 assert trainer.feed.reference is not None

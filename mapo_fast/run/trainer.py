@@ -41,11 +41,11 @@ from mapo_fast.run.log import RunLog
 from mapo_fast.run.looks import Looks, is_due
 from mapo_fast.run.metrics import Metrics, peak_memory_mib
 from mapo_fast.run.preview import Previews
+from mapo_fast.run.state import keep_best, restore_state, saved_state
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.signals import Interrupted, StopNow, StopRequest
-from mapo_fast.util.tensorparts import whole
 
 
 class Trainer:
@@ -99,13 +99,14 @@ class Trainer:
             Interrupted: a second signal; the text says what is saved.
             Exception: any other error. The last finished step is saved first, if possible.
         """
+        self.looks.keep = partial(keep_best, self)
         try:
             finished = self._to_the_end(log, folder)
             if finished:
                 if problem := mostly_skipped(self.optimizer, self.step, self.store):
                     self._judged = True
                     raise self.processes.failed(problem)
-                tensors = self._model_tensors()
+                tensors = self.model_tensors()
                 notes = export(self.config, self.unet, tensors, folder, self.cache, self.processes)
                 if log is not None:
                     for note in notes:
@@ -125,7 +126,8 @@ class Trainer:
         number, skipped = int(self.processes.largest(self.stop.number)), int(self.optimizer.skipped)
         output, kind = self.config.train.output, "lora" if self.config.adapter.kind == "lora" else "unet"
         made = output / kind if finished else None
-        return FitResult(output, step, finished, skipped, self.saved_step, number, made)
+        best = self.looks.best.step or None
+        return FitResult(output, step, finished, skipped, self.saved_step, number, best, made)
 
     def _to_the_end(self, log: RunLog | None, folder: Pipeline) -> bool:
         """Take the remaining steps; returns False if a signal stopped the run before the last one."""
@@ -136,17 +138,26 @@ class Trainer:
             self.metrics.restart_clock()
             with read_ahead(source, self.device, prefetch=prefetch) as micro_batches:
                 self._loop(micro_batches, log, folder)
+            if self.looks.best.exhausted:
+                self._save_stopped()
+                self.looks.take(self.step, log, always=True, again=True)
+                if log is not None:
+                    log.warning(self.step, self.looks.best.ending)
         except StopNow:
-            if self.step and self.saved_step != self.step:
-                if not self.healthy():
-                    raise self.processes.failed(self._diverged(f"stopped at step {self.step}")) from None
-                self.save()
+            self._save_stopped()
             return False
         return True
 
+    def _save_stopped(self) -> None:
+        """Save the last step of a run that ends before its end."""
+        if self.step and self.saved_step != self.step:
+            if not self.healthy():
+                raise self.processes.failed(self._diverged(f"stopped at step {self.step}")) from None
+            self.save()
+
     def _loop(self, micro_batches: Iterator[MicroBatch], log: RunLog | None, folder: Pipeline) -> None:
         config = self.config.train
-        while self.step < config.steps:
+        while self.step < config.steps and not self.looks.best.exhausted:
             self.metrics.add_step(self._step(micro_batches))
             stopping = self.processes.any(self.stop.requested)
             if log is not None:
@@ -258,22 +269,18 @@ class Trainer:
         known = self.feed.finite_input
         inputs = None if known is None else PairInputs(*(t.to(self.device) for t in known))
         with self.precision.context(self.device):
-            healthy = is_healthy(self._model_tensors().values(), self.unet, inputs)
+            healthy = is_healthy(self.model_tensors().values(), self.unet, inputs)
         return not self.processes.any(not healthy)
 
-    def _model_tensors(self) -> dict[str, Tensor]:
+    def model_tensors(self) -> dict[str, Tensor]:
+        """The trained tensors by name; parts of them where the model is split."""
         if self.config.adapter.kind == "lora":
             return lora_state_dict(self.unet)
         return self.engine.parts.state_dict()
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
-        tensors, state = self.optimizer.state()
-        state |= {"seed": self.config.train.seed, "metrics": self.metrics.state()}
-        if self.engine.baseline is not None:
-            state["baseline"] = self.engine.baseline.state()
-        keep = self.processes.main
-        files = {"model": whole(self._model_tensors(), keep=keep), "optimizer": whole(tensors, keep=keep)}
+        files, state = saved_state(self)
         about = about_checkpoint(self.config, self.step)
         self._tried = self.step
         self.processes.once(lambda: self.store.save(self.step, files, state, about))
@@ -290,11 +297,5 @@ class Trainer:
             raise UserError(
                 f"train.steps = {steps}, but {checkpoint.path} is already at step {checkpoint.step}"
             )
-        checkpoint.copy_into("model", self._model_tensors())
-        if self.engine.parts.weights is not None:
-            self.engine.parts.weights.reload()
-        self.optimizer.restore(checkpoint.views("optimizer"), checkpoint.state)
-        self.metrics.restore(checkpoint.state["metrics"])
-        if self.engine.baseline is not None:
-            self.engine.baseline.restore(checkpoint.state["baseline"])
+        restore_state(self, checkpoint)
         self.step = self.saved_step = checkpoint.step

@@ -33,6 +33,7 @@ from mapo_fast.models.sampling import Sampling
 from mapo_fast.models.schedulers import Method, scheduler
 from mapo_fast.models.vae import decode_bytes, use_tiles
 from mapo_fast.planner.stages import FP32, vae_of
+from mapo_fast.run.best import FOLDER as BEST
 from mapo_fast.run.convert import open_result
 from mapo_fast.run.folder import RECORD, remove_leftovers
 from mapo_fast.run.preview_files import words
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 
 def open_for_sampling(path: Path, loras: Sequence[Lora] = ()) -> Pipeline:
-    """A model: a single file, a pipeline folder, or a run's folder (its result in its start model).
+    """A model: a single file, a pipeline folder, a run (its result in its start model), or its `best/`.
 
     Args:
         path: of the model.
@@ -60,6 +61,8 @@ def open_for_sampling(path: Path, loras: Sequence[Lora] = ()) -> Pipeline:
     """
     if (path / RECORD).is_file():
         return with_loras(open_result(path), loras)
+    if path.name == BEST and (path.parent / RECORD).is_file():
+        return with_loras(open_result(path.parent, best=True), loras)
     try:
         model = open_sdxl(path)
     except UserError as error:

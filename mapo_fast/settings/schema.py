@@ -353,6 +353,15 @@ class TrainConfig(Section):
     """Most held-out pairs used. Two predictions of each stay in memory, 0.5 MiB at 1024²."""
     evaluate_draws: int = setting(8, affects="arithmetic", ge=8, le=1000)
     """Stratified timesteps per held-out pair, each with a fixed noise. A schedule has 1000 of them."""
+    best: bool = setting(True, affects="bookkeeping")
+    """Keep the best step by the held-out pairs in `best/`: the one with the largest gain of the margin before
+    the chosen images' error has risen beyond `best_tolerance`. Off, with a note, where fewer than 7 prompts
+    are held out."""
+    best_tolerance: float = setting(0.1, affects="bookkeeping", ge=0.0, le=1.0)
+    """Largest rise of the chosen images' held-out error that a best step may have, as a share of the start
+    model's: the upper end of its 95 % interval over prompts counts."""
+    patience: int = setting(0, affects="execution", ge=0, le=_EVERY)
+    """End the run after so many held-out evaluations without a better best step; 0: never."""
     max_skipped_steps: int = setting(10, affects="bookkeeping", ge=0, le=_EVERY)
     """More non-finite steps in a row than this stop the run; each one is skipped and counted. Whatever it is,
     a run that skipped more than half of all its steps keeps its checkpoint, writes no result and ends with

@@ -1,0 +1,137 @@
+"""The best step of a run by its held-out pairs, kept in `best/` beside the checkpoints.
+
+The loss of pairs can fall, and their margin grow, while images get worse: the rejected images' error is
+pushed up, and the chosen ones' follows. So a step counts only if the chosen images' error has not risen from
+the start: the upper end of the 95 % interval of its change must be at most `train.best_tolerance` of the
+start model's error. Of these steps the one with the largest mean gain of the margin is kept. Once the error
+has risen beyond the tolerance for certain (its interval is above 0), no later step counts: the error may fall
+again while images go on getting worse (bench/LOG.md).
+
+The interval is Student's over prompts, since pairs of one prompt are not independent. It is as wide as twice
+the spread over prompts, or wider, below `FEWEST` prompts, and then says too little to choose by.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mapo_fast.run.evaluate import HeldOut, HeldOutErrors, PairedChange, paired_change
+from mapo_fast.settings.schema import Config
+from mapo_fast.util.checkpoint import CheckpointStore
+from mapo_fast.util.students_t import half_width
+
+FOLDER = "best"
+FEWEST = next(n for n in count(2) if half_width(0.95, n - 1) / math.sqrt(n) < 1)
+"""Fewest held-out prompts to choose by: the first number of them, 7, at which the interval reaches less than
+one standard deviation over prompts to each side."""
+
+
+class Verdict(NamedTuple):
+    """A step by the rule; changes are from the start model, over prompts."""
+
+    gain: PairedChange
+    """Of the margin."""
+    rise: PairedChange
+    """Of the chosen images' error, as a share of the start model's."""
+    allowed: bool
+    """Whether the rise is within the tolerance, and the margin has grown."""
+    risen: bool
+    """Whether the error has risen for certain, and may have risen beyond the tolerance."""
+
+
+def judge(now: HeldOutErrors, start: HeldOutErrors, prompts: Tensor, tolerance: float) -> Verdict:
+    """Apply the rule to one evaluation.
+
+    Args:
+        now: errors of the model as it is.
+        start: errors of the start model.
+        prompts: (pairs,) int64, the number of each pair's prompt.
+        tolerance: largest rise, as a share of the start model's chosen error.
+    """
+    begun = float(start.chosen.double().mean())
+    margins = [_by_prompt((one.rejected - one.chosen).double().mean(dim=1), prompts) for one in (now, start)]
+    chosen = [_by_prompt(one.chosen.double().mean(dim=1) / begun, prompts) for one in (now, start)]
+    gain, rise = paired_change(*margins), paired_change(*chosen)
+    if rise.low is None or rise.high is None:
+        return Verdict(gain, rise, allowed=False, risen=False)
+    within = rise.high <= tolerance
+    return Verdict(gain, rise, allowed=within and gain.mean > 0, risen=rise.low > 0 and not within)
+
+
+def _by_prompt(values: Tensor, prompts: Tensor) -> Tensor:
+    """Means of (pairs,) values over the pairs of each prompt."""
+    sums = torch.zeros(int(prompts.max()) + 1, dtype=values.dtype)
+    ones = torch.ones_like(values)
+    return sums.index_add(0, prompts, values) / sums.index_add(0, prompts, ones)
+
+
+class Best:
+    """The best step so far, the same in all processes."""
+
+    def __init__(self, config: Config, held_out: HeldOut) -> None:
+        """Begin without a best step.
+
+        Args:
+            config: the run's settings.
+            held_out: the pairs to judge by.
+        """
+        self.config = config
+        self.store = CheckpointStore(config.train.output / FOLDER, 1)
+        self.gain, self.step, self.since, self.risen = 0.0, 0, 0, False
+        """The best step's gain, its number (0: none yet), the evaluations since then, and whether one of all
+        found that the chosen error had risen."""
+        prompts = [row.prompt for row in held_out.cache.rows(held_out.pairs)] if config.train.best else []
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        self.prompts = torch.tensor([numbers[prompt] for prompt in prompts], dtype=torch.int64)
+        self.on = config.train.best and held_out.cache.paired and len(numbers) >= FEWEST
+        self.note = ""
+        """Why there will be no best step, where one is asked for."""
+        if config.train.best and not self.on:
+            why = f"{len(numbers)} prompts are held out, and below {FEWEST} an interval says too little"
+            self.note = (
+                f"no best step is kept: {why if held_out.cache.paired else 'single images have no margin'}. "
+                "Compare the result with its start by eye: mapo-fast evaluate --blind (docs/evaluation.md)"
+            )
+
+    def take(self, step: int, now: HeldOutErrors, start: HeldOutErrors) -> dict[str, Any] | None:
+        """Judge an evaluation; what to keep of the step where it is the best so far, else None."""
+        if not self.on:
+            return None
+        tolerance = self.config.train.best_tolerance
+        verdict = judge(now, start, self.prompts, tolerance)
+        self.risen = self.risen or verdict.risen
+        if self.risen or not verdict.allowed or verdict.gain.mean <= self.gain:
+            self.since += 1
+            return None
+        self.gain, self.step, self.since = verdict.gain.mean, step, 0
+        reason = (
+            f"the largest gain of the margin, {verdict.gain.mean:+.4f}, among the evaluations at which the "
+            f"chosen images' error has risen by at most {tolerance:.0%} of the start's; here by "
+            f"{verdict.rise.mean:+.1%}, upper 95 % bound {verdict.rise.high:+.1%}"
+        )
+        return {"reason": reason, "margin_change": verdict.gain._asdict(), "rise": verdict.rise._asdict()}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the run is to end: `train.patience` evaluations have brought no better step."""
+        return 0 < self.config.train.patience <= self.since
+
+    @property
+    def ending(self) -> str:
+        """Why the run ends early."""
+        best = f"step {self.step} stays the best one" if self.step else "no step was good enough"
+        return f"the run ends here: {self.since} evaluations without a better step (train.patience); {best}"
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"gain": self.gain, "step": self.step, "since": self.since, "risen": self.risen}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave; empty for a run that began without it."""
+        self.gain, self.step = float(state.get("gain", 0.0)), int(state.get("step", 0))
+        self.since, self.risen = int(state.get("since", 0)), bool(state.get("risen", False))
