@@ -83,9 +83,11 @@ def make_config(model: Path, cache: Path, output: Path, /, **sections: dict[str,
     return parse_config(settings(model, cache, output, **sections))
 
 
-def make_cache(model: Path, folder: Path, *, labelled: bool = False, paired: bool = True) -> Path:
+def make_cache(
+    model: Path, folder: Path, *, labelled: bool = False, paired: bool = True, held_out: float = 0.2
+) -> Path:
     """Pairs, or single images, and their cache under `folder`; returns the cache."""
     source = make_pairs(folder / "pairs", labelled=labelled) if paired else make_images(folder / "images")
-    config = make_config(model, folder / "cache", folder / "unused", data={"source": str(source)})
-    prepare(config)
+    data = {"source": str(source), "held_out": held_out}
+    prepare(make_config(model, folder / "cache", folder / "unused", data=data))
     return folder / "cache"

@@ -3,9 +3,9 @@
 The loss of pairs can fall, and their margin grow, while images get worse: the rejected images' error is
 pushed up, and the chosen ones' follows. So a step counts only if the chosen images' error has not risen from
 the start: the upper end of the 95 % interval of its change must be at most `train.best_tolerance` of the
-start model's error. Of these steps the one with the largest mean gain of the margin is kept. Once the error
-has risen beyond the tolerance for certain (its interval is above 0), no later step counts: the error may fall
-again while images go on getting worse (bench/LOG.md).
+start model's error. Of these steps the one with the largest gain of the preference accuracy is kept, the
+earliest where several have it: margin beyond what ranks a pair right is no gain, and goes on growing while
+prompts that should not change do (bench/LOG.md).
 
 The interval is Student's over prompts, since pairs of one prompt are not independent. It is as wide as twice
 the spread over prompts, or wider, below `FEWEST` prompts, and then says too little to choose by.
@@ -14,13 +14,14 @@ the spread over prompts, or wider, below `FEWEST` prompts, and then says too lit
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mapo_fast.run.evaluate import HeldOut, HeldOutErrors, PairedChange, paired_change
+from mapo_fast.run.evaluate import HeldOut, HeldOutErrors, PairedChange, accuracy, margin, paired_change
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.checkpoint import CheckpointStore
 from mapo_fast.util.students_t import half_width
@@ -31,17 +32,19 @@ FEWEST = next(n for n in count(2) if half_width(0.95, n - 1) / math.sqrt(n) < 1)
 one standard deviation over prompts to each side."""
 
 
+_CHANGES = ("gain", "margin", "rise")
+
+
 class Verdict(NamedTuple):
     """A step by the rule; changes are from the start model, over prompts."""
 
     gain: PairedChange
-    """Of the margin."""
+    """Of the preference accuracy."""
+    margin: PairedChange
     rise: PairedChange
     """Of the chosen images' error, as a share of the start model's."""
     allowed: bool
-    """Whether the rise is within the tolerance, and the margin has grown."""
-    risen: bool
-    """Whether the error has risen for certain, and may have risen beyond the tolerance."""
+    """Whether the rise is within the tolerance."""
 
 
 def judge(now: HeldOutErrors, start: HeldOutErrors, prompts: Tensor, tolerance: float) -> Verdict:
@@ -54,13 +57,13 @@ def judge(now: HeldOutErrors, start: HeldOutErrors, prompts: Tensor, tolerance: 
         tolerance: largest rise, as a share of the start model's chosen error.
     """
     begun = float(start.chosen.double().mean())
-    margins = [_by_prompt((one.rejected - one.chosen).double().mean(dim=1), prompts) for one in (now, start)]
-    chosen = [_by_prompt(one.chosen.double().mean(dim=1) / begun, prompts) for one in (now, start)]
-    gain, rise = paired_change(*margins), paired_change(*chosen)
-    if rise.low is None or rise.high is None:
-        return Verdict(gain, rise, allowed=False, risen=False)
-    within = rise.high <= tolerance
-    return Verdict(gain, rise, allowed=within and gain.mean > 0, risen=rise.low > 0 and not within)
+
+    def change(figure: Callable[[HeldOutErrors], Tensor]) -> PairedChange:
+        return paired_change(_by_prompt(figure(now), prompts), _by_prompt(figure(start), prompts))
+
+    rise = change(lambda one: one.chosen.double().mean(dim=1) / begun)
+    allowed = rise.high is not None and rise.high <= tolerance
+    return Verdict(change(accuracy), change(margin), rise, allowed)
 
 
 def _by_prompt(values: Tensor, prompts: Tensor) -> Tensor:
@@ -82,16 +85,16 @@ class Best:
         """
         self.config = config
         self.store = CheckpointStore(config.train.output / FOLDER, 1)
-        self.gain, self.step, self.since, self.risen = 0.0, 0, 0, False
-        """The best step's gain, its number (0: none yet), the evaluations since then, and whether one of all
-        found that the chosen error had risen."""
-        prompts = [row.prompt for row in held_out.cache.rows(held_out.pairs)] if config.train.best else []
+        self.gain, self.step, self.since = 0.0, 0, 0
+        """The best step's gain, its number (0: none yet), and the evaluations since then."""
+        wanted = config.train.best and config.train.evaluate_every > 0 and bool(held_out.pairs)
+        prompts = [row.prompt for row in held_out.cache.rows(held_out.pairs)] if wanted else []
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
         self.prompts = torch.tensor([numbers[prompt] for prompt in prompts], dtype=torch.int64)
-        self.on = config.train.best and held_out.cache.paired and len(numbers) >= FEWEST
+        self.on = held_out.cache.paired and len(numbers) >= FEWEST
         self.note = ""
         """Why there will be no best step, where one is asked for."""
-        if config.train.best and not self.on:
+        if wanted and not self.on:
             why = f"{len(numbers)} prompts are held out, and below {FEWEST} an interval says too little"
             self.note = (
                 f"no best step is kept: {why if held_out.cache.paired else 'single images have no margin'}. "
@@ -104,17 +107,17 @@ class Best:
             return None
         tolerance = self.config.train.best_tolerance
         verdict = judge(now, start, self.prompts, tolerance)
-        self.risen = self.risen or verdict.risen
-        if self.risen or not verdict.allowed or verdict.gain.mean <= self.gain:
+        if not verdict.allowed or not verdict.gain.mean > self.gain:
             self.since += 1
             return None
         self.gain, self.step, self.since = verdict.gain.mean, step, 0
         reason = (
-            f"the largest gain of the margin, {verdict.gain.mean:+.4f}, among the evaluations at which the "
-            f"chosen images' error has risen by at most {tolerance:.0%} of the start's; here by "
-            f"{verdict.rise.mean:+.1%}, upper 95 % bound {verdict.rise.high:+.1%}"
+            f"the largest gain of the preference accuracy, {verdict.gain.mean:+.3f}, among the evaluations "
+            f"at which the chosen images' error has risen by at most {tolerance:.0%} of the start's; here by "
+            f"{verdict.rise.mean:+.1%}, upper 95 % bound {verdict.rise.high:+.1%}; the margin has changed by "
+            f"{verdict.margin.mean:+.4f}"
         )
-        return {"reason": reason, "margin_change": verdict.gain._asdict(), "rise": verdict.rise._asdict()}
+        return {"reason": reason, **{name: getattr(verdict, name)._asdict() for name in _CHANGES}}
 
     @property
     def exhausted(self) -> bool:
@@ -129,9 +132,9 @@ class Best:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        return {"gain": self.gain, "step": self.step, "since": self.since, "risen": self.risen}
+        return {"gain": self.gain, "step": self.step, "since": self.since}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave; empty for a run that began without it."""
         self.gain, self.step = float(state.get("gain", 0.0)), int(state.get("step", 0))
-        self.since, self.risen = int(state.get("since", 0)), bool(state.get("risen", False))
+        self.since = int(state.get("since", 0))

@@ -202,12 +202,12 @@ def _changes(now: HeldOutErrors, start: HeldOutErrors) -> dict[str, Any]:
     """The figures of some draws, each with its change and the interval of that."""
     figures: dict[str, Any] = {}
     if now.paired:
-        accuracy, before = _accuracy(now), _accuracy(start)
+        right, before = accuracy(now), accuracy(start)
         figures |= {
-            "accuracy": float(accuracy.mean()),
+            "accuracy": float(right.mean()),
             "accuracy_start": float(before.mean()),
-            "accuracy_change": paired_change(accuracy, before)._asdict(),
-            "margin_change": paired_change(_margin(now), _margin(start))._asdict(),
+            "accuracy_change": paired_change(right, before)._asdict(),
+            "margin_change": paired_change(margin(now), margin(start))._asdict(),
         }
     for name in ("chosen",) if now.paired else ("chosen", "rejected"):
         one, other = getattr(now, name), getattr(start, name)
@@ -217,14 +217,18 @@ def _changes(now: HeldOutErrors, start: HeldOutErrors) -> dict[str, Any]:
     return figures
 
 
-def _accuracy(errors: HeldOutErrors) -> Tensor:
-    """Each pair's share of draws whose chosen image has the smaller error; NaN where one is not finite."""
+def accuracy(errors: HeldOutErrors) -> Tensor:
+    """Preference accuracy of each pair, (pairs,) fp64: its share of draws that rank it right.
+
+    NaN where an error is not finite.
+    """
     finite = torch.isfinite(errors.chosen) & torch.isfinite(errors.rejected)
     correct = (errors.chosen < errors.rejected).double()
     return torch.where(finite, correct, float("nan")).mean(dim=1)
 
 
-def _margin(errors: HeldOutErrors) -> Tensor:
+def margin(errors: HeldOutErrors) -> Tensor:
+    """Mean of rejected − chosen error of each pair, (pairs,) fp64."""
     return (errors.rejected - errors.chosen).double().mean(dim=1)
 
 

@@ -91,8 +91,9 @@ class RunLog:
             self._file: BinaryIO = path.open("ab", buffering=0)
         self._path = path
         self._last_step = start_step
-        self.evaluated = any(e["event"] == "evaluation" and e["step"] == start_step for e in kept)
-        """Whether the step that the log starts from has been evaluated."""
+        evaluated = [int(e["step"]) for e in kept if e["event"] == "evaluation"]
+        self.evaluated = max(evaluated, default=-1)
+        """The newest step that has been evaluated; −1 for none."""
         self._training = False
         self._monitor = Monitor(self._warn, earlier)
         self._replaying = True
@@ -126,6 +127,7 @@ class RunLog:
     def evaluation(self, step: int, figures: Mapping[str, Any]) -> None:
         """Log a held-out evaluation: the (nested) dict of `evaluate.compare`."""
         self._write("evaluation", step, figures)
+        self.evaluated = step
         self._scalars("held_out", step, figures, flush=True)
         self._callbacks.evaluation(step, figures)
         self._monitor.evaluation(step, figures)

@@ -107,7 +107,7 @@ class Looks:
 
     def _done(self, step: int, log: RunLog | None) -> tuple[bool, bool]:
         """Whether an earlier session has evaluated this step, and written its previews."""
-        evaluated = log is not None and log.evaluated
+        evaluated = log is not None and log.evaluated == step
         return evaluated, self.previews is not None and self.previews.complete(step)
 
     def _evaluate(self, step: int, log: RunLog | None, context: AbstractContextManager[None]) -> None:
