@@ -219,9 +219,14 @@ def _configs(
         raise UserError(f"--set {fixed[0]}: use --out and --objective")
     own = [override for override in overrides if not override.strip().startswith("objective.")]
     return {
-        name: load_config(_write_config(out, name, seed, size, sets), sets)
+        name: demo_config(out, name, seed, size, sets)
         for name, sets in ((objective, list(overrides)), ("sft", own))
     }
+
+
+def demo_config(out: Path, objective: str, seed: int, size: DemoSize, overrides: Sequence[str]) -> Config:
+    """Write one of the demo's config files into `out`, and read it."""
+    return load_config(_write_config(out, objective, seed, size, overrides), overrides)
 
 
 def _write_config(out: Path, objective: str, seed: int, size: DemoSize, overrides: Sequence[str]) -> Path:

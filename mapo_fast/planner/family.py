@@ -273,18 +273,27 @@ class Family:
         seconds += max(made.backward, backward_in / rates.fetch, stored / rates.store)
         pinned = lasting.weights + lasting.states + moved
         device = {**lasting.device, "activations and gradients": made.peak, **self._graphs(made.peak)}
+        average = self._average(self.traces[default])
         return Plan(
             {**settings, BLOCKS: blocks, **self.changes},
             device,
             sum(device.values()),
             sum(device.values()) + self._overhead(default),
             pinned,
-            highest(pinned, self._loaded()),
-            1e3 * seconds,
+            highest(pinned, self._loaded()) + average.ram,
+            1e3 * seconds + average.ms,
             traced=False,
             changes=tuple(f"{name} = {json.dumps(value)}" for name, value in self.changes.items()),
             accumulation=times,
         )
+
+    def _average(self, trace: Trace) -> _Average:
+        """Costs of `[ema]`: the average in RAM, and the weights while it is in their place."""
+        ema = self.config.ema
+        weights = trace.trainable * (2 if self.config.train.precision == "pure_bf16" else 4)
+        if ema.half_life is None:
+            return _Average(0, 0.0)
+        return _Average(4 * trace.trainable + weights, 1e3 * weights / self.card.rates.store / ema.every)
 
     def _graphs(self, made: int) -> dict[str, int]:
         """Bytes of the CUDA graphs' pool, if there are any: a step's own memory, on top of eager work's."""
@@ -309,14 +318,14 @@ class Family:
     def _measured(self, plan: Plan, trace: Trace) -> Plan:
         at_peak = trace.at_peak()
         pinned = at_peak.pop("host")
-        graphs = self._graphs(trace.peak - trace.lasting)
+        graphs, average = self._graphs(trace.peak - trace.lasting), self._average(trace)
         return plan._replace(
             device=at_peak | graphs,
             peak=trace.peak + sum(graphs.values()),
             reserved=self.tracing.replays.needed(trace, self.allocator, self.usable),
             pinned=pinned,
-            host=highest(pinned, self._loaded()),
-            ms=simulate(trace, self.card).step,
+            host=highest(pinned, self._loaded()) + average.ram,
+            ms=simulate(trace, self.card).step + average.ms,
             traced=True,
             accumulation=trace.accumulation,
             changes=tuple(f"{name} = {json.dumps(value)}" for name, value in self.changes.items()),
@@ -330,6 +339,15 @@ def _plain(layout: str) -> str:
 def _recomputed(settings: Mapping[str, Any]) -> str:
     away = settings["offload.activations"] == "cpu"
     return f"{settings['train.layout']} {'offloaded' if away else 'checkpointed'}"
+
+
+class _Average(NamedTuple):
+    """What an average of the weights costs."""
+
+    ram: int
+    """Bytes of system RAM."""
+    ms: float
+    """Milliseconds a step."""
 
 
 class _Lasting(NamedTuple):

@@ -50,5 +50,7 @@ def planned_settings(config: Config) -> dict[str, Any]:
     table["previews"] = bool(config.preview.prompts)
     table["graphs"] = config.speed.cuda_graph
     table["reference"] = config.reference
+    if config.ema.half_life is not None:
+        table["ema"] = config.ema.every
     table["stated"] = sorted(config.stated & {*planned("exact"), *planned("last")})
     return table

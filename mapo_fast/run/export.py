@@ -30,6 +30,10 @@ DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": t
 """Types of weights in files, by their names in settings and on the command line."""
 
 
+AVERAGE = "ema"
+"""Folder of a run that holds the averaged weights."""
+
+
 def export(
     config: Config,
     unet: Any,
@@ -70,6 +74,23 @@ def export(
         return notes
 
     return processes.once(write)
+
+
+def export_average(config: Config, unet: Any, average: Mapping[str, Tensor], model: Pipeline) -> None:
+    """Write the averaged LoRA or UNet into `ema/`, as the result is written.
+
+    Args:
+        config: the run's settings.
+        unet: with the average in it.
+        average: the average in fp32, by name.
+        model: the start model.
+    """
+    folder = config.train.output / AVERAGE
+    if config.adapter.kind == "lora":
+        about = lora_metadata_of(config, model, config.train.output)
+        save_lora(unet, folder / "lora", model.start, metadata=about)
+    else:
+        save_unet(unet, folder / "unet", average)
 
 
 def export_step(config: Config, unet: Any, model: Pipeline, step: int) -> None:

@@ -14,6 +14,7 @@ from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.processes import Processes
 from mapo_fast.models.diffusion import Diffusion
 from mapo_fast.run.best import Best
+from mapo_fast.run.ema import Ema
 from mapo_fast.run.evaluate import HeldOut, HeldOutErrors, compare, start_errors
 from mapo_fast.run.log import RunLog
 from mapo_fast.run.preview import Previews
@@ -34,6 +35,7 @@ class Looks:
         previews: the previews of this process; None where it samples none.
         poll: called by all processes together, between held-out batches; raises `StopNow` at a signal.
         processes: the run's processes.
+        ema: the average of the weights, which is evaluated and previewed too.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class Looks:
         previews: Previews | None,
         poll: Callable[[], None],
         processes: Processes,
+        ema: Ema | None = None,
     ) -> None:
+        self.ema = ema
         self.config, self.unet, self.precision, self.device = config, unet, precision, device
         self.previews, self.poll, self.processes = previews, poll, processes
         self.held_out = HeldOut(
@@ -114,10 +118,17 @@ class Looks:
         start = self.start
         assert start is not None
         errors = start if step == 0 else self.held_out.errors(self.unet, context, self.poll)
+        averaged = None
+        if step and self.ema is not None:
+            with self.ema.in_place():
+                averaged = self.held_out.errors(self.unet, context, self.poll)
 
         def report() -> None:
             assert log is not None
-            log.evaluation(step, compare(errors, start))
+            figures = compare(errors, start)
+            if averaged is not None:
+                figures["ema"] = compare(averaged, start)
+            log.evaluation(step, figures)
 
         self.processes.once(report)
         if step and (about := self.best.take(step, errors, start)) is not None:
@@ -126,8 +137,12 @@ class Looks:
     def _preview(self, step: int, log: RunLog | None, context: AbstractContextManager[None]) -> None:
         def write() -> bool:
             assert self.previews is not None
+            main = self.processes.main
             try:
-                written = self.previews.write(self.unet, step, context, main=self.processes.main)
+                written = self.previews.write(self.unet, step, context, main=main)
+                if step and self.ema is not None:
+                    with self.ema.in_place():
+                        written += self.previews.write(self.unet, step, context, main=main, what="ema")
             except StopNow:
                 return False
             if log is not None:

@@ -78,8 +78,12 @@ class Previews:
 
     def complete(self, step: int) -> bool:
         """Whether all images of a step are there."""
-        folder = step_folder(self.config, step)
-        return all((folder / name).is_file() for _, _, name in jobs(self.config, self.sizes))
+        folder, average = step_folder(self.config, step), step and self.config.ema.half_life is not None
+        names = [
+            name for what in (("", "ema") if average else ("",))
+            for _, _, name in jobs(self.config, self.sizes, what)
+        ]  # fmt: skip
+        return all((folder / name).is_file() for name in names)
 
     def write(
         self,
@@ -88,10 +92,12 @@ class Previews:
         context: AbstractContextManager[None],
         *,
         main: bool = True,
+        what: str = "",
     ) -> list[Path]:
         """Write `<output>/previews/step-XXXXXXXX/NN-words-of-the-prompt.png`, and the contact sheet.
 
-        Processes other than the main one only sample: a UNet that is split runs in all of them.
+        Processes other than the main one only sample: a UNet that is split runs in all of them. `what` is the
+        end of the files' names, for other weights than the step's own.
 
         Returns:
             The images that were written, without the contact sheet.
@@ -121,7 +127,7 @@ class Previews:
         with disk_errors(target):
             target.mkdir(parents=True, exist_ok=True)
             single = (latent for size in latents for latent in torch.split(size, 1))
-            for (index, _, name), latent in zip(jobs(self.config, self.sizes), single, strict=True):
+            for (index, _, name), latent in zip(jobs(self.config, self.sizes, what), single, strict=True):
                 self.poll_alone()
                 (image,) = decode_latents(vae, latent, batch_size=1)
                 save(image, target / name, self.config, index, step)

@@ -36,13 +36,13 @@ def step_folder(config: Config, step: int) -> Path:
     return previews_folder(config) / f"step-{step:08d}"
 
 
-def file_name(index: int, prompt: str, size: Size, side: int) -> str:
-    """Name of a preview: number, words of the prompt, and the size unless it is `side` × `side`.
+def file_name(index: int, prompt: str, size: Size, side: int, what: str = "") -> str:
+    """Name of a preview: number, words of the prompt, the size unless it is `side` × `side`, and `what`.
 
     Example: `00-a-portrait-of-an-old-sailor.png`, `00-a-portrait-of-an-old-sailor-832x1216.png`.
     """
     height, width = size
-    parts = [f"{index:02d}", words(prompt), "" if size == (side, side) else f"{width}x{height}"]
+    parts = [f"{index:02d}", words(prompt), "" if size == (side, side) else f"{width}x{height}", what]
     return "-".join(filter(None, parts)) + ".png"
 
 
@@ -57,11 +57,11 @@ def texts(config: Config) -> list[str]:
     return [plain(prompt)[0] for prompt in config.preview.prompts]
 
 
-def jobs(config: Config, sizes: Sequence[Size]) -> Iterator[tuple[int, Size, str]]:
-    """Prompt number, size and file name of each preview of a step, size after size."""
+def jobs(config: Config, sizes: Sequence[Size], what: str = "") -> Iterator[tuple[int, Size, str]]:
+    """Prompt number, size and file name of each preview of a step, size after size; see `file_name`."""
     for size in sizes:
         for index, prompt in enumerate(texts(config)):
-            yield index, size, file_name(index, prompt, size, config.data.resolution)
+            yield index, size, file_name(index, prompt, size, config.data.resolution, what)
 
 
 def save(image: Image, path: Path, config: Config, index: int, step: int) -> None:

@@ -31,9 +31,9 @@ from mapo_fast.engine.prefetch import MicroBatch, read_ahead
 from mapo_fast.engine.processes import ALONE, Processes, connection_lost
 from mapo_fast.engine.step import PairInputs
 from mapo_fast.models.diffusion import Diffusion
-from mapo_fast.models.lora import lora_state_dict
 from mapo_fast.models.pipeline import Pipeline
-from mapo_fast.run.export import about_checkpoint, export, export_step
+from mapo_fast.run.ema import Ema
+from mapo_fast.run.export import about_checkpoint, export_step
 from mapo_fast.run.feed import Feed
 from mapo_fast.run.folder import FitResult
 from mapo_fast.run.health import diverged, is_healthy, mostly_skipped
@@ -41,7 +41,7 @@ from mapo_fast.run.log import RunLog
 from mapo_fast.run.looks import Looks, is_due
 from mapo_fast.run.metrics import Metrics, peak_memory_mib
 from mapo_fast.run.preview import Previews
-from mapo_fast.run.state import keep_best, restore_state, saved_state
+from mapo_fast.run.state import export_results, keep_best, restore_state, saved_state, trained_tensors
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.util.errors import UserError
@@ -85,8 +85,10 @@ class Trainer:
         self.learning_rate = learning_rate(config.optim, config.train.steps)
         self.metrics = Metrics(device, processes, paired=cache.paired)
         self.feed = Feed(config, cache, diffusion, device, processes)
+        self.model_tensors = partial(trained_tensors, config, self.unet, parts)
+        self.ema = None if config.ema.half_life is None else Ema(config.ema, self.model_tensors, parts)
         self.looks = Looks(
-            config, self.unet, cache, diffusion, precision, device, previews, self.poll, processes
+            config, self.unet, cache, diffusion, precision, device, previews, self.poll, processes, self.ema
         )
 
     def run(self, log: RunLog | None, folder: Pipeline) -> FitResult:
@@ -99,17 +101,15 @@ class Trainer:
             Interrupted: a second signal; the text says what is saved.
             Exception: any other error. The last finished step is saved first, if possible.
         """
-        self.looks.keep = partial(keep_best, self)
+        self.looks.keep = partial(keep_best, self.looks.best, self.store, self.model_tensors, self.processes)
         try:
             finished = self._to_the_end(log, folder)
             if finished:
                 if problem := mostly_skipped(self.optimizer, self.step, self.store):
                     self._judged = True
                     raise self.processes.failed(problem)
-                tensors = self.model_tensors()
-                notes = export(self.config, self.unet, tensors, folder, self.cache, self.processes)
-                if log is not None:
-                    for note in notes:
+                for note in export_results(self, folder):
+                    if log is not None:
                         log.warning(self.step, note)
         except KeyboardInterrupt:
             said = f"interrupted after step {self.step}; {self._what_is_saved()}"
@@ -189,6 +189,8 @@ class Trainer:
                 self.processes.each(lambda: self._accumulate(next(micro_batches)))
         norm = self.engine.finish()
         self.step += 1
+        if self.ema is not None:
+            self.ema.after(self.step)
         return norm
 
     def _accumulate(self, batch: MicroBatch) -> None:
@@ -271,12 +273,6 @@ class Trainer:
         with self.precision.context(self.device):
             healthy = is_healthy(self.model_tensors().values(), self.unet, inputs)
         return not self.processes.any(not healthy)
-
-    def model_tensors(self) -> dict[str, Tensor]:
-        """The trained tensors by name; parts of them where the model is split."""
-        if self.config.adapter.kind == "lora":
-            return lora_state_dict(self.unet)
-        return self.engine.parts.state_dict()
 
     def save(self) -> None:
         """Write a checkpoint of this step."""

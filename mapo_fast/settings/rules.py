@@ -102,6 +102,11 @@ _RULES = (
         "compiled blocks do not know that their weights come and go",
     ),
     _Rule(
+        ("train.shard", "ema.half_life"),
+        lambda shard, half_life: shard and half_life is not None,
+        "the average is of whole tensors, split ones are in parts on several GPUs",
+    ),
+    _Rule(
         ("offload.activations", "train.gradient_checkpointing"),
         lambda activations, blocks: activations == "cpu" and not blocks,
         "what is offloaded are the inputs of checkpointed blocks",
