@@ -205,6 +205,7 @@ def export(
     dtype: Annotated[str, typer.Option("--dtype", help="`auto`, `fp16`, `bf16` or `fp32`.")] = "auto",
     step: Annotated[int | None, typer.Option("--step", help="Of a run: take this checkpoint.")] = None,
     best: Annotated[bool, typer.Option("--best", help="Of a run: take its best step (train.best).")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="Of a run: take the average of its weights.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing --out.")] = False,
     no_metadata: Annotated[
         bool, typer.Option("--no-metadata", help="Write no metadata into the file.")
@@ -214,6 +215,8 @@ def export(
     """Write a run's result, a LoRA or a model for ComfyUI and A1111, diffusers or peft."""
     from mapo_fast.run.convert import convert
 
+    if best and ema:
+        raise typer.BadParameter("--best and --ema name two models: leave one out")
     allow(code, None)
     convert(
         source,
@@ -224,7 +227,7 @@ def export(
         merge=merge,
         dtype=dtype,
         step=step,
-        best=best,
+        which="best" if best else "ema" if ema else "",
         force=force,
         with_metadata=not no_metadata,
         callbacks=Terminal(),

@@ -1,27 +1,26 @@
 """The best step of a run by its held-out pairs, kept in `best/` beside the checkpoints.
 
-The loss of pairs can fall, and their margin grow, while images get worse: the rejected images' error is
-pushed up, and the chosen ones' follows. So a step counts only if the chosen images' error has not risen from
-the start: the upper end of the 95 % interval of its change must be at most `train.best_tolerance` of the
-start model's error. Of these steps the one with the largest gain of the preference accuracy is kept, the
-earliest where several have it: margin beyond what ranks a pair right is no gain, and goes on growing while
-prompts that should not change do (bench/LOG.md).
+The loss of pairs can fall, and their margin grow, while images get worse. So a step counts only if the
+chosen images' error has not risen from the start: the upper end of the 95 % interval of its change must be at
+most `train.best_tolerance` of the start model's error. Of these steps a later one takes the place of an
+earlier one only if it certainly ranks more held-out pairs right: if the 95 % interval of the difference in
+preference accuracy between the two is above 0. Margin beyond what ranks a pair right is no gain, and it goes
+on growing while prompts that should not change do (bench/LOG.md).
 
-The interval is Student's over prompts, since pairs of one prompt are not independent. It is as wide as twice
-the spread over prompts, or wider, below `FEWEST` prompts, and then says too little to choose by.
+Intervals are Student's over prompts, since pairs of one prompt are not independent. Below `FEWEST` prompts
+one is wider than the spread over prompts to each side, and says too little to choose by.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mapo_fast.run.evaluate import HeldOut, HeldOutErrors, PairedChange, accuracy, margin, paired_change
+from mapo_fast.run.evaluate import HeldOut, HeldOutErrors, PairedChange, accuracy, paired_change
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.checkpoint import CheckpointStore
 from mapo_fast.util.students_t import half_width
@@ -32,19 +31,20 @@ FEWEST = next(n for n in count(2) if half_width(0.95, n - 1) / math.sqrt(n) < 1)
 one standard deviation over prompts to each side."""
 
 
-_CHANGES = ("gain", "margin", "rise")
-
-
 class Verdict(NamedTuple):
-    """A step by the rule; changes are from the start model, over prompts."""
+    """An evaluation by the rule."""
 
-    gain: PairedChange
-    """Of the preference accuracy."""
-    margin: PairedChange
+    accuracy: Tensor
+    """(prompts,) fp64 preference accuracy."""
     rise: PairedChange
-    """Of the chosen images' error, as a share of the start model's."""
+    """Change of the chosen images' error from the start, as a share of the start model's error."""
     allowed: bool
     """Whether the rise is within the tolerance."""
+
+    def beats(self, other: Tensor) -> bool:
+        """Whether the accuracy is certainly above another (prompts,) one."""
+        low = paired_change(self.accuracy, other).low
+        return low is not None and low > 0
 
 
 def judge(now: HeldOutErrors, start: HeldOutErrors, prompts: Tensor, tolerance: float) -> Verdict:
@@ -57,13 +57,10 @@ def judge(now: HeldOutErrors, start: HeldOutErrors, prompts: Tensor, tolerance: 
         tolerance: largest rise, as a share of the start model's chosen error.
     """
     begun = float(start.chosen.double().mean())
-
-    def change(figure: Callable[[HeldOutErrors], Tensor]) -> PairedChange:
-        return paired_change(_by_prompt(figure(now), prompts), _by_prompt(figure(start), prompts))
-
-    rise = change(lambda one: one.chosen.double().mean(dim=1) / begun)
+    chosen = [_by_prompt(one.chosen.double().mean(dim=1) / begun, prompts) for one in (now, start)]
+    rise = paired_change(*chosen)
     allowed = rise.high is not None and rise.high <= tolerance
-    return Verdict(change(accuracy), change(margin), rise, allowed)
+    return Verdict(_by_prompt(accuracy(now), prompts), rise, allowed)
 
 
 def _by_prompt(values: Tensor, prompts: Tensor) -> Tensor:
@@ -85,8 +82,10 @@ class Best:
         """
         self.config = config
         self.store = CheckpointStore(config.train.output / FOLDER, 1)
-        self.gain, self.step, self.since = 0.0, 0, 0
-        """The best step's gain, its number (0: none yet), and the evaluations since then."""
+        self.step, self.since = 0, 0
+        """The best step so far (0: none yet), and the number of evaluations since then."""
+        self.accuracy: Tensor | None = None
+        """(prompts,) fp64 preference accuracy of that step."""
         wanted = config.train.best and config.train.evaluate_every > 0 and bool(held_out.pairs)
         prompts = [row.prompt for row in held_out.cache.rows(held_out.pairs)] if wanted else []
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
@@ -107,17 +106,19 @@ class Best:
             return None
         tolerance = self.config.train.best_tolerance
         verdict = judge(now, start, self.prompts, tolerance)
-        if not verdict.allowed or not verdict.gain.mean > self.gain:
+        before = _by_prompt(accuracy(start), self.prompts)
+        if not verdict.allowed or not verdict.beats(before if self.accuracy is None else self.accuracy):
             self.since += 1
             return None
-        self.gain, self.step, self.since = verdict.gain.mean, step, 0
+        self.accuracy, self.step, self.since = verdict.accuracy, step, 0
+        gain, rise = paired_change(verdict.accuracy, before), verdict.rise
         reason = (
-            f"the largest gain of the preference accuracy, {verdict.gain.mean:+.3f}, among the evaluations "
-            f"at which the chosen images' error has risen by at most {tolerance:.0%} of the start's; here by "
-            f"{verdict.rise.mean:+.1%}, upper 95 % bound {verdict.rise.high:+.1%}; the margin has changed by "
-            f"{verdict.margin.mean:+.4f}"
+            f"it ranks more held-out pairs right than the start, by {gain.mean:+.3f} [{gain.low:+.3f}, "
+            f"{gain.high:+.3f}], and none with at most {tolerance:.0%} more error on the chosen images has "
+            f"certainly more so far; here that error has changed by {rise.mean:+.1%}, upper 95 % bound "
+            f"{rise.high:+.1%}"
         )
-        return {"reason": reason, **{name: getattr(verdict, name)._asdict() for name in _CHANGES}}
+        return {"reason": reason, "accuracy_change": gain._asdict(), "rise": rise._asdict()}
 
     @property
     def exhausted(self) -> bool:
@@ -132,9 +133,11 @@ class Best:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        return {"gain": self.gain, "step": self.step, "since": self.since}
+        accuracies = None if self.accuracy is None else self.accuracy.tolist()
+        return {"step": self.step, "since": self.since, "accuracy": accuracies}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave; empty for a run that began without it."""
-        self.gain, self.step = float(state.get("gain", 0.0)), int(state.get("step", 0))
-        self.since = int(state.get("since", 0))
+        self.step, self.since = int(state.get("step", 0)), int(state.get("since", 0))
+        accuracies = state.get("accuracy")
+        self.accuracy = None if accuracies is None else torch.tensor(accuracies, dtype=torch.float64)

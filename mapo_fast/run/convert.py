@@ -23,7 +23,7 @@ from mapo_fast.models.save import save_folder, save_single_file
 from mapo_fast.models.single_file import metadata, not_carried_over
 from mapo_fast.models.stored import Loaded, whole
 from mapo_fast.run.best import FOLDER as BEST
-from mapo_fast.run.export import DTYPES
+from mapo_fast.run.export import AVERAGE, DTYPES
 from mapo_fast.run.folder import RECORD, read_run
 from mapo_fast.run.metadata import lora_metadata_of, metadata_of
 from mapo_fast.settings.load import parse_config
@@ -66,7 +66,7 @@ def convert(
     merge: float | None = None,
     dtype: str = "auto",
     step: int | None = None,
-    best: bool = False,
+    which: str = "",
     force: bool = False,
     with_metadata: bool = True,
     callbacks: Callbacks | None = None,
@@ -86,7 +86,7 @@ def convert(
         dtype: type of the weights, a key of `export.DTYPES`; `auto` keeps that of a single file and takes
             fp16 for a folder's in a single file. A LoRA's factors are written as they are.
         step: step of a run's checkpoint to export, instead of the result or the newest checkpoint.
-        best: export a run's best step instead (`train.best`).
+        which: "best" exports a run's best step instead (`train.best`), "ema" the average of its weights.
         force: replace an existing file or folder at `out`.
         with_metadata: whether a file gets metadata that describe it.
         callbacks: called with a line that names the written file.
@@ -102,11 +102,11 @@ def convert(
         raise UserError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
     if tokenizers is not None and to != "diffusers":
         raise UserError(f"--tokenizers: --to {to} writes no tokenizers; leave it out")
-    if best and step is not None:
-        raise UserError(f"--step {step} and --best name two steps: leave one out")
+    if which and step is not None:
+        raise UserError(f"--step {step} and --{which} name two models: leave one out")
     _check_target(source, to, out, force)
     callbacks = callbacks or Callbacks()
-    found = _open(source, base, tokenizers, step, best)
+    found = _open(source, base, tokenizers, step, which)
     if isinstance(found, _Adapter) and to in _OF_LORAS:
         _write_lora(found, to, out, dtype, merge, with_metadata)
     else:
@@ -123,17 +123,17 @@ def convert(
     callbacks.message(f"wrote {out}")
 
 
-def open_result(run: Path, *, best: bool = False) -> Pipeline:
+def open_result(run: Path, which: str = "") -> Pipeline:
     """The start model of a run with the run's result in it, or with its newest checkpoint.
 
     Args:
         run: the run's folder.
-        best: take its best step instead.
+        which: "best" takes its best step instead, "ema" the average of its weights.
 
     Raises:
         UserError: there is no result yet, or the start model is no longer where the run found it.
     """
-    found = _run(run, None, None, None, best)
+    found = _run(run, None, None, None, which)
     if isinstance(found, _Adapter):
         assert found.base is not None
         return with_lora(found.base, found.lora, 1.0)
@@ -145,12 +145,12 @@ def open_result(run: Path, *, best: bool = False) -> Pipeline:
 
 
 def _open(
-    source: Path, base: Path | None, tokenizers: Path | None, step: int | None, best: bool
+    source: Path, base: Path | None, tokenizers: Path | None, step: int | None, which: str
 ) -> _Source | _Adapter:
     if (source / RECORD).is_file():
-        return _run(source, base, tokenizers, step, best)
-    if step is not None or best:
-        option = "--best" if best else f"--step {step}"
+        return _run(source, base, tokenizers, step, which)
+    if step is not None or which:
+        option = f"--{which}" if which else f"--step {step}"
         raise UserError(f"{option}: {source} is not a run; leave it out")
     if is_lora(source):
         opened = None if base is None else open_sdxl(base, tokenizers=tokenizers)
@@ -197,12 +197,15 @@ def _write_lora(
 
 
 def _run(
-    source: Path, base: Path | None, tokenizers: Path | None, step: int | None, best: bool
+    source: Path, base: Path | None, tokenizers: Path | None, step: int | None, which: str
 ) -> _Source | _Adapter:
     record = read_run(source)
     assert record is not None
-    if best:
+    if which == BEST:
         step = _best_step(source, record.run)
+    results = source / which if which == AVERAGE else source
+    if which == AVERAGE and not results.is_dir():
+        raise UserError(f"{source} has no average of its weights (ema.half_life), or is not finished")
     config = _config(source, record.config)
     others = {name: path for name, path in (("path", base), ("tokenizers", tokenizers)) if path is not None}
     config = config.model_copy(update={"model": config.model.model_copy(update=others)})
@@ -213,8 +216,9 @@ def _run(
     except UserError as error:
         raise UserError(f"{error}; --base names the start model, if it has moved") from None
     if config.adapter.kind == "lora":
-        return _Adapter(_trained_lora(source, record.run, step, config, model, start), model.parts, model)
-    trained = _trained(source, record.run, step)
+        trained_lora = _trained_lora(results, source, record.run, step, config, model, start)
+        return _Adapter(trained_lora, model.parts, model)
+    trained = _trained(results, source, record.run, step)
     expected = model.parts["unet"].shapes
     if {name: tuple(stored.shape) for name, stored in trained.stored.items()} != expected:
         raise UserError(
@@ -231,11 +235,17 @@ def _config(source: Path, recorded: dict[str, dict[str, object]]) -> Config:
 
 
 def _trained_lora(
-    source: Path, run: str, step: int | None, config: Config, model: Pipeline, start: Path | None
+    results: Path,
+    source: Path,
+    run: str,
+    step: int | None,
+    config: Config,
+    model: Pipeline,
+    start: Path | None,
 ) -> LoraFile:
     """The LoRA of a run's result, or of a checkpoint, which has neither alphas nor untrained factors."""
-    if step is None and (source / "lora").is_dir():
-        return read_lora(source / "lora" / "lora_kohya.safetensors", model.parts)
+    if step is None and (results / "lora").is_dir():
+        return read_lora(results / "lora" / "lora_kohya.safetensors", model.parts)
     checkpoint = _checkpoint(source, run, step)
     lora = read_lora(checkpoint.path / "model.safetensors", model.parts)
     lora = replace(lora, metadata=lora_metadata_of(config, model, source, checkpoint.step) or {})
@@ -252,14 +262,14 @@ def _trained_lora(
     return replace(lora, parts=parts)
 
 
-def _trained(source: Path, run: str, step: int | None) -> Loaded:
+def _trained(results: Path, source: Path, run: str, step: int | None) -> Loaded:
     """The UNet of a run's result, or of a checkpoint.
 
     Raises:
         UserError: there is neither, or no checkpoint of that step.
     """
-    if step is None and (source / "unet").is_dir():
-        return Loaded(folder_part("unet", source / "unet").stored)
+    if step is None and (results / "unet").is_dir():
+        return Loaded(folder_part("unet", results / "unet").stored)
     header = read_header(_checkpoint(source, run, step).path / "model.safetensors")
     return Loaded({name: whole(header.path, entry) for name, entry in header.tensors.items()})
 

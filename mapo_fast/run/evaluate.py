@@ -207,7 +207,7 @@ def _changes(now: HeldOutErrors, start: HeldOutErrors) -> dict[str, Any]:
             "accuracy": float(right.mean()),
             "accuracy_start": float(before.mean()),
             "accuracy_change": paired_change(right, before)._asdict(),
-            "margin_change": paired_change(margin(now), margin(start))._asdict(),
+            "margin_change": paired_change(_margin(now), _margin(start))._asdict(),
         }
     for name in ("chosen",) if now.paired else ("chosen", "rejected"):
         one, other = getattr(now, name), getattr(start, name)
@@ -227,7 +227,7 @@ def accuracy(errors: HeldOutErrors) -> Tensor:
     return torch.where(finite, correct, float("nan")).mean(dim=1)
 
 
-def margin(errors: HeldOutErrors) -> Tensor:
+def _margin(errors: HeldOutErrors) -> Tensor:
     """Mean of rejected − chosen error of each pair, (pairs,) fp64."""
     return (errors.rejected - errors.chosen).double().mean(dim=1)
 

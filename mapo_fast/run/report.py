@@ -132,7 +132,14 @@ def _held_out(entries: Sequence[Mapping[str, Any]]) -> str:
             points = [(float(r["step"]), float(r[key]["mean"])) for r in rows]
             band = [_band(r[key]) for r in rows]
             name = f"{title} ({hope})" if hope else title
-            charts.append(chart(name, [Curve("held out", points, band)]))
+            curves = [Curve("held out", points, band)]
+            averaged = [row for row in rows if isinstance(row.get("ema"), dict) and key in row["ema"]]
+            if averaged:
+                points = [(float(r["step"]), float(r["ema"][key]["mean"])) for r in averaged]
+                curves.append(
+                    Curve("average of the weights", points, [_band(r["ema"][key]) for r in averaged])
+                )
+            charts.append(chart(name, curves))
     if not charts:
         return "<h2>Held-out pairs</h2><p>No pair is held out, or none is evaluated yet.</p>"
     return (

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from mapo_fast.run.export import AVERAGE
 from mapo_fast.run.folder import FitResult
 from mapo_fast.settings.places import result_name
 from mapo_fast.settings.schema import Config
@@ -58,6 +59,8 @@ def deliver(config: Config, result: FitResult, copy_to: Path | None) -> Iterator
         yield f"diffusers: pipe.load_lora_weights({path!r})"
     else:
         yield f"diffusers: UNet2DConditionModel.from_pretrained({path!r})"
+    if config.ema.half_life is not None:
+        yield f"the average of the weights: {(result.output / AVERAGE / result.model.name).resolve()}"
     if result.best_step == result.step:
         yield f"the last step, {result.step}, is the best one by the held-out pairs"
     elif result.best_step is not None:

@@ -35,6 +35,7 @@ from mapo_fast.models.vae import decode_bytes, use_tiles
 from mapo_fast.planner.stages import FP32, vae_of
 from mapo_fast.run.best import FOLDER as BEST
 from mapo_fast.run.convert import open_result
+from mapo_fast.run.export import AVERAGE
 from mapo_fast.run.folder import RECORD, remove_leftovers
 from mapo_fast.run.preview_files import words
 from mapo_fast.score.manifest import Made, append, resume
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 
 def open_for_sampling(path: Path, loras: Sequence[Lora] = ()) -> Pipeline:
-    """A model: a single file, a pipeline folder, a run (its result in its start model), or its `best/`.
+    """A model: a file, a pipeline folder, a run (its result in its start model), or its `best/` or `ema/`.
 
     Args:
         path: of the model.
@@ -61,8 +62,8 @@ def open_for_sampling(path: Path, loras: Sequence[Lora] = ()) -> Pipeline:
     """
     if (path / RECORD).is_file():
         return with_loras(open_result(path), loras)
-    if path.name == BEST and (path.parent / RECORD).is_file():
-        return with_loras(open_result(path.parent, best=True), loras)
+    if path.name in (BEST, AVERAGE) and (path.parent / RECORD).is_file():
+        return with_loras(open_result(path.parent, path.name), loras)
     try:
         model = open_sdxl(path)
     except UserError as error:

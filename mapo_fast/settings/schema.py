@@ -354,9 +354,9 @@ class TrainConfig(Section):
     evaluate_draws: int = setting(8, affects="arithmetic", ge=8, le=1000)
     """Stratified timesteps per held-out pair, each with a fixed noise. A schedule has 1000 of them."""
     best: bool = setting(True, affects="bookkeeping")
-    """Keep the best step by the held-out pairs in `best/`: of the evaluations at which the chosen images'
-    error has not risen beyond `best_tolerance`, the first with the largest preference accuracy. Off, with a
-    note, where fewer than 7 prompts are held out."""
+    """Keep the best step by the held-out pairs in `best/`: the last one that ranks certainly more of them
+    right than the best one before it, while the chosen images' error has not risen beyond `best_tolerance`.
+    Off, with a note, where fewer than 7 prompts are held out."""
     best_tolerance: float = setting(0.1, affects="bookkeeping", ge=0.0, le=1.0)
     """Largest rise of the chosen images' held-out error that a best step may have, as a share of the start
     model's: the upper end of its 95 % interval over prompts counts."""

@@ -184,6 +184,12 @@ class Terminal(Callbacks):
         if "drift" in figures:
             parts.append(f"drift {figures['drift']:.2g}")
         say(self.console, f"held-out at step {step}: " + "; ".join(parts), wrap=True)
+        if averaged := figures.get("ema"):
+            changes = {name: averaged.get(f"{name}_change") for name in names}
+            parts = [
+                f"{name.replace('_', ' ')} change {_change(one)}" for name, one in changes.items() if one
+            ]
+            say(self.console, "  the average of the weights: " + "; ".join(parts), wrap=True)
         if step and (bins := figures.get("bins")):
             parts = [f"{level} {_by_noise(one)}" for level, one in bins.items()]
             say(self.console, "  by noise level: " + "; ".join(parts), "dim", wrap=True)
