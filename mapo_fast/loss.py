@@ -251,6 +251,7 @@ class SampleLoss(nn.Module):
         reference_errors: Tensor | None = None,
         labels: Tensor,
         baseline: Callable[[Tensor], Tensor] | None = None,
+        weights: Tensor | None = None,
     ) -> UnpairedLoss:
         """Return loss, errors and logits of n samples.
 
@@ -261,13 +262,14 @@ class SampleLoss(nn.Module):
                 that compares with one.
             labels: (n,) bool, which are wanted.
             baseline: gives k, 0-d, from the (n,) detached g; by default that of these samples alone.
+            weights: (n,); multiplies each sample's whole loss. The mean still divides by n.
 
         Raises:
             ValueError: the objective needs reference errors, or has none.
         """
         dtype = torch.promote_types(target.dtype, torch.float32)
         errors = (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
-        return self._of(errors, reference_errors, labels, baseline)
+        return self._of(errors, reference_errors, labels, baseline, weights)
 
     def from_errors(
         self,
@@ -277,9 +279,10 @@ class SampleLoss(nn.Module):
         reference_errors: Tensor | None = None,
         labels: Tensor,
         baseline: Callable[[Tensor], Tensor] | None = None,
+        weights: Tensor | None = None,
     ) -> UnpairedLoss:
         """Return the outputs of `forward` from the errors of the first and the second half of the samples."""
-        return self._of(torch.cat([first, second]), reference_errors, labels, baseline)
+        return self._of(torch.cat([first, second]), reference_errors, labels, baseline, weights)
 
     def _of(
         self,
@@ -287,6 +290,7 @@ class SampleLoss(nn.Module):
         reference_errors: Tensor | None,
         labels: Tensor,
         baseline: Callable[[Tensor], Tensor] | None,
+        weights: Tensor | None,
     ) -> UnpairedLoss:
         known = OBJECTIVES[self.objective]
         if known.reference != (reference_errors is not None):
@@ -297,6 +301,7 @@ class SampleLoss(nn.Module):
         k = (baseline or _mean_gain)(gains.detach()) if known.baseline else None
         terms, z = resolve(known.single)(Samples(e, gains, labels, k), *self._settings.values())
         terms = terms + 0.0 * z  # a saturated sigmoid would hide an infinite error
+        terms = terms if weights is None else terms * weights.double()
         logits = z.detach().to(errors.dtype)
         return UnpairedLoss(terms.mean().to(errors.dtype), errors.detach(), labels, logits, logits > 0)
 

@@ -51,8 +51,12 @@ class Engine:
         precision: Precision,
         device: torch.device,
         processes: Processes = ALONE,
+        *,
+        weights: Tensor | None = None,
     ) -> None:
         self.config, self.parts, self.loss = config, parts, loss
+        self._weights = weights
+        """(T,) weights of the timesteps, on the device; None where all are 1."""
         self.precision, self.device, self.processes = precision, device, processes
         self.unet = parts.unet
         self.parameters = [p for p in self.unet.parameters() if p.requires_grad]
@@ -159,7 +163,8 @@ class Engine:
     ) -> LossOutput:
         if reference_errors is None and self.parts.start is not None:
             reference_errors = self.errors_of(self.parts.start, inputs)
-        named = {"reference_errors": reference_errors, "labels": labels, "baseline": self.baseline}
+        named: dict[str, Any] = {"reference_errors": reference_errors, "labels": labels}
+        named |= {"baseline": self.baseline, "weights": self._weights_of(inputs)}
         given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
         if self.config.train.layout == "sequential":
             return sequential_backward(
@@ -181,6 +186,13 @@ class Engine:
         with nullcontext() if self._sums is None else self._sums.adding():
             self.optimizer.backward(out.loss * share)
         return out
+
+    def _weights_of(self, inputs: PairInputs) -> Tensor | None:
+        """(B,) weights of pairs, whose halves have one timestep, or (2B,) of single samples."""
+        if self._weights is None:
+            return None
+        single = self.config.objective.known.samples == "single"
+        return self._weights[inputs.timesteps if single else inputs.timesteps[: len(inputs.timesteps) // 2]]
 
     def errors_of(self, start: StartModel, inputs: PairInputs) -> Tensor:
         """(2B,) errors of the start model, with as many samples at once as the step takes."""

@@ -30,6 +30,7 @@ from mapo_fast.engine.precision import Precision
 from mapo_fast.engine.prefetch import MicroBatch, read_ahead
 from mapo_fast.engine.processes import ALONE, Processes, connection_lost
 from mapo_fast.engine.step import PairInputs
+from mapo_fast.engine.timestep_weights import timestep_weights
 from mapo_fast.models.diffusion import Diffusion
 from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.run.ema import Ema
@@ -80,7 +81,8 @@ class Trainer:
             previews.poll = self.poll if processes.shard(config) else stop.poll
             previews.poll_alone = stop.poll
         loss = build_loss(config.objective, diffusion.num_train_timesteps)
-        self.engine = Engine(config, parts, loss, precision, device, processes)
+        weights = timestep_weights(config.train, diffusion, device)
+        self.engine = Engine(config, parts, loss, precision, device, processes, weights=weights)
         self.optimizer = self.engine.optimizer
         self.learning_rate = learning_rate(config.optim, config.train.steps)
         self.metrics = Metrics(device, processes, paired=cache.paired)

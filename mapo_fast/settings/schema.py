@@ -335,6 +335,12 @@ class TrainConfig(Section):
     """What the UNet predicts; `auto` reads the pipeline's scheduler config."""
     zero_terminal_snr: Literal["auto", "on", "off"] = setting("auto", affects="arithmetic")
     """Rescale betas to zero terminal SNR; `auto` reads the scheduler config."""
+    timestep_weights: Literal["none", "min_snr"] | tuple[float, ...] = setting("none", affects="arithmetic")
+    """Weight of a pair's whole loss by its noise level, for any objective. `min_snr`: min(snr, γ)/snr, with
+    v-prediction min(snr, γ)/(snr + 1). Or a list such as [0.5, 1.0, 1.0, 0.5]: one weight for each of as many
+    equal parts of the timesteps, from little noise to much."""
+    min_snr_gamma: float = setting(5.0, affects="arithmetic", gt=0.0, le=1e6)
+    """γ of `min_snr`."""
     caption_dropout: float = setting(0.0, affects=("arithmetic", "reference"), ge=0.0, le=1.0)
     """Chance that a pair's prompt is dropped, for both halves together."""
     log_every: int = setting(10, affects="bookkeeping", ge=1, le=_EVERY)
@@ -376,6 +382,13 @@ class TrainConfig(Section):
         if self.epochs is not None and "steps" in self.model_fields_set:
             raise _mistake("train.steps and train.epochs both say how long the run is: leave one out")
         return self
+
+    @field_validator("timestep_weights")
+    @classmethod
+    def _weights(cls, value: str | tuple[float, ...]) -> str | tuple[float, ...]:
+        if not isinstance(value, str) and (not 1 <= len(value) <= 1000 or min(value) < 0 or not any(value)):
+            raise _mistake("train.timestep_weights: list 1 to 1000 numbers of at least 0, not all of them 0")
+        return value
 
     @field_validator("vram")
     @classmethod
