@@ -53,6 +53,43 @@ def _interval(change: dict[str, float]) -> str:
     return f"{change['mean']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]"
 
 
+def best() -> str:
+    """What `train.best` keeps of runs that train too far, beside the last step: the newest row of each."""
+    newest = {(row["pairs"], row["seed"]): row for row in _rows("best")}
+    lines = [
+        "| pairs | seed | preferred share: start | best step | last step "
+        "| must not change: start | best step | last step | best step is |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (pairs, seed), row in sorted(newest.items(), key=str):
+        models = row["models"]
+        cells = [
+            f"{models[name][figure]['value']:.2f}" if name in models else "–"
+            for figure in ("preferred_share", "unchanged_score")
+            for name in ("start", "best", "last")
+        ]
+        step = models["best"]["step"] if "best" in models else "none: too few prompts"
+        lines.append(f"| {pairs} | {seed} | {' | '.join(cells)} | {step} |")
+    return "\n".join(lines)
+
+
+def safeguard() -> str:
+    """SDPO's scaled rejected gradient, with and without: the newest row of each."""
+    newest = {(row["objective"], row["seed"], row["scaled"]): row for row in _rows("sdpo")}
+    lines = [
+        "| objective | seed | scaled | pairs with a scale below 1 | preferred share | must not change "
+        "| chosen error, held out: change |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (objective, seed, scaled), row in newest.items():
+        ends = [f"{row['end'][name]['value']:.2f}" for name in ("preferred_share", "unchanged_score")]
+        lines.append(
+            f"| `{objective}` | {seed} | {'yes' if scaled else 'no'} | {row['below_1']:.1%} "
+            f"| {' | '.join(ends)} | {_interval(row['chosen_error_change'])} |"
+        )
+    return "\n".join(lines)
+
+
 def objectives() -> str:
     """The demo's figures with every objective, from the newest row of each."""
     newest = {row["objective"]: row for row in _rows("demo_objectives", may_miss=True)}
@@ -229,6 +266,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "results" / "demo.md": {"demo": demo},
     DOCS / "results" / "photographs.md": {"photographs": photographs},
     DOCS / "results" / "objectives.md": {"objectives": objectives},
+    DOCS / "results" / "best_step.md": {"best": best, "sdpo": safeguard},
     DOCS / "results" / "memory.md": {"memory": memory},
     DOCS / "results" / "scaling.md": {"dataset": step_tables.dataset},
     DOCS / "results" / "speed.md": {
