@@ -232,7 +232,7 @@ def _data(cache: Path, full_paths: bool) -> str:
         index = parse_json(read_bytes(cache / "index.json", _LARGEST))
         pairs, train = index["pairs"], index["train"]
         rows += [("pairs for training", f"{train:,}"), ("held out", f"{pairs - train:,}")]
-        warned = [str(text) for text in index.get("warnings", ()) if isinstance(text, str)]
+        warned = [text for text in index["summary"]["warnings"] if isinstance(text, str)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"<h2>Data</h2><p>The cache {html.escape(rows[0][1])} is not there any more.</p>"
     for reason, count in _skipped(cache / "skipped.jsonl").most_common():

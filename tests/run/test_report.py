@@ -48,6 +48,7 @@ def test_a_run_on_one_page(run: Path, tmp_path: Path) -> None:
         "By noise level",
         "before</div>",
         "skipped: x",
+        "image brightness alone predicts the label",
     ):
         assert text.replace("before</div>", ", before") in page, text
     assert "<script" not in page
