@@ -23,8 +23,8 @@ from mapo_fast.models.save import save_folder, save_single_file
 from mapo_fast.models.single_file import metadata, not_carried_over
 from mapo_fast.models.stored import Loaded, whole
 from mapo_fast.run.best import FOLDER as BEST
-from mapo_fast.run.export import AVERAGE, DTYPES
-from mapo_fast.run.folder import RECORD, read_run
+from mapo_fast.run.export import DTYPES
+from mapo_fast.run.folder import AVERAGE, RECORD, read_run
 from mapo_fast.run.metadata import lora_metadata_of, metadata_of
 from mapo_fast.settings.load import parse_config
 from mapo_fast.settings.schema import Config

@@ -16,6 +16,7 @@ from mapo_fast.models.pipeline import Pipeline
 from mapo_fast.models.save import save_single_file
 from mapo_fast.models.single_file import not_carried_over
 from mapo_fast.run.card import write_card
+from mapo_fast.run.folder import AVERAGE
 from mapo_fast.run.metadata import lora_metadata_of, metadata_of, title_of
 from mapo_fast.settings.places import result_name
 from mapo_fast.settings.schema import Config
@@ -28,10 +29,6 @@ SINGLE_FILE = "model.safetensors"
 """Name of a full fine-tune's single file in `train.output`."""
 DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """Types of weights in files, by their names in settings and on the command line."""
-
-
-AVERAGE = "ema"
-"""Folder of a run that holds the averaged weights."""
 
 
 def export(

@@ -71,6 +71,8 @@ class RunRecord(BaseModel):
 RECORD = "run.json"
 START = "held_out_start.safetensors"
 RESULTS = ("unet", "lora")
+AVERAGE = "ema"
+"""Folder of a run that holds the averaged weights."""
 
 _LEFTOVER = re.compile(r"\.(.+\.\d+\.tmp|tmp\w{6})")
 """Names of temporary files of `files.atomic_path`, and of safetensors, which older versions used."""

@@ -8,8 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mapo_fast.run.export import AVERAGE
-from mapo_fast.run.folder import FitResult
+from mapo_fast.run.folder import AVERAGE, FitResult
 from mapo_fast.settings.places import result_name
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.console import command_line

@@ -35,8 +35,7 @@ from mapo_fast.models.vae import decode_bytes, use_tiles
 from mapo_fast.planner.stages import FP32, vae_of
 from mapo_fast.run.best import FOLDER as BEST
 from mapo_fast.run.convert import open_result
-from mapo_fast.run.export import AVERAGE
-from mapo_fast.run.folder import RECORD, remove_leftovers
+from mapo_fast.run.folder import AVERAGE, RECORD, remove_leftovers
 from mapo_fast.run.preview_files import words
 from mapo_fast.score.manifest import Made, append, resume
 from mapo_fast.settings.loras import Lora

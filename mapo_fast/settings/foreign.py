@@ -96,6 +96,11 @@ _NOTED = (
         "One epoch takes every training pair once",
     ),
     (
+        "train.min_snr_gamma",
+        "min_snr_gamma snr_gamma",
+        'It counts with train.timestep_weights = "min_snr"',
+    ),
+    (
         "train.precision",
         "mixed_precision train_dtype weight_dtype",
         "It is bf16 unless you say otherwise",
@@ -213,8 +218,7 @@ _NOTED = (
     ),
     (
         "",
-        "min_snr_gamma snr_gamma debiased_estimation_loss noise_offset "
-        "multires_noise_iterations input_perturbation",
+        "debiased_estimation_loss noise_offset multires_noise_iterations input_perturbation",
         "no objective here takes it: leave it out",
     ),
     (

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from mapo_fast.data import cache as caches
 from mapo_fast.data import shards
 from mapo_fast.engine.engine import Engine
+from mapo_fast.run import state
 from mapo_fast.run import trainer as module
 from mapo_fast.run.evaluate import HeldOut
 from mapo_fast.run.log import RunLog, read_log
@@ -267,7 +268,7 @@ def test_a_result_that_cannot_be_written_is_made_by_the_resume(
         raise MachineError("cannot write lora: the disk is full")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "export", full)
+        patch.setattr(state, "export", full)
         with pytest.raises(MachineError, match=f"disk is full; step {STEPS} is saved"):
             fit(make())
     assert saved(tmp_path / "run") == [f"step-{STEPS:08d}"]

@@ -57,7 +57,8 @@ LINES = {
     "sdpa": 'did you mean train.attention? Leave it out: "sdpa" is the default',
     "cache_latents": "prepare always caches latents and prompt embeddings: leave it out",
     "train_data_dir": "did you mean data.source? A folder of pairs, chosen/ + rejected/: see docs/data.md",
-    "min_snr_gamma": "no objective here takes it: leave it out",
+    "noise_offset": "no objective here takes it: leave it out",
+    "min_snr_gamma": 'did you mean train.min_snr_gamma? It counts with train.timestep_weights = "min_snr"',
     "beta_dpo": "did you mean objective.beta? It is Diffusion-DPO's with objective.name = \"dpo\"; MaPO's "
     "default is 0.1",
     "max_grad_norm": "did you mean optim.max_grad_norm?",
@@ -116,6 +117,7 @@ def test_every_translation_is_a_setting_and_no_setting_is_hidden() -> None:
     assert hidden == {
         "batch_size",
         "epochs",
+        "min_snr_gamma",
         "optimizer",
     }  # written elsewhere: not ours
 
