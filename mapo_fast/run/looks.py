@@ -35,7 +35,6 @@ class Looks:
         previews: the previews of this process; None where it samples none.
         poll: called by all processes together, between held-out batches; raises `StopNow` at a signal.
         processes: the run's processes.
-        ema: the average of the weights, which is evaluated and previewed too.
     """
 
     def __init__(
@@ -49,9 +48,9 @@ class Looks:
         previews: Previews | None,
         poll: Callable[[], None],
         processes: Processes,
-        ema: Ema | None = None,
     ) -> None:
-        self.ema = ema
+        self.ema: Ema | None = None
+        """The average of the weights, which is evaluated and previewed too."""
         self.config, self.unet, self.precision, self.device = config, unet, precision, device
         self.previews, self.poll, self.processes = previews, poll, processes
         self.held_out = HeldOut(

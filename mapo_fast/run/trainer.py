@@ -33,7 +33,6 @@ from mapo_fast.engine.step import PairInputs
 from mapo_fast.engine.timestep_weights import timestep_weights
 from mapo_fast.models.diffusion import Diffusion
 from mapo_fast.models.pipeline import Pipeline
-from mapo_fast.run.ema import Ema
 from mapo_fast.run.export import about_checkpoint, export_step
 from mapo_fast.run.feed import Feed
 from mapo_fast.run.folder import FitResult
@@ -42,7 +41,7 @@ from mapo_fast.run.log import RunLog
 from mapo_fast.run.looks import Looks, is_due
 from mapo_fast.run.metrics import Metrics, peak_memory_mib
 from mapo_fast.run.preview import Previews
-from mapo_fast.run.state import export_results, keep_best, restore_state, saved_state, trained_tensors
+from mapo_fast.run.state import RunState
 from mapo_fast.settings.schema import Config
 from mapo_fast.util.checkpoint import Checkpoint, CheckpointStore
 from mapo_fast.util.errors import UserError
@@ -87,11 +86,11 @@ class Trainer:
         self.learning_rate = learning_rate(config.optim, config.train.steps)
         self.metrics = Metrics(device, processes, paired=cache.paired)
         self.feed = Feed(config, cache, diffusion, device, processes)
-        self.model_tensors = partial(trained_tensors, config, self.unet, parts)
-        self.ema = None if config.ema.half_life is None else Ema(config.ema, self.model_tensors, parts)
+        self.state = RunState(config, self.engine, self.metrics, processes)
         self.looks = Looks(
-            config, self.unet, cache, diffusion, precision, device, previews, self.poll, processes, self.ema
+            config, self.unet, cache, diffusion, precision, device, previews, self.poll, processes
         )
+        self.looks.ema = self.state.ema
 
     def run(self, log: RunLog | None, folder: Pipeline) -> FitResult:
         """Train to the last step or the first signal to any process, then save.
@@ -103,14 +102,15 @@ class Trainer:
             Interrupted: a second signal; the text says what is saved.
             Exception: any other error. The last finished step is saved first, if possible.
         """
-        self.looks.keep = partial(keep_best, self.looks.best, self.store, self.model_tensors, self.processes)
+        self.looks.best.store.run = self.store.run
+        self.looks.keep = partial(self.state.keep_best, self.looks.best.store)
         try:
             finished = self._to_the_end(log, folder)
             if finished:
                 if problem := mostly_skipped(self.optimizer, self.step, self.store):
                     self._judged = True
                     raise self.processes.failed(problem)
-                for note in export_results(self, folder):
+                for note in self.state.export(folder, self.cache):
                     if log is not None:
                         log.warning(self.step, note)
         except KeyboardInterrupt:
@@ -191,8 +191,8 @@ class Trainer:
                 self.processes.each(lambda: self._accumulate(next(micro_batches)))
         norm = self.engine.finish()
         self.step += 1
-        if self.ema is not None:
-            self.ema.after(self.step)
+        if self.state.ema is not None:
+            self.state.ema.after(self.step)
         return norm
 
     def _accumulate(self, batch: MicroBatch) -> None:
@@ -220,7 +220,7 @@ class Trainer:
             # The other processes may not have this error, so only a model that is not split can be saved.
             if self.processes.shard(self.config) or not self.processes.main or connection_lost(error):
                 return self._what_is_saved()
-            self.processes = self.metrics.processes = ALONE
+            self.processes = self.metrics.processes = self.state.processes = ALONE
         self.engine.drop()
         self.metrics.drop()
         try:
@@ -273,12 +273,12 @@ class Trainer:
         known = self.feed.finite_input
         inputs = None if known is None else PairInputs(*(t.to(self.device) for t in known))
         with self.precision.context(self.device):
-            healthy = is_healthy(self.model_tensors().values(), self.unet, inputs)
+            healthy = is_healthy(self.state.tensors().values(), self.unet, inputs)
         return not self.processes.any(not healthy)
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
-        files, state = saved_state(self)
+        files, state = self.state.saved(self.looks.best)
         about = about_checkpoint(self.config, self.step)
         self._tried = self.step
         self.processes.once(lambda: self.store.save(self.step, files, state, about))
@@ -295,5 +295,5 @@ class Trainer:
             raise UserError(
                 f"train.steps = {steps}, but {checkpoint.path} is already at step {checkpoint.step}"
             )
-        restore_state(self, checkpoint)
+        self.state.restore(checkpoint, self.looks.best)
         self.step = self.saved_step = checkpoint.step
