@@ -36,11 +36,6 @@ def find(trace: str) -> Trace | None:
     return None if data is None or not _fresh() else unpack(data)
 
 
-def has(trace_name: str, trace: Trace) -> bool:
-    """Whether this trace is in the file."""
-    return _read(trace_name) == _packed(trace)
-
-
 def _packed(trace: Trace) -> bytes:
     """A trace for any number of micro-batches."""
     return pack(trace._replace(accumulation=trace.micro_batches))

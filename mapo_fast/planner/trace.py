@@ -282,7 +282,7 @@ def _transfers(recorder: Recorder) -> Iterator[dict[int, int]]:
 
     def copied(kind: int, dst: Tensor, src: Tensor) -> Ticket:
         number = len(recorder.operations)
-        memories = [x.untyped_storage()._cdata for x in (dst, src)]
+        memories = [recorder.allocation(x).number for x in (dst, src)]  # addresses are used again
         links[number] = max(last.get(memory, -1) for memory in memories)
         last.update(dict.fromkeys(memories, number))
         recorder.operations.append(Cost(kind, 0.0, float(dst.nbytes)))
