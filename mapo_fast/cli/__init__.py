@@ -32,6 +32,7 @@ from mapo_fast.cli.options import (
 )
 from mapo_fast.cli.report import report as report_command
 from mapo_fast.cli.sample import sample
+from mapo_fast.cli.studio import studio
 from mapo_fast.cli.training import prepare, train
 from mapo_fast.util.console import Terminal, encode_anything, output_may_fail, say
 from mapo_fast.util.errors import printable
@@ -53,6 +54,7 @@ app.command(cls=Configured)(train)
 app.command()(sample)
 app.command()(evaluate)
 app.command(name="report")(report_command)
+app.command()(studio)
 
 
 @app.command(cls=Configured)
