@@ -203,18 +203,20 @@ def test_the_table_has_what_is_computed_now() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "full"])
 def test_other_questions_about_a_preset_need_no_trace(
     preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another size of GPU memory and other numbers, on Windows: at most a minute of CPU."""
+    """Another size of GPU memory and other numbers, on Windows: at most a minute of CPU.
+
+    Not of `full`, whose best plan may recompute other blocks there than on any size in the table.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(store, "folder", lambda: tmp_path)
     monkeypatch.setattr(store, "_record", lambda work: pytest.fail("a trace was made"))
-    more = [] if preset == "full" else ["train.accumulation=3"]  # a fused step has one micro-batch only
-    asked, _ = question(None, preset, ["objective.beta=0.02", *more], None)
+    asked, _ = question(None, preset, ["objective.beta=0.02", "train.accumulation=3"], None)
     before = time.process_time()
-    found = answer.plan(asked, card=None, vram="23.5", ram=None, model="sdxl")
+    found = answer.plan(asked, card=None, vram="23.5", ram="64", model="sdxl")
     assert found.chosen is not None
     assert time.process_time() - before < 60
