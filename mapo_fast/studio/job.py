@@ -31,6 +31,8 @@ def main() -> None:
     from filelock import FileLock
 
     folder = Path(sys.argv[1])
+    # A studio started in the background of a script ignores Ctrl-C, and its children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with FileLock(folder / LOCK, timeout=_PATIENCE):
         write_json(folder / PROCESS, {"pid": os.getpid(), "started": time.time()})
         threading.Thread(target=_watch, args=(folder / STOP_FILE,), daemon=True).start()

@@ -41,6 +41,14 @@ def sleeper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def in_background() -> Iterator[None]:
+    """As a script's `mapo-fast studio … &` has it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def ended(tmp_path: Path) -> Iterator[Callable[[str], Job]]:
     """Waits until a job has ended; in the end all are stopped."""
 
@@ -80,7 +88,7 @@ def test_a_command_ends_as_on_the_command_line(
     assert [path.name for path in tmp_path.iterdir() if path.name != "user-cache"] == ["jobs"]
 
 
-@pytest.mark.usefixtures("sleeper")
+@pytest.mark.usefixtures("sleeper", "in_background")
 def test_stopped_by_a_file_and_resumed(tmp_path: Path, ended: Callable[[str], Job]) -> None:
     first = jobs.start(tmp_path, "train", ["train"])
     second = jobs.start(tmp_path, "candidates", ["sample"])
