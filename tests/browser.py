@@ -16,9 +16,23 @@ QUIET = (
 """Chromium asks its maker's hosts for this and that otherwise."""
 
 
+def violations(page: Any) -> list[str]:
+    """What axe-core finds on a page, in light and in dark."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe-core: make browser")
+    found = []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        for one in axe.Axe().run(page).response["violations"]:
+            found += [f"{scheme}: {one['id']}: {node['html'][:200]}" for node in one["nodes"]]
+    return found
+
+
 @contextmanager
 def opened(path: Path, width: int) -> Iterator[Any]:
-    """A page with a file in it, `width` pixels wide; fails where it asks for anything or complains."""
+    """A page with a file in it, `width` pixels wide.
+
+    Fails where it asks for anything, and where it or axe-core complains.
+    """
     playwright = pytest.importorskip("playwright.sync_api", reason="no browser: make browser")
     program = shutil.which("chromium")
     if program is None:
@@ -34,7 +48,9 @@ def opened(path: Path, width: int) -> Iterator[Any]:
         page.on("request", lambda request: said.append(f"request: {request.url[:100]}"))
         page.goto(path.as_uri())
         yield page
+        found = violations(page)
         browser.close()
+    assert not found, "\n".join(found)
     asked = [line for line in said if not line.startswith(("request: file://", "request: data:"))]
     assert asked == []
     assert said.count(f"request: {path.as_uri()[:100]}") == 1

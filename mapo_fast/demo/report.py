@@ -225,7 +225,7 @@ def _result_table(result: Mapping[str, Any]) -> str:
             )
         rows += f'<tr><th scope="row">{name}</th>{cells}</tr>'
     return (
-        f'<div class="wide"><table><thead><tr><th scope="col">model</th>{head}</tr></thead>'
+        f'<div class="wide" tabindex="0"><table><thead><tr><th scope="col">model</th>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 
@@ -240,7 +240,7 @@ def _colour_table(result: Mapping[str, Any]) -> str:
         for model, name in model_names(result["objective"]).items()
     )
     return (
-        f'<div class="wide"><table><thead><tr><th scope="col">model</th>{head}</tr></thead>'
+        f'<div class="wide" tabindex="0"><table><thead><tr><th scope="col">model</th>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 
@@ -252,7 +252,7 @@ def _settings_table(result: Mapping[str, Any]) -> str:
         f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>'
         for name, value in values.items()
     )
-    return f'<div class="wide"><table class="small"><tbody>{rows}</tbody></table></div>'
+    return f'<div class="wide" tabindex="0"><table class="small"><tbody>{rows}</tbody></table></div>'
 
 
 def _grids(samples: Mapping[str, Samples], result: Mapping[str, Any], figure: str, what: str) -> str:

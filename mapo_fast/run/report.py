@@ -18,7 +18,7 @@ from mapo_fast.run.starts import last_settings
 from mapo_fast.util.console import command_line
 from mapo_fast.util.errors import UserError
 from mapo_fast.util.files import parse_json, read_bytes
-from mapo_fast.util.page import image_url, write_page
+from mapo_fast.util.page import image_url, scrolling, write_page
 
 _PREVIEW = 640
 _LARGEST = 2**28
@@ -154,15 +154,17 @@ def _by_noise(entries: Sequence[Mapping[str, Any]]) -> str:
     if not found or not isinstance(bins := found[-1]["bins"], dict):
         return ""
     keys = [key for key in _CHANGES if all(isinstance(one.get(key), dict) for one in bins.values())]
-    head = "".join(f'<th scope="col">{_CHANGES[key][0]}</th>' for key in keys)
+    head = "".join(
+        f'<th scope="col">{name}</th>' for name in ("timesteps", *(_CHANGES[key][0] for key in keys))
+    )
     lines = ""
     for level, one in bins.items():
         cells = "".join(f"<td>{_interval(one[key])}</td>" for key in keys)
         lines += f'<tr><th scope="row">{html.escape(str(level))}</th>{cells}</tr>'
     return (
         f'<h3>By noise level, step {found[-1]["step"]}</h3><p class="note">Shares of the timesteps, from '
-        'little noise (details) to much (composition).</p><div class="wide"><table><thead><tr>'
-        f'<th scope="col">timesteps</th>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+        "little noise (details) to much (composition).</p>"
+        + scrolling(f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>")
     )
 
 
@@ -263,9 +265,8 @@ def _settings(settings: Mapping[str, Mapping[str, Any]], full_paths: bool) -> st
         cells = name, _value(one.get("value"), full_paths), str(one.get("from", ""))
         lines += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
     head = "".join(f'<th scope="col">{name}</th>' for name in ("setting", "value", "from"))
-    return (
-        f"<h2>Settings</h2><p>mapo_fast {html.escape(__version__)} wrote this page.</p>"
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    return f"<h2>Settings</h2><p>mapo_fast {html.escape(__version__)} wrote this page.</p>" + scrolling(
+        f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
     )
 
 
@@ -287,4 +288,4 @@ def _rows(rows: Iterable[tuple[str, str]]) -> str:
         for name, value in rows:
             yield f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(value)}</td></tr>'
 
-    return f'<div class="wide"><table><tbody>{"".join(lines())}</tbody></table></div>'
+    return scrolling(f"<table><tbody>{''.join(lines())}</tbody></table>")

@@ -75,7 +75,7 @@ def write_blind(
     return count
 
 
-_BODY = """<main>
+_BODY = """
 <h1>Which is better?</h1>
 <p id="how">{votes} pairs. <kbd>&larr;</kbd> left, <kbd>&rarr;</kbd> right, <kbd>&darr;</kbd> no difference,
 <kbd>Backspace</kbd> undo. Which model is which is shown after the last vote.</p>
@@ -86,7 +86,7 @@ _BODY = """<main>
 <span id="count" role="status"></span></p>
 <div id="result" role="status" hidden></div>
 <div id="strip" class="grid" hidden></div>
-</main>"""
+"""
 
 _STYLE = """
 #pair { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; }

@@ -10,7 +10,7 @@ from typing import Any
 from mapo_fast.score.manifest import Made
 from mapo_fast.score.scores import open_image
 from mapo_fast.score.statistics import FEWEST_FOR_MEAN, FEWEST_FOR_WIN_RATE
-from mapo_fast.util.page import image_url, write_page
+from mapo_fast.util.page import image_url, scrolling, write_page
 
 _SHOWN = 6
 _SIDE = 384
@@ -94,7 +94,7 @@ def _table(result: Mapping[str, Any]) -> str:
         for name in ("scorer", "model", "mean", "win rate", "wins / ties / losses")
     )
     lines = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    return scrolling(f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>")
 
 
 def _distributions(result: Mapping[str, Any], name: str) -> str:
@@ -163,4 +163,4 @@ def _run(result: Mapping[str, Any]) -> str:
     lines = "".join(
         f'<tr><th scope="row">{html.escape(k)}</th><td>{html.escape(v)}</td></tr>' for k, v in rows
     )
-    return f'<h2>What was run</h2><div class="wide"><table><tbody>{lines}</tbody></table></div>'
+    return "<h2>What was run</h2>" + scrolling(f"<table><tbody>{lines}</tbody></table>")

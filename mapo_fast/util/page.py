@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --soft: #595959; --line: #ddd;
-  --bar: #b3261e; --field: #f4f4f4; --mark: #fff6dd; }
+  --bar: #b3261e; --second: #2f6bb3; --third: #7d6116; --field: #f4f4f4; --mark: #fff6dd; }
 @media (prefers-color-scheme: dark) { :root { --ink: #eee; --paper: #161616; --soft: #aaa; --line: #3a3a3a;
-  --bar: #ff7a70; --field: #242424; --mark: #3a3115; } }
+  --bar: #ff7a70; --second: #7fb1ee; --third: #d3b04a; --field: #242424; --mark: #3a3115; } }
 body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 4rem; color: var(--ink);
   background: var(--paper); overflow-wrap: anywhere;
   font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -34,7 +34,7 @@ th, td { text-align: left; padding: .4rem 1rem .4rem 0; vertical-align: top;
 figure { margin: 0; }
 figcaption { font-size: .9rem; padding: .2rem 0; } img { max-width: 100%; height: auto; }
 svg { width: 100%; height: auto; } pre { background: var(--field); padding: .8rem; white-space: pre-wrap; }
-.c0 { color: var(--bar); } .c1 { color: #3b78c2; } .c2 { color: #8a6d1a; }
+.c0 { color: var(--bar); } .c1 { color: var(--second); } .c2 { color: var(--third); }
 .zero { stroke: currentColor; opacity: .4; }
 .line { fill: none; stroke: currentColor; stroke-width: 2; } .band { fill: currentColor; opacity: .18; }
 button { font: inherit; padding: .5rem 1rem; } :focus-visible { outline: 3px solid #1a73e8; }
@@ -68,11 +68,16 @@ def write_page(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n{body}\n{block}{tail}\n"
+        f"<title>{html.escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n{block}{tail}\n"
         "</body>\n</html>\n"
     )
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8", newline="\n")
+
+
+def scrolling(table: str) -> str:
+    """A table that scrolls, by keyboard too, where the page is narrower."""
+    return f'<div class="wide" tabindex="0">{table}</div>'
 
 
 def _allowed(script: str) -> str:

@@ -18,7 +18,7 @@ import uvicorn
 from mapo_fast.studio.project import Project
 from mapo_fast.studio.render import Renderer
 from mapo_fast.studio.server import Scan, make_app
-from tests.browser import QUIET
+from tests.browser import QUIET, violations
 from tests.studio.pictures_of import write_picture, write_project
 
 cli = importlib.import_module("mapo_fast.cli.studio")
@@ -83,6 +83,7 @@ def test_pictures_votes_and_pairs(tmp_path: Path, width: int) -> None:
         assert page.locator("#groups h3").count() == 4
         assert "1 have one picture only" in page.inner_text("#summary")
         assert "svg.png" in page.inner_text("#problems")
+        assert violations(page) == []
         page.fill("#asked input", "prompt 0")
         page.keyboard.press("Enter")
         page.wait_for_selector("#asked form", state="detached")
@@ -93,6 +94,7 @@ def test_pictures_votes_and_pairs(tmp_path: Path, width: int) -> None:
 
         page.click("nav a[href='#vote']")
         wait_for_votes(page, 0)
+        assert violations(page) == []
         number = 0
         while page.is_visible("#pair"):
             if number == 5:
@@ -108,12 +110,14 @@ def test_pictures_votes_and_pairs(tmp_path: Path, width: int) -> None:
         page.wait_for_selector("#pair:not([hidden])")
         page.keyboard.press("ArrowUp")
         page.wait_for_selector("#empty:not([hidden])")
+        assert violations(page) == []
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
         page.click("nav a[href='#train']")
         page.click("#write")
         page.wait_for_selector("#command:not([hidden])")
         assert "mapo-fast train --preset lora" in page.inner_text("#command")
+        assert violations(page) == []
         status = project.status()
     assert status.votes == number
     assert (folder / "data" / "pairs" / "pairs.jsonl").is_file()

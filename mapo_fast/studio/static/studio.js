@@ -3,7 +3,7 @@
 const id = (name) => document.getElementById(name);
 const steps = ["pictures", "vote", "train"];
 const tab = crypto.randomUUID();
-let token = "", pair = null, busy = false, since = 0;
+let token = "", pair = null, busy = false, since = 0, waiting = 0;
 
 function say(text) { id("said").textContent = text; }
 
@@ -89,7 +89,7 @@ function showPictures(state) {
 
 id("scan").addEventListener("click", () => run(async () => {
   showPictures(await ask("/api/scan", {}));
-  setTimeout(turn, 500);
+  lookAgain();
 }));
 
 // --- Vote ---
@@ -186,7 +186,13 @@ async function show() {
   if (step === "pictures") showPictures(await ask("/api/pictures"));
   if (step === "vote") showPair(await ask(`/api/pair?tab=${tab}`));
   if (step === "train") showTrain(state);
-  if (state.seen !== null && step !== "vote") setTimeout(turn, 1000);
+  if (state.seen !== null) lookAgain();
+}
+
+// While the folder is read. Not in a vote: a key pressed meanwhile would be lost.
+function lookAgain() {
+  clearTimeout(waiting);
+  waiting = setTimeout(() => { if (id("vote").hidden) turn(); }, 700);
 }
 
 function turn() { if (busy) setTimeout(turn, 30); else run(show); }
