@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 from mapo_fast.cli import app
 from mapo_fast.demo import world
 from mapo_fast.demo.run import TINY_SDXL, DemoSize, run_demo
+from mapo_fast.studio.project import Project
 from tests.browser import opened
 from tests.score.test_page import RULE
+from tests.studio.test_pages import browser, served, wait_for_votes
 
 DOCS = Path(__file__).parents[1] / "docs"
 PICTURES = DOCS / "pictures"
@@ -56,6 +58,31 @@ def test_pages_of_a_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("report", "blind", "out/evaluation"):
         with opened(tmp_path / f"{name}.html", 1000) as page:
             keep(page, Path(name).name)
+
+
+@pytest.mark.slow
+@pytest.mark.proof
+def test_pages_of_the_studio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "drawings"
+    for number, (caption, *drawings) in enumerate(world.preference_pairs(40, seed=0)):
+        for drawing in drawings:
+            path = folder / f"{number:02d}-{drawing.colour}.png"
+            path.parent.mkdir(exist_ok=True)
+            drawing.image().resize((512, 512), Image.Resampling.LANCZOS).save(path)
+            path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    with Project.open(folder) as project, served(project) as address, browser(1000, []) as page:
+        page.goto(address)
+        page.wait_for_selector("#groups h3")
+        page.wait_for_load_state("networkidle")
+        keep(page, "studio-pictures")
+        page.click("nav a[href='#vote']")
+        wait_for_votes(page, 0)
+        for number in range(12):
+            page.keyboard.press("ArrowLeft")
+            wait_for_votes(page, number + 1)
+        page.wait_for_load_state("networkidle")
+        keep(page, "studio-vote")
 
 
 def test_the_docs_show_every_picture() -> None:
