@@ -41,7 +41,10 @@ def _write(path: Path, table: dict[str, Any]) -> str:
 
 def test_the_surface() -> None:
     names = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
-    assert names == set("prepare plan train show export sample evaluate report demo doctor studio".split())
+    assert names == {
+        *("prepare", "plan", "train", "show", "export", "sample", "evaluate", "report", "demo", "doctor"),
+        "studio",
+    }
 
 
 @pytest.mark.parametrize("command", ["prepare", "train", "plan", "show"])
