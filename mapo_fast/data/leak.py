@@ -37,7 +37,7 @@ class Colour(NamedTuple):
 
 
 UNKNOWN, BLACK = Made(), Colour()
-"""Of an image that is not there."""
+"""What stands for an image that is not there."""
 MADE, COLOUR = Made._fields, Colour._fields
 
 

@@ -52,7 +52,7 @@ class Rate(NamedTuple):
     interval: Interval | None
     """95 %; None where there are too few votes."""
     p: float
-    """Of the sign test."""
+    """p-value of the sign test."""
 
 
 class Answer(NamedTuple):

@@ -32,7 +32,7 @@ class Decided(NamedTuple):
     chosen: str
     rejected: str
     share: float
-    """Of the votes for one of the two."""
+    """Votes for the chosen picture, as a share of those for either."""
 
 
 class Single(NamedTuple):

@@ -64,7 +64,7 @@ class Group(NamedTuple):
     """Pictures of one prompt."""
 
     id: int
-    """Of its first picture."""
+    """The id of the group's first picture."""
     prompt: str
     size: int
     """Number of different pictures."""

@@ -19,7 +19,7 @@ FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 """What is written, and its type for browsers."""
 _MEMORY = 2 << 30
 _CPU_SECONDS = 3600
-"""Of the whole process, which is started again afterwards."""
+"""CPU time after which the process ends; another one takes its place."""
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ class Run(NamedTuple):
     """All lines about steps."""
     evaluations: list[dict[str, Any]]
     previews: list[Path]
-    """Of the last step that has some."""
+    """Previews of the last step that has some."""
     files: list[Path]
     """What the run made."""
 

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="kills by POSIX signals"),
 ]
 KILLS = 50
-"""Of each of both."""
+"""Kills of jobs of each kind."""
 
 
 def until_finished(project: Path, id: str, rng: random.Random, most: int, longest: float) -> int:

@@ -3,7 +3,7 @@
 const id = (name) => document.getElementById(name);
 const steps = ["pictures", "vote", "train"];
 const tab = crypto.randomUUID();
-let token = "", pair = null, busy = false, since = 0, waiting = 0;
+let token = "", pair = null, voting = false, line = Promise.resolve(), since = 0, waiting = 0;
 
 function say(text) { id("said").textContent = text; }
 
@@ -57,24 +57,36 @@ function thumbnails(ids, parent) {
   }
 }
 
+function askedForm(one, parent) {
+  const form = make("form", "", parent);
+  form.dataset.id = one.id;
+  thumbnails([one.id], form);
+  make("span", `${one.file}: ${one.why}`, form);
+  const input = make("input", "", form);
+  input.setAttribute("aria-label", `Prompt of ${one.file}`);
+  input.maxLength = 10000;
+  make("button", "Keep", form).type = "submit";
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    run(async () => showPictures(await ask("/api/prompt", { ids: [one.id], prompt: input.value })));
+  });
+}
+
+// Forms that are still asked stay as they are: somebody may be typing in one.
+function showAsked(asked) {
+  const forms = id("asked");
+  id("asked-title").hidden = !asked.length;
+  const wanted = new Set(asked.map((one) => String(one.id)));
+  for (const form of [...forms.children]) if (!wanted.has(form.dataset.id)) form.remove();
+  const there = new Set([...forms.children].map((form) => form.dataset.id));
+  for (const one of asked) if (!there.has(String(one.id))) askedForm(one, forms);
+}
+
 function showPictures(state) {
   summary(state);
-  const asked = id("asked"), groups = id("groups"), problems = id("problems");
-  asked.replaceChildren(); groups.replaceChildren(); problems.replaceChildren();
-  if (state.asked.length) make("h3", "These pictures have no certain prompt. What was it?", asked);
-  for (const one of state.asked) {
-    const form = make("form", "", asked);
-    thumbnails([one.id], form);
-    make("span", `${one.file}: ${one.why}`, form);
-    const input = make("input", "", form);
-    input.setAttribute("aria-label", `Prompt of ${one.file}`);
-    input.maxLength = 10000;
-    make("button", "Keep", form).type = "submit";
-    form.addEventListener("submit", (event) => {
-      event.preventDefault();
-      run(async () => showPictures(await ask("/api/prompt", { ids: [one.id], prompt: input.value })));
-    });
-  }
+  const groups = id("groups"), problems = id("problems");
+  groups.replaceChildren(); problems.replaceChildren();
+  showAsked(state.asked);
   for (const group of state.groups) {
     make("h3", `${group.prompt} (${group.size})`, groups);
     thumbnails(group.ids, groups);
@@ -114,9 +126,9 @@ function showPair(state) {
 }
 
 function press(key) {
-  if (busy) return;
+  if (voting) return;  // the next pair is not there yet, so the key is not meant for it
   const box = id("pair");
-  if (key === "Backspace") run(async () => showPair(await ask("/api/undo", { tab })));
+  if (key === "Backspace") tell("/api/undo", { tab });
   else if (key === "+") box.classList.toggle("zoomed");
   else if (key === " ") {
     const first = !box.classList.contains("flipped");
@@ -126,13 +138,18 @@ function press(key) {
   } else if (pair && keys[key]) {
     const vote = { tab, pair: pair.id, answer: keys[key], seconds: (performance.now() - since) / 1000 };
     for (const side of ["left", "right"]) id(side).classList.remove("behind");
-    run(async () => {
-      try { showPair(await ask("/api/vote", vote)); } catch (error) {
-        showPair(await ask(`/api/pair?tab=${tab}`));
-        throw error;
-      }
-    });
+    tell("/api/vote", vote);
   }
+}
+
+function tell(path, body) {
+  voting = true;
+  run(async () => {
+    try { showPair(await ask(path, body)); } catch (error) {
+      showPair(await ask(`/api/pair?tab=${tab}`));
+      throw error;
+    } finally { voting = false; }
+  });
 }
 
 document.addEventListener("keydown", (event) => {
@@ -167,12 +184,9 @@ id("write").addEventListener("click", () => run(async () => {
 
 // --- Steps ---
 
-async function run(work) {
-  if (busy) return;
-  busy = true;
-  say("");
-  try { await work(); } catch (error) { say(error.message); } finally { busy = false; }
-}
+// One after the other, and nothing is left out.
+function after(work) { line = line.then(work).catch((error) => say(error.message)); }
+function run(work) { after(() => { say(""); return work(); }); }
 
 async function show() {
   const step = steps.includes(location.hash.slice(1)) ? location.hash.slice(1) : steps[0];
@@ -189,12 +203,11 @@ async function show() {
   if (state.seen !== null) lookAgain();
 }
 
-// While the folder is read. Not in a vote: a key pressed meanwhile would be lost.
+// While the folder is read. Not in a vote, which would lose its zoom and its clock.
 function lookAgain() {
   clearTimeout(waiting);
-  waiting = setTimeout(() => { if (id("vote").hidden) turn(); }, 700);
+  waiting = setTimeout(() => { if (id("vote").hidden) after(show); }, 700);
 }
 
-function turn() { if (busy) setTimeout(turn, 30); else run(show); }
-addEventListener("hashchange", turn);
+addEventListener("hashchange", () => run(show));
 run(show);
